@@ -1,0 +1,129 @@
+//! What every command that has a machine takes, and `doppel run`.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use hypervisor::config::{Config, NetBackend};
+use hypervisor::machine::MachineSpec;
+use hypervisor::session::host::Inherited;
+use hypervisor::session::solo;
+
+use super::Failure;
+
+/// The machine.
+#[derive(Debug, Args)]
+pub struct MachineArgs {
+    /// Configuration file; options override it
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// kv, compute, irq, clock, memory, or an ELF file (docs/guest-abi.md says what it must be)
+    #[arg(long, value_name = "GUEST")]
+    guest: Option<String>,
+    /// Guest memory in MiB, 2 to 3072
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// The guest's command line, such as "ip=10.77.0.2/24 maxmemory=32m"
+    #[arg(long, value_name = "WORDS")]
+    command_line: Option<String>,
+    /// The machine's name, by which the arbiter knows it
+    #[arg(long)]
+    name: Option<String>,
+    /// Use this TAP interface for the guest's network
+    #[arg(long, value_name = "NAME", conflicts_with = "link")]
+    tap: Option<String>,
+    /// Use this Unix socket for the guest's network, one message a frame
+    #[arg(long, value_name = "SOCKET")]
+    link: Option<PathBuf>,
+    /// Write the guest's console to this file
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// CPUs for the vCPU thread, such as 0 or 0,1
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    vcpu_cpus: Option<Vec<usize>>,
+    /// CPUs for the I/O thread
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    io_cpus: Option<Vec<usize>>,
+    /// Report as JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+    /// An open descriptor for the guest's network, left by the parent process
+    #[arg(long, hide = true, value_name = "FD")]
+    net_fd: Option<RawFd>,
+    /// An open descriptor of /dev/kvm, left by the parent process
+    #[arg(long, hide = true, value_name = "FD")]
+    kvm_fd: Option<RawFd>,
+}
+
+impl MachineArgs {
+    /// The configuration: defaults, then the file, then the options.
+    pub fn config(&self) -> Result<Config, Failure> {
+        let usage = |error| Failure::new(Failure::USAGE, error);
+        let mut config = match &self.config {
+            Some(path) => Config::read(path).map_err(usage)?,
+            None => Config::default(),
+        };
+        let set = |to: &mut String, from: &Option<String>| {
+            if let Some(from) = from {
+                to.clone_from(from);
+            }
+        };
+        set(&mut config.guest, &self.guest);
+        set(&mut config.command_line, &self.command_line);
+        set(&mut config.name, &self.name);
+        if let Some(memory) = self.memory {
+            config.memory_mib = memory;
+        }
+        if let Some(tap) = &self.tap {
+            config.net.backend = NetBackend::Tap;
+            config.net.tap = Some(tap.clone());
+        }
+        if let Some(link) = &self.link {
+            config.net.backend = NetBackend::Link;
+            config.net.link = Some(link.clone());
+        }
+        if self.console.is_some() {
+            config.console.clone_from(&self.console);
+        }
+        if let Some(cpus) = &self.vcpu_cpus {
+            config.cpus.vcpu.clone_from(cpus);
+        }
+        if let Some(cpus) = &self.io_cpus {
+            config.cpus.io.clone_from(cpus);
+        }
+        config.check().map_err(usage)?;
+        Ok(config)
+    }
+
+    /// Descriptors from the parent process.
+    pub fn inherited(&self) -> Inherited {
+        Inherited {
+            net: self.net_fd,
+            kvm: self.kvm_fd,
+        }
+    }
+}
+
+/// The machine that a configuration describes, starting now.
+pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64);
+    MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
+        .map_err(|error| Failure::new(Failure::USAGE, error))
+}
+
+/// Run a machine unprotected, for comparison
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  doppel run --guest compute --command-line reports=3\n  doppel run --guest my.elf --memory 16")]
+pub struct RunArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+pub fn run(args: &RunArgs) -> Result<(), Failure> {
+    let config = args.machine.config()?;
+    let ended = solo::run(&config, &args.machine.inherited(), &spec(&config)?, args.machine.json)?;
+    super::guest_ended(ended)
+}

@@ -1,0 +1,125 @@
+//! Arguments and printing; everything else is in the library.
+
+mod machine;
+mod pair;
+mod record;
+mod replay;
+
+use std::fmt::Display;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use hypervisor::protocol::Reason;
+use hypervisor::record::Ended;
+use hypervisor::replay::ReplayError;
+use hypervisor::session::SessionError;
+use hypervisor::session::serve::Served;
+use tracing_subscriber::EnvFilter;
+
+/// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Exit codes:\n  \
+        0  well: the guest turned itself off, or the role was ended on purpose\n  \
+        1  a failure; the message says what to do\n  \
+        2  wrong usage or configuration\n  \
+        3  another process has taken the machine over, or this copy is of no use to it\n  \
+        4  a replay diverged, or its log is unusable\n  \
+        5  the guest crashed, or turned itself off with a status other than 0\n\n\
+        Example: doppel demo"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(machine::RunArgs),
+    Primary(pair::PrimaryArgs),
+    Backup(pair::BackupArgs),
+    Record(record::RecordArgs),
+    Replay(replay::ReplayArgs),
+}
+
+/// An exit code with its message.
+#[derive(Debug)]
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    const ERROR: u8 = 1;
+    const USAGE: u8 = 2;
+    const REPLACED: u8 = 3;
+    const DIVERGED: u8 = 4;
+    const GUEST: u8 = 5;
+
+    fn new(code: u8, message: impl Display) -> Self {
+        Self {
+            code,
+            message: message.to_string(),
+        }
+    }
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        match &error {
+            SessionError::Interrupted => Self::new(0, error),
+            SessionError::Replay(ReplayError::Diverged(_) | ReplayError::Log(_) | ReplayError::Entry { .. }) => {
+                Self::new(Self::DIVERGED, error)
+            }
+            _ => Self::new(Self::ERROR, error),
+        }
+    }
+}
+
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_env("DOPPEL_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let outcome = match cli.command {
+        Command::Run(args) => machine::run(&args),
+        Command::Primary(args) => pair::primary(&args),
+        Command::Backup(args) => pair::backup(&args),
+        Command::Record(args) => record::record(&args),
+        Command::Replay(args) => replay::replay(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("doppel: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// How a guest's end is told.
+fn guest_ended(ended: Ended) -> Result<(), Failure> {
+    match ended {
+        Ended::PoweredOff(0) | Ended::Stopped => Ok(()),
+        Ended::PoweredOff(status) => Err(Failure::new(
+            Failure::GUEST,
+            format!("the guest turned itself off with status {status}"),
+        )),
+        Ended::Crashed => Err(Failure::new(
+            Failure::GUEST,
+            "the guest crashed: a triple fault, or a halt with interrupts off",
+        )),
+    }
+}
+
+/// How a side's end is told.
+fn served(served: &Served) -> Result<(), Failure> {
+    match (&served.reason, served.guest) {
+        (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
+        (Reason::PoweredOff, None) => Ok(()),
+        (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
+    }
+}

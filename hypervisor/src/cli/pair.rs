@@ -1,0 +1,91 @@
+//! `doppel primary` and `doppel backup`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use hypervisor::config::Config;
+use hypervisor::session::{backup as backup_session, primary as primary_session};
+
+use super::Failure;
+use super::machine::{MachineArgs, spec};
+
+/// The pair.
+#[derive(Debug, Args)]
+struct PairArgs {
+    /// Unix socket at which the backup listens and to which the primary connects
+    #[arg(long, value_name = "SOCKET")]
+    socket: Option<PathBuf>,
+    /// Directory of the file arbiter, which both sides see
+    #[arg(long, value_name = "DIR")]
+    arbiter: Option<PathBuf>,
+    /// Address for this side's UDP heartbeats; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    heartbeat: Option<SocketAddr>,
+    /// Compare whole memories every so many milliseconds; 0 is never
+    #[arg(long, value_name = "MS")]
+    memory_check_ms: Option<u64>,
+}
+
+impl PairArgs {
+    fn apply(&self, config: &mut Config) {
+        if let Some(socket) = &self.socket {
+            config.pair.socket.clone_from(socket);
+        }
+        if let Some(arbiter) = &self.arbiter {
+            config.pair.arbiter.clone_from(arbiter);
+        }
+        if let Some(heartbeat) = self.heartbeat {
+            config.pair.heartbeat = heartbeat;
+        }
+        if let Some(every) = self.memory_check_ms {
+            config.timing.memory_check_ms = every;
+        }
+    }
+}
+
+/// Run a machine as its primary: it serves the world, and its backup follows
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example, in two terminals:\n  mkdir arbiter\n  doppel backup  --arbiter arbiter --socket pair.sock\n  \
+                  doppel primary --arbiter arbiter --socket pair.sock --guest irq"
+)]
+pub struct PrimaryArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    pair: PairArgs,
+    /// Start although the arbiter's record says that the machine may run elsewhere: you know that it does not
+    #[arg(long)]
+    cold_start: bool,
+}
+
+/// Run a machine's backup: it listens for its primary, follows it, and takes over when it is gone
+#[derive(Debug, Args)]
+#[command(after_help = "The machine itself (guest, memory, command line) comes from the primary. Example: see doppel primary --help")]
+pub struct BackupArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    pair: PairArgs,
+}
+
+pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
+    let mut config = args.machine.config()?;
+    args.pair.apply(&mut config);
+    let served = primary_session::run(
+        &config,
+        &args.machine.inherited(),
+        &spec(&config)?,
+        args.machine.json,
+        args.cold_start,
+    )?;
+    super::served(&served)
+}
+
+pub fn backup(args: &BackupArgs) -> Result<(), Failure> {
+    let mut config = args.machine.config()?;
+    args.pair.apply(&mut config);
+    let served = backup_session::run(&config, &args.machine.inherited(), args.machine.json)?;
+    super::served(&served)
+}

@@ -1,0 +1,306 @@
+//! Configuration: a TOML file, overridden by command-line options.
+#![forbid(unsafe_code)]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// Everything that can be configured. Every field has a default, so an empty file is a good one.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The machine's name: which record of the arbiter is its own.
+    pub name: String,
+    /// `kv`, `compute`, `irq`, `clock`, `memory`, or the path of an ELF file.
+    pub guest: String,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The guest's command line.
+    pub command_line: String,
+    /// Where `/dev/kvm` is.
+    pub kvm: PathBuf,
+    /// The network.
+    pub net: Net,
+    /// The other side.
+    pub pair: Pair,
+    /// Which CPUs the threads run on.
+    pub cpus: Cpus,
+    /// Times.
+    pub timing: Timing,
+    /// The ring.
+    pub ring: Ring,
+    /// File for the guest's console; standard output if none.
+    pub console: Option<PathBuf>,
+}
+
+/// The guest's network.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Net {
+    /// What carries the frames.
+    pub backend: NetBackend,
+    /// Name of the TAP (backend `tap`).
+    pub tap: Option<String>,
+    /// The host's address on the TAP, with the network's length; none leaves the interface as it is found.
+    pub address: Option<String>,
+    /// Path of the Unix socket (backend `link`).
+    pub link: Option<PathBuf>,
+}
+
+/// What carries the guest's frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetBackend {
+    /// Nothing: the guest has no network.
+    #[default]
+    None,
+    /// A TAP interface.
+    Tap,
+    /// A Unix socket, one message a frame; needs no privilege.
+    Link,
+}
+
+/// The pair.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pair {
+    /// Unix socket at which the backup listens and to which the primary connects.
+    pub socket: PathBuf,
+    /// Directory of the file arbiter, which both sides see.
+    pub arbiter: PathBuf,
+    /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
+    pub heartbeat: SocketAddr,
+}
+
+impl Default for Pair {
+    fn default() -> Self {
+        Self {
+            socket: PathBuf::from("doppel.sock"),
+            arbiter: PathBuf::from("doppel.arbiter"),
+            heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+        }
+    }
+}
+
+/// CPU lists; an empty one leaves the thread to the scheduler.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cpus {
+    /// Where the vCPU thread may run.
+    pub vcpu: Vec<usize>,
+    /// Where the I/O thread may run.
+    pub io: Vec<usize>,
+}
+
+/// Times, in the units that their names say.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timing {
+    /// Between two heartbeats.
+    pub heartbeat_ms: u64,
+    /// How long a thread without work looks for some before it sleeps. Only worth it on a core of its own.
+    pub spin_us: u64,
+    /// How often whole memories are compared; 0 is never.
+    pub memory_check_ms: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            heartbeat_ms: 5,
+            spin_us: 0,
+            memory_check_ms: 0,
+        }
+    }
+}
+
+impl Timing {
+    /// As a duration.
+    #[must_use]
+    pub fn spin(&self) -> Duration {
+        Duration::from_micros(self.spin_us)
+    }
+
+    /// As a duration; none if it is 0.
+    #[must_use]
+    pub fn memory_check(&self) -> Option<Duration> {
+        (self.memory_check_ms > 0).then(|| Duration::from_millis(self.memory_check_ms))
+    }
+}
+
+/// Sizes of the ring's lanes; powers of two.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ring {
+    /// The events lane, in KiB.
+    pub events_kib: usize,
+    /// The inputs lane, in KiB.
+    pub inputs_kib: usize,
+}
+
+impl Default for Ring {
+    fn default() -> Self {
+        Self {
+            events_kib: rdma_log::EVENTS_LANE >> 10,
+            inputs_kib: rdma_log::INPUTS_LANE >> 10,
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            name: "machine".into(),
+            guest: "kv".into(),
+            memory_mib: 64,
+            command_line: String::new(),
+            kvm: PathBuf::from("/dev/kvm"),
+            net: Net::default(),
+            pair: Pair::default(),
+            cpus: Cpus::default(),
+            timing: Timing::default(),
+            ring: Ring::default(),
+            console: None,
+        }
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what is expected. The text has the line and what was expected there.
+    #[error("{path}: {what}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Line, column, what was found and what was expected.
+        what: String,
+    },
+    /// A value out of bounds.
+    #[error("{field} is {found}: {expected}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text).map_err(|error| ConfigError::Malformed {
+            path: path.to_owned(),
+            what: error.to_string(),
+        })
+    }
+
+    /// Reads a text.
+    ///
+    /// # Errors
+    /// TOML's own error, with line, column and what was expected.
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    /// Checks what the types cannot.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let bad = |field, found: String, expected| {
+            Err(ConfigError::Value {
+                field,
+                found,
+                expected,
+            })
+        };
+        let name_fits = (1..=63).contains(&self.name.len())
+            && !self.name.starts_with('-')
+            && self
+                .name
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        if !name_fits {
+            return bad("name", format!("{:?}", self.name), "use 1 to 63 of a-z, 0-9 and -, not beginning with -");
+        }
+        if !(2..=3072).contains(&self.memory_mib) {
+            return bad("memory_mib", self.memory_mib.to_string(), "choose 2 to 3072");
+        }
+        if !(1..=1000).contains(&self.timing.heartbeat_ms) {
+            return bad(
+                "timing.heartbeat_ms",
+                self.timing.heartbeat_ms.to_string(),
+                "choose 1 to 1000",
+            );
+        }
+        if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
+            return bad("net.tap", "missing".into(), "backend tap needs the interface's name");
+        }
+        if self.net.backend == NetBackend::Link && self.net.link.is_none() {
+            return bad("net.link", "missing".into(), "backend link needs the socket's path");
+        }
+        let cpus = core_affinity::get_core_ids().map_or(0, |ids| ids.len());
+        for (field, list) in [("cpus.vcpu", &self.cpus.vcpu), ("cpus.io", &self.cpus.io)] {
+            if let Some(&cpu) = list.iter().find(|&&cpu| cpu >= cpus.max(1)) {
+                return bad(field, cpu.to_string(), "this machine has no such CPU");
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_a_good_one() {
+        Config::parse("").unwrap().check().unwrap();
+    }
+
+    #[test]
+    fn errors_name_the_line_and_what_was_expected() {
+        let error = Config::parse("name = \"x\"\nmemory_mib = \"much\"\n").unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("expected u32"), "{error}");
+        let error = Config::parse("[net]\nbackend = \"token-ring\"\n").unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("`tap`"), "{error}");
+        let error = Config::parse("\n\ncolour = 1\n").unwrap_err().to_string();
+        assert!(error.contains("line 3") && error.contains("unknown field"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_refused() {
+        for (text, field) in [
+            ("name = \"a b\"", "name"),
+            ("memory_mib = 1", "memory_mib"),
+            ("[timing]\nheartbeat_ms = 0", "timing.heartbeat_ms"),
+            ("[net]\nbackend = \"tap\"", "net.tap"),
+            ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
+        ] {
+            match Config::parse(text).unwrap().check() {
+                Err(ConfigError::Value { field: found, .. }) => assert_eq!(found, field),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,563 @@
+//! The guest's board: every device it sees (docs: the guest ABI).
+//!
+//! ```text
+//!              guest access                    logged input
+//!          read / write                      answer / apply
+//!                └──────────────┬──────────────────┘
+//!                               ▼
+//!   platform page   8259 ◀─lines─ 8254, 16550, virtio-net, virtio-rng   power-off port
+//!                    │                          │
+//!                    ▼                          ▼
+//!        interrupt_pending / acknowledge     outputs
+//! ```
+//! The models are pure: what they do is a function of guest accesses and [`Input`]s alone, in their order. None
+//! reads a clock, a socket or a random source; a device that needs one says so ([`Effect::Needs`],
+//! [`Effect::Halt`], [`Devices::pending`]) and is given a logged value. So two boards that saw the same
+//! accesses and inputs are equal, have made the same outputs, and have equal [digests](Devices::digest).
+//!
+//! An input that is refused changes nothing, so the recorder may try and need not log. Whatever a driver puts
+//! into its queues stays its own trouble: accesses are bounds-checked, work is bounded, and a broken queue only
+//! stops its device ([`Devices::faults`]).
+#![forbid(unsafe_code)]
+
+mod pic;
+mod pit;
+mod platform;
+mod power;
+mod serial;
+mod virtio;
+
+use std::hash::{Hash, Hasher};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::event::{Effect, GuestTime, Input, Need, Output};
+use crate::memory::GuestRam;
+
+use pic::Pic;
+use pit::{Access, Pit, Waiting};
+use platform::{REGISTER_BYTES, Register};
+use serial::Serial;
+use virtio::Line;
+use virtio::mmio::{self, Mmio};
+use virtio::net::{self, Net};
+use virtio::rng::{self, Rng};
+
+pub use pit::TickPlan;
+pub use virtio::mmio::DeviceFault;
+pub use virtio::net::MAX_FRAME;
+pub use virtio::queue::QueueFault;
+pub use virtio::rng::MAX_REQUEST;
+
+const NET_BASE: u64 = platform::BASE + platform::LEN;
+const RNG_BASE: u64 = NET_BASE + mmio::LEN;
+
+const IRQ_TIMER: u8 = 0;
+const IRQ_CONSOLE: u8 = 4;
+const IRQ_NET: u8 = 5;
+const IRQ_RNG: u8 = 6;
+
+const CONSOLE: u16 = 0x3f8;
+
+/// What differs between boards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DevicesConfig {
+    /// The network device's Ethernet address.
+    pub mac: [u8; 6],
+    /// The network device's MTU: the largest IP packet in bytes. A frame has 14 more.
+    pub mtu: u16,
+}
+
+/// The address space of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bus {
+    /// An I/O port.
+    Port,
+    /// A guest-physical address outside RAM.
+    Mmio,
+}
+
+/// Why an input was refused. The devices are as they were before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// The guest has no room for it now.
+    #[error("the guest has room for {room} bytes of {what}, not for {len}: hold them back")]
+    NoRoom {
+        /// The kind of input.
+        what: &'static str,
+        /// Its length in bytes.
+        len: usize,
+        /// How many bytes would fit.
+        room: usize,
+    },
+    /// No device waits for it.
+    #[error(
+        "no device waits for {what}: the log does not belong to this execution, or it diverged"
+    )]
+    Unexpected {
+        /// The kind of input.
+        what: &'static str,
+    },
+    /// Random bytes in another number than asked for.
+    #[error("{expected} random bytes were asked for, {found} came")]
+    WrongLength {
+        /// Asked for.
+        expected: usize,
+        /// Came.
+        found: usize,
+    },
+}
+
+/// The access that waits for its [`Devices::answer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Awaiting {
+    Register(Register),
+    Timer(Waiting),
+}
+
+/// The state of all devices: plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Board {
+    pic: Pic,
+    pit: Pit,
+    serial: Serial,
+    net: Mmio<Net, 2>,
+    rng: Mmio<Rng, 1>,
+    awaiting: Option<Awaiting>,
+    /// HALT's latch.
+    happened: bool,
+}
+
+/// The whole board, and the outputs that nobody took yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Devices {
+    board: Board,
+    outputs: Vec<Output>,
+}
+
+/// Gathers the many small fields of the state, to hash them in one go: a third of the time of hashing each.
+struct StateBytes(Vec<u8>);
+
+impl Hasher for StateBytes {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        xxh3_64(&self.0)
+    }
+}
+
+/// What an address belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Pic(u16),
+    Pit(u16),
+    Serial(u16),
+    Power,
+    Platform(u64),
+    Net(u64),
+    Rng(u64),
+    Nothing,
+}
+
+impl Devices {
+    /// A board at power-on.
+    #[must_use]
+    pub fn new(config: &DevicesConfig) -> Self {
+        Self {
+            board: Board {
+                pic: Pic::default(),
+                pit: Pit::default(),
+                serial: Serial::default(),
+                net: Mmio::new(Net::new(config.mac, config.mtu)),
+                rng: Mmio::new(Rng::default()),
+                awaiting: None,
+                happened: false,
+            },
+            outputs: Vec::new(),
+        }
+    }
+
+    /// A guest's read of `data.len()` bytes. With [`Effect::Done`], `data` is filled. With [`Effect::Needs`] or
+    /// [`Effect::Halt`], it will be by [`answer`](Self::answer), before any other access.
+    ///
+    /// One call is one element of a string instruction.
+    pub fn read(&mut self, ram: &GuestRam, bus: Bus, addr: u64, data: &mut [u8]) -> Effect {
+        debug_assert_eq!(
+            self.board.awaiting, None,
+            "the last access was not answered"
+        );
+        data.fill(0xff);
+        let board = &mut self.board;
+        match place(bus, addr, data.len()) {
+            Place::Pic(port) => data[0] = board.pic.read(port),
+            Place::Pit(port) => match board.pit.read(port) {
+                Access::Done(byte) => data[0] = byte,
+                Access::Clock(waiting) => return self.wait(Awaiting::Timer(waiting)),
+            },
+            Place::Serial(register) => {
+                data[0] = board.serial.read(register);
+                self.update_console_line();
+            }
+            Place::Platform(offset) => {
+                if let Some(register) = platform::register(offset, data.len()) {
+                    if register == Register::Halt {
+                        self.notify_all(ram);
+                    }
+                    return self.wait(Awaiting::Register(register));
+                }
+            }
+            Place::Net(offset) => board.net.read(offset, data),
+            Place::Rng(offset) => board.rng.read(offset, data),
+            Place::Power | Place::Nothing => {}
+        }
+        Effect::Done
+    }
+
+    /// A guest's write. A write that starts the 8254 needs the clock, too ([`Effect::Needs`]): it is completed by
+    /// [`answer`](Self::answer) with no data, before any other access.
+    ///
+    /// One call is one element of a string instruction.
+    pub fn write(&mut self, ram: &GuestRam, bus: Bus, addr: u64, data: &[u8]) -> Effect {
+        debug_assert_eq!(
+            self.board.awaiting, None,
+            "the last access was not answered"
+        );
+        let board = &mut self.board;
+        match place(bus, addr, data.len()) {
+            Place::Pic(port) => board.pic.write(port, data[0]),
+            Place::Pit(port) => {
+                if let Access::Clock(waiting) = board.pit.write(port, data[0]) {
+                    return self.wait(Awaiting::Timer(waiting));
+                }
+            }
+            Place::Serial(register) => {
+                if let Some(byte) = board.serial.write(register, data[0]) {
+                    self.print(byte);
+                }
+                self.update_console_line();
+            }
+            Place::Power => {
+                if let Some(status) = power::power_off(data) {
+                    self.outputs.push(Output::PowerOff(status));
+                    return Effect::PowerOff(status);
+                }
+            }
+            Place::Net(offset) => {
+                let line = board.net.write(ram, offset, data, &mut self.outputs);
+                board.drive(IRQ_NET, line);
+            }
+            Place::Rng(offset) => {
+                let line = board.rng.write(ram, offset, data, &mut self.outputs);
+                board.drive(IRQ_RNG, line);
+            }
+            Place::Platform(_) | Place::Nothing => {}
+        }
+        Effect::Done
+    }
+
+    /// Completes the access that returned [`Effect::Needs`], with what it needs, or [`Effect::Halt`], with
+    /// [`Input::Clock`]. `data` is the read's; for a write it is empty.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unexpected`] and [`DeviceError::WrongLength`]: the access still waits.
+    pub fn answer(&mut self, input: &Input, data: &mut [u8]) -> Result<(), DeviceError> {
+        let board = &mut self.board;
+        match (board.awaiting, input) {
+            (Some(Awaiting::Register(Register::Random)), Input::Random(bytes)) => {
+                if bytes.len() != REGISTER_BYTES {
+                    return Err(DeviceError::WrongLength {
+                        expected: REGISTER_BYTES,
+                        found: bytes.len(),
+                    });
+                }
+                fill(data, bytes);
+            }
+            (
+                Some(Awaiting::Register(register @ (Register::Halt | Register::Clock))),
+                Input::Clock(now),
+            ) => {
+                fill(data, &now.0.to_le_bytes());
+                if register == Register::Halt {
+                    board.happened = false;
+                }
+            }
+            (Some(Awaiting::Timer(waiting)), Input::Clock(now)) => {
+                let byte = board.pit.answer(waiting, *now);
+                fill(data, &[byte]);
+            }
+            _ => return Err(unexpected(input)),
+        }
+        board.awaiting = None;
+        Ok(())
+    }
+
+    /// What the entropy device waits for: 1 to [`MAX_REQUEST`] random bytes, given by
+    /// [`apply`](Self::apply). Then ask again: a queue of requests is answered one by one.
+    #[must_use]
+    pub fn pending(&self) -> Option<Need> {
+        let rng = &self.board.rng;
+        rng.queue(rng::REQUESTS)?;
+        rng.device().waiting().map(Need::Random)
+    }
+
+    /// Applies an input that no access waits for: a tick, a frame, console bytes, or what is
+    /// [`pending`](Self::pending).
+    ///
+    /// # Errors
+    /// The input is refused and nothing has changed.
+    pub fn apply(&mut self, ram: &GuestRam, input: &Input) -> Result<(), DeviceError> {
+        match input {
+            Input::Tick(count) => self.tick(*count),
+            Input::Frame(frame) => self.receive_frame(ram, frame),
+            Input::Console(bytes) => self.receive_console(bytes),
+            Input::Random(bytes) => self.supply_random(ram, bytes),
+            Input::Clock(_) => Err(unexpected(input)),
+        }
+    }
+
+    /// The longest frame that can be applied now, in bytes; 0 while the guest has no buffer for one. A frame that
+    /// is longer than a room that is not 0 will never fit into that buffer: drop it.
+    #[must_use]
+    pub fn frame_room(&self, ram: &GuestRam) -> usize {
+        let queue = self.board.net.queue(net::RECEIVE);
+        queue.map_or(0, |queue| Net::room(queue, ram))
+    }
+
+    /// Whether any frame that the MTU allows can be applied now.
+    #[must_use]
+    pub fn can_receive(&self, ram: &GuestRam) -> bool {
+        self.frame_room(ram) >= self.board.net.device().longest_frame()
+    }
+
+    /// Whether the guest drives its network device: frames that come before it does can be dropped.
+    #[must_use]
+    pub fn network_is_up(&self) -> bool {
+        self.board.net.running()
+    }
+
+    /// How many console bytes can be applied now.
+    #[must_use]
+    pub fn console_room(&self) -> usize {
+        self.board.serial.room()
+    }
+
+    /// Whether [`outputs`](Self::outputs) would yield any.
+    #[must_use]
+    pub fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    /// Takes all outputs, in the order in which the guest made them. An exit makes at most as many frames as the
+    /// transmit queue has places.
+    pub fn outputs(&mut self) -> impl Iterator<Item = Output> + '_ {
+        self.outputs.drain(..)
+    }
+
+    /// Whether the 8259 asks for an interrupt.
+    #[must_use]
+    pub fn interrupt_pending(&self) -> bool {
+        self.board.pic.pending()
+    }
+
+    /// The CPU takes the interrupt: its vector. With none pending it is the spurious one.
+    pub fn acknowledge_interrupt(&mut self) -> u8 {
+        self.board.happened = true;
+        self.board.pic.acknowledge()
+    }
+
+    /// HALT's latch: whether a frame, console bytes, random bytes or an interrupt reached the guest since HALT was
+    /// last answered. A tick counts when its interrupt is taken.
+    #[must_use]
+    pub fn something_happened(&self) -> bool {
+        self.board.happened
+    }
+
+    /// What channel 0 of the 8254 was programmed to do; `None` while it will not expire.
+    #[must_use]
+    pub fn tick_plan(&self) -> Option<TickPlan> {
+        self.board.pit.tick_plan()
+    }
+
+    /// When the next [`Input::Tick`] is due.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<GuestTime> {
+        self.board.pit.next_tick()
+    }
+
+    /// How many expiries are due at `now` and not applied yet: unless 0, the count of an [`Input::Tick`].
+    #[must_use]
+    pub fn ticks_due(&self, now: GuestTime) -> u32 {
+        self.board.pit.ticks_due(now)
+    }
+
+    /// What drivers broke, by device: such a device does nothing until its driver resets it.
+    pub fn faults(&self) -> impl Iterator<Item = (&'static str, DeviceFault)> {
+        let net = self.board.net.fault().map(|fault| ("network", fault));
+        let rng = self.board.rng.fault().map(|fault| ("entropy", fault));
+        net.into_iter().chain(rng)
+    }
+
+    /// A hash of the state of all devices, to compare two boards of the same build. Outputs are not in it.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut state = StateBytes(Vec::with_capacity(1024));
+        self.board.hash(&mut state);
+        state.finish()
+    }
+
+    fn wait(&mut self, awaiting: Awaiting) -> Effect {
+        self.board.awaiting = Some(awaiting);
+        match awaiting {
+            Awaiting::Register(Register::Halt) => Effect::Halt,
+            Awaiting::Register(Register::Random) => Effect::Needs(Need::Random(REGISTER_BYTES)),
+            Awaiting::Register(Register::Clock) | Awaiting::Timer(_) => Effect::Needs(Need::Clock),
+        }
+    }
+
+    fn notify_all(&mut self, ram: &GuestRam) {
+        let board = &mut self.board;
+        let line = board.net.notify_all(ram, &mut self.outputs);
+        board.drive(IRQ_NET, line);
+        let line = board.rng.notify_all(ram, &mut self.outputs);
+        board.drive(IRQ_RNG, line);
+    }
+
+    fn print(&mut self, byte: u8) {
+        if let Some(Output::Console(bytes)) = self.outputs.last_mut() {
+            bytes.push(byte);
+        } else {
+            self.outputs.push(Output::Console(vec![byte]));
+        }
+    }
+
+    fn update_console_line(&mut self) {
+        let level = self.board.serial.line();
+        self.board.pic.set_line(IRQ_CONSOLE, level);
+    }
+
+    fn tick(&mut self, count: u32) -> Result<(), DeviceError> {
+        if !self.board.pit.tick(count) {
+            return Err(DeviceError::Unexpected {
+                what: "a timer tick",
+            });
+        }
+        self.board.pic.pulse(IRQ_TIMER);
+        Ok(())
+    }
+
+    fn receive_frame(&mut self, ram: &GuestRam, frame: &[u8]) -> Result<(), DeviceError> {
+        let room = self.frame_room(ram);
+        if room == 0 || frame.len() > room {
+            return Err(DeviceError::NoRoom {
+                what: "a frame",
+                len: frame.len(),
+                room,
+            });
+        }
+        let board = &mut self.board;
+        let line = board
+            .net
+            .work(net::RECEIVE, |_, queue| Net::receive(queue, ram, frame));
+        board.drive(IRQ_NET, line);
+        board.happened = true;
+        Ok(())
+    }
+
+    fn receive_console(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
+        let room = self.console_room();
+        if bytes.len() > room {
+            return Err(DeviceError::NoRoom {
+                what: "console input",
+                len: bytes.len(),
+                room,
+            });
+        }
+        if !bytes.is_empty() {
+            self.board.serial.receive(bytes);
+            self.board.happened = true;
+            self.update_console_line();
+        }
+        Ok(())
+    }
+
+    fn supply_random(&mut self, ram: &GuestRam, bytes: &[u8]) -> Result<(), DeviceError> {
+        let Some(Need::Random(expected)) = self.pending() else {
+            return Err(DeviceError::Unexpected {
+                what: "random bytes",
+            });
+        };
+        if bytes.len() != expected {
+            return Err(DeviceError::WrongLength {
+                expected,
+                found: bytes.len(),
+            });
+        }
+        let board = &mut self.board;
+        let line = board.rng.work(rng::REQUESTS, |device, queue| {
+            device.supply(queue, ram, bytes)
+        });
+        board.drive(IRQ_RNG, line);
+        board.happened = true;
+        Ok(())
+    }
+}
+
+impl Board {
+    fn drive(&mut self, irq: u8, line: Line) {
+        match line {
+            Line::Same => {}
+            Line::Raise => self.pic.pulse(irq),
+            Line::Lower => self.pic.set_line(irq, false),
+        }
+    }
+}
+
+/// What an access of `len` bytes at `addr` reaches. The port devices are a byte wide; a wider access, as one past
+/// a window's end, reaches nothing.
+fn place(bus: Bus, addr: u64, len: usize) -> Place {
+    match (bus, u16::try_from(addr)) {
+        (Bus::Port, Ok(power::PORT)) => Place::Power,
+        (Bus::Port, Ok(port)) if len == 1 => match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 => Place::Pic(port),
+            0x40..=0x43 | pit::PORT_B => Place::Pit(port),
+            CONSOLE..=0x3ff => Place::Serial(port - CONSOLE),
+            _ => Place::Nothing,
+        },
+        (Bus::Port, _) => Place::Nothing,
+        (Bus::Mmio, _) => window(addr),
+    }
+}
+
+fn window(addr: u64) -> Place {
+    const NET_END: u64 = NET_BASE + mmio::LEN;
+    const RNG_END: u64 = RNG_BASE + mmio::LEN;
+    match addr {
+        platform::BASE..NET_BASE => Place::Platform(addr - platform::BASE),
+        NET_BASE..NET_END => Place::Net(addr - NET_BASE),
+        RNG_BASE..RNG_END => Place::Rng(addr - RNG_BASE),
+        _ => Place::Nothing,
+    }
+}
+
+fn unexpected(input: &Input) -> DeviceError {
+    let what = match input {
+        Input::Clock(_) => "the clock",
+        Input::Random(_) => "random bytes",
+        Input::Tick(_) => "a timer tick",
+        Input::Frame(_) => "a frame",
+        Input::Console(_) => "console input",
+    };
+    DeviceError::Unexpected { what }
+}
+
+/// Copies as far as both reach.
+fn fill(data: &mut [u8], value: &[u8]) {
+    data.iter_mut()
+        .zip(value)
+        .for_each(|(byte, value)| *byte = *value);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,28 @@
+//! The power-off port (guest ABI, "Ports").
+#![forbid(unsafe_code)]
+
+/// The port.
+pub const PORT: u16 = 0x604;
+
+/// The status with which a write of `data` turns the guest off: 16 bits, 0x2000 + status.
+#[must_use]
+pub fn power_off(data: &[u8]) -> Option<u8> {
+    match *data {
+        [status, 0x20] => Some(status),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sixteen_bits_with_0x20_above() {
+        assert_eq!(power_off(&0x2000u16.to_le_bytes()), Some(0));
+        assert_eq!(power_off(&0x20ffu16.to_le_bytes()), Some(255));
+        for wrong in [&[0x20][..], &[0, 0x21], &[0, 0], &[0, 0x20, 0, 0]] {
+            assert_eq!(power_off(wrong), None);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! A split virtqueue (virtio 1.2, section 2.7): plain state here, the rings in guest RAM.
+//!
+//! The rings are walked by the `virtio-queue` crate. Around it stand the checks that make a hostile driver
+//! harmless: rings and buffers lie inside RAM, a chain has no more descriptors than the queue, every buffer
+//! goes one way, and a chain that breaks off is a fault and not a short chain. Who works a queue takes at most
+//! [`VirtQueue::size`] chains at a time: where a driver laid its rings over each other, our own answers make new
+//! requests.
+#![forbid(unsafe_code)]
+
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+
+use crate::memory::GuestRam;
+
+/// The largest queue that we offer.
+pub const MAX_SIZE: u16 = 256;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
+const NO_INTERRUPT: u16 = 1;
+
+/// What a driver did wrong with a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum QueueFault {
+    /// The rings.
+    #[error("its rings are misaligned or outside RAM")]
+    Rings,
+    /// The available ring's index.
+    #[error("its available index is ahead by more than the queue's size")]
+    AvailableIndex,
+    /// A chain of descriptors.
+    #[error("a descriptor chain loops, is too long, or leads out of its table")]
+    Chain,
+    /// A buffer's address or length.
+    #[error("a buffer is outside RAM")]
+    Buffer,
+    /// A buffer's direction.
+    #[error("a buffer goes the wrong way (device-readable for device-writable, or the reverse)")]
+    Direction,
+}
+
+/// Which way a chain's buffers go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The device reads them.
+    Readable,
+    /// The device writes them.
+    Writable,
+}
+
+/// A piece of guest RAM, checked to be inside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Buffer {
+    address: u64,
+    len: usize,
+}
+
+/// A chain of buffers that the driver made available.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chain {
+    head: u16,
+    buffers: Vec<Buffer>,
+    len: usize,
+}
+
+impl Chain {
+    /// The length of all buffers together, in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Everything after the first `skip` bytes.
+    ///
+    /// # Errors
+    /// [`QueueFault::Buffer`], which the checks on popping exclude.
+    pub fn read_after(&self, ram: &GuestRam, skip: usize) -> Result<Vec<u8>, QueueFault> {
+        let mut data = vec![0; self.len.saturating_sub(skip)];
+        let (mut skip, mut done) = (skip, 0);
+        for buffer in &self.buffers {
+            let over = skip.min(buffer.len);
+            skip -= over;
+            let len = buffer.len - over;
+            ram.read(buffer.address + over as u64, &mut data[done..done + len])
+                .map_err(|_| QueueFault::Buffer)?;
+            done += len;
+        }
+        Ok(data)
+    }
+
+    /// Fills the buffers with `parts`, one after the other, as far as they reach; returns the bytes written.
+    ///
+    /// # Errors
+    /// [`QueueFault::Buffer`], which the checks on popping exclude.
+    pub fn write(&self, ram: &GuestRam, parts: &[&[u8]]) -> Result<u32, QueueFault> {
+        let mut buffers = self.buffers.iter().copied();
+        let mut space = Buffer { address: 0, len: 0 };
+        let mut written = 0;
+        for part in parts {
+            let mut rest = *part;
+            while !rest.is_empty() {
+                if space.len == 0 {
+                    match buffers.next() {
+                        Some(buffer) => space = buffer,
+                        None => return Ok(written),
+                    }
+                    continue;
+                }
+                let (now, later) = rest.split_at(rest.len().min(space.len));
+                ram.write(space.address, now)
+                    .map_err(|_| QueueFault::Buffer)?;
+                space.address += now.len() as u64;
+                space.len -= now.len();
+                // A chain holds less than 4 GiB: the queue crate ends longer ones.
+                written += now.len() as u32;
+                rest = later;
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// A queue as its driver set it up, and how far both sides have come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct VirtQueue {
+    /// Places, as the driver wrote it: a power of two up to [`MAX_SIZE`] once the queue is ready.
+    pub size: u16,
+    /// Set up and checked.
+    pub ready: bool,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest-physical address of the available ring (the driver's).
+    pub available: u64,
+    /// Guest-physical address of the used ring (the device's).
+    pub used: u64,
+    next_available: u16,
+    next_used: u16,
+}
+
+impl VirtQueue {
+    /// Makes the queue ready if its size and its rings are good; says whether it is.
+    pub fn enable(&mut self, ram: &GuestRam) -> bool {
+        self.ready = true;
+        self.ready = self.open(ram).is_ok();
+        self.ready
+    }
+
+    /// Takes the next chain that the driver made available, if there is one. On an error nothing was taken.
+    ///
+    /// # Errors
+    /// What is wrong with the queue or the chain.
+    pub fn pop(
+        &mut self,
+        ram: &GuestRam,
+        direction: Direction,
+    ) -> Result<Option<Chain>, QueueFault> {
+        let mut queue = self.open(ram)?;
+        let memory = ram.guest_memory();
+        let mut available = queue.iter(memory).map_err(|_| QueueFault::AvailableIndex)?;
+        let Some(descriptors) = available.next() else {
+            return Ok(None);
+        };
+        let mut chain = Chain {
+            head: descriptors.head_index(),
+            buffers: Vec::new(),
+            len: 0,
+        };
+        // The queue crate ends a bad chain as it ends a good one; a good one ends without NEXT. It follows
+        // indirect tables, which we never offer: harmless, as the bound on descriptors counts theirs too.
+        let mut complete = false;
+        for descriptor in descriptors.take(usize::from(self.size)) {
+            let writable = descriptor.is_write_only();
+            if writable != (direction == Direction::Writable) {
+                return Err(QueueFault::Direction);
+            }
+            let buffer = Buffer {
+                address: descriptor.addr().0,
+                len: descriptor.len() as usize,
+            };
+            if !ram.contains(buffer.address, buffer.len) {
+                return Err(QueueFault::Buffer);
+            }
+            chain.buffers.push(buffer);
+            chain.len += buffer.len;
+            complete = !descriptor.has_next();
+        }
+        if !complete {
+            return Err(QueueFault::Chain);
+        }
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(Some(chain))
+    }
+
+    /// Looks at the next chain without taking it.
+    ///
+    /// # Errors
+    /// As [`pop`](Self::pop).
+    pub fn peek(&self, ram: &GuestRam, direction: Direction) -> Result<Option<Chain>, QueueFault> {
+        let mut copy = *self;
+        copy.pop(ram, direction)
+    }
+
+    /// Gives a chain back to the driver, with `len` bytes written into it.
+    ///
+    /// # Errors
+    /// What is wrong with the queue.
+    pub fn push(&mut self, ram: &GuestRam, chain: &Chain, len: u32) -> Result<(), QueueFault> {
+        let mut queue = self.open(ram)?;
+        queue
+            .add_used(ram.guest_memory(), chain.head, len)
+            .map_err(|_| QueueFault::Rings)?;
+        self.next_used = queue.next_used();
+        Ok(())
+    }
+
+    /// Whether the driver wants an interrupt for used buffers.
+    #[must_use]
+    pub fn wants_interrupt(&self, ram: &GuestRam) -> bool {
+        // A ring outside RAM is found when the queue is next used.
+        ram.read_obj::<u16>(self.available)
+            .is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+    }
+
+    fn open(&self, ram: &GuestRam) -> Result<Queue, QueueFault> {
+        let state = QueueState {
+            max_size: MAX_SIZE,
+            next_avail: self.next_available,
+            next_used: self.next_used,
+            event_idx_enabled: false,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.descriptors,
+            avail_ring: self.available,
+            used_ring: self.used,
+        };
+        let queue = Queue::try_from(state).map_err(|_| QueueFault::Rings)?;
+        // The queue crate takes an available ring at 0 for one that was never set.
+        if self.available != 0 && queue.is_valid(ram.guest_memory()) {
+            Ok(queue)
+        } else {
+            Err(QueueFault::Rings)
+        }
+    }
+}

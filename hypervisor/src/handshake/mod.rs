@@ -1,0 +1,342 @@
+//! Who the peer is, what CPU and version it has; then the ring.
+//!
+//! ```text
+//!  primary                                   backup (listens at a Unix socket)
+//!     │── hello: version, CPU, machine, identity, heartbeat address, key ──▶│ refuses, or builds the machine
+//!     │◀── welcome: identity, heartbeat address ── or refusal ─────────────│
+//!     │    (the primary swaps the pair's record into the arbiter)          │
+//!     │── record, the network port's descriptor ──────────────────────────▶│ checks that it is entitled
+//!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
+//!     │── go ─────────────────────────────────────────────────────────────▶│ follows
+//! ```
+//! Every message is a length (u32, little-endian) and that many bytes of JSON; the machine's image follows its description.
+//! Each has a size limit, each wait a time limit.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rdma_log::fdpass::{self, FdPassError};
+use rdma_log::transport::shm::ConnectError;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::kvm::CpuModel;
+use crate::machine::{MachineSpec, SpecError};
+use crate::protocol::heartbeat::PairKey;
+use crate::protocol::{Configuration, Epoch, Identity, Record, State};
+
+/// Version of the handshake, the entries and the machine's description. Both sides must have the same.
+pub const VERSION: u32 = 1;
+
+/// Longest JSON message in bytes; the largest real one has some 500.
+const MESSAGE_MAX: u32 = 64 << 10;
+
+/// Longest image; as in the machine's description.
+const IMAGE_MAX: u32 = 65 << 20;
+
+/// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why there is no pair.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The connection broke.
+    #[error("the other side closed the connection, or did not answer within {} s: {source}", PATIENCE.as_secs())]
+    Connection {
+        /// What the kernel said.
+        #[from]
+        source: std::io::Error,
+    },
+    /// A message that makes no sense.
+    #[error("the other side sent no {expected}: {why}; is it a doppel of the same version?")]
+    Malformed {
+        /// What was expected.
+        expected: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// The other side speaks another version.
+    #[error("the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both")]
+    Version {
+        /// Its version.
+        theirs: u32,
+    },
+    /// The CPUs differ.
+    #[error(
+        "the other side's CPU is {} {:#x}, this one's {} {:#x}: replay needs the same vendor, family, model and stepping on both",
+        theirs.vendor, theirs.signature, ours.vendor, ours.signature
+    )]
+    Cpu {
+        /// The other side's CPU.
+        theirs: CpuModel,
+        /// This one's.
+        ours: CpuModel,
+    },
+    /// The machine has another name.
+    #[error("the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name")]
+    Name {
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: String,
+    },
+    /// The other side said no.
+    #[error("the other side refused: {0}")]
+    Refused(String),
+    /// The record does not entitle this backup.
+    #[error("the pair's record does not entitle this backup: {0}")]
+    NotEntitled(String),
+    /// The machine's description.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Descriptors.
+    #[error("cannot pass a descriptor: {0}")]
+    Pass(#[from] FdPassError),
+    /// The ring.
+    #[error("cannot set up the ring: {0}")]
+    Ring(#[from] ConnectError),
+}
+
+/// What a primary says first.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The host's CPU.
+    pub cpu: CpuModel,
+    /// The machine's name.
+    pub name: String,
+    /// The primary's process.
+    pub identity: String,
+    /// Where it expects heartbeats.
+    pub heartbeat: SocketAddr,
+    /// The pair's key for heartbeats.
+    pub key: [u8; 16],
+    /// Bytes of the machine's description, which follows.
+    pub spec_bytes: u32,
+}
+
+/// What a backup answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Answer {
+    Welcome { identity: String, heartbeat: SocketAddr },
+    Refusal { why: String },
+}
+
+/// The pair's record, as it stands in the arbiter.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Agreed {
+    epoch: u64,
+    configuration: u64,
+    owner: String,
+    entitled: String,
+    has_port: bool,
+}
+
+fn identity(text: &str, expected: &'static str) -> Result<Identity, HandshakeError> {
+    Identity::parse(text).ok_or_else(|| HandshakeError::Malformed {
+        expected,
+        why: format!("{text:?} is no identity"),
+    })
+}
+
+fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), HandshakeError> {
+    let text = serde_json::to_vec(message).expect("plain fields always encode");
+    let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
+    bytes.extend_from_slice(&text);
+    Ok(stream.write_all(&bytes)?)
+}
+
+fn receive<T: DeserializeOwned>(mut stream: &UnixStream, expected: &'static str) -> Result<T, HandshakeError> {
+    let mut length = [0; 4];
+    stream.read_exact(&mut length)?;
+    let length = u32::from_le_bytes(length);
+    let malformed = |why| HandshakeError::Malformed { expected, why };
+    if length > MESSAGE_MAX {
+        return Err(malformed(format!("{length} bytes, more than {MESSAGE_MAX}")));
+    }
+    let mut text = vec![0; length as usize];
+    stream.read_exact(&mut text)?;
+    serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))
+}
+
+fn patience(stream: &UnixStream) -> Result<(), HandshakeError> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream.set_write_timeout(Some(PATIENCE))?)
+}
+
+/// What a primary learns of its backup.
+#[derive(Clone, Copy, Debug)]
+pub struct Welcomed {
+    /// The backup's process.
+    pub identity: Identity,
+    /// Where it expects heartbeats.
+    pub heartbeat: SocketAddr,
+}
+
+/// The primary's first half: says who it is and what it runs.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn introduce(stream: &UnixStream, hello: &Hello, spec: &[u8]) -> Result<Welcomed, HandshakeError> {
+    patience(stream)?;
+    send(stream, hello)?;
+    let mut writer = stream;
+    writer.write_all(spec)?;
+    match receive(stream, "welcome")? {
+        Answer::Welcome {
+            identity: theirs,
+            heartbeat,
+        } => Ok(Welcomed {
+            identity: identity(&theirs, "welcome")?,
+            heartbeat,
+        }),
+        Answer::Refusal { why } => Err(HandshakeError::Refused(why)),
+    }
+}
+
+/// The primary's second half: what the arbiter holds now, and the network port that both share.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn agree(stream: &UnixStream, record: &Record, port: Option<BorrowedFd<'_>>) -> Result<(), HandshakeError> {
+    let entitled = record
+        .entitled
+        .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
+    send(
+        stream,
+        &Agreed {
+            epoch: record.epoch.0,
+            configuration: record.configuration.0,
+            owner: record.owner.to_string(),
+            entitled: entitled.to_string(),
+            has_port: port.is_some(),
+        },
+    )?;
+    if let Some(port) = port {
+        fdpass::send_with_fds(stream, b"p", &[port])?;
+    }
+    Ok(())
+}
+
+/// The backup's first half: reads who the primary is and what it runs.
+///
+/// # Errors
+/// See [`HandshakeError`]. The caller tells the primary by [`refuse`].
+pub fn listen_to(stream: &UnixStream, ours: &CpuModel, name: &str) -> Result<(Hello, MachineSpec), HandshakeError> {
+    patience(stream)?;
+    let hello: Hello = receive(stream, "hello")?;
+    if hello.version != VERSION {
+        return Err(HandshakeError::Version { theirs: hello.version });
+    }
+    if hello.spec_bytes > IMAGE_MAX {
+        return Err(HandshakeError::Malformed {
+            expected: "machine description",
+            why: format!("{} bytes", hello.spec_bytes),
+        });
+    }
+    let mut spec = Vec::new();
+    stream.take(u64::from(hello.spec_bytes)).read_to_end(&mut spec)?;
+    if &hello.cpu != ours {
+        return Err(HandshakeError::Cpu {
+            theirs: hello.cpu,
+            ours: ours.clone(),
+        });
+    }
+    if hello.name != name {
+        return Err(HandshakeError::Name {
+            theirs: hello.name,
+            ours: name.to_owned(),
+        });
+    }
+    Ok((hello, MachineSpec::decode(&spec)?))
+}
+
+/// Tells the primary why there will be no pair. That the primary may be gone changes nothing.
+pub fn refuse(stream: &UnixStream, error: &HandshakeError) {
+    let _ = send(stream, &Answer::Refusal { why: error.to_string() });
+}
+
+/// The backup's second half: welcomes the primary, and hears what was agreed with the arbiter. Also returns the network port,
+/// if there is one.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn welcome(
+    stream: &UnixStream,
+    me: Identity,
+    heartbeat: SocketAddr,
+) -> Result<(Record, Option<OwnedFd>), HandshakeError> {
+    send(
+        stream,
+        &Answer::Welcome {
+            identity: me.to_string(),
+            heartbeat,
+        },
+    )?;
+    let agreed: Agreed = receive(stream, "record")?;
+    let record = Record {
+        epoch: Epoch(agreed.epoch),
+        configuration: Configuration(agreed.configuration),
+        state: State::Live,
+        owner: identity(&agreed.owner, "record")?,
+        entitled: Some(identity(&agreed.entitled, "record")?),
+    };
+    if record.entitled != Some(me) {
+        return Err(HandshakeError::NotEntitled(record.to_string()));
+    }
+    let mut byte = [0];
+    let mut port = None;
+    if agreed.has_port {
+        port = fdpass::recv_with_fds(stream, &mut byte, 1)?.pop();
+    }
+    Ok((record, port))
+}
+
+/// The primary says that everything is set up: the guest starts.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
+    Ok(stream.write_all(b"g")?)
+}
+
+/// The backup waits for [`go`].
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn await_go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
+    let mut byte = [0];
+    stream.read_exact(&mut byte)?;
+    if byte != *b"g" {
+        return Err(HandshakeError::Malformed {
+            expected: "go",
+            why: format!("byte {:#x}", byte[0]),
+        });
+    }
+    Ok(())
+}
+
+/// The heartbeat key of a hello.
+#[must_use]
+pub fn key_of(hello: &Hello) -> PairKey {
+    PairKey::from_bytes(hello.key)
+}
+
+/// The primary's identity in a hello.
+///
+/// # Errors
+/// [`HandshakeError::Malformed`].
+pub fn identity_of(hello: &Hello) -> Result<Identity, HandshakeError> {
+    identity(&hello.identity, "hello")
+}
+
+/// A descriptor to hand over.
+#[must_use]
+pub fn port_fd<T: AsFd>(port: Option<&T>) -> Option<BorrowedFd<'_>> {
+    port.map(AsFd::as_fd)
+}

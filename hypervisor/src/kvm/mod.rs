@@ -1,0 +1,61 @@
+//! Every call into KVM.
+//!
+//! Why unsafe lives here: ioctls without a wrapper in `kvm-ioctls` (KVM_INTERRUPT), the data area of `kvm_run`, guest
+//! memory handed to the kernel, and the signal that kicks a vCPU. Nothing above this module touches any of it.
+
+mod cpuid;
+mod exit;
+mod msr;
+mod vcpu;
+mod vm;
+
+pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
+pub use exit::Exit;
+pub use vcpu::{CpuState, Kick, Vcpu};
+pub use vm::{KvmSource, Vm};
+
+/// What can go wrong between us and KVM.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// `/dev/kvm` is not there.
+    #[error("{path} does not exist: this machine offers no KVM; load kvm_amd or kvm_intel, or enable nested virtualization")]
+    NoDevice {
+        /// The path that was tried.
+        path: String,
+    },
+    /// `/dev/kvm` may not be opened.
+    #[error("no permission to open {path}: add yourself to its group (usually `kvm`), or run as root")]
+    NoPermission {
+        /// The path that was tried.
+        path: String,
+    },
+    /// KVM lacks something we cannot do without.
+    #[error("this KVM lacks {what}; a newer kernel has it")]
+    Missing {
+        /// The capability's name.
+        what: &'static str,
+    },
+    /// An ioctl failed.
+    #[error("KVM refused {call}: {source}")]
+    Call {
+        /// The ioctl's name.
+        call: &'static str,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The vCPU cannot go on.
+    #[error("the vCPU stopped: {why}")]
+    Stopped {
+        /// The exit reason in words.
+        why: String,
+    },
+}
+
+impl KvmError {
+    fn call(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Call {
+            call,
+            source: std::io::Error::from_raw_os_error(error.errno()),
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! The vCPU: run to an exit, answer it, inject, read and set its state.
+
+use std::cell::Cell;
+use std::os::fd::AsRawFd;
+use std::sync::Once;
+
+use kvm_bindings::{
+    KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
+};
+use kvm_ioctls::{SyncReg, VcpuFd};
+
+use super::{Exit, KvmError};
+
+/// `_IOW(KVMIO, 0x86, struct kvm_interrupt)`: `kvm-ioctls` has no wrapper for it.
+const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
+
+/// Bytes KVM can hand over in one port exit: a page, as `KVM_PIO_PAGE_OFFSET` says.
+const PORT_DATA_MAX: usize = 4096;
+
+thread_local! {
+    /// The run page of the vCPU that this thread runs, for the signal handler.
+    static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int) {
+    RUN_PAGE.with(|page| {
+        let run = page.get();
+        if !run.is_null() {
+            // SAFETY: the pointer is set only while this thread is inside `Vcpu::run`, whose vCPU keeps the page mapped.
+            unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
+        }
+    });
+}
+
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+fn install_kick_handler() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the handler only touches a thread-local cell and the run page; `action` is fully initialised.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_kick as *const () as usize;
+            libc::sigemptyset(&raw mut action.sa_mask);
+            libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut());
+        }
+    });
+}
+
+/// Makes a vCPU thread leave the guest. Cheap to copy to any thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Kick {
+    process: libc::pid_t,
+    thread: libc::pid_t,
+}
+
+impl Kick {
+    /// Kicks the calling thread's vCPU.
+    #[must_use]
+    pub fn this_thread() -> Self {
+        install_kick_handler();
+        // SAFETY: getpid and gettid always succeed.
+        unsafe {
+            Self {
+                process: libc::getpid(),
+                thread: libc::gettid(),
+            }
+        }
+    }
+
+    /// Ends the thread's current or next KVM_RUN with [`Exit::Interrupted`]. Does nothing once the thread has ended.
+    pub fn kick(self) {
+        // SAFETY: tgkill with a thread of this process; a thread that has ended gives ESRCH.
+        unsafe { libc::syscall(libc::SYS_tgkill, self.process, self.thread, kick_signal()) };
+    }
+}
+
+/// Everything of the vCPU that a guest can see.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuState {
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments and control registers, without the interrupt bitmap.
+    pub sregs: kvm_sregs,
+    /// Pending exceptions and interrupts.
+    pub events: kvm_vcpu_events,
+    /// x87 and SSE.
+    pub fpu: kvm_fpu,
+}
+
+/// What a read exit waits for.
+#[derive(Clone, Copy, Debug)]
+enum DataAt {
+    Nothing,
+    Port { offset: usize, len: usize },
+    Mmio { len: usize },
+}
+
+/// The one vCPU of a machine.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    data_at: DataAt,
+}
+
+impl Vcpu {
+    pub(super) fn new(mut fd: VcpuFd) -> Self {
+        install_kick_handler();
+        fd.set_sync_valid_reg(SyncReg::Register);
+        fd.set_sync_valid_reg(SyncReg::SystemRegister);
+        Self {
+            fd,
+            data_at: DataAt::Nothing,
+        }
+    }
+
+    /// Runs the guest to its next exit.
+    ///
+    /// # Errors
+    /// [`KvmError::Stopped`] when KVM cannot run this guest any further, [`KvmError::Call`] when the call failed.
+    pub fn run(&mut self) -> Result<Exit, KvmError> {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        RUN_PAGE.with(|page| page.set(run));
+        let outcome = self.fd.run().map(|_| ());
+        RUN_PAGE.with(|page| page.set(std::ptr::null_mut()));
+        self.data_at = DataAt::Nothing;
+        let run = self.fd.get_kvm_run();
+        if let Err(error) = outcome {
+            return match error.errno() {
+                libc::EINTR | libc::EAGAIN => {
+                    run.immediate_exit = 0;
+                    Ok(Exit::Interrupted)
+                }
+                errno => Err(KvmError::Call {
+                    call: "KVM_RUN",
+                    source: std::io::Error::from_raw_os_error(errno),
+                }),
+            };
+        }
+        // SAFETY (all union reads below): the exit reason says which member the kernel filled in.
+        let exit = match run.exit_reason {
+            KVM_EXIT_IO => {
+                // SAFETY: see above.
+                let io = unsafe { run.__bindgen_anon_1.io };
+                let len = usize::from(io.size) * io.count as usize;
+                if len > PORT_DATA_MAX {
+                    return Err(KvmError::Stopped {
+                        why: format!("a port exit with {len} bytes"),
+                    });
+                }
+                self.data_at = DataAt::Port {
+                    offset: io.data_offset as usize,
+                    len,
+                };
+                Exit::Port {
+                    port: io.port,
+                    size: io.size,
+                    count: io.count,
+                    write: u32::from(io.direction) == KVM_EXIT_IO_OUT,
+                }
+            }
+            KVM_EXIT_MMIO => {
+                // SAFETY: see above.
+                let mmio = unsafe { run.__bindgen_anon_1.mmio };
+                let len = (mmio.len as usize).min(8);
+                self.data_at = DataAt::Mmio { len };
+                Exit::Mmio {
+                    address: mmio.phys_addr,
+                    size: len as u8,
+                    write: mmio.is_write != 0,
+                }
+            }
+            KVM_EXIT_HLT => Exit::Hlt,
+            KVM_EXIT_X86_RDMSR => Exit::ReadMsr {
+                // SAFETY: see above.
+                index: unsafe { run.__bindgen_anon_1.msr.index },
+            },
+            KVM_EXIT_X86_WRMSR => {
+                // SAFETY: see above.
+                let msr = unsafe { run.__bindgen_anon_1.msr };
+                Exit::WriteMsr {
+                    index: msr.index,
+                    value: msr.data,
+                }
+            }
+            KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+            KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => Exit::Interrupted,
+            KVM_EXIT_INTERNAL_ERROR => {
+                // SAFETY: see above.
+                let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+                let rip = self.regs().rip;
+                return Err(KvmError::Stopped {
+                    why: format!(
+                        "KVM could not emulate the instruction at {rip:#x} (suberror {suberror}); \
+                         in ring 0 some KVMs emulate integer instructions only"
+                    ),
+                });
+            }
+            reason => {
+                return Err(KvmError::Stopped {
+                    why: format!("exit reason {reason}, which no guest of ours should cause"),
+                });
+            }
+        };
+        Ok(exit)
+    }
+
+    /// The bytes of the current port or MMIO exit: what the guest wrote, or where its answer goes.
+    pub fn data(&mut self) -> &mut [u8] {
+        let run: *mut kvm_run = self.fd.get_kvm_run();
+        match self.data_at {
+            DataAt::Nothing => &mut [],
+            // SAFETY: the kernel placed `len` bytes (bounded in `run`) at this offset of the mapping; `&mut self` keeps
+            // the slice alone.
+            DataAt::Port { offset, len } => unsafe {
+                std::slice::from_raw_parts_mut(run.cast::<u8>().add(offset), len)
+            },
+            // SAFETY: the last exit was an MMIO exit, so this member is the one in use.
+            DataAt::Mmio { len } => unsafe { &mut (&mut (*run).__bindgen_anon_1.mmio.data)[..len] },
+        }
+    }
+
+    /// Answers a filtered MSR access: a read with `value`, or a write; `fault` makes it a general protection fault.
+    pub fn answer_msr(&mut self, value: u64, fault: bool) {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: called at an MSR exit, where this member is the one in use; every bit pattern is valid for it.
+        let msr = unsafe { &mut run.__bindgen_anon_1.msr };
+        msr.data = value;
+        msr.error = u8::from(fault);
+    }
+
+    /// General registers at the last exit.
+    #[must_use]
+    pub fn regs(&mut self) -> kvm_regs {
+        self.fd.sync_regs_mut().regs
+    }
+
+    /// Whether the guest would take an interrupt at this exit.
+    pub fn ready_for_interrupt(&mut self) -> bool {
+        let run = self.fd.get_kvm_run();
+        run.ready_for_interrupt_injection != 0 && run.if_flag != 0
+    }
+
+    /// Injects a vector; the guest takes it when it runs next.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn inject(&mut self, vector: u8) -> Result<(), KvmError> {
+        let interrupt = kvm_interrupt { irq: u32::from(vector) };
+        // SAFETY: the descriptor is a vCPU and the structure is what KVM_INTERRUPT takes.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_INTERRUPT, &raw const interrupt) };
+        if result != 0 {
+            return Err(KvmError::Call {
+                call: "KVM_INTERRUPT",
+                source: std::io::Error::last_os_error(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn complete(&mut self) -> Result<(), KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let outcome = self.run();
+        self.fd.set_kvm_immediate_exit(0);
+        match outcome? {
+            Exit::Interrupted => Ok(()),
+            other => Err(KvmError::Stopped {
+                why: format!("completing an exit made another: {other:?}"),
+            }),
+        }
+    }
+
+    /// The whole state; only after [`Vcpu::complete`].
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn state(&self) -> Result<CpuState, KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
+        sregs.interrupt_bitmap = [0; 4];
+        Ok(CpuState {
+            regs: self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
+            sregs,
+            events: self
+                .fd
+                .get_vcpu_events()
+                .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+            fpu: self.fd.get_fpu().map_err(KvmError::call("KVM_GET_FPU"))?,
+        })
+    }
+
+    /// System registers, to change and set before the first run.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn sregs(&self) -> Result<kvm_sregs, KvmError> {
+        self.fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))
+    }
+
+    /// Sets registers before the first run.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn set(&self, regs: &kvm_regs, sregs: &kvm_sregs, fpu: &kvm_fpu) -> Result<(), KvmError> {
+        self.fd.set_sregs(sregs).map_err(KvmError::call("KVM_SET_SREGS"))?;
+        self.fd.set_regs(regs).map_err(KvmError::call("KVM_SET_REGS"))?;
+        self.fd.set_fpu(fpu).map_err(KvmError::call("KVM_SET_FPU"))
+    }
+}

@@ -1,0 +1,169 @@
+//! The virtual machine: memory slot, MSR filter, what the host must offer.
+
+use std::os::fd::{FromRawFd, RawFd};
+use std::path::PathBuf;
+
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::{CpuModel, KvmError, Vcpu, deterministic_cpuid, msr};
+use crate::memory::{DirtyPages, GuestRam};
+
+const RAM_SLOT: u32 = 0;
+/// Where KVM may put its three scratch pages on Intel; above every window of ours and below 4 GiB.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Where the KVM descriptor comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvmSource {
+    /// Open this path, normally `/dev/kvm`.
+    Path(PathBuf),
+    /// A descriptor that was opened before privileges were dropped.
+    Inherited(RawFd),
+}
+
+impl Default for KvmSource {
+    fn default() -> Self {
+        Self::Path(PathBuf::from("/dev/kvm"))
+    }
+}
+
+impl KvmSource {
+    /// Opens KVM and checks that it is one we can use.
+    ///
+    /// # Errors
+    /// See [`KvmError`].
+    pub fn open(&self) -> Result<Kvm, KvmError> {
+        let kvm = match self {
+            Self::Path(path) => {
+                let shown = path.display().to_string();
+                let c_path = std::ffi::CString::new(shown.clone()).map_err(|_| KvmError::NoDevice {
+                    path: shown.clone(),
+                })?;
+                Kvm::new_with_path(&c_path).map_err(|error| match error.errno() {
+                    libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NoDevice { path: shown },
+                    libc::EACCES | libc::EPERM => KvmError::NoPermission { path: shown },
+                    errno => KvmError::Call {
+                        call: "open",
+                        source: std::io::Error::from_raw_os_error(errno),
+                    },
+                })?
+            }
+            Self::Inherited(fd) => {
+                // SAFETY: fcntl only inspects the descriptor; a bad one gives an error.
+                let copy = unsafe { libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, 3) };
+                if copy < 0 {
+                    return Err(KvmError::Call {
+                        call: "the inherited descriptor",
+                        source: std::io::Error::last_os_error(),
+                    });
+                }
+                // SAFETY: `copy` is a fresh descriptor that nothing else owns.
+                unsafe { Kvm::from_raw_fd(copy) }
+            }
+        };
+        if kvm.get_api_version() != 12 {
+            return Err(KvmError::Missing {
+                what: "API version 12",
+            });
+        }
+        Ok(kvm)
+    }
+}
+
+/// One virtual machine with its memory in slot 0.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    kvm: Kvm,
+    ram_size: usize,
+}
+
+impl Vm {
+    /// Creates a machine whose memory is `ram`, without any in-kernel interrupt controller or timer.
+    ///
+    /// The memory must outlive the machine; `Machine` owns both and drops the machine first.
+    ///
+    /// # Errors
+    /// [`KvmError::Missing`] for a capability this KVM has not, [`KvmError::Call`] otherwise.
+    pub fn new(kvm: Kvm, ram: &GuestRam) -> Result<Self, KvmError> {
+        for (cap, what) in [
+            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(KvmError::Missing { what });
+            }
+        }
+        let fd = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
+        // AMD needs no TSS page and some KVMs refuse the call: only Intel's real mode depends on it, which we never enter.
+        let _ = fd.set_tss_address(TSS_ADDRESS);
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_FILTER);
+        fd.enable_cap(&cap).map_err(|_| KvmError::Missing {
+            what: "KVM_CAP_X86_USER_SPACE_MSR",
+        })?;
+        msr::with_filter(|default, ranges| fd.set_msr_filter(default, ranges))
+            .map_err(KvmError::call("KVM_X86_SET_MSR_FILTER"))?;
+        let vm = Self {
+            fd,
+            kvm,
+            ram_size: ram.size() as usize,
+        };
+        vm.set_memory(ram, false)?;
+        Ok(vm)
+    }
+
+    fn set_memory(&self, ram: &GuestRam, log_dirty: bool) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot: RAM_SLOT,
+            flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: 0,
+            memory_size: ram.size(),
+            userspace_addr: ram.host_address(),
+        };
+        // SAFETY: the region is one mapping of exactly this size, which outlives the machine (see `new`).
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Starts or stops the log of pages the guest writes.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn track_dirty(&self, ram: &GuestRam, on: bool) -> Result<(), KvmError> {
+        self.set_memory(ram, on)
+    }
+
+    /// Takes the log of dirty pages since the last call.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn take_dirty(&self) -> Result<DirtyPages, KvmError> {
+        self.fd
+            .get_dirty_log(RAM_SLOT, self.ram_size)
+            .map(DirtyPages::from_bitmap)
+            .map_err(KvmError::call("KVM_GET_DIRTY_LOG"))
+    }
+
+    /// Creates the one vCPU with the deterministic CPU template.
+    ///
+    /// # Errors
+    /// See [`KvmError`].
+    pub fn create_vcpu(&self) -> Result<(Vcpu, CpuModel), KvmError> {
+        let supported = self
+            .kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+        let (cpuid, model) = deterministic_cpuid(&supported)?;
+        let fd = self.fd.create_vcpu(0).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(&cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        Ok((Vcpu::new(fd), model))
+    }
+}

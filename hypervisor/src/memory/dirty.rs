@@ -1,0 +1,114 @@
+//! Which pages were written.
+#![forbid(unsafe_code)]
+
+/// A page of guest RAM: its guest-physical address divided by [`PAGE_SIZE`](super::PAGE_SIZE).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageNumber(pub u64);
+
+impl PageNumber {
+    /// The guest-physical address at which the page begins.
+    #[must_use]
+    pub fn address(self) -> u64 {
+        self.0 * super::PAGE_SIZE as u64
+    }
+}
+
+/// A set of written pages: bit `n % 64` of word `n / 64` stands for page `n`, the layout of
+/// `KVM_GET_DIRTY_LOG` for a slot that begins at address 0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyPages {
+    words: Vec<u64>,
+}
+
+impl DirtyPages {
+    /// The set that a bitmap describes, such as KVM's dirty log.
+    #[must_use]
+    pub fn from_bitmap(words: Vec<u64>) -> Self {
+        Self { words }
+    }
+
+    /// Adds the pages of another set: those the guest wrote to those that we wrote.
+    pub fn merge(&mut self, other: &Self) {
+        if other.words.len() > self.words.len() {
+            self.words.resize(other.words.len(), 0);
+        }
+        for (word, more) in self.words.iter_mut().zip(&other.words) {
+            *word |= more;
+        }
+    }
+
+    /// The pages, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = PageNumber> + '_ {
+        self.words.iter().enumerate().flat_map(|(index, &word)| {
+            let mut rest = word;
+            std::iter::from_fn(move || {
+                (rest != 0).then(|| {
+                    let bit = u64::from(rest.trailing_zeros());
+                    rest &= rest - 1;
+                    PageNumber(index as u64 * 64 + bit)
+                })
+            })
+        })
+    }
+
+    /// How many pages there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.words.iter().map(|w| w.count_ones() as usize).sum()
+    }
+
+    /// Whether no page was written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|&w| w == 0)
+    }
+}
+
+impl FromIterator<PageNumber> for DirtyPages {
+    fn from_iter<I: IntoIterator<Item = PageNumber>>(pages: I) -> Self {
+        let mut words = Vec::new();
+        for PageNumber(page) in pages {
+            let index = (page / 64) as usize;
+            if index >= words.len() {
+                words.resize(index + 1, 0);
+            }
+            words[index] |= 1 << (page % 64);
+        }
+        Self { words }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn bit_order_is_kvms() {
+        let pages = DirtyPages::from_bitmap(vec![1 << 63 | 1, 0, 2]);
+        let numbers: Vec<_> = pages.iter().map(|p| p.0).collect();
+        assert_eq!(numbers, [0, 63, 129]);
+        assert_eq!(pages.len(), 3);
+        assert!(!pages.is_empty());
+        assert_eq!(PageNumber(129).address(), 129 * 4096);
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_is_what_was_put_in(
+            a in prop::collection::btree_set(0u64..5000, 0..60),
+            b in prop::collection::btree_set(0u64..9000, 0..60),
+        ) {
+            let mut set: DirtyPages = a.iter().copied().map(PageNumber).collect();
+            set.merge(&b.iter().copied().map(PageNumber).collect());
+            let expected: BTreeSet<u64> = a.union(&b).copied().collect();
+            prop_assert_eq!(set.len(), expected.len());
+            prop_assert_eq!(set.is_empty(), expected.is_empty());
+            let found: Vec<u64> = set.iter().map(|p| p.0).collect();
+            prop_assert_eq!(found, expected.into_iter().collect::<Vec<_>>());
+        }
+    }
+}

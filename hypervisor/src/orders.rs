@@ -1,0 +1,180 @@
+//! What the I/O thread tells the vCPU thread, and the other way round.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use crossbeam::queue::ArrayQueue;
+
+use crate::backends::wait::Wake;
+use crate::kvm::Kick;
+use crate::position::Position;
+use crate::protocol::heartbeat::Progress;
+
+/// An order to the vCPU thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// End at once.
+    Stop,
+    /// End at the next sync point, where a replay can compare; a guest that does not exit goes on.
+    StopAtSyncPoint,
+    /// There is no backup any more: go on without a log.
+    RunUnprotected,
+    /// Stand still and let nothing out, until another order comes.
+    Freeze,
+}
+
+/// The queue of orders and what the vCPU thread reports back.
+#[derive(Debug)]
+pub struct Orders {
+    queue: Mutex<VecDeque<Order>>,
+    changed: Condvar,
+    waiting: AtomicBool,
+    fenced: AtomicBool,
+    kick: OnceLock<Kick>,
+    reports: Arc<Wake>,
+    pulse: Pulse,
+}
+
+/// How the vCPU thread is doing, for heartbeats.
+#[derive(Debug, Default)]
+struct Pulse {
+    position: AtomicU64,
+    turns: AtomicU64,
+    owes: AtomicBool,
+}
+
+impl Orders {
+    /// No orders yet; `reports` wakes the thread that gives them.
+    #[must_use]
+    pub fn new(reports: Arc<Wake>) -> Self {
+        Self {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            waiting: AtomicBool::new(false),
+            fenced: AtomicBool::new(false),
+            kick: OnceLock::new(),
+            reports,
+            pulse: Pulse::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Order>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names the vCPU thread that obeys.
+    pub fn attach(&self, kick: Kick) {
+        let _ = self.kick.set(kick);
+    }
+
+    /// Gives an order. The caller also rings the thread's bell, in case the guest halts.
+    pub fn give(&self, order: Order) {
+        self.lock().push_back(order);
+        self.waiting.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
+    }
+
+    /// Whether an order waits; cheap enough for every exit.
+    #[must_use]
+    pub fn waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Takes the oldest order.
+    pub fn take(&self) -> Option<Order> {
+        self.take_if(|_| true)
+    }
+
+    /// Takes the oldest order that `wanted` accepts.
+    pub fn take_if(&self, wanted: impl Fn(Order) -> bool) -> Option<Order> {
+        let mut queue = self.lock();
+        let at = queue.iter().position(|&order| wanted(order))?;
+        let order = queue.remove(at);
+        self.waiting.store(!queue.is_empty(), Ordering::SeqCst);
+        order
+    }
+
+    /// Stands still until an order ends the freeze: that order. A [`Order::Freeze`] that comes meanwhile is obeyed already.
+    pub fn wait_out_freeze(&self) -> Order {
+        loop {
+            match self.take() {
+                Some(Order::Freeze) => {}
+                Some(order) => return order,
+                None => {
+                    let queue = self.lock();
+                    if queue.is_empty() {
+                        drop(self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The vCPU thread says that the log is fenced.
+    pub fn report_fenced(&self) {
+        self.fenced.store(true, Ordering::SeqCst);
+        self.reports.ring();
+    }
+
+    /// The vCPU thread has work in hand at this position.
+    pub fn working(&self, position: Position) {
+        self.pulse.position.store(position.0, Ordering::Relaxed);
+        self.pulse.owes.store(true, Ordering::Relaxed);
+    }
+
+    /// The vCPU thread has done its work: the guest computes, or waits.
+    pub fn resting(&self) {
+        let turns = self.pulse.turns.load(Ordering::Relaxed);
+        self.pulse.turns.store(turns + 1, Ordering::Relaxed);
+        self.pulse.owes.store(false, Ordering::Relaxed);
+    }
+
+    /// What heartbeats say of the vCPU thread.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        Progress {
+            position: Position(self.pulse.position.load(Ordering::Relaxed)),
+            turns: self.pulse.turns.load(Ordering::Relaxed),
+            owes: self.pulse.owes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Whether the vCPU thread met a fence.
+    #[must_use]
+    pub fn fenced(&self) -> bool {
+        self.fenced.load(Ordering::SeqCst)
+    }
+}
+
+/// Commit latencies on their way from the vCPU thread to whoever shows them: no lock, no allocation.
+#[derive(Debug)]
+pub struct Samples {
+    commits: ArrayQueue<u64>,
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self {
+            // 100 ms of outputs at 600,000 a second; more than that and samples are dropped, not delayed.
+            commits: ArrayQueue::new(1 << 16),
+        }
+    }
+}
+
+impl Samples {
+    /// Adds the time from an output's making to its commit.
+    pub fn commit(&self, took: Duration) {
+        let _ = self.commits.push(took.as_nanos() as u64);
+    }
+
+    /// Takes one sample, in nanoseconds.
+    pub fn take(&self) -> Option<u64> {
+        self.commits.pop()
+    }
+}

@@ -1,0 +1,174 @@
+//! Who lives: failure detection, claims, take-over. Pure state machines: events and a clock reading in, actions
+//! out. Nothing here reads a clock, a socket, a file or a random source; the session does, and so does the
+//! seeded simulator in the tests.
+//!
+//! ```text
+//!        heartbeats, log traffic, EOF           answers                 Fenced, Drained
+//!                    │                             ▲ │                        ▲ │
+//!                    ▼                             │ ▼                        │ ▼
+//!   session ── handle(now, event) ──▶ Primary | Backup ──▶ actions ──▶ arbiter, ring, vCPU, gate
+//! ```
+//!
+//! A pair begins with a record that both know: the primary swaps it in (`Record::cold_start`) with the backup's
+//! identity entitled, then each side builds its machine from it. The two machines are drawn in [`primary`] and
+//! [`backup`], the record's own steps in [`record`].
+//!
+//! What holds, whatever the network, the schedulers and the arbiter do:
+//! - Nobody changes role without an answer from the arbiter. A request that failed is asked again, with a bounded
+//!   back-off, until there is one; because no record comes back and owners are unique, the repeated swap tells
+//!   whether an earlier attempt landed ([`errand`](self)).
+//! - A claim swaps from the record that the claimant's own state belongs to, never from one just read.
+//! - The ring is drained only after its fence has returned, and outputs leave only after `live` was confirmed.
+//! - The tokens that let the session go live (`Claim`, `Fenced`) are not made here: the machine only says when.
+//!
+//! The session's side of the contract: hand over what has arrived (datagrams, EOF, answers) *before* a tick, tick
+//! at least at every [`Primary::deadline`](primary::Primary::deadline), run the actions in their order, and
+//! answer each [`Request`] exactly once.
+#![forbid(unsafe_code)]
+
+pub mod backup;
+pub mod detector;
+mod errand;
+pub mod heartbeat;
+mod notice;
+pub mod primary;
+pub mod record;
+mod time;
+
+#[cfg(test)]
+mod tests;
+
+pub use backup::Backup;
+pub use errand::{Answer, Request};
+pub use notice::{Evidence, Notice, Reason, Unfit};
+pub use primary::Primary;
+pub use record::{Configuration, Epoch, Identity, Record, State};
+pub use time::Moment;
+
+use std::time::Duration;
+
+use heartbeat::{Heartbeat, MachineId, Progress};
+
+/// Every span the protocol waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// Between two heartbeats. 5 ms: a loss is noticed within a client's patience, at 200 packets a second.
+    pub heartbeat: Duration,
+    /// When a silent peer, or one whose vCPU thread makes no progress, is given up.
+    pub detector: detector::Limits,
+    /// A `claimed` record of this age is taken back by the frozen primary. It must exceed the time to fence and to
+    /// drain (lag is bounded by 100 ms), or a take-over that was going well is undone; longer only
+    /// lengthens the outage when the backup dies while it takes over.
+    pub stale_claim: Duration,
+    /// How often a frozen primary looks at the record.
+    pub reread: Duration,
+    /// The first wait before a failed request is repeated; it doubles up to `retry_max`.
+    pub retry_min: Duration,
+    /// The longest wait before a failed request is repeated.
+    pub retry_max: Duration,
+    /// An arbiter that has not answered for so long is reported.
+    pub arbiter_slow: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(5),
+            detector: detector::Limits::default(),
+            stale_claim: Duration::from_secs(1),
+            reread: Duration::from_millis(20),
+            retry_min: Duration::from_millis(5),
+            retry_max: Duration::from_millis(500),
+            arbiter_slow: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Who is paired with whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The machine.
+    pub machine: MachineId,
+    /// This process.
+    pub me: Identity,
+    /// The other process.
+    pub peer: Identity,
+}
+
+/// Makes this side's heartbeats.
+#[derive(Debug)]
+struct Beater {
+    every: Duration,
+    due: Moment,
+    sequence: u64,
+}
+
+impl Beater {
+    fn new(now: Moment, every: Duration) -> Self {
+        Self {
+            every,
+            due: now,
+            sequence: 0,
+        }
+    }
+
+    /// The heartbeat to send now, if one is due.
+    fn tick(
+        &mut self,
+        now: Moment,
+        pair: &Pair,
+        own: &Record,
+        progress: Progress,
+    ) -> Option<Heartbeat> {
+        if now < self.due {
+            return None;
+        }
+        self.due = now + self.every;
+        self.sequence += 1;
+        Some(Heartbeat {
+            machine: pair.machine,
+            epoch: own.epoch,
+            configuration: own.configuration,
+            sender: pair.me,
+            sequence: self.sequence,
+            clock: now,
+            progress,
+        })
+    }
+}
+
+/// What a heartbeat that reached us is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    /// From another machine, process or reign, or one that came before: ignored.
+    Stray,
+    /// The peer, alive in our reign.
+    Alive,
+    /// The peer, in a newer reign or configuration: it has gone on without us.
+    Newer,
+}
+
+/// Sorts the peer's heartbeats from the rest.
+#[derive(Debug)]
+struct Ear {
+    last: u64,
+}
+
+impl Ear {
+    fn new() -> Self {
+        Self { last: 0 }
+    }
+
+    fn hear(&mut self, pair: &Pair, own: &Record, beat: &Heartbeat) -> Heard {
+        // A repeated or overtaken packet is no sign of life: it was sent before one that we know.
+        if beat.machine != pair.machine || beat.sender != pair.peer || beat.sequence <= self.last {
+            return Heard::Stray;
+        }
+        self.last = beat.sequence;
+        match (beat.epoch, beat.configuration).cmp(&(own.epoch, own.configuration)) {
+            std::cmp::Ordering::Less => Heard::Stray,
+            std::cmp::Ordering::Equal => Heard::Alive,
+            std::cmp::Ordering::Greater => Heard::Newer,
+        }
+    }
+}

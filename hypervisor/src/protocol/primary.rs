@@ -1,0 +1,373 @@
+//! The role of the process that serves the machine.
+//!
+//! ```text
+//!        ┌───────────────────────────── End ──────────────────────────────┐
+//!        │                                                                ▼
+//!    Protected ── backup lost, or log fenced ──▶ Detaching ── End ──▶ (when it is over)
+//!                                                 │     │
+//!                                         swapped │     │ lost
+//!                                                 ▼     ▼
+//!    Unprotected ◀──────────── swapped ──────────┘    Frozen ◀──────────┐
+//!     │      ▲                                        │ │ ▲ │            │
+//!     │ End  │      claim abandoned, or too old       │ │ └─┘ still      │ lost, to
+//!     │      └── swapped ── Reclaiming ◀──────────────┘ │     claimed    │ our backup's
+//!     ▼                        │ lost                   │                │ claim
+//!   Ending ────────────────────┼────────────────────────┼────────────────┘
+//!     │ swapped                ▼                        ▼ another is live
+//!     └──────────────────────▶ Dead ◀────────────────────
+//! ```
+//!
+//! From Detaching on, the guest is frozen and this process sends no heartbeats: a machine that does not serve
+//! must not keep its backup waiting. Whoever reaches the arbiter first has the machine.
+//!
+//! A frozen primary keeps its state until another is *live*. A claim that was abandoned, or that stays unfinished
+//! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct
+//! claim on its own record; a claim of a later reign means that somebody was live in between.
+
+use super::detector::{Detector, Trust};
+use super::errand::{Answer, Errand, Outcome, Request};
+use super::heartbeat::{Heartbeat, Progress};
+use super::notice::{Evidence, Notice, Reason};
+use super::record::{Identity, Record, State};
+use super::time::Moment;
+use super::{Beater, Ear, Heard, Pair, Timing};
+
+/// What happens to a primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Time has passed; this is how far the vCPU thread is.
+    Tick(Progress),
+    /// A heartbeat of this pair arrived.
+    Heartbeat(Heartbeat),
+    /// The backup acknowledged log entries.
+    LogTraffic,
+    /// The control connection closed: the backup's process is gone.
+    PeerDied,
+    /// The ring refused an entry: the backup has fenced this process.
+    LogFenced,
+    /// The guest's power-off has committed, or the operator ends the machine: the reign ends with it.
+    End,
+    /// The arbiter answered.
+    Arbiter(Answer),
+}
+
+/// What the session does for a primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send this to the backup, unless the network is busy: never wait for it.
+    SendHeartbeat(Heartbeat),
+    /// Ask the arbiter, and hand back its answer as [`Event::Arbiter`].
+    Ask(Request),
+    /// Stop the vCPU and keep its state. Release no more outputs.
+    Freeze,
+    /// Let the vCPU run, without a log; all outputs held so far and all later ones go out at once. Close what leads to
+    /// the backup.
+    RunUnprotected(Record),
+    /// Tell people.
+    Say(Notice),
+    /// End the process, with this message. Nothing held may leave.
+    Die(Reason),
+}
+
+/// Where a primary stands; the drawing above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// A backup follows.
+    Protected,
+    /// Frozen; asking the arbiter to go on without the backup.
+    Detaching,
+    /// Frozen; the backup has claimed the machine.
+    Frozen,
+    /// Frozen; asking the arbiter to go on after a claim that came to nothing.
+    Reclaiming,
+    /// Serving alone.
+    Unprotected,
+    /// Asking the arbiter to end the reign.
+    Ending,
+    /// Over.
+    Dead,
+}
+
+/// A primary's state machine.
+#[derive(Debug)]
+pub struct Primary {
+    me: Identity,
+    timing: Timing,
+    /// The record that this process's own state belongs to.
+    own: Record,
+    phase: Phase,
+    /// The reign is to end as soon as this process has it for sure.
+    end_wanted: bool,
+    errand: Option<Errand>,
+    backup: Option<Peer>,
+    /// The claim that froze us, and when it was first seen.
+    claim: Option<(Record, Moment)>,
+    reread_at: Moment,
+}
+
+/// What is known of the backup.
+#[derive(Debug)]
+struct Peer {
+    pair: Pair,
+    detector: Detector,
+    beater: Beater,
+    ear: Ear,
+    doubted: bool,
+}
+
+impl Primary {
+    /// A primary whose backup, `pair.peer`, is entitled in `own`, the arbiter's record.
+    ///
+    /// # Panics
+    /// If `own` is not a live record of `pair.me` that entitles `pair.peer`: the handshake settles that before.
+    #[must_use]
+    pub fn protected(pair: Pair, own: Record, timing: Timing, now: Moment) -> Self {
+        assert_eq!(
+            own.entitled,
+            Some(pair.peer),
+            "the record entitles another backup: {own}"
+        );
+        let backup = Peer {
+            pair,
+            detector: Detector::new(now, timing.detector),
+            beater: Beater::new(now, timing.heartbeat),
+            ear: Ear::new(),
+            doubted: false,
+        };
+        Self {
+            backup: Some(backup),
+            phase: Phase::Protected,
+            ..Self::unprotected(pair.me, own, timing, now)
+        }
+    }
+
+    /// A primary without a backup: one that went live, or that runs alone.
+    ///
+    /// # Panics
+    /// If `own` is not a live record of `me`.
+    #[must_use]
+    pub fn unprotected(me: Identity, own: Record, timing: Timing, now: Moment) -> Self {
+        assert!(
+            own.state == State::Live && own.owner == me,
+            "not a live record of {me}: {own}"
+        );
+        Self {
+            me,
+            timing,
+            own,
+            phase: Phase::Unprotected,
+            end_wanted: false,
+            errand: None,
+            backup: None,
+            claim: None,
+            reread_at: now,
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The record that this process's state belongs to.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.own
+    }
+
+    /// When the next tick is due at the latest. `None`: nothing is awaited.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Moment> {
+        let beat = match (&self.backup, self.phase) {
+            (Some(peer), Phase::Protected) => Some(peer.beater.due.min(peer.detector.deadline())),
+            _ => None,
+        };
+        let errand = self
+            .errand
+            .as_ref()
+            .and_then(|errand| errand.deadline(&self.timing));
+        let reread =
+            (self.phase == Phase::Frozen && self.errand.is_none()).then_some(self.reread_at);
+        [beat, errand, reread].into_iter().flatten().min()
+    }
+
+    /// Takes one event; appends what is to be done to `actions`.
+    pub fn handle(&mut self, now: Moment, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Tick(progress) => self.tick(now, progress, actions),
+            Event::Heartbeat(beat) => self.heartbeat(now, &beat, actions),
+            Event::LogTraffic => {
+                if let Some(peer) = &mut self.backup {
+                    peer.detector.heard_log(now);
+                }
+            }
+            Event::PeerDied => self.backup_lost(now, Evidence::Death, actions),
+            Event::LogFenced => self.backup_lost(now, Evidence::Fenced, actions),
+            Event::End => self.end(now, actions),
+            Event::Arbiter(answer) => self.answered(now, answer, actions),
+        }
+    }
+
+    fn tick(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Protected {
+            self.watch(now, progress, actions);
+        }
+        if let Some(errand) = &mut self.errand {
+            let (request, notice) = errand.tick(now, &self.timing);
+            actions.extend(notice.map(Action::Say));
+            actions.extend(request.map(Action::Ask));
+        } else if self.phase == Phase::Frozen && now >= self.reread_at {
+            self.look_at_claim(now, actions);
+        }
+    }
+
+    /// Beats, and judges the backup.
+    fn watch(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
+        let Some(peer) = &mut self.backup else { return };
+        let beat = peer.beater.tick(now, &peer.pair, &self.own, progress);
+        actions.extend(beat.map(Action::SendHeartbeat));
+        let (trust, nap) = peer.detector.poll(now);
+        actions.extend(nap.map(|span| Action::Say(Notice::Slept(span))));
+        match trust {
+            Trust::Trusted if peer.doubted => {
+                peer.doubted = false;
+                actions.push(Action::Say(Notice::HeardAgain));
+            }
+            Trust::Doubted(span) if !peer.doubted => {
+                peer.doubted = true;
+                actions.push(Action::Say(Notice::Doubted(span)));
+            }
+            Trust::Trusted | Trust::Doubted(_) => {}
+            Trust::Suspected(evidence) => self.backup_lost(now, evidence, actions),
+        }
+    }
+
+    fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
+        let Some(peer) = &mut self.backup else { return };
+        match peer.ear.hear(&peer.pair, &self.own, beat) {
+            Heard::Stray => {}
+            Heard::Alive => peer.detector.heard_beat(now, beat.progress),
+            Heard::Newer => self.backup_lost(now, Evidence::Newer, actions),
+        }
+    }
+
+    /// Only the arbiter can tell whether it is the backup or this process that goes on.
+    fn backup_lost(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
+        if self.phase != Phase::Protected {
+            return;
+        }
+        actions.push(Action::Freeze);
+        actions.push(Action::Say(Notice::BackupLost(evidence)));
+        self.phase = Phase::Detaching;
+        self.swap(now, self.own, self.own.detached(), actions);
+    }
+
+    fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        self.end_wanted = true;
+        if matches!(self.phase, Phase::Protected | Phase::Unprotected) {
+            actions.push(Action::Freeze);
+            self.phase = Phase::Ending;
+            self.swap(now, self.own, self.own.ended(), actions);
+        }
+    }
+
+    fn answered(&mut self, now: Moment, answer: Answer, actions: &mut Vec<Action>) {
+        let Some(errand) = &mut self.errand else {
+            return;
+        };
+        let (outcome, notice) = errand.answer(now, answer, &self.timing);
+        actions.extend(notice.map(Action::Say));
+        let Some(outcome) = outcome else { return };
+        self.errand = None;
+        match outcome {
+            Outcome::Swapped(record) => self.won(now, record, actions),
+            Outcome::Lost(found) | Outcome::Read(found) => self.found(now, found, actions),
+        }
+    }
+
+    /// The machine is this process's, by `record`.
+    fn won(&mut self, now: Moment, record: Record, actions: &mut Vec<Action>) {
+        self.own = record;
+        self.claim = None;
+        self.backup = None;
+        if self.phase == Phase::Ending {
+            self.die(Reason::PoweredOff, actions);
+            return;
+        }
+        self.phase = Phase::Unprotected;
+        if self.end_wanted {
+            self.end(now, actions);
+        } else {
+            actions.push(Action::RunUnprotected(record));
+            actions.push(Action::Say(Notice::Unprotected(record)));
+        }
+    }
+
+    /// The record is not what this process wanted it to be, but `found`.
+    fn found(&mut self, now: Moment, found: Record, actions: &mut Vec<Action>) {
+        if found == self.own {
+            // It has been replaced, or we would not be here: the arbiter's view is out of date. Look again.
+            self.phase = Phase::Frozen;
+            self.reread_at = now + self.timing.reread;
+            return;
+        }
+        if !found.is_unfinished_claim_on(&self.own) {
+            let reason = match found.state {
+                State::Ended => Reason::PoweredOff,
+                _ => Reason::Replaced {
+                    epoch: found.epoch,
+                    by: found.owner,
+                },
+            };
+            self.die(reason, actions);
+            return;
+        }
+        self.phase = Phase::Frozen;
+        let since = match self.claim {
+            Some((_, since)) => since,
+            None => {
+                actions.push(Action::Say(Notice::Frozen(found)));
+                now
+            }
+        };
+        self.claim = Some((found, since));
+        self.reread_at = now + self.timing.reread;
+        if found.state == State::Abandoned {
+            self.reclaim(now, found, actions);
+        }
+    }
+
+    /// Frozen, and it is time to look how the claim is doing.
+    fn look_at_claim(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        match self.claim {
+            Some((claim, since)) if now.since(since) >= self.timing.stale_claim => {
+                self.reclaim(now, claim, actions);
+            }
+            _ => self.ask(now, Request::Read, actions),
+        }
+    }
+
+    fn reclaim(&mut self, now: Moment, claim: Record, actions: &mut Vec<Action>) {
+        actions.push(Action::Say(Notice::Reclaiming(claim)));
+        self.phase = Phase::Reclaiming;
+        self.swap(now, claim, claim.reclaimed_by(self.me), actions);
+    }
+
+    fn swap(&mut self, now: Moment, from: Record, to: Record, actions: &mut Vec<Action>) {
+        self.ask(now, Request::Swap { from, to }, actions);
+    }
+
+    fn ask(&mut self, now: Moment, request: Request, actions: &mut Vec<Action>) {
+        debug_assert!(self.errand.is_none(), "one question at a time");
+        self.errand = Some(Errand::new(now, request));
+        actions.push(Action::Ask(request));
+    }
+
+    fn die(&mut self, reason: Reason, actions: &mut Vec<Action>) {
+        self.phase = Phase::Dead;
+        self.errand = None;
+        self.backup = None;
+        actions.push(Action::Die(reason));
+    }
+}

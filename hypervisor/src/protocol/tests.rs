@@ -1,0 +1,23 @@
+//! The two machines step by step ([`roles`]), and together in a seeded simulation ([`sim`]).
+
+mod roles;
+mod sim;
+
+use super::heartbeat::MachineId;
+use super::*;
+
+const A: Identity = Identity::from_bytes([0xa; 16]);
+const B: Identity = Identity::from_bytes([0xb; 16]);
+
+fn pair(me: Identity, peer: Identity) -> Pair {
+    Pair {
+        machine: MachineId::of("sim"),
+        me,
+        peer,
+    }
+}
+
+/// The record a pair begins with.
+fn first_record() -> Record {
+    Record::cold_start(None, A, Some(B))
+}

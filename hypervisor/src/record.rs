@@ -1,0 +1,576 @@
+//! The recorder: exit → event → log → guest, on the vCPU's thread.
+//!
+//! At every sync point it gathers the inputs, applies them, and posts one entry that says so; an exit without inputs and
+//! outputs is folded into the next entry. Outputs go to the gate with the number of their entry. A guest that halts posts its
+//! outputs before it waits.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::Read;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rdma_log::Seq;
+
+use crate::clock::GuestClock;
+use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
+use crate::event::{Input, Need, Output};
+use crate::gate::{Committed, Gate};
+use crate::machine::{Machine, MachineError, Phase, Stepped};
+use crate::orders::{Order, Orders, Samples};
+use crate::sink::{Sink, SinkError};
+use crate::stage::Stage;
+use crate::world::World;
+
+/// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
+const FRAMES_AT_ONCE: u32 = 64;
+
+/// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
+
+/// Why recording stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The log, for another reason than the fence.
+    #[error("the log: {0}")]
+    Log(SinkError),
+    /// Ordered to stop while an entry could not be posted.
+    #[error("stopped while the log could not take an entry")]
+    Stopped,
+    /// The host's random source.
+    #[error("cannot read random bytes from the host: {0}")]
+    Random(std::io::Error),
+}
+
+/// How recording ended, when nothing went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The guest turned itself off; its power-off has left the gate.
+    PoweredOff(u8),
+    /// Triple fault or a halt that nothing can end.
+    Crashed,
+    /// Somebody ordered it.
+    Stopped,
+}
+
+/// Choices of a recording.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RecordOptions {
+    /// An entry for every exit, with all its registers.
+    pub every_exit: bool,
+    /// How often the whole memory's hash goes into the log.
+    pub memory_check: Option<Duration>,
+    /// How long a halted guest's thread looks for work before it sleeps. Worth it only where the thread has its core for
+    /// itself: elsewhere it keeps the I/O thread from running.
+    pub spin: Duration,
+}
+
+/// The gate, shared with the I/O thread, which opens it when a commit or a way out comes later.
+#[derive(Clone)]
+pub struct Outlet {
+    inner: Arc<Mutex<OutletState>>,
+}
+
+struct OutletState {
+    gate: Gate<Output>,
+    world: Box<dyn World>,
+    power_off: bool,
+    committed: Committed,
+}
+
+impl Outlet {
+    /// An outlet to this world, through this gate.
+    #[must_use]
+    pub fn new(gate: Gate<Output>, world: Box<dyn World>) -> Self {
+        Self {
+            inner: Arc::new(Mutex::new(OutletState {
+                gate,
+                world,
+                power_off: false,
+                committed: Committed {
+                    events: Seq::ZERO,
+                    inputs: Seq::ZERO,
+                },
+            })),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, OutletState> {
+        // A holder that panicked ends the process; there is nothing half-done that a reader could trust less.
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Releases what has committed; returns the highest entry whose outputs have all left.
+    pub fn release(&self, committed: Committed) -> Seq {
+        let mut state = self.lock();
+        let OutletState {
+            gate,
+            world,
+            power_off,
+            committed: last,
+        } = &mut *state;
+        *last = committed;
+        gate.release(committed, |output| {
+            *power_off |= matches!(output, Output::PowerOff(_));
+            world.send(output)
+        });
+        gate.released(committed.events)
+    }
+
+    /// Tries again what had committed at the last release and found the way out full.
+    pub fn release_again(&self) {
+        let committed = self.lock().committed;
+        self.release(committed);
+    }
+
+    /// Holds an output for later.
+    pub fn hold(&self, events: Seq, inputs: Seq, output: Output) {
+        self.lock().gate.hold(events, inputs, output);
+    }
+
+    /// Lets nothing out.
+    pub fn shut(&self) {
+        self.lock().gate.shut();
+    }
+
+    /// Lets committed outputs out, from the next release on.
+    pub fn open(&self) {
+        self.lock().gate.open();
+    }
+
+    /// Whether an output found the way out full.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.lock().gate.is_blocked()
+    }
+
+    /// Outputs that wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.lock().gate.waiting()
+    }
+
+    /// Whether the guest's power-off has left.
+    #[must_use]
+    pub fn powered_off(&self) -> bool {
+        self.lock().power_off
+    }
+}
+
+/// Runs a machine as its primary.
+pub struct Recorder<S> {
+    machine: Machine,
+    sink: S,
+    encoder: Encoder,
+    outlet: Outlet,
+    stage: Arc<Stage>,
+    orders: Arc<Orders>,
+    samples: Arc<Samples>,
+    clock: GuestClock,
+    random: File,
+    options: RecordOptions,
+    next_memory_check: Option<Instant>,
+    /// The latest staged input that was applied: outputs depend on it.
+    applied: Seq,
+    step: Step,
+    taken: Vec<Output>,
+    /// The guest has run on from its sync point and was kicked: its state is no state that a replay could stop at.
+    mid_run: bool,
+}
+
+/// Everything a recorder is made of.
+pub struct Parts<S> {
+    /// The machine, new or taken over from a replayer.
+    pub machine: Machine,
+    /// Where entries go.
+    pub sink: S,
+    /// Where the log stands.
+    pub base: Base,
+    /// Where outputs go.
+    pub outlet: Outlet,
+    /// Where inputs come from.
+    pub stage: Arc<Stage>,
+    /// Orders of the I/O thread.
+    pub orders: Arc<Orders>,
+    /// Commit latencies.
+    pub samples: Arc<Samples>,
+    /// The guest's clock.
+    pub clock: GuestClock,
+    /// Choices.
+    pub options: RecordOptions,
+}
+
+impl<S: Sink> Recorder<S> {
+    /// A recorder that goes on where its parts stand.
+    ///
+    /// # Errors
+    /// [`RecordError::Random`].
+    pub fn new(parts: Parts<S>) -> Result<Self, RecordError> {
+        Ok(Self {
+            machine: parts.machine,
+            sink: parts.sink,
+            encoder: Encoder::from_base(parts.base),
+            outlet: parts.outlet,
+            stage: parts.stage,
+            orders: parts.orders,
+            samples: parts.samples,
+            clock: parts.clock,
+            random: File::open("/dev/urandom").map_err(RecordError::Random)?,
+            options: parts.options,
+            next_memory_check: parts.options.memory_check.map(|every| Instant::now() + every),
+            applied: Seq::ZERO,
+            step: Step::default(),
+            taken: Vec::new(),
+            mid_run: false,
+        })
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Where the entries go.
+    pub fn sink(&mut self) -> &mut S {
+        &mut self.sink
+    }
+
+    /// Runs until the guest is gone or an order ends it.
+    ///
+    /// # Errors
+    /// See [`RecordError`].
+    pub fn run(&mut self) -> Result<Ended, RecordError> {
+        self.stage.bell().attach();
+        self.orders.attach(self.machine.kick_handle());
+        // A machine that was taken over may stand in the middle of a sync point.
+        if self.machine.position().0 > 0
+            && let Some(ended) = self.sync_point()?
+        {
+            return Ok(ended);
+        }
+        loop {
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(ended);
+            }
+            self.orders.resting();
+            self.mid_run = self.machine.step()? == Stepped::Kicked;
+            self.orders.working(self.machine.position());
+            if !self.mid_run {
+                if let Some(ended) = self.sync_point()? {
+                    return Ok(ended);
+                }
+            }
+        }
+    }
+
+    fn sync_point(&mut self) -> Result<Option<Ended>, RecordError> {
+        if let Some(due) = self.next_memory_check
+            && Instant::now() >= due
+        {
+            self.post_step()?;
+            self.post_memory_hash()?;
+        }
+        match self.machine.phase() {
+            Phase::Crashed => {
+                self.post_step()?;
+                return Ok(Some(Ended::Crashed));
+            }
+            Phase::Off(status) => {
+                self.post_step()?;
+                return self.wait_for_power_off(status).map(Some);
+            }
+            Phase::Needs(need) => self.give(need)?,
+            Phase::Ready | Phase::Halted | Phase::HltInstruction => {}
+        }
+        while let Some(need) = self.machine.pending() {
+            self.give(need)?;
+        }
+        self.gather()?;
+        if matches!(self.machine.phase(), Phase::Halted | Phase::HltInstruction) {
+            if let Some(ended) = self.wait_awake()? {
+                return Ok(Some(ended));
+            }
+            if self.machine.phase() == Phase::Halted {
+                self.give(Need::Clock)?;
+            }
+        }
+        if !self.step.inputs.is_empty() || self.machine.has_outputs() || self.options.every_exit {
+            self.post_step()?;
+        }
+        Ok(None)
+    }
+
+    /// Sleeps until the halted guest has something to do. Its outputs leave first.
+    fn wait_awake(&mut self) -> Result<Option<Ended>, RecordError> {
+        if self.machine.awake() {
+            return Ok(None);
+        }
+        if self.machine.has_outputs() || !self.step.inputs.is_empty() {
+            self.post_step()?;
+        }
+        let mut spin_until = Some(Instant::now() + self.options.spin);
+        loop {
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(Some(ended));
+            }
+            self.gather()?;
+            if self.machine.awake() {
+                return Ok(None);
+            }
+            if !self.step.inputs.is_empty() {
+                // It changed the machine but did not wake it: the log must say so before the next round.
+                self.post_step()?;
+            }
+            if spin_until.is_some_and(|until| Instant::now() < until) {
+                std::hint::spin_loop();
+                continue;
+            }
+            spin_until = None;
+            let longest = match self.machine.next_tick() {
+                Some(tick) => self.clock.until(tick).min(SLEEP_MAX),
+                None => SLEEP_MAX,
+            };
+            let (stage, orders) = (&self.stage, &self.orders);
+            let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
+            orders.resting();
+            stage.bell().wait(longest, || {
+                (room && stage.has_frames()) || (console && stage.has_typed()) || orders.waiting()
+            });
+            orders.working(self.machine.position());
+        }
+    }
+
+    /// Supplies an input that the guest waits for.
+    fn give(&mut self, need: Need) -> Result<(), RecordError> {
+        match need {
+            Need::Clock => {
+                let now = self.clock.now();
+                self.machine.supply(&Input::Clock(now))?;
+                self.step.inputs.push(LoggedInput::Clock(now));
+            }
+            Need::Random(count) => {
+                let mut bytes = vec![0; count];
+                self.random.read_exact(&mut bytes).map_err(RecordError::Random)?;
+                let input = Input::Random(bytes);
+                self.machine.supply(&input)?;
+                if let Input::Random(bytes) = input {
+                    self.step.inputs.push(LoggedInput::Random(bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Supplies what has come by itself: ticks, frames, typed bytes.
+    fn gather(&mut self) -> Result<(), RecordError> {
+        if !self.machine.injectable() {
+            return Ok(());
+        }
+        let ticks = self.machine.ticks_due(self.clock.now());
+        if ticks > 0 {
+            self.machine.supply(&Input::Tick(ticks))?;
+            self.step.inputs.push(LoggedInput::Tick(ticks));
+        }
+        let (mut count, mut checksum) = (0, 0);
+        while count < FRAMES_AT_ONCE && self.stage.has_frames() && self.machine.can_receive() {
+            let Some(frame) = self.stage.pop() else { break };
+            checksum = crc32c::crc32c_append(checksum, &frame.bytes);
+            count += 1;
+            self.applied = self.applied.max(frame.seq);
+            let input = Input::Frame(frame.bytes);
+            self.machine.supply(&input)?;
+            if let Input::Frame(bytes) = input {
+                self.stage.recycle(bytes);
+            }
+        }
+        if count > 0 {
+            self.step.inputs.push(LoggedInput::Frames { count, checksum });
+        }
+        if self.stage.has_typed() {
+            let room = self.machine.console_room();
+            let typed: Vec<u8> = std::iter::from_fn(|| self.stage.typed()).take(room).collect();
+            if !typed.is_empty() {
+                let input = Input::Console(typed);
+                self.machine.supply(&input)?;
+                if let Input::Console(bytes) = input {
+                    self.step.inputs.push(LoggedInput::Console(bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Posts what has gathered at this sync point, and sends the outputs as soon as that has committed.
+    fn post_step(&mut self) -> Result<(), RecordError> {
+        let made = Instant::now();
+        self.taken.extend(self.machine.outputs());
+        if !self.taken.is_empty() {
+            let mut digest = OutputsDigest::default();
+            for output in &self.taken {
+                digest.add(output);
+            }
+            self.step.outputs = Some(digest);
+        }
+        self.step.digest = self.machine.digest();
+        if self.options.every_exit {
+            self.step.exit = self.machine.history().at(self.machine.position()).copied();
+        }
+        let step = std::mem::take(&mut self.step);
+        let entry = Entry {
+            position: self.machine.position(),
+            body: Body::Step(step),
+        };
+        let seq = self.post(&entry)?;
+        if let Body::Step(mut step) = entry.body {
+            step.inputs.clear();
+            self.step.inputs = step.inputs;
+        }
+        let had_outputs = !self.taken.is_empty();
+        for output in self.taken.drain(..) {
+            self.outlet.hold(seq, self.applied, output);
+        }
+        let committed = self.sink.committed();
+        if had_outputs && committed.events >= seq {
+            self.samples.commit(made.elapsed());
+        }
+        let released = self.outlet.release(committed);
+        self.sink.released(released);
+        self.sink.notify();
+        Ok(())
+    }
+
+    fn post_memory_hash(&mut self) -> Result<(), RecordError> {
+        let started = Instant::now();
+        let hash = self.machine.memory_hash()?;
+        let entry = Entry {
+            position: self.machine.position(),
+            body: Body::MemoryHash(hash),
+        };
+        self.post(&entry)?;
+        self.sink.notify();
+        if let Some(every) = self.options.memory_check {
+            self.next_memory_check = Some(started + every);
+        }
+        Ok(())
+    }
+
+    /// Posts an entry, waiting for room if the backup is behind. A fence ends this machine's reign: it freezes here until the
+    /// protocol knows what became of the claim.
+    fn post(&mut self, entry: &Entry) -> Result<Seq, RecordError> {
+        self.encoder.encode(entry);
+        loop {
+            match self.sink.post(self.encoder.bytes()) {
+                Ok(seq) => return Ok(seq),
+                Err(SinkError::Full) => {
+                    self.sink.wait_for_room(Duration::from_millis(1));
+                    while let Some(order) = self.orders.take_if(|order| order != Order::StopAtSyncPoint) {
+                        if !self.obey_one(order) {
+                            return Err(RecordError::Stopped);
+                        }
+                    }
+                }
+                Err(SinkError::Fenced) => {
+                    self.orders.report_fenced();
+                    if !self.obey_one(Order::Freeze) {
+                        return Err(RecordError::Stopped);
+                    }
+                }
+                Err(error) => return Err(RecordError::Log(error)),
+            }
+        }
+    }
+
+    /// The guest turned itself off: that is an output like any other, and only its release ends the machine.
+    fn wait_for_power_off(&mut self, status: u8) -> Result<Ended, RecordError> {
+        while !self.outlet.powered_off() {
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(ended);
+            }
+            let committed = self.sink.committed();
+            self.outlet.release(committed);
+            if !self.outlet.powered_off() {
+                let orders = &self.orders;
+                self.stage.bell().wait(Duration::from_millis(1), || orders.waiting());
+            }
+        }
+        Ok(Ended::PoweredOff(status))
+    }
+
+    fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
+        let mid_run = self.mid_run;
+        while let Some(order) = self.orders.take_if(|order| !mid_run || order != Order::StopAtSyncPoint) {
+            if !self.obey_one(order) {
+                return Ok(Some(Ended::Stopped));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Obeys an order; false if this recording ends by it.
+    fn obey_one(&mut self, order: Order) -> bool {
+        match order {
+            Order::Stop | Order::StopAtSyncPoint => false,
+            Order::RunUnprotected => {
+                self.sink.detach();
+                self.outlet.open();
+                self.outlet.release(Committed::EVERYTHING);
+                true
+            }
+            Order::Freeze => {
+                self.outlet.shut();
+                self.orders.resting();
+                let order = self.orders.wait_out_freeze();
+                self.obey_one(order)
+            }
+        }
+    }
+
+    /// Ends the log on purpose: the last entry says what the whole state hashes to. `None` if the guest was stopped between
+    /// two sync points, where no replay can compare.
+    ///
+    /// # Errors
+    /// See [`RecordError`].
+    pub fn finish(&mut self) -> Result<Option<Finished>, RecordError> {
+        if self.mid_run {
+            return Ok(None);
+        }
+        if self.machine.has_outputs() || !self.step.inputs.is_empty() {
+            self.post_step()?;
+        }
+        let memory = self.machine.memory_hash_full()?;
+        let state = self.machine.final_state()?;
+        let entry = Entry {
+            position: self.machine.position(),
+            body: Body::End {
+                digest: self.machine.digest(),
+                memory,
+                state,
+            },
+        };
+        self.post(&entry)?;
+        self.sink.notify();
+        Ok(Some(Finished {
+            sync_points: self.machine.position().0,
+            memory_hash: memory,
+        }))
+    }
+}
+
+/// What a finished recording amounts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Sync points since the guest started.
+    pub sync_points: u64,
+    /// Hash of its whole memory at the end.
+    pub memory_hash: u64,
+}

@@ -1,0 +1,389 @@
+//! The replayer: log → run to the entry's position → compare → apply its inputs.
+//!
+//! It runs only as far as the log it holds has decided: after an entry the guest stands still at that sync point until the
+//! next entry has come. Every exit is folded into the digest that the next entry carries; the first difference ends the
+//! replay, and nothing of this machine can ever go live.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdma_log::{Marks, Seq};
+
+use crate::digest::Digest;
+use crate::divergence::Divergence;
+use crate::entry::{Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Step};
+use crate::event::{GuestTime, Input, Output};
+use crate::machine::{Machine, MachineError, Phase, Stepped};
+use crate::orders::{Order, Orders};
+use crate::position::Position;
+
+/// Where a replayer gets its log.
+pub trait LogSource {
+    /// The next entry of the events lane, if it has come. The payload is valid until the next call.
+    ///
+    /// # Errors
+    /// [`LogError`]: the log is unusable from here on.
+    fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError>;
+
+    /// The next staged frame. An entry that applies it committed after it, so it must be there.
+    ///
+    /// # Errors
+    /// [`LogError`], also if it is not there.
+    fn frame(&mut self) -> Result<Vec<u8>, LogError>;
+
+    /// Says that everything up to this entry has been replayed.
+    fn replayed(&mut self, seq: Seq);
+
+    /// Whether nothing can come any more: a file's end, or a fenced ring that has been read to its end.
+    ///
+    /// # Errors
+    /// [`LogError`] if the log ends where it must not.
+    fn is_over(&mut self) -> Result<bool, LogError>;
+
+    /// Waits until something may have come.
+    fn wait(&mut self, longest: Duration);
+}
+
+/// An entry that has come.
+#[derive(Debug)]
+pub struct Arrived<'a> {
+    /// Its number.
+    pub seq: Seq,
+    /// What its writer said of itself.
+    pub marks: Marks,
+    /// What it says.
+    pub payload: &'a [u8],
+}
+
+/// Why a log is unusable.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct LogError(pub String);
+
+/// Why a replay stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// This execution is not the recorded one.
+    #[error(transparent)]
+    Diverged(Box<Divergence>),
+    /// The log.
+    #[error("the log is unusable: {0}")]
+    Log(#[from] LogError),
+    /// An entry.
+    #[error("entry {seq} of the log is unusable: {source}")]
+    Entry {
+        /// Its number.
+        seq: u64,
+        /// Why.
+        source: EntryError,
+    },
+    /// The machine.
+    #[error(transparent)]
+    Machine(MachineError),
+}
+
+impl From<Divergence> for ReplayError {
+    fn from(divergence: Divergence) -> Self {
+        Self::Diverged(Box::new(divergence))
+    }
+}
+
+/// How a replay ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplayEnd {
+    /// The log is over: its last entry was replayed.
+    LogOver,
+    /// The recorder ended on purpose, and everything was equal.
+    Finished {
+        /// Hash of the whole memory, on both sides.
+        memory_hash: u64,
+    },
+    /// An order ended it.
+    Stopped,
+}
+
+/// The last comparison of whole memories.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryCheck {
+    /// Where.
+    pub position: Position,
+    /// The hash that both sides had.
+    pub hash: u64,
+}
+
+/// Runs a machine from a log.
+pub struct Replayer<L> {
+    machine: Machine,
+    source: L,
+    decoder: Decoder,
+    orders: Arc<Orders>,
+    /// Outputs that the primary may not have released yet: sent again if this side goes live.
+    unreleased: VecDeque<(Seq, Output)>,
+    released: Seq,
+    last_seq: Seq,
+    last_digest_at: Position,
+    clock_came: Instant,
+    memory_checks: u64,
+    last_memory_check: Option<MemoryCheck>,
+    spin: Duration,
+}
+
+/// What is left of a replayer when it goes live.
+pub struct Remains {
+    /// The machine, at the last entry's sync point.
+    pub machine: Machine,
+    /// Where the log stands.
+    pub base: Base,
+    /// Outputs above the released watermark, oldest first.
+    pub unreleased: Vec<Output>,
+    /// When the last clock value came: guest time goes on from there.
+    pub clock_came: Instant,
+    /// The last clock value.
+    pub clock: GuestTime,
+}
+
+impl<L: LogSource> Replayer<L> {
+    /// A replayer of a fresh machine.
+    #[must_use]
+    pub fn new(machine: Machine, source: L, orders: Arc<Orders>, spin: Duration) -> Self {
+        Self {
+            machine,
+            source,
+            decoder: Decoder::default(),
+            orders,
+            unreleased: VecDeque::with_capacity(256),
+            released: Seq::ZERO,
+            last_seq: Seq::ZERO,
+            last_digest_at: Position(0),
+            clock_came: Instant::now(),
+            memory_checks: 0,
+            last_memory_check: None,
+            spin,
+        }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The source.
+    pub fn source(&mut self) -> &mut L {
+        &mut self.source
+    }
+
+    /// How many times whole memories were compared, and the last time.
+    #[must_use]
+    pub fn memory_checks(&self) -> (u64, Option<MemoryCheck>) {
+        (self.memory_checks, self.last_memory_check)
+    }
+
+    /// Replays until the log is over or an order ends it.
+    ///
+    /// # Errors
+    /// See [`ReplayError`]; after one this machine can never go live.
+    pub fn run(&mut self) -> Result<ReplayEnd, ReplayError> {
+        self.orders.attach(self.machine.kick_handle());
+        let mut idle_since: Option<Instant> = None;
+        loop {
+            if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some() {
+                return Ok(ReplayEnd::Stopped);
+            }
+            let Some(arrived) = self.source.next()? else {
+                if self.source.is_over()? {
+                    return Ok(ReplayEnd::LogOver);
+                }
+                let since = *idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < self.spin {
+                    std::hint::spin_loop();
+                } else {
+                    self.source.wait(Duration::from_millis(10));
+                }
+                continue;
+            };
+            idle_since = None;
+            self.orders.working(self.machine.position());
+            let (seq, marks) = (arrived.seq, arrived.marks);
+            let entry = self
+                .decoder
+                .decode(arrived.payload)
+                .map_err(|source| ReplayError::Entry { seq: seq.0, source })?;
+            self.released = self.released.max(marks.released);
+            while self.unreleased.front().is_some_and(|(of, _)| *of <= self.released) {
+                self.unreleased.pop_front();
+            }
+            self.last_seq = seq;
+            let end = self.entry(entry)?;
+            self.source.replayed(seq);
+            self.orders.resting();
+            if let Some(end) = end {
+                return Ok(end);
+            }
+        }
+    }
+
+    fn entry(&mut self, entry: Entry) -> Result<Option<ReplayEnd>, ReplayError> {
+        if !self.run_to(entry.position)? {
+            return Ok(Some(ReplayEnd::Stopped));
+        }
+        match entry.body {
+            Body::Step(step) => self.step(step),
+            Body::MemoryHash(expected) => {
+                let found = self.machine.memory_hash().map_err(ReplayError::Machine)?;
+                if found != expected {
+                    return Err(self.divergence("memory hash", format!("{expected:016x}"), format!("{found:016x}")));
+                }
+                self.memory_checks += 1;
+                self.last_memory_check = Some(MemoryCheck {
+                    position: entry.position,
+                    hash: found,
+                });
+                Ok(None)
+            }
+            Body::End { digest, memory, state } => {
+                self.compare_digest(digest)?;
+                let found = self.machine.memory_hash_full().map_err(ReplayError::Machine)?;
+                if found != memory {
+                    return Err(self.divergence("memory hash", format!("{memory:016x}"), format!("{found:016x}")));
+                }
+                let found_state = self.machine.final_state().map_err(ReplayError::Machine)?;
+                if found_state != state {
+                    return Err(self.divergence("state", format!("{state:016x}"), format!("{found_state:016x}")));
+                }
+                Ok(Some(ReplayEnd::Finished { memory_hash: found }))
+            }
+        }
+    }
+
+    /// Runs on to the position: every exit on the way is one without inputs and outputs. False if ordered to stop.
+    fn run_to(&mut self, position: Position) -> Result<bool, ReplayError> {
+        if position < self.machine.position() {
+            return Err(LogError(format!(
+                "an entry for position {position} after one for {}",
+                self.machine.position()
+            ))
+            .into());
+        }
+        while self.machine.position() < position {
+            if self.machine.phase() != Phase::Ready {
+                let expected = "none (the log goes on without one)".to_owned();
+                let found = format!("the guest waits: {:?}", self.machine.phase());
+                return Err(self.divergence("input", expected, found));
+            }
+            if self.machine.has_outputs() {
+                let count = self.machine.outputs().count();
+                return Err(self.divergence("outputs", "none".into(), count.to_string()));
+            }
+            loop {
+                self.orders.resting();
+                let stepped = self.machine.step().map_err(ReplayError::Machine)?;
+                self.orders.working(self.machine.position());
+                if stepped == Stepped::SyncPoint {
+                    break;
+                }
+                if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn step(&mut self, step: Step) -> Result<Option<ReplayEnd>, ReplayError> {
+        if let Some(expected) = &step.exit
+            && let Some(found) = self.machine.history().at(self.machine.position())
+            && let Some(difference) = expected.first_difference(found)
+        {
+            return Err(self.divergence(difference.field, difference.expected, difference.found));
+        }
+        self.compare_digest(step.digest)?;
+        let mut outputs = OutputsDigest::default();
+        for output in self.machine.outputs() {
+            outputs.add(&output);
+            self.unreleased.push_back((self.last_seq, output));
+        }
+        let expected = step.outputs.unwrap_or_default();
+        if outputs != expected {
+            return Err(self.divergence("outputs", show_outputs(expected), show_outputs(outputs)));
+        }
+        for input in step.inputs {
+            self.supply(input)?;
+        }
+        Ok(None)
+    }
+
+    fn supply(&mut self, input: LoggedInput) -> Result<(), ReplayError> {
+        match input {
+            LoggedInput::Clock(time) => {
+                self.clock_came = Instant::now();
+                self.give(&Input::Clock(time))
+            }
+            LoggedInput::Random(bytes) => self.give(&Input::Random(bytes)),
+            LoggedInput::Tick(count) => self.give(&Input::Tick(count)),
+            LoggedInput::Console(bytes) => self.give(&Input::Console(bytes)),
+            LoggedInput::Frames { count, checksum } => {
+                let mut found = 0;
+                for _ in 0..count {
+                    let frame = self.source.frame()?;
+                    found = crc32c::crc32c_append(found, &frame);
+                    self.give(&Input::Frame(frame))?;
+                }
+                if found != checksum {
+                    return Err(LogError(format!(
+                        "the staged frames of position {} have checksum {found:08x}, their entry says {checksum:08x}",
+                        self.machine.position()
+                    ))
+                    .into());
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// An input that the machine refuses here is one that the recorded machine took: the two differ.
+    fn give(&mut self, input: &Input) -> Result<(), ReplayError> {
+        match self.machine.supply(input) {
+            Ok(()) => Ok(()),
+            Err(error @ (MachineError::Unfit { .. } | MachineError::Device(_))) => {
+                Err(self.divergence("input", "taken".into(), error.to_string()))
+            }
+            Err(error) => Err(ReplayError::Machine(error)),
+        }
+    }
+
+    fn compare_digest(&mut self, expected: Digest) -> Result<(), ReplayError> {
+        let found = self.machine.digest();
+        if found != expected {
+            return Err(self.divergence("digest", expected.to_string(), found.to_string()));
+        }
+        self.last_digest_at = self.machine.position();
+        Ok(())
+    }
+
+    fn divergence(&self, field: &'static str, expected: String, found: String) -> ReplayError {
+        Divergence::new(&self.machine, self.last_digest_at, field, expected, found).into()
+    }
+
+    /// Takes the machine over, after the log is over. Frames that were staged and not applied stay with the source.
+    #[must_use]
+    pub fn into_remains(self) -> (Remains, L) {
+        let base = self.decoder.base();
+        (
+            Remains {
+                machine: self.machine,
+                base,
+                unreleased: self.unreleased.into_iter().map(|(_, output)| output).collect(),
+                clock_came: self.clock_came,
+                clock: base.clock(),
+            },
+            self.source,
+        )
+    }
+}
+
+fn show_outputs(outputs: OutputsDigest) -> String {
+    format!("{} with checksum {:08x}", outputs.count, outputs.checksum)
+}

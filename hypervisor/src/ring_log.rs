@@ -1,0 +1,225 @@
+//! The log over a ring: the recorder's sink and the replayer's source.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use rdma_log::{Epoch, Fenced, LaneReader, LaneWriter, Marks, ReadError, Seq, WriteError};
+
+use crate::gate::Committed;
+use crate::replay::{Arrived, LogError, LogSource};
+use crate::sink::{Sink, SinkError};
+
+/// An input's kind is the first byte of its payload.
+pub const INPUT_FRAME: u8 = 1;
+
+/// The events lane, as the recorder writes it.
+pub struct RingSink {
+    lane: Option<LaneWriter>,
+    marks: Marks,
+    last: Seq,
+    /// How far the inputs lane has committed; the I/O thread, which writes it, keeps it current.
+    inputs: Arc<AtomicU64>,
+}
+
+impl RingSink {
+    /// A sink for this reign.
+    #[must_use]
+    pub fn new(lane: LaneWriter, epoch: Epoch, inputs: Arc<AtomicU64>) -> Self {
+        Self {
+            lane: Some(lane),
+            marks: Marks {
+                epoch,
+                ..Marks::default()
+            },
+            last: Seq::ZERO,
+            inputs,
+        }
+    }
+}
+
+fn sink_error(error: WriteError) -> SinkError {
+    match error {
+        WriteError::Full { .. } => SinkError::Full,
+        WriteError::Fenced => SinkError::Fenced,
+        other => SinkError::Broken(other.to_string()),
+    }
+}
+
+impl Sink for RingSink {
+    fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
+        self.last = match &mut self.lane {
+            Some(lane) => lane.append(payload, self.marks).map_err(sink_error)?,
+            None => self.last.next(),
+        };
+        Ok(self.last)
+    }
+
+    fn committed(&mut self) -> Committed {
+        let Some(lane) = &mut self.lane else {
+            return Committed::EVERYTHING;
+        };
+        // A lane that cannot say commits nothing more; the next post gives the reason.
+        if let Ok(events) = lane.committed() {
+            self.marks.committed = self.marks.committed.max(events);
+        }
+        Committed {
+            events: self.marks.committed,
+            inputs: Seq(self.inputs.load(Ordering::Acquire)),
+        }
+    }
+
+    fn released(&mut self, released: Seq) {
+        self.marks.released = self.marks.released.max(released);
+    }
+
+    fn notify(&mut self) {
+        if let Some(lane) = &mut self.lane {
+            // The next post reports what is wrong.
+            let _ = lane.notify();
+        }
+    }
+
+    fn wait_for_room(&mut self, longest: Duration) {
+        if let Some(lane) = &mut self.lane {
+            let room = lane.max_payload().min(4096);
+            let _ = lane.wait_for_room(room, longest);
+        }
+    }
+
+    fn detach(&mut self) {
+        self.lane = None;
+    }
+}
+
+/// Both lanes, as the replayer reads them.
+pub struct RingSource {
+    events: LaneReader,
+    inputs: LaneReader,
+    /// Set by the thread that fences, when the fence has returned.
+    fenced: Arc<OnceLock<Fenced>>,
+}
+
+fn log_error(error: ReadError) -> LogError {
+    LogError(error.to_string())
+}
+
+impl RingSource {
+    /// A source that is over once `fenced` is set and everything committed was read.
+    #[must_use]
+    pub fn new(events: LaneReader, inputs: LaneReader, fenced: Arc<OnceLock<Fenced>>) -> Self {
+        Self {
+            events,
+            inputs,
+            fenced,
+        }
+    }
+
+    /// The proof of the fence, once nobody else holds it.
+    #[must_use]
+    pub fn into_proof(self) -> Option<Fenced> {
+        Arc::into_inner(self.fenced)?.into_inner()
+    }
+
+    /// Frames that were staged and not applied, and last the one that the dead primary may have been reading: its bytes
+    /// are unverified, as those of any frame on a wire.
+    ///
+    /// # Errors
+    /// [`LogError`] before the fence, or for a corrupt lane.
+    pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
+        let mut frames = Vec::new();
+        while let Some(entry) = self.inputs.next().map_err(log_error)? {
+            frames.push(frame_of(entry.payload())?.to_vec());
+        }
+        let fenced = self
+            .fenced
+            .get()
+            .ok_or_else(|| LogError("the log is not fenced".into()))?;
+        if let Some(bytes) = self.inputs.salvage(fenced).map_err(log_error)? {
+            frames.extend(salvaged_frame(&bytes));
+        }
+        Ok(frames)
+    }
+}
+
+/// The frame in a slot whose length was lost with its writer. Everything after its end is zero, and every protocol above
+/// Ethernet tells its own length, so trailing zeros are harmless; the shortest Ethernet payload is kept.
+fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
+    const SHORTEST: usize = 60;
+    let frame = frame_of(slot).ok()?;
+    let end = frame.iter().rposition(|&byte| byte != 0)? + 1;
+    let length = match frame.get(12..18) {
+        // IPv4: the header says how long the packet is.
+        Some(&[0x08, 0x00, _, _, high, low]) => 14 + usize::from(u16::from_be_bytes([high, low])),
+        _ => end.max(SHORTEST),
+    };
+    (end > 12).then(|| frame[..length.clamp(end.min(SHORTEST), frame.len())].to_vec())
+}
+
+pub(crate) fn frame_of(payload: &[u8]) -> Result<&[u8], LogError> {
+    match payload.split_first() {
+        Some((&INPUT_FRAME, frame)) => Ok(frame),
+        Some((kind, _)) => Err(LogError(format!("a staged input of unknown kind {kind}"))),
+        None => Err(LogError("an empty staged input".into())),
+    }
+}
+
+impl LogSource for RingSource {
+    fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError> {
+        match self.events.next().map_err(log_error)? {
+            Some(entry) => Ok(Some(Arrived {
+                seq: entry.seq(),
+                marks: entry.marks(),
+                payload: entry.payload(),
+            })),
+            None => Ok(None),
+        }
+    }
+
+    fn frame(&mut self) -> Result<Vec<u8>, LogError> {
+        match self.inputs.next().map_err(log_error)? {
+            Some(entry) => Ok(frame_of(entry.payload())?.to_vec()),
+            None => Err(LogError("an entry applies a staged frame that is not there".into())),
+        }
+    }
+
+    fn replayed(&mut self, seq: Seq) {
+        // Both can only fail for a number that was not read, or on a connection that the next read reports.
+        let _ = self.events.set_received(seq);
+        let _ = self.events.set_replayed(seq);
+        let _ = self.events.notify();
+    }
+
+    fn is_over(&mut self) -> Result<bool, LogError> {
+        match self.fenced.get() {
+            Some(proof) => self.events.at_end(proof).map_err(log_error),
+            None => Ok(false),
+        }
+    }
+
+    fn wait(&mut self, longest: Duration) {
+        // An error shows at the next read.
+        let _ = self.events.wait(longest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_salvaged_frame_keeps_what_its_header_says() {
+        let mut slot = vec![0u8; 1600];
+        slot[0] = INPUT_FRAME;
+        assert_eq!(salvaged_frame(&slot), None, "nothing was read into it");
+        let frame = &mut slot[1..];
+        frame[..12].fill(7);
+        frame[12..14].copy_from_slice(&[8, 0]);
+        frame[16..18].copy_from_slice(&100u16.to_be_bytes());
+        frame[14 + 40] = 1;
+        assert_eq!(salvaged_frame(&slot).unwrap().len(), 114);
+        slot[1 + 12..1 + 14].copy_from_slice(&[8, 6]);
+        assert_eq!(salvaged_frame(&slot).unwrap().len(), 60);
+    }
+}

@@ -1,0 +1,462 @@
+//! A backup: listens for its primary, follows it, and takes the machine over when the primary is gone.
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use rdma_log::transport::shm;
+use rdma_log::{Fenced, Fencer, RingConfig};
+
+use super::beats::Beats;
+use super::clerk::Clerk;
+use super::host::{self, Inherited};
+use super::io::{Common, Io};
+use super::report::{Event as Said, Timeline};
+use super::serve::{self, Served, now};
+use super::{SessionError, protocol_timing};
+use crate::arbiter::{Claim, Durability, FileArbiter, random_identity};
+use crate::backends::NetPort;
+use crate::backends::wait::{Waiter, Wake};
+use crate::clock::GuestClock;
+use crate::config::Config;
+use crate::gate::Gate;
+use crate::handshake::{self, HandshakeError};
+use crate::kvm::CpuModel;
+use crate::machine::Machine;
+use crate::orders::Order;
+use crate::protocol::backup::{Action, Event, Phase};
+use crate::protocol::heartbeat::MachineId;
+use crate::protocol::{Backup, Pair, Unfit};
+use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder};
+use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
+use crate::ring_log::RingSource;
+use crate::sink::NoLog;
+use crate::stage::Stage;
+
+/// Runs a backup until the protocol ends it, as a backup or later as the primary.
+///
+/// # Errors
+/// See [`SessionError`].
+pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
+    let common = Common::new(json)?;
+    let me = random_identity().map_err(SessionError::host("draw an identity"))?;
+    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    let source = inherited.kvm_source(config);
+    let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
+
+    let listener = Listener::bind(&config.pair.socket)?;
+    common.reporter.say(&Said::Ready {
+        role: "backup".into(),
+        pid: std::process::id(),
+    });
+    let (stream, hello, spec) = loop {
+        let stream = listener.accept(&common)?;
+        match handshake::listen_to(&stream, &cpu, &config.name) {
+            Ok((hello, spec)) => break (stream, hello, spec),
+            Err(error) => {
+                handshake::refuse(&stream, &error);
+                common.reporter.say(&Said::Notice {
+                    text: format!("a primary was refused: {error}"),
+                    loud: true,
+                });
+            }
+        }
+    };
+    drop(listener);
+    let machine = Machine::new(&source, &spec)?;
+    let socket = Beats::bind(config.pair.heartbeat)?;
+    let address = socket
+        .local_addr()
+        .map_err(SessionError::host("read the heartbeat socket's address"))?;
+    let (record, port) = handshake::welcome(&stream, me, address)?;
+    let port = match port {
+        Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
+        None => None,
+    };
+    let ring = shm::accept(
+        &stream,
+        &RingConfig {
+            events: config.ring.events_kib << 10,
+            inputs: config.ring.inputs_kib << 10,
+        },
+    )
+    .map_err(HandshakeError::from)?;
+    handshake::await_go(&stream)?;
+    stream
+        .set_nonblocking(true)
+        .map_err(SessionError::host("set up the control socket"))?;
+
+    let mut io = Io::new(common, config, json, port, None, Gate::new_shut())?;
+    io.beats = Some(Beats::connect(socket, hello.heartbeat, handshake::key_of(&hello))?);
+    io.control = Some(stream);
+    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
+    let pair = Pair {
+        machine: MachineId::of(&config.name),
+        me,
+        peer: handshake::identity_of(&hello)?,
+    };
+    let protocol = Backup::new(pair, record, protocol_timing(config), now())
+        .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
+    let fenced = Arc::new(OnceLock::new());
+    let log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
+    let replayer = Replayer::new(machine, log, Arc::clone(&io.orders), config.timing.spin());
+    let follower = Follower::start(config, &io, replayer)?;
+    io.reporter.say(&Said::Paired {
+        epoch: record.epoch.0,
+        peer: pair.peer.to_string(),
+    });
+    Following {
+        io,
+        clerk,
+        protocol,
+        follower,
+        fencer: Some((ring.fencer, fenced)),
+        claim: None,
+        drained: None,
+        at: Timeline::default(),
+    }
+    .follow()
+}
+
+/// A socket path that goes away with its listener.
+struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Listener {
+    fn bind(path: &Path) -> Result<Self, SessionError> {
+        let bind = || {
+            // A file that nobody listens at is what a killed backup left.
+            if UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+                std::fs::remove_file(path)?;
+            }
+            let listener = UnixListener::bind(path)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        Ok(Self {
+            listener: bind().map_err(SessionError::host("listen for a primary (pair.socket)"))?,
+            path: path.to_owned(),
+        })
+    }
+
+    fn accept(&self, common: &Common) -> Result<UnixStream, SessionError> {
+        let mut waiter = Waiter::new();
+        loop {
+            waiter.clear();
+            let signals = waiter.add(&common.signals, true, false);
+            waiter.add(&self.listener, true, false);
+            waiter.wait(None).map_err(SessionError::host("wait for events"))?;
+            if waiter.ready(signals).read {
+                return Err(SessionError::Interrupted);
+            }
+            if let Ok((stream, _)) = self.listener.accept() {
+                stream
+                    .set_nonblocking(false)
+                    .map_err(SessionError::host("set up the control socket"))?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // It is gone already if somebody cleaned up; either way nothing is left behind.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What the vCPU thread says.
+enum Told {
+    /// The log was replayed to its end after the fence.
+    Drained(Drained),
+    /// This copy is of no use.
+    Failed(ReplayError),
+}
+
+/// Facts about a drained log.
+#[derive(Clone, Copy, Debug)]
+struct Drained {
+    position: u64,
+    memory_checks: u64,
+    last_memory_check: Option<MemoryCheck>,
+    resent: usize,
+    inherited_frames: usize,
+}
+
+/// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
+struct Follower {
+    thread: JoinHandle<Result<Ended, RecordError>>,
+    told: Receiver<Told>,
+    claims: Sender<Claim>,
+}
+
+/// What going live needs besides the proofs.
+struct Live {
+    outlet: Outlet,
+    stage: Arc<Stage>,
+    orders: Arc<crate::orders::Orders>,
+    samples: Arc<crate::orders::Samples>,
+    options: RecordOptions,
+}
+
+impl Follower {
+    fn start(config: &Config, io: &Io, replayer: Replayer<RingSource>) -> Result<Self, SessionError> {
+        let (tell, told) = channel();
+        let (claims, claim) = channel();
+        let live = Live {
+            outlet: io.outlet.clone(),
+            stage: Arc::clone(&io.stage),
+            orders: Arc::clone(&io.orders),
+            samples: Arc::clone(&io.samples),
+            options: RecordOptions {
+                spin: config.timing.spin(),
+                ..RecordOptions::default()
+            },
+        };
+        let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
+        let thread = std::thread::Builder::new()
+            .name("vcpu".into())
+            .spawn(move || {
+                host::pin(&cpus, "vCPU");
+                let outcome = follow(replayer, live, &tell, &claim, &wake);
+                wake.ring();
+                outcome
+            })
+            .map_err(SessionError::host("start the vCPU thread"))?;
+        Ok(Self { thread, told, claims })
+    }
+}
+
+fn follow(
+    mut replayer: Replayer<RingSource>,
+    live: Live,
+    tell: &Sender<Told>,
+    claim: &Receiver<Claim>,
+    wake: &Wake,
+) -> Result<Ended, RecordError> {
+    let say = |told| {
+        // If nobody listens the process is ending.
+        let _ = tell.send(told);
+        wake.ring();
+    };
+    match replayer.run() {
+        Ok(ReplayEnd::LogOver) => {}
+        Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
+        Err(error) => {
+            say(Told::Failed(error));
+            return Ok(Ended::Stopped);
+        }
+    }
+    let (memory_checks, last_memory_check) = replayer.memory_checks();
+    let (remains, mut log) = replayer.into_remains();
+    let frames = match log.leftover_frames() {
+        Ok(frames) => frames,
+        Err(error) => {
+            say(Told::Failed(error.into()));
+            return Ok(Ended::Stopped);
+        }
+    };
+    for frame in &frames {
+        // The stage is as large as the primary's was, so they fit.
+        let _ = live.stage.push(rdma_log::Seq::ZERO, frame);
+    }
+    let drained = Drained {
+        position: remains.machine.position().0,
+        memory_checks,
+        last_memory_check,
+        resent: remains.unreleased.len(),
+        inherited_frames: frames.len(),
+    };
+    let Some(fenced) = log.into_proof() else {
+        say(Told::Failed(ReplayError::Log(crate::replay::LogError(
+            "the log ended without a fence".into(),
+        ))));
+        return Ok(Ended::Stopped);
+    };
+    say(Told::Drained(drained));
+    let Ok(claim) = claim.recv() else {
+        return Ok(Ended::Stopped);
+    };
+    go_live(remains, claim, fenced, live)?.run()
+}
+
+/// Makes the backup the primary. It takes the proof that the claim was won and the proof that nothing more can commit to the
+/// old log; without both there is no way to call it.
+fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Result<Recorder<NoLog>, RecordError> {
+    for output in remains.unreleased {
+        live.outlet.hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
+    }
+    Recorder::new(Parts {
+        machine: remains.machine,
+        sink: NoLog::default(),
+        base: remains.base,
+        outlet: live.outlet,
+        stage: live.stage,
+        orders: live.orders,
+        samples: live.samples,
+        clock: GuestClock::starting(remains.clock, remains.clock_came),
+        options: live.options,
+    })
+}
+
+/// The I/O thread's loop of a backup.
+struct Following {
+    io: Io,
+    clerk: Clerk,
+    protocol: Backup,
+    follower: Follower,
+    fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
+    claim: Option<Claim>,
+    drained: Option<Drained>,
+    at: Timeline,
+}
+
+impl Following {
+    fn follow(mut self) -> Result<Served, SessionError> {
+        let mut actions = Vec::new();
+        loop {
+            let longest = self.protocol.deadline().map(|deadline| deadline.since(now()));
+            // Frames are read from the shared port as soon as the guest runs here, before its outputs may leave.
+            let running = matches!(self.protocol.phase(), Phase::GoingLive | Phase::Live);
+            let found = self.io.round(longest, running)?;
+            let now = now();
+            if let Some(beats) = &self.io.beats {
+                while let Some(beat) = beats.receive() {
+                    self.protocol.handle(now, Event::Heartbeat(beat), &mut actions);
+                }
+            }
+            if found.peer_gone {
+                self.protocol.handle(now, Event::PeerDied, &mut actions);
+            }
+            if found.signalled {
+                return self.leave();
+            }
+            while let Some((answer, claim)) = self.clerk.answer() {
+                if claim.is_some() {
+                    self.at.claimed = Timeline::now();
+                    self.claim = claim;
+                }
+                self.protocol.handle(now, Event::Arbiter(answer), &mut actions);
+            }
+            while let Ok(told) = self.follower.told.try_recv() {
+                let event = self.hear(told);
+                self.protocol.handle(now, event, &mut actions);
+            }
+            let progress = self.io.orders.progress();
+            self.protocol.handle(now, Event::Tick(progress), &mut actions);
+            let mut at = 0;
+            while at < actions.len() {
+                let action = actions[at].clone();
+                at += 1;
+                match action {
+                    Action::SendHeartbeat(beat) => {
+                        if let Some(beats) = &self.io.beats {
+                            beats.send(&beat);
+                        }
+                    }
+                    Action::Ask(request) => {
+                        if self.at.suspected == 0 {
+                            self.at.suspected = Timeline::now();
+                        }
+                        self.clerk.ask(request);
+                    }
+                    Action::Fence => {
+                        let event = self.fence();
+                        self.protocol.handle(now, event, &mut actions);
+                    }
+                    // The replayer goes on to the end by itself once the proof of the fence is there.
+                    Action::Drain => {}
+                    Action::GoLive => {
+                        let claim = self.claim.take().expect("the protocol goes live only on a claim that was won");
+                        self.at.running = Timeline::now();
+                        // A thread that is gone has said why, and that comes as an event.
+                        let _ = self.follower.claims.send(claim);
+                    }
+                    Action::OpenGate => return self.open_gate(),
+                    Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
+                    Action::Die(reason) => {
+                        self.io.order(Order::Stop);
+                        drop(self.follower.claims);
+                        let _ = self.follower.thread.join();
+                        return Ok(Served { reason, guest: None });
+                    }
+                }
+            }
+            actions.clear();
+        }
+    }
+
+    fn say(&self, text: String, loud: bool) {
+        self.io.reporter.say(&Said::Notice { text, loud });
+    }
+
+    fn hear(&mut self, told: Told) -> Event {
+        match told {
+            Told::Drained(drained) => {
+                self.at.drained = Timeline::now();
+                self.drained = Some(drained);
+                Event::Drained
+            }
+            Told::Failed(ReplayError::Diverged(divergence)) => {
+                let what = divergence.to_string();
+                self.io.reporter.say(&Said::Diverged { what: what.clone() });
+                Event::Unfit(Unfit::Diverged(what))
+            }
+            Told::Failed(ReplayError::Machine(error)) => Event::Unfit(Unfit::Failed(error.to_string())),
+            Told::Failed(error) => Event::Unfit(Unfit::Corrupt(error.to_string())),
+        }
+    }
+
+    fn fence(&mut self) -> Event {
+        let Some((mut fencer, proof)) = self.fencer.take() else {
+            return Event::Unfit(Unfit::Failed("the log was fenced twice".into()));
+        };
+        match fencer.fence() {
+            Ok(fenced) => {
+                self.at.fenced = Timeline::now();
+                // The replayer takes the last reference with it, so this one goes now.
+                let _ = proof.set(fenced);
+                Event::Fenced
+            }
+            Err(error) => Event::Unfit(Unfit::Failed(format!("the log could not be fenced: {error}"))),
+        }
+    }
+
+    /// SIGTERM at a backup: it leaves, and its primary goes on without it.
+    fn leave(self) -> Result<Served, SessionError> {
+        self.io.order(Order::Stop);
+        drop(self.follower.claims);
+        let _ = self.follower.thread.join();
+        Err(SessionError::Interrupted)
+    }
+
+    fn open_gate(mut self) -> Result<Served, SessionError> {
+        self.io.release_everything();
+        self.at.open = Timeline::now();
+        let drained = self.drained.expect("the protocol goes live only from a drained log");
+        let record = self.protocol.record();
+        self.io.reporter.say(&Said::Live {
+            epoch: record.epoch.0,
+            position: drained.position,
+            memory_checks: drained.memory_checks,
+            checked_at: drained.last_memory_check.map_or(0, |check| check.position.0),
+            resent: drained.resent,
+            inherited_frames: drained.inherited_frames,
+            at: self.at,
+        });
+        self.io.beats = None;
+        self.io.control = None;
+        let protocol = self
+            .protocol
+            .into_primary(now())
+            .expect("the gate opens only in phase live");
+        serve::serve(&mut self.io, &self.clerk, protocol, self.follower.thread)
+    }
+}

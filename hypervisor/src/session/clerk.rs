@@ -1,0 +1,49 @@
+//! The arbiter thread: asks what the protocol wants asked, so that nothing else waits for a disk.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use super::SessionError;
+use crate::arbiter::{self, Arbiter, Claim};
+use crate::backends::wait::Wake;
+use crate::protocol::{Answer, Request};
+
+/// Carries requests to the arbiter and answers back. Dropped, it ends its thread after the request under way.
+pub(super) struct Clerk {
+    requests: Sender<Request>,
+    answers: Receiver<(Answer, Option<Claim>)>,
+}
+
+impl Clerk {
+    /// Starts the thread; `wake` is rung for every answer.
+    pub(super) fn start(arbiter: Box<dyn Arbiter>, wake: Arc<Wake>) -> Result<Self, SessionError> {
+        let (requests, incoming) = channel::<Request>();
+        let (outgoing, answers) = channel();
+        thread::Builder::new()
+            .name("arbiter".into())
+            .spawn(move || {
+                for request in incoming {
+                    if outgoing.send(arbiter::ask(&*arbiter, &request)).is_err() {
+                        return;
+                    }
+                    wake.ring();
+                }
+            })
+            .map_err(SessionError::host("start the arbiter thread"))?;
+        Ok(Self { requests, answers })
+    }
+
+    /// Asks; the answer comes by [`Clerk::answer`].
+    pub(super) fn ask(&self, request: Request) {
+        self.requests
+            .send(request)
+            .expect("the arbiter thread lives as long as its clerk");
+    }
+
+    /// An answer that has come.
+    pub(super) fn answer(&self) -> Option<(Answer, Option<Claim>)> {
+        self.answers.try_recv().ok()
+    }
+}

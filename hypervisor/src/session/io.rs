@@ -1,0 +1,191 @@
+//! The I/O thread's round: wait, take in frames, say what else has come.
+#![forbid(unsafe_code)]
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::SessionError;
+use super::beats::Beats;
+use super::host::{self, Inherited};
+use super::report::Reporter;
+use super::stager::Stager;
+use super::world::HostWorld;
+use crate::backends::NetPort;
+use crate::backends::wait::{Wake, Waiter};
+use crate::config::Config;
+use crate::event::Output;
+use crate::gate::{Committed, Gate};
+use crate::orders::{Order, Orders, Samples};
+use crate::record::Outlet;
+use crate::stage::Stage;
+
+/// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
+const ROUND: Duration = Duration::from_millis(10);
+
+/// What a role's two threads share, and what its I/O thread watches.
+pub(super) struct Io {
+    pub(super) wake: Arc<Wake>,
+    pub(super) stage: Arc<Stage>,
+    pub(super) orders: Arc<Orders>,
+    pub(super) samples: Arc<Samples>,
+    pub(super) reporter: Reporter,
+    pub(super) outlet: Outlet,
+    pub(super) stager: Stager,
+    pub(super) beats: Option<Beats>,
+    pub(super) control: Option<UnixStream>,
+    signals: UnixStream,
+    waiter: Waiter,
+}
+
+/// What a round found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Found {
+    /// SIGTERM or SIGINT came.
+    pub(super) signalled: bool,
+    /// The control connection is closed: the peer's process is gone.
+    pub(super) peer_gone: bool,
+}
+
+/// What is made before there is a port or a lane.
+pub(super) struct Common {
+    pub(super) wake: Arc<Wake>,
+    pub(super) signals: UnixStream,
+    pub(super) reporter: Reporter,
+}
+
+impl Common {
+    pub(super) fn new(json: bool) -> Result<Self, SessionError> {
+        Ok(Self {
+            wake: Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?),
+            signals: host::stop_signals()?,
+            reporter: Reporter::new(json),
+        })
+    }
+}
+
+/// The lane and reign that a stager writes to.
+pub(super) type InputLane = (rdma_log::LaneWriter, rdma_log::Epoch, Arc<std::sync::atomic::AtomicU64>);
+
+impl Io {
+    /// Everything around this port. `shut` starts with a gate that lets nothing out.
+    pub(super) fn new(
+        common: Common,
+        config: &Config,
+        json: bool,
+        port: Option<NetPort>,
+        lane: Option<InputLane>,
+        gate: Gate<Output>,
+    ) -> Result<Self, SessionError> {
+        let out = match &port {
+            Some(port) => Some(port.try_clone().map_err(SessionError::host("share the network port"))?),
+            None => None,
+        };
+        let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
+        let (lane, committed) = match lane {
+            Some((lane, epoch, committed)) => (Some((lane, epoch)), committed),
+            None => (None, Arc::default()),
+        };
+        host::pin(&config.cpus.io, "I/O");
+        Ok(Self {
+            orders: Arc::new(Orders::new(Arc::clone(&common.wake))),
+            samples: Arc::default(),
+            outlet: Outlet::new(gate, Box::new(HostWorld::new(out, host::open_console(config, json)?))),
+            stager: Stager::new(port, lane, committed, Arc::clone(&stage)),
+            reporter: common.reporter,
+            stage,
+            wake: common.wake,
+            signals: common.signals,
+            beats: None,
+            control: None,
+            waiter: Waiter::new(),
+        })
+    }
+
+    /// Opens the port that the configuration names.
+    pub(super) fn port(config: &Config, inherited: &Inherited) -> Result<Option<NetPort>, SessionError> {
+        host::open_port(config, inherited)
+    }
+
+    /// Gives the vCPU thread an order, wherever it is.
+    pub(super) fn order(&self, order: Order) {
+        self.orders.give(order);
+        self.stage.bell().ring();
+    }
+
+    /// Waits for something to happen, at most `longest`. `read_frames` is off while another process reads the port.
+    pub(super) fn round(&mut self, longest: Option<Duration>, read_frames: bool) -> Result<Found, SessionError> {
+        self.waiter.clear();
+        let wake = self.waiter.add(&*self.wake, true, false);
+        let signals = self.waiter.add(&self.signals, true, false);
+        let control = self.control.as_ref().map(|control| self.waiter.add(control, true, false));
+        if let Some(beats) = &self.beats {
+            self.waiter.add(beats, true, false);
+        }
+        let blocked = self.outlet.is_blocked();
+        let port = match (self.stager.wants(), self.stager.port()) {
+            (Some(port), _) if read_frames => Some(self.waiter.add(port, true, blocked)),
+            (_, Some(port)) if blocked => Some(self.waiter.add(port, false, true)),
+            _ => None,
+        };
+        let longest = longest.unwrap_or(ROUND).min(ROUND);
+        self.waiter
+            .wait(Some(longest))
+            .map_err(SessionError::host("wait for events"))?;
+        if self.waiter.ready(wake).read {
+            self.wake.clear();
+        }
+        if port.is_some_and(|port| self.waiter.ready(port).read)
+            && let Err(error) = self.stager.pump()
+        {
+            tracing::warn!("the guest's network port is closed: {error}");
+        }
+        self.stager.retry();
+        if blocked {
+            // Only what had committed was tried before; whatever is behind it waits for its own release.
+            self.outlet.release_again();
+        }
+        if self.reporter.commits_due() {
+            self.reporter.commits(&self.samples);
+        }
+        let mut found = Found::default();
+        if self.waiter.ready(signals).read {
+            let mut bytes = [0; 16];
+            found.signalled = (&self.signals).read(&mut bytes).is_ok();
+        }
+        if let Some(control) = control
+            && self.waiter.ready(control).read
+        {
+            found.peer_gone = self.peer_is_gone();
+        }
+        Ok(found)
+    }
+
+    /// Nothing is said over the control connection once a pair runs, so all that can be read is its end.
+    fn peer_is_gone(&mut self) -> bool {
+        let Some(control) = &self.control else {
+            return false;
+        };
+        let mut bytes = [0; 64];
+        let gone = match (&mut &*control).read(&mut bytes) {
+            Ok(length) => length == 0,
+            Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+        };
+        if gone {
+            self.control = None;
+        }
+        gone
+    }
+
+    /// Hands on what has not been said yet.
+    pub(super) fn last_words(&mut self) {
+        self.reporter.commits(&self.samples);
+    }
+
+    /// Everything in the gate may leave.
+    pub(super) fn release_everything(&self) {
+        self.outlet.open();
+        self.outlet.release(Committed::EVERYTHING);
+    }
+}

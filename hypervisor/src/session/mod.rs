@@ -1,0 +1,123 @@
+//! The one place that wires everything: a solo machine, a primary, a backup.
+//!
+//! ```text
+//!  I/O thread (the process's first)                          vCPU thread
+//!  ┌────────────────────────────────────────────┐            ┌──────────────────────────────┐
+//!  │ network port ──▶ stager ──▶ inputs lane     │── stage ──▶│ recorder or replayer         │
+//!  │ heartbeats, control socket, signals         │── orders ─▶│   owns the machine and the   │
+//!  │   └──▶ protocol ──▶ actions                 │◀─ reports ─│   events lane                │
+//!  │ gate, when a commit or a way out comes late │◀─ outlet ─▶│ gate, when it has committed  │
+//!  └────────────────────────────────────────────┘            └──────────────────────────────┘
+//!        ▲ answers │ requests
+//!        └─ arbiter thread: the only one that may block on a disk
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod backup;
+mod beats;
+mod clerk;
+pub mod host;
+mod io;
+pub mod primary;
+pub mod report;
+pub mod solo;
+mod stager;
+pub mod serve;
+mod world;
+
+use crate::backends::PortError;
+use crate::backends::console::ConsoleError;
+use crate::backends::link::LinkError;
+use crate::backends::tap::{BadNetwork, TapError};
+use crate::config::Config;
+use crate::file_log::FileLogError;
+use crate::handshake::HandshakeError;
+use crate::machine::{MachineError, SpecError};
+use crate::protocol::{Epoch, Timing};
+use crate::record::RecordError;
+use crate::replay::ReplayError;
+
+/// Why a role ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its description.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Recording.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// Replaying.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+    /// A log file.
+    #[error(transparent)]
+    FileLog(#[from] FileLogError),
+    /// The TAP.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The Unix-socket link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// An inherited port.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// An address in the configuration.
+    #[error("net.address: {0}")]
+    Address(BadNetwork),
+    /// The other side.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// The arbiter.
+    #[error(transparent)]
+    Arbiter(#[from] crate::arbiter::ArbiterError),
+    /// The machine's record says that it runs elsewhere, or ended.
+    #[error("the arbiter's record of this machine does not let it start: {0}")]
+    NotOurs(String),
+    /// No backup came.
+    #[error("no backup listens at {}: after {seconds} s this primary gives up; start `doppel backup` with the same pair.socket first", path.display())]
+    NoBackup {
+        /// The socket.
+        path: std::path::PathBuf,
+        /// How long it was tried.
+        seconds: u64,
+    },
+    /// SIGTERM or SIGINT.
+    #[error("interrupted")]
+    Interrupted,
+    /// The vCPU thread panicked.
+    #[error("the vCPU thread panicked; this is a bug")]
+    Panicked,
+    /// The host refused something.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+impl SessionError {
+    pub(crate) fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+/// The protocol's times, as configured.
+fn protocol_timing(config: &Config) -> Timing {
+    Timing {
+        heartbeat: std::time::Duration::from_millis(config.timing.heartbeat_ms),
+        ..Timing::default()
+    }
+}
+
+/// A reign as the ring's entries carry it.
+fn ring_epoch(epoch: Epoch) -> rdma_log::Epoch {
+    rdma_log::Epoch(u32::try_from(epoch.0).unwrap_or(u32::MAX))
+}

@@ -1,0 +1,191 @@
+//! A primary: pairs with the backup that listens, then records and serves.
+#![forbid(unsafe_code)]
+
+use std::io::ErrorKind;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use rdma_log::transport::shm;
+
+use super::beats::Beats;
+use super::clerk::Clerk;
+use super::host::{self, Inherited};
+use super::io::{Common, Io};
+use super::report::Event as Said;
+use super::serve::{self, Served, Vcpu};
+use super::{SessionError, protocol_timing};
+use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_bytes, random_identity};
+use crate::backends::wait::Waiter;
+use crate::clock::GuestClock;
+use crate::config::Config;
+use crate::entry::Base;
+use crate::event::GuestTime;
+use crate::gate::Gate;
+use crate::handshake::{self, HandshakeError, Hello, Welcomed};
+use crate::machine::{Machine, MachineSpec};
+use crate::protocol::heartbeat::MachineId;
+use crate::protocol::{Identity, Pair, Primary, Record, State};
+use crate::record::{Parts, RecordOptions, Recorder};
+use crate::ring_log::RingSink;
+
+/// How long a primary looks for its backup.
+const FIND_BACKUP: Duration = Duration::from_secs(30);
+
+/// Runs a primary until the protocol ends it.
+///
+/// `cold_start` says that no process of this machine runs any more, whatever the arbiter's record says.
+///
+/// # Errors
+/// See [`SessionError`].
+pub fn run(
+    config: &Config,
+    inherited: &Inherited,
+    spec: &MachineSpec,
+    json: bool,
+    cold_start: bool,
+) -> Result<Served, SessionError> {
+    let common = Common::new(json)?;
+    let me = random_identity().map_err(SessionError::host("draw an identity"))?;
+    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    let found = arbiter.read()?;
+    may_start(found.as_ref(), cold_start)?;
+    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    let port = Io::port(config, inherited)?;
+
+    let stream = find_backup(&config.pair.socket, &common)?;
+    let socket = Beats::bind(config.pair.heartbeat)?;
+    let key = random_bytes().map_err(SessionError::host("draw a key"))?;
+    let spec_bytes = spec.encode();
+    let hello = Hello {
+        version: handshake::VERSION,
+        cpu: machine.cpu_model().clone(),
+        name: config.name.clone(),
+        identity: me.to_string(),
+        heartbeat: socket
+            .local_addr()
+            .map_err(SessionError::host("read the heartbeat socket's address"))?,
+        key,
+        spec_bytes: spec_bytes.len() as u32,
+    };
+    let welcomed = handshake::introduce(&stream, &hello, &spec_bytes)?;
+    let record = entitle(&arbiter, found.as_ref(), me, &welcomed)?;
+    handshake::agree(&stream, &record, handshake::port_fd(port.as_ref()))?;
+    let ring = shm::connect(&stream).map_err(HandshakeError::from)?;
+
+    let committed = Arc::new(AtomicU64::new(0));
+    let epoch = super::ring_epoch(record.epoch);
+    let lane = Some((ring.inputs, epoch, Arc::clone(&committed)));
+    let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
+    io.beats = Some(Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?);
+    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
+    let sink = RingSink::new(ring.events, epoch, committed);
+    handshake::go(&stream)?;
+    stream
+        .set_nonblocking(true)
+        .map_err(SessionError::host("set up the control socket"))?;
+    io.control = Some(stream);
+    let pair = Pair {
+        machine: MachineId::of(&config.name),
+        me,
+        peer: welcomed.identity,
+    };
+    let protocol = Primary::protected(pair, record, protocol_timing(config), serve::now());
+    let vcpu = start(config, &io, machine, sink)?;
+    io.reporter.say(&Said::Paired {
+        epoch: record.epoch.0,
+        peer: welcomed.identity.to_string(),
+    });
+    serve::serve(&mut io, &clerk, protocol, vcpu)
+}
+
+/// A machine may start from nothing, from the end of an earlier reign, or because its operator says so.
+fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionError> {
+    match found {
+        Some(record) if record.state != State::Ended && !cold_start => Err(SessionError::NotOurs(format!(
+            "{record}. If no process of this machine runs any more, say --cold-start"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn find_backup(path: &Path, common: &Common) -> Result<UnixStream, SessionError> {
+    let until = Instant::now() + FIND_BACKUP;
+    let mut said = false;
+    let mut waiter = Waiter::new();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                if Instant::now() >= until {
+                    return Err(SessionError::NoBackup {
+                        path: path.to_owned(),
+                        seconds: FIND_BACKUP.as_secs(),
+                    });
+                }
+            }
+            Err(error) => return Err(SessionError::host("connect to the backup (pair.socket)")(error)),
+        }
+        if !said {
+            said = true;
+            common.reporter.say(&Said::Notice {
+                text: format!("waiting for a backup to listen at {}", path.display()),
+                loud: false,
+            });
+        }
+        waiter.clear();
+        let signals = waiter.add(&common.signals, true, false);
+        waiter
+            .wait(Some(Duration::from_millis(20)))
+            .map_err(SessionError::host("wait for events"))?;
+        if waiter.ready(signals).read {
+            return Err(SessionError::Interrupted);
+        }
+    }
+}
+
+fn entitle(
+    arbiter: &FileArbiter,
+    found: Option<&Record>,
+    me: Identity,
+    welcomed: &Welcomed,
+) -> Result<Record, SessionError> {
+    let record = Record::cold_start(found, me, Some(welcomed.identity));
+    match arbiter.swap(found, &record)? {
+        Swap::Done => Ok(record),
+        Swap::Lost(now) => Err(SessionError::NotOurs(match now {
+            Some(record) => format!("another process was first: {record}"),
+            None => "it disappeared".into(),
+        })),
+    }
+}
+
+fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<Vcpu, SessionError> {
+    let parts = Parts {
+        machine,
+        sink,
+        base: Base::default(),
+        outlet: io.outlet.clone(),
+        stage: Arc::clone(&io.stage),
+        orders: Arc::clone(&io.orders),
+        samples: Arc::clone(&io.samples),
+        clock: GuestClock::starting(GuestTime(0), Instant::now()),
+        options: RecordOptions {
+            every_exit: false,
+            memory_check: config.timing.memory_check(),
+            spin: config.timing.spin(),
+        },
+    };
+    let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
+    std::thread::Builder::new()
+        .name("vcpu".into())
+        .spawn(move || {
+            host::pin(&cpus, "vCPU");
+            let outcome = Recorder::new(parts).and_then(|mut recorder| recorder.run());
+            wake.ring();
+            outcome
+        })
+        .map_err(SessionError::host("start the vCPU thread"))
+}

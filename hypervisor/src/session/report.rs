@@ -1,0 +1,175 @@
+//! What a role says of itself while it runs: one JSON object a line on standard output, or lines for people on standard error.
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::backends::wait::Moment;
+use crate::orders::Samples;
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The role is set up; for a backup: it listens.
+    Ready {
+        /// `primary`, `backup` or `solo`.
+        role: String,
+        /// Process id.
+        pid: u32,
+    },
+    /// Both sides are paired and the guest runs.
+    Paired {
+        /// The reign.
+        epoch: u64,
+        /// The other process's identity.
+        peer: String,
+    },
+    /// Commit latencies since the last such event: (upper bound of the bucket in ns, count).
+    Commits {
+        /// The buckets.
+        buckets: Vec<(u64, u64)>,
+    },
+    /// How far this side is.
+    Progress {
+        /// Sync points.
+        position: u64,
+        /// Whole memories compared and found equal.
+        memory_checks: u64,
+        /// Where they were compared last.
+        checked_at: u64,
+    },
+    /// This backup serves the machine now.
+    Live {
+        /// The new reign.
+        epoch: u64,
+        /// The last position of the old primary.
+        position: u64,
+        /// Whole memories that had been compared and found equal.
+        memory_checks: u64,
+        /// Where they were compared last.
+        checked_at: u64,
+        /// Outputs sent again.
+        resent: usize,
+        /// Frames taken over that the old primary had read and not applied.
+        inherited_frames: usize,
+        /// CLOCK_MONOTONIC, nanoseconds: suspicion, claim won, fence returned, drained, gate open.
+        at: Timeline,
+    },
+    /// The replayed machine is not the recorded one.
+    Diverged {
+        /// Position, field, expected, found.
+        what: String,
+    },
+    /// A line for people.
+    Notice {
+        /// The line.
+        text: String,
+        /// Whether protection or service is affected.
+        loud: bool,
+    },
+    /// The role is over.
+    Ended {
+        /// Why.
+        why: String,
+    },
+}
+
+/// Steps of a take-over, CLOCK_MONOTONIC in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// The primary was suspected.
+    pub suspected: u64,
+    /// The fence had returned.
+    pub fenced: u64,
+    /// The log was replayed to its end.
+    pub drained: u64,
+    /// The claim was won.
+    pub claimed: u64,
+    /// The guest ran, its outputs held.
+    pub running: u64,
+    /// The record was `live` and the gate opened.
+    pub open: u64,
+}
+
+impl Timeline {
+    /// The clock it is told by.
+    #[must_use]
+    pub fn now() -> u64 {
+        Moment::now().as_nanos()
+    }
+}
+
+/// Says what happens.
+#[derive(Debug)]
+pub struct Reporter {
+    json: bool,
+    commits_due: Instant,
+}
+
+/// Often enough that little is lost with a process that is killed, rare enough to cost nothing.
+const COMMITS_EVERY: Duration = Duration::from_millis(50);
+
+impl Reporter {
+    /// A reporter; `json` writes every event to standard output.
+    #[must_use]
+    pub fn new(json: bool) -> Self {
+        Self {
+            json,
+            commits_due: Instant::now() + COMMITS_EVERY,
+        }
+    }
+
+    /// Says one event.
+    pub fn say(&self, event: &Event) {
+        if self.json {
+            let mut line = serde_json::to_vec(event).expect("plain fields always encode");
+            line.push(b'\n');
+            // Whoever read it is gone: that is no reason to stop a machine.
+            let _ = std::io::stdout().lock().write_all(&line);
+            return;
+        }
+        match event {
+            Event::Notice { text, loud: true } => tracing::warn!("{text}"),
+            Event::Notice { text, loud: false } => tracing::info!("{text}"),
+            Event::Ready { role, pid } => tracing::info!("{role} is ready, process {pid}"),
+            Event::Paired { epoch, .. } => tracing::info!("protected: both sides run, epoch {epoch}"),
+            Event::Live {
+                epoch, position, at, ..
+            } => tracing::warn!(
+                "live in epoch {epoch} from position {position}, {:.1} ms after the first suspicion",
+                at.open.saturating_sub(at.suspected) as f64 / 1e6
+            ),
+            Event::Diverged { what } => tracing::error!("{what}"),
+            Event::Ended { why } => tracing::info!("{why}"),
+            Event::Commits { .. } | Event::Progress { .. } => {}
+        }
+    }
+
+    /// Whether commit latencies are due.
+    #[must_use]
+    pub fn commits_due(&self) -> bool {
+        self.json && Instant::now() >= self.commits_due
+    }
+
+    /// Hands on the commit latencies that have gathered.
+    pub fn commits(&mut self, samples: &Samples) {
+        self.commits_due = Instant::now() + COMMITS_EVERY;
+        let mut buckets: Vec<(u64, u64)> = Vec::new();
+        let mut taken: Vec<u64> = std::iter::from_fn(|| samples.take()).collect();
+        taken.sort_unstable();
+        for nanos in taken {
+            // 16 ns wide: below what a clock reading resolves here, and few enough to write.
+            let bucket = nanos | 15;
+            match buckets.last_mut() {
+                Some((last, count)) if *last == bucket => *count += 1,
+                _ => buckets.push((bucket, 1)),
+            }
+        }
+        if !buckets.is_empty() {
+            self.say(&Event::Commits { buckets });
+        }
+    }
+}

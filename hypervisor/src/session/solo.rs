@@ -1,0 +1,215 @@
+//! A machine without a backup: `run`, and `record` with a log file behind it.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rdma_log::{Epoch, RingConfig, transport::shm};
+
+use super::SessionError;
+use super::host::{self, Inherited};
+use super::io::{Common, InputLane, Io};
+use super::report::Event;
+use crate::clock::GuestClock;
+use crate::config::Config;
+use crate::entry::Base;
+use crate::event::GuestTime;
+use crate::file_log::{FileRecorder, FileSource};
+use crate::gate::Gate;
+use crate::machine::{Machine, MachineSpec};
+use crate::backends::wait::Wake;
+use crate::kvm::KvmSource;
+use crate::orders::{Order, Orders};
+use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder};
+use crate::replay::{ReplayEnd, ReplayError, Replayer};
+use crate::ring_log::RingSink;
+use crate::sink::{NoLog, Sink};
+
+/// How long a guest that does not exit may take to reach a sync point once its recording is to end.
+const LAST_SYNC_POINT: Duration = Duration::from_secs(10);
+
+/// Choices of a recording.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordFor<'a> {
+    /// The log file.
+    pub out: &'a Path,
+    /// When to end it; the guest's power-off or a signal ends it too.
+    pub length: Option<Duration>,
+    /// An entry for every exit.
+    pub every_exit: bool,
+}
+
+/// What came of a recording.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// How the guest ended.
+    pub ended: Ended,
+    /// Sync points and memory hash; none if the guest was stopped between two sync points.
+    pub finished: Option<Finished>,
+    /// Length of the log in bytes.
+    pub bytes: u64,
+}
+
+/// Runs a machine unprotected, until its guest is gone or a signal comes.
+///
+/// # Errors
+/// See [`SessionError`].
+pub fn run(config: &Config, inherited: &Inherited, spec: &MachineSpec, json: bool) -> Result<Ended, SessionError> {
+    let mut solo = Solo::new(config, inherited, json, None)?;
+    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    let vcpu = solo.start(config, machine, NoLog::default(), RecordOptions::default())?;
+    let (ended, _) = solo.serve(vcpu, None)?;
+    Ok(ended)
+}
+
+/// Records a machine into a log file.
+///
+/// # Errors
+/// See [`SessionError`].
+pub fn record(
+    config: &Config,
+    inherited: &Inherited,
+    spec: &MachineSpec,
+    json: bool,
+    what: RecordFor<'_>,
+) -> Result<Recorded, SessionError> {
+    let ring = RingConfig {
+        events: config.ring.events_kib << 10,
+        inputs: config.ring.inputs_kib << 10,
+    };
+    let (writer, reader) = shm::pair(&ring).map_err(crate::handshake::HandshakeError::from)?;
+    let file = FileRecorder::start(what.out, spec, reader)?;
+    let committed = Arc::new(AtomicU64::new(0));
+    let epoch = Epoch(1);
+    let lane = Some((writer.inputs, epoch, Arc::clone(&committed)));
+    let mut solo = Solo::new(config, inherited, json, lane)?;
+    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    let options = RecordOptions {
+        every_exit: what.every_exit,
+        memory_check: config.timing.memory_check(),
+        spin: config.timing.spin(),
+    };
+    let vcpu = solo.start(config, machine, RingSink::new(writer.events, epoch, committed), options)?;
+    let served = solo.serve(vcpu, what.length);
+    let bytes = file.finish()?;
+    let (ended, finished) = served?;
+    Ok(Recorded {
+        ended,
+        finished,
+        bytes,
+    })
+}
+
+type Vcpu = JoinHandle<Result<(Ended, Option<Finished>), RecordError>>;
+
+struct Solo {
+    io: Io,
+}
+
+impl Solo {
+    fn new(config: &Config, inherited: &Inherited, json: bool, lane: Option<InputLane>) -> Result<Self, SessionError> {
+        let port = host::open_port(config, inherited)?;
+        let common = Common::new(json)?;
+        Ok(Self {
+            io: Io::new(common, config, json, port, lane, Gate::new())?,
+        })
+    }
+
+    fn start<S: Sink + Send + 'static>(
+        &self,
+        config: &Config,
+        machine: Machine,
+        sink: S,
+        options: RecordOptions,
+    ) -> Result<Vcpu, SessionError> {
+        let parts = Parts {
+            machine,
+            sink,
+            base: Base::default(),
+            outlet: self.io.outlet.clone(),
+            stage: Arc::clone(&self.io.stage),
+            orders: Arc::clone(&self.io.orders),
+            samples: Arc::clone(&self.io.samples),
+            clock: GuestClock::starting(GuestTime(0), Instant::now()),
+            options,
+        };
+        let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
+        self.io.reporter.say(&Event::Ready {
+            role: "solo".into(),
+            pid: std::process::id(),
+        });
+        std::thread::Builder::new()
+            .name("vcpu".into())
+            .spawn(move || {
+                host::pin(&cpus, "vCPU");
+                let outcome = Recorder::new(parts).and_then(|mut recorder| {
+                    let ended = recorder.run()?;
+                    Ok((ended, recorder.finish()?))
+                });
+                wake.ring();
+                outcome
+            })
+            .map_err(SessionError::host("start the vCPU thread"))
+    }
+
+    /// The I/O thread's loop, until the vCPU thread has ended.
+    fn serve(&mut self, vcpu: Vcpu, length: Option<Duration>) -> Result<(Ended, Option<Finished>), SessionError> {
+        let mut end_at = length.map(|length| Instant::now() + length);
+        let mut give_up_at: Option<Instant> = None;
+        while !vcpu.is_finished() {
+            let next = [end_at, give_up_at].into_iter().flatten().min();
+            let longest = next.map(|at| at.saturating_duration_since(Instant::now()));
+            let found = self.io.round(longest, true)?;
+            let now = Instant::now();
+            if (found.signalled || end_at.is_some_and(|at| now >= at)) && give_up_at.is_none() {
+                end_at = None;
+                give_up_at = Some(now + LAST_SYNC_POINT);
+                self.io.order(Order::StopAtSyncPoint);
+            } else if found.signalled || give_up_at.is_some_and(|at| now >= at) {
+                give_up_at = Some(now + LAST_SYNC_POINT);
+                self.io.order(Order::Stop);
+            }
+        }
+        self.io.last_words();
+        vcpu.join().map_err(|_| SessionError::Panicked)?.map_err(Into::into)
+    }
+}
+
+/// What came of a replay.
+#[derive(Debug)]
+pub struct Replayed {
+    /// Sync points that were run.
+    pub sync_points: u64,
+    /// The memory's hash at the recording's end, if the log got that far.
+    pub recorded: Option<u64>,
+    /// The memory's hash now.
+    pub replayed: Option<u64>,
+    /// The first difference, or what is wrong with the log.
+    pub outcome: Result<(), ReplayError>,
+}
+
+/// Replays a log file.
+///
+/// # Errors
+/// If there is no machine to replay it in. A divergence is no such error; it stands in the result.
+pub fn replay(log: &Path, kvm: &KvmSource) -> Result<Replayed, SessionError> {
+    let (source, spec) = FileSource::open(log)?;
+    let machine = Machine::new(kvm, &spec)?;
+    let wake = Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?);
+    let mut replayer = Replayer::new(machine, source, Arc::new(Orders::new(wake)), Duration::ZERO);
+    let ended = replayer.run();
+    let (recorded, outcome) = match ended {
+        Ok(ReplayEnd::Finished { memory_hash }) => (Some(memory_hash), Ok(())),
+        Ok(ReplayEnd::LogOver | ReplayEnd::Stopped) => (None, Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    Ok(Replayed {
+        sync_points: replayer.machine().position().0,
+        recorded,
+        replayed: Some(replayer.machine().memory_hash_full()?),
+        outcome,
+    })
+}

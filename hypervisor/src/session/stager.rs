@@ -1,0 +1,144 @@
+//! Reads the guest's frames ahead: from the port straight into the inputs lane, then to the stage.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
+
+use crate::backends::{NetPort, longest_frame};
+use crate::ring_log::INPUT_FRAME;
+use crate::session::host::MTU;
+use crate::stage::Stage;
+
+/// Frames read in one go, so that heartbeats are never late because of a busy port.
+const AT_ONCE: usize = 64;
+
+/// Bytes of a slot: the kind, then the longest frame.
+const SLOT: usize = 1 + longest_frame(MTU as usize);
+
+/// Moves frames from the port into the log and the stage.
+pub(super) struct Stager {
+    port: Option<NetPort>,
+    lane: Option<LaneWriter>,
+    epoch: Epoch,
+    committed: Arc<AtomicU64>,
+    stage: Arc<Stage>,
+    buffer: Vec<u8>,
+    /// The lane was full: wait for the reader instead of asking the port.
+    lane_full: bool,
+}
+
+impl Stager {
+    /// Without a lane, frames only go to the stage.
+    pub(super) fn new(
+        port: Option<NetPort>,
+        lane: Option<(LaneWriter, Epoch)>,
+        committed: Arc<AtomicU64>,
+        stage: Arc<Stage>,
+    ) -> Self {
+        let (lane, epoch) = lane.map_or((None, Epoch::default()), |(lane, epoch)| (Some(lane), epoch));
+        Self {
+            port,
+            lane,
+            epoch,
+            committed,
+            stage,
+            buffer: vec![0; SLOT],
+            lane_full: false,
+        }
+    }
+
+    /// The port, if frames should be read from it now.
+    pub(super) fn wants(&self) -> Option<&NetPort> {
+        if self.lane_full || !self.stage.has_room() {
+            return None;
+        }
+        self.port.as_ref()
+    }
+
+    /// The port.
+    pub(super) fn port(&self) -> Option<&NetPort> {
+        self.port.as_ref()
+    }
+
+    /// From now on without a lane.
+    pub(super) fn detach(&mut self) {
+        self.lane = None;
+        self.lane_full = false;
+    }
+
+    /// Tries a full lane again.
+    pub(super) fn retry(&mut self) {
+        self.lane_full = false;
+    }
+
+    /// Reads what waits at the port, up to a bound.
+    ///
+    /// # Errors
+    /// The port's error; the port is then closed.
+    pub(super) fn pump(&mut self) -> io::Result<()> {
+        for _ in 0..AT_ONCE {
+            if !self.stage.has_room() {
+                break;
+            }
+            match self.read_one() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    self.port = None;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One frame; false if none waits or there is no room for it.
+    fn read_one(&mut self) -> io::Result<bool> {
+        let Some(port) = &self.port else {
+            return Ok(false);
+        };
+        let Some(lane) = &mut self.lane else {
+            let Some(length) = port.read_into(&mut self.buffer)? else {
+                return Ok(false);
+            };
+            // There was room a moment ago, and this is the only thread that adds.
+            let _ = self.stage.push(Seq::ZERO, &self.buffer[..length]);
+            return Ok(true);
+        };
+        let mut slot = match lane.reserve_for_salvage(SLOT) {
+            Ok(slot) => slot,
+            Err(WriteError::Full { .. }) => {
+                self.lane_full = true;
+                return Ok(false);
+            }
+            // Fenced or broken: the recorder meets the same and the protocol decides. Frames stay in the kernel's queue.
+            Err(_) => {
+                self.lane_full = true;
+                return Ok(false);
+            }
+        };
+        let payload = slot.payload();
+        payload[0] = INPUT_FRAME;
+        let Some(length) = port.read_into(&mut payload[1..])? else {
+            return Ok(false);
+        };
+        self.buffer[..length].copy_from_slice(&payload[1..=length]);
+        let marks = Marks {
+            epoch: self.epoch,
+            ..Marks::default()
+        };
+        let Ok(seq) = slot.publish(1 + length, marks) else {
+            self.lane_full = true;
+            return Ok(false);
+        };
+        // A sleeping reader is woken by the event that applies the frame; only that decides anything.
+        if let Ok(committed) = lane.committed() {
+            self.committed.store(committed.0, Ordering::Release);
+        }
+        let _ = self.stage.push(seq, &self.buffer[..length]);
+        Ok(true)
+    }
+}

@@ -1,0 +1,66 @@
+//! Where a recorder's entries go: a ring, or nowhere.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use rdma_log::Seq;
+
+use crate::gate::Committed;
+
+/// Why an entry was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// The reader is behind: wait for room.
+    #[error("the ring is full")]
+    Full,
+    /// Another side took over.
+    #[error("it was fenced: another side has taken over")]
+    Fenced,
+    /// The ring is of no further use.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// Takes entries of the events lane.
+pub trait Sink {
+    /// Posts one entry.
+    ///
+    /// # Errors
+    /// See [`SinkError`].
+    fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError>;
+    /// How far the log has committed.
+    fn committed(&mut self) -> Committed;
+    /// Tells the sink how far outputs were released; the next entry carries it.
+    fn released(&mut self, released: Seq);
+    /// Wakes the reader if it sleeps. Comes after the outputs were released.
+    fn notify(&mut self);
+    /// Waits until there may be room.
+    fn wait_for_room(&mut self, longest: Duration);
+    /// From now on entries go nowhere and everything counts as committed.
+    fn detach(&mut self);
+}
+
+/// No log at all: `doppel run`.
+#[derive(Debug, Default)]
+pub struct NoLog {
+    posted: u64,
+}
+
+impl Sink for NoLog {
+    fn post(&mut self, _: &[u8]) -> Result<Seq, SinkError> {
+        self.posted += 1;
+        Ok(Seq(self.posted))
+    }
+
+    fn committed(&mut self) -> Committed {
+        Committed::EVERYTHING
+    }
+
+    fn released(&mut self, _: Seq) {}
+
+    fn notify(&mut self) {}
+
+    fn wait_for_room(&mut self, _: Duration) {}
+
+    fn detach(&mut self) {}
+}

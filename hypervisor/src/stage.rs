@@ -1,0 +1,155 @@
+//! Staging: frames are read ahead by the I/O thread and wait here, by number, until the vCPU thread applies them.
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, Thread};
+use std::time::Duration;
+
+use crossbeam::queue::ArrayQueue;
+use rdma_log::Seq;
+
+use crate::backends::wait::Wake;
+
+/// Frames that may wait unapplied; beyond it the host stops reading and the kernel's queue holds the rest. Twice the
+/// guest's receive ring: enough that the guest never waits for the I/O thread, small enough (under 1 MiB) that a guest which
+/// stops receiving pins little. Too small shows as `rx` stalls at high packet rates.
+const FRAMES_MAX: usize = 512;
+
+/// A frame on its way into the guest.
+#[derive(Debug)]
+pub struct StagedFrame {
+    /// Its entry in the inputs lane; zero when there is no log.
+    pub seq: Seq,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Inputs between the thread that reads them and the thread that applies them.
+#[derive(Debug)]
+pub struct Stage {
+    frames: ArrayQueue<StagedFrame>,
+    spare: ArrayQueue<Vec<u8>>,
+    console: ArrayQueue<u8>,
+    bell: Bell,
+    /// The I/O thread stopped reading because there was no room, and wants to know when there is.
+    starved: AtomicBool,
+    feeder: Arc<Wake>,
+}
+
+impl Stage {
+    /// An empty stage; `feeder` wakes the thread that reads inputs.
+    #[must_use]
+    pub fn new(feeder: Arc<Wake>) -> Self {
+        Self {
+            frames: ArrayQueue::new(FRAMES_MAX),
+            spare: ArrayQueue::new(FRAMES_MAX),
+            console: ArrayQueue::new(256),
+            bell: Bell::default(),
+            starved: AtomicBool::new(false),
+            feeder,
+        }
+    }
+
+    /// Whether one more frame may be read. If not, the feeder is woken when one may.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        if !self.frames.is_full() {
+            return true;
+        }
+        self.starved.store(true, Ordering::SeqCst);
+        !self.frames.is_full()
+    }
+
+    /// Adds a frame and wakes the vCPU thread.
+    ///
+    /// # Errors
+    /// Gives the frame back when there is no room.
+    pub fn push(&self, seq: Seq, frame: &[u8]) -> Result<(), StagedFrame> {
+        let mut bytes = self.spare.pop().unwrap_or_default();
+        bytes.clear();
+        bytes.extend_from_slice(frame);
+        self.frames.push(StagedFrame { seq, bytes })?;
+        self.bell.ring();
+        Ok(())
+    }
+
+    /// The oldest frame.
+    pub fn pop(&self) -> Option<StagedFrame> {
+        let frame = self.frames.pop();
+        if self.starved.load(Ordering::Relaxed) && self.starved.swap(false, Ordering::SeqCst) {
+            self.feeder.ring();
+        }
+        frame
+    }
+
+    /// Whether a frame waits.
+    #[must_use]
+    pub fn has_frames(&self) -> bool {
+        !self.frames.is_empty()
+    }
+
+    /// Gives a frame's buffer back for the next one.
+    pub fn recycle(&self, bytes: Vec<u8>) {
+        let _ = self.spare.push(bytes);
+    }
+
+    /// Adds a byte typed at the console; it is lost if the guest lets 256 of them wait.
+    pub fn type_byte(&self, byte: u8) {
+        if self.console.push(byte).is_ok() {
+            self.bell.ring();
+        }
+    }
+
+    /// Takes a byte typed at the console.
+    pub fn typed(&self) -> Option<u8> {
+        self.console.pop()
+    }
+
+    /// Whether typed bytes wait.
+    #[must_use]
+    pub fn has_typed(&self) -> bool {
+        !self.console.is_empty()
+    }
+
+    /// What wakes the vCPU thread.
+    #[must_use]
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+}
+
+/// Wakes one thread out of a wait, without a lost wake-up: a ring between the check and the wait ends the wait at once.
+#[derive(Debug, Default)]
+pub struct Bell {
+    sleeper: OnceLock<Thread>,
+    asleep: AtomicBool,
+}
+
+impl Bell {
+    /// Names the calling thread as the one that waits.
+    pub fn attach(&self) {
+        let _ = self.sleeper.set(thread::current());
+    }
+
+    /// Ends the current or next wait. Costs no system call while nobody waits.
+    pub fn ring(&self) {
+        // Pairs with the exchange in `wait`: either the ringer sees `asleep`, or the waiter's check sees what the ringer did.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed)
+            && let Some(sleeper) = self.sleeper.get()
+        {
+            sleeper.unpark();
+        }
+    }
+
+    /// Waits until rung or the time is over, unless `ready` holds already.
+    pub fn wait(&self, longest: Duration, ready: impl Fn() -> bool) {
+        self.asleep.store(true, Ordering::Relaxed);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if !ready() {
+            thread::park_timeout(longest);
+        }
+        self.asleep.store(false, Ordering::Relaxed);
+    }
+}
