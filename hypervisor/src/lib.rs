@@ -5,6 +5,7 @@ pub mod backends;
 pub mod boot;
 pub mod clock;
 pub mod config;
+pub mod demo;
 pub mod devices;
 pub mod digest;
 pub mod divergence;

@@ -107,11 +107,7 @@ impl std::error::Error for CompatError {
 /// # Errors
 /// [`CompatError::Differs`] with all differences (of a random sequence only the first ones), or [`CompatError::Io`] when a
 /// server cannot be reached, closes a connection or leaves a request unanswered for half a minute.
-pub fn run(
-    reference: SocketAddr,
-    subject: SocketAddr,
-    seed: u64,
-) -> Result<Report, CompatError> {
+pub fn run(reference: SocketAddr, subject: SocketAddr, seed: u64) -> Result<Report, CompatError> {
     let mut report = Report {
         scripts: 0,
         answers: 0,

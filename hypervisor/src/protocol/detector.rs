@@ -226,6 +226,7 @@ mod tests {
                 assert!(matches!(evidence, Evidence::Silence(_)), "{evidence}");
                 return now.since(start);
             }
+            assert!(now.since(start) < Duration::from_secs(5), "never suspected");
         }
     }
 
@@ -350,7 +351,7 @@ mod tests {
         let (mut detector, mut now) = trained(5);
         let mut verdict = Trust::Trusted;
         let start = now;
-        while verdict == Trust::Trusted {
+        while verdict == Trust::Trusted && now.since(start) < Duration::from_secs(5) {
             now = now + 5 * MS;
             detector.heard_beat(now, busy(7));
             verdict = detector.poll(now).0;

@@ -16,7 +16,7 @@
 //! What holds, whatever the network, the schedulers and the arbiter do:
 //! - Nobody changes role without an answer from the arbiter. A request that failed is asked again, with a bounded
 //!   back-off, until there is one; because no record comes back and owners are unique, the repeated swap tells
-//!   whether an earlier attempt landed ([`errand`](self)).
+//!   whether an earlier attempt landed (`errand.rs`).
 //! - A claim swaps from the record that the claimant's own state belongs to, never from one just read.
 //! - The ring is drained only after its fence has returned, and outputs leave only after `live` was confirmed.
 //! - The tokens that let the session go live (`Claim`, `Fenced`) are not made here: the machine only says when.

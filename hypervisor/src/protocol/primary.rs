@@ -1,24 +1,23 @@
 //! The role of the process that serves the machine.
 //!
 //! ```text
-//!        ┌───────────────────────────── End ──────────────────────────────┐
-//!        │                                                                ▼
-//!    Protected ── backup lost, or log fenced ──▶ Detaching ── End ──▶ (when it is over)
-//!                                                 │     │
-//!                                         swapped │     │ lost
-//!                                                 ▼     ▼
-//!    Unprotected ◀──────────── swapped ──────────┘    Frozen ◀──────────┐
-//!     │      ▲                                        │ │ ▲ │            │
-//!     │ End  │      claim abandoned, or too old       │ │ └─┘ still      │ lost, to
-//!     │      └── swapped ── Reclaiming ◀──────────────┘ │     claimed    │ our backup's
-//!     ▼                        │ lost                   │                │ claim
-//!   Ending ────────────────────┼────────────────────────┼────────────────┘
-//!     │ swapped                ▼                        ▼ another is live
-//!     └──────────────────────▶ Dead ◀────────────────────
+//!   Protected ── backup lost, log fenced ──▶ Detaching ── swapped ──▶ Unprotected
+//!       │                                        │ lost                  ▲     │
+//!       │                                        ▼                       │     │
+//!       │    still claimed: look again ┌───▶  Frozen ◀─── lost ──┐    swapped  │
+//!       │                              └─────── │ │              │       │     │
+//!       │                       another is live │ └─ abandoned, ─▶ Reclaiming  │
+//!       │                                       ▼    or too old                │
+//!       │                                     Dead                             │
+//!       │                                       ▲                              │
+//!       └── End ──▶ Ending ────── swapped ──────┘       (lost: to Frozen)      │
+//!                     ▲                                                        │
+//!                     └────────────────────── End ─────────────────────────────┘
 //! ```
 //!
 //! From Detaching on, the guest is frozen and this process sends no heartbeats: a machine that does not serve
-//! must not keep its backup waiting. Whoever reaches the arbiter first has the machine.
+//! must not keep its backup waiting. Whoever reaches the arbiter first has the machine. An End that comes while
+//! this is being decided waits for Unprotected.
 //!
 //! A frozen primary keeps its state until another is *live*. A claim that was abandoned, or that stays unfinished
 //! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct

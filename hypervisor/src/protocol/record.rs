@@ -286,6 +286,10 @@ mod tests {
             (claimed.epoch, claimed.state, claimed.owner),
             (Epoch(2), State::Claimed, who(2))
         );
+        assert_eq!(
+            (claimed.configuration, claimed.entitled),
+            (Configuration(2), None)
+        );
         assert_eq!(live.claimed_by(who(3)), None);
         assert_eq!(live.claimed_by(who(1)), None);
         assert_eq!(live.detached().claimed_by(who(2)), None);

@@ -52,8 +52,14 @@ impl Link {
     ) -> io::Result<T> {
         let mut writer = self.stream.get_ref().try_clone()?;
         let mut send = move || {
-            chunks.iter().try_for_each(|chunk| writer.write_all(chunk))?;
-            if end { writer.shutdown(Shutdown::Write) } else { Ok(()) }
+            chunks
+                .iter()
+                .try_for_each(|chunk| writer.write_all(chunk))?;
+            if end {
+                writer.shutdown(Shutdown::Write)
+            } else {
+                Ok(())
+            }
         };
         if chunks.iter().map(|chunk| chunk.len()).sum::<usize>() < 4096 {
             send()?;
@@ -62,9 +68,15 @@ impl Link {
         thread::scope(|scope| {
             let sender = scope.spawn(send);
             let result = read(&mut self.stream);
-            let sent = sender.join().unwrap_or_else(|_| Err(io::Error::other("the sender panicked")));
+            let sent = sender
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the sender panicked")));
             // A server that closes the connection early makes sending fail; what it answered counts.
-            if end { result } else { result.and_then(|result| sent.map(|()| result)) }
+            if end {
+                result
+            } else {
+                result.and_then(|result| sent.map(|()| result))
+            }
         })
     }
 }
@@ -304,7 +316,11 @@ impl Pair {
     /// Sends the commands of a script, one a line. Words may be quoted, with the escapes of Rust strings. A first word tells
     /// how answers are compared, if not exactly: `~N` within N, `%` unordered, `?` shape, `#` names.
     pub(super) fn script(&mut self, script: &str) -> Result<(), CompatError> {
-        for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        for line in script
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+        {
             let mut words = split(line);
             let how = match words.first().map(Vec::as_slice) {
                 Some(b"%") => How::Unordered,
@@ -422,6 +438,10 @@ mod tests {
         assert!(!agree(How::Exact, &ab, &ba));
         assert!(!agree(How::Names, &ab, &ba));
         assert!(agree(How::Names, &ab, &array(&[a.clone(), a])));
-        assert!(agree(How::Names, &Reply::Bulk(b"x:1\r\ny:2".to_vec()), &Reply::Bulk(b"y:3 x:4".to_vec())));
+        assert!(agree(
+            How::Names,
+            &Reply::Bulk(b"x:1\r\ny:2".to_vec()),
+            &Reply::Bulk(b"y:3 x:4".to_vec())
+        ));
     }
 }

@@ -87,7 +87,17 @@ fn value(random: &mut Random) -> Vec<u8> {
 /// A time far enough away that no key goes during the test, or long past, or nonsense.
 fn time(random: &mut Random, unit: &str) -> Vec<u8> {
     if random.one_in(6) {
-        let odd = ["0", "-1", "-1000", "x", "", "1.5", "9223372036854775807", "-9223372036854775808", "9223372036854775808"];
+        let odd = [
+            "0",
+            "-1",
+            "-1000",
+            "x",
+            "",
+            "1.5",
+            "9223372036854775807",
+            "-9223372036854775808",
+            "9223372036854775808",
+        ];
         return random.pick(&odd).as_bytes().to_vec();
     }
     if unit.ends_with("AT") && random.one_in(6) {
@@ -107,7 +117,13 @@ fn case(random: &mut Random, word: &str) -> Vec<u8> {
         0 => word.to_ascii_lowercase().into_bytes(),
         1 => word
             .bytes()
-            .map(|byte| if random.one_in(2) { byte.to_ascii_lowercase() } else { byte })
+            .map(|byte| {
+                if random.one_in(2) {
+                    byte.to_ascii_lowercase()
+                } else {
+                    byte
+                }
+            })
             .collect(),
         _ => word.as_bytes().to_vec(),
     }
@@ -115,7 +131,9 @@ fn case(random: &mut Random, word: &str) -> Vec<u8> {
 
 fn set_options(random: &mut Random, words: &mut Vec<Vec<u8>>) {
     for _ in 0..random.below(4) {
-        let option = random.pick(&["NX", "XX", "GET", "KEEPTTL", "EX", "PX", "EXAT", "PXAT", "bogus"]);
+        let option = random.pick(&[
+            "NX", "XX", "GET", "KEEPTTL", "EX", "PX", "EXAT", "PXAT", "bogus",
+        ]);
         // Options that contradict each other are errors, and errors teach little: fewer of them.
         if option == "bogus" && !random.one_in(8) {
             continue;
@@ -130,10 +148,53 @@ fn set_options(random: &mut Random, words: &mut Vec<Vec<u8>>) {
 /// A random command, and how its answers are to be compared.
 fn command(random: &mut Random) -> (How, Vec<Vec<u8>>) {
     let name = random.pick(&[
-        "SET", "SET", "SET", "GET", "GET", "DEL", "INCR", "DECR", "INCRBY", "DECRBY", "MGET", "MSET", "APPEND", "EXISTS",
-        "EXPIRE", "PEXPIRE", "EXPIREAT", "PEXPIREAT", "PERSIST", "TTL", "PTTL", "EXPIRETIME", "PEXPIRETIME", "KEYS",
-        "DBSIZE", "STRLEN", "SETNX", "GETSET", "GETDEL", "GETEX", "SETEX", "PSETEX", "MSETNX", "SETRANGE", "GETRANGE",
-        "TYPE", "UNLINK", "TOUCH", "SELECT", "FLUSHDB", "PING", "ECHO", "MULTI", "EXEC", "DISCARD", "WATCH", "nonsense",
+        "SET",
+        "SET",
+        "SET",
+        "GET",
+        "GET",
+        "DEL",
+        "INCR",
+        "DECR",
+        "INCRBY",
+        "DECRBY",
+        "MGET",
+        "MSET",
+        "APPEND",
+        "EXISTS",
+        "EXPIRE",
+        "PEXPIRE",
+        "EXPIREAT",
+        "PEXPIREAT",
+        "PERSIST",
+        "TTL",
+        "PTTL",
+        "EXPIRETIME",
+        "PEXPIRETIME",
+        "KEYS",
+        "DBSIZE",
+        "STRLEN",
+        "SETNX",
+        "GETSET",
+        "GETDEL",
+        "GETEX",
+        "SETEX",
+        "PSETEX",
+        "MSETNX",
+        "SETRANGE",
+        "GETRANGE",
+        "TYPE",
+        "UNLINK",
+        "TOUCH",
+        "SELECT",
+        "FLUSHDB",
+        "PING",
+        "ECHO",
+        "MULTI",
+        "EXEC",
+        "DISCARD",
+        "WATCH",
+        "nonsense",
     ]);
     let mut how = How::Exact;
     let mut words = vec![case(random, name)];
@@ -193,7 +254,11 @@ fn command(random: &mut Random) -> (How, Vec<Vec<u8>>) {
         "GETRANGE" => words.extend([key(random), integer(random), integer(random)]),
         "KEYS" => {
             how = How::Unordered;
-            words.push(random.pick(&["*", "?", "a*", "[a-c]", "[^a]*", "a\\*", "*1", ""]).into());
+            words.push(
+                random
+                    .pick(&["*", "?", "a*", "[a-c]", "[^a]*", "a\\*", "*1", ""])
+                    .into(),
+            );
         }
         "SELECT" => words.push(random.pick(&["0", "0", "0", "1", "16"]).into()),
         // Keys whose time has passed are counted until they are found.
@@ -263,7 +328,9 @@ fn pipelines(pair: &mut Pair, seed: u64) -> Result<(), CompatError> {
             .filter(|(how, _)| *how == How::Exact)
             .map(|(_, words)| words)
             .collect();
-        let cuts: Vec<_> = (0..random.below(20)).map(|_| 1 + random.below(400) as usize).collect();
+        let cuts: Vec<_> = (0..random.below(20))
+            .map(|_| 1 + random.below(400) as usize)
+            .collect();
         pair.pipeline(&commands, |_| cuts.clone())?;
         if pair.differs() {
             return Ok(());
@@ -284,7 +351,9 @@ fn broken(pair: &mut Pair, seed: u64) -> Result<(), CompatError> {
         bytes.push(b'*');
         for _ in 0..1 + random.below(3) {
             let at = random.below(bytes.len() as u64) as usize;
-            let byte = *random.pick(&[&b'\r', &b'\n', &b'$', &b'*', &b'1', &b'-', &b' ', &b'"', &b'x', &0, &0xff]);
+            let byte = *random.pick(&[
+                &b'\r', &b'\n', &b'$', &b'*', &b'1', &b'-', &b' ', &b'"', &b'x', &0, &0xff,
+            ]);
             match random.below(3) {
                 0 => bytes[at] = byte,
                 1 => bytes.insert(at, byte),

@@ -73,7 +73,11 @@ impl Reply {
                         return Err(bad("a string without its end", &line));
                     }
                     bytes.truncate(length);
-                    if kind == b'=' { Self::Verbatim(bytes) } else { Self::Bulk(bytes) }
+                    if kind == b'=' {
+                        Self::Verbatim(bytes)
+                    } else {
+                        Self::Bulk(bytes)
+                    }
                 }
             },
             b'*' | b'~' | b'%' if depth < DEPTH => match number(&line)? {
@@ -100,7 +104,10 @@ impl Reply {
     /// The bytes of a string.
     pub(super) fn bytes(&self) -> &[u8] {
         match self {
-            Self::Simple(bytes) | Self::Error(bytes) | Self::Bulk(bytes) | Self::Verbatim(bytes) => bytes,
+            Self::Simple(bytes)
+            | Self::Error(bytes)
+            | Self::Bulk(bytes)
+            | Self::Verbatim(bytes) => bytes,
             Self::Integer(_) | Self::Null(_) | Self::Aggregate(..) => &[],
         }
     }

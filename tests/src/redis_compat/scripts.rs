@@ -21,7 +21,9 @@ pub(super) const CODED: &[(&str, fn(&mut Pair) -> Result<(), CompatError>)] = &[
 ];
 
 fn expiring(pair: &mut Pair) -> Result<(), CompatError> {
-    pair.script("SET a 1 PX 30\nSET b 1\nPEXPIRE b 20\nSET c 1 PX 60000\nSET d 1 PX 20\nSET d 2 KEEPTTL")?;
+    pair.script(
+        "SET a 1 PX 30\nSET b 1\nPEXPIRE b 20\nSET c 1 PX 60000\nSET d 1 PX 20\nSET d 2 KEEPTTL",
+    )?;
     for key in ["a", "b", "d"] {
         pair.wait_until_gone(key)?;
     }
@@ -91,10 +93,20 @@ fn out_of_memory(pair: &mut Pair) -> Result<(), CompatError> {
     )?;
     // Either server gets its own limit back.
     let values = before.each_ref().map(|reply| {
-        let value = reply.items().get(1).map_or(&b"0"[..], |value| value.bytes());
+        let value = reply
+            .items()
+            .get(1)
+            .map_or(&b"0"[..], |value| value.bytes());
         value.to_vec()
     });
-    pair.each(&values.map(|value| vec![b"CONFIG".to_vec(), b"SET".to_vec(), b"maxmemory".to_vec(), value]))
+    pair.each(&values.map(|value| {
+        vec![
+            b"CONFIG".to_vec(),
+            b"SET".to_vec(),
+            b"maxmemory".to_vec(),
+            value,
+        ]
+    }))
 }
 
 fn value(length: usize, salt: u8) -> Vec<u8> {
@@ -131,8 +143,13 @@ fn large_values(pair: &mut Pair) -> Result<(), CompatError> {
     pair.pipeline(&gets, |_| Vec::new())?;
     pair.command(&[&b"MGET"[..], &[0], &[7], b"none", &[3]])?;
     // Lengths around those at which servers change their ways.
-    for length in [0, 1, 44, 45, 16_383, 16_384, 32_767, 32_768, 32_769, 65_535, 65_536, 65_537] {
-        let pairs = [words(&[b"SET", b"k", &value(length, 9)]), words(&[b"GET", b"k"])];
+    for length in [
+        0, 1, 44, 45, 16_383, 16_384, 32_767, 32_768, 32_769, 65_535, 65_536, 65_537,
+    ] {
+        let pairs = [
+            words(&[b"SET", b"k", &value(length, 9)]),
+            words(&[b"GET", b"k"]),
+        ];
         pair.pipeline(&pairs, |bytes| vec![bytes.len() / 2, 1, 1, 1])?;
     }
     pair.command(&["FLUSHALL"])
@@ -153,7 +170,9 @@ fn long_pipeline(pair: &mut Pair) -> Result<(), CompatError> {
     let commands: Vec<_> = (0..10_000).map(command).collect();
     pair.pipeline(&commands, |_| Vec::new())?;
     // The same, a few bytes at a time.
-    pair.pipeline(&commands[..200], |bytes| (0..bytes.len() / 7).map(|_| 7).collect())
+    pair.pipeline(&commands[..200], |bytes| {
+        (0..bytes.len() / 7).map(|_| 7).collect()
+    })
 }
 
 fn inline(pair: &mut Pair) -> Result<(), CompatError> {
@@ -258,7 +277,11 @@ fn info(pair: &mut Pair) -> Result<(), CompatError> {
     pair.script("SET k v\nSET l v EX 1000")?;
     pair.script("# INFO keyspace\n# INFO replication\n# INFO cluster\n# INFO nonsense\n# INFO cluster keyspace")?;
     // Everything the subject shows is something that Redis shows.
-    for words in [&["INFO"][..], &["INFO", "all"], &["INFO", "memory", "Server"]] {
+    for words in [
+        &["INFO"][..],
+        &["INFO", "all"],
+        &["INFO", "memory", "Server"],
+    ] {
         pair.subset(words)?;
     }
     Ok(())

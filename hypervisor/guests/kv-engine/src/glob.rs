@@ -59,9 +59,7 @@ fn one(pattern: &[u8], at: usize, byte: u8, ignore_case: bool) -> Option<usize> 
             let (inside, next) = class(pattern, at + 1, byte, ignore_case);
             inside.then_some(next)
         }
-        b'\\' if at + 1 < pattern.len() => {
-            (fold(pattern[at + 1]) == fold(byte)).then_some(at + 2)
-        }
+        b'\\' if at + 1 < pattern.len() => (fold(pattern[at + 1]) == fold(byte)).then_some(at + 2),
         literal => (fold(literal) == fold(byte)).then_some(at + 1),
     }
 }

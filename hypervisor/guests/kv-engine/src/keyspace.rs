@@ -188,8 +188,9 @@ impl Keyspace {
 
     /// Whether an item of the expiry heap is still needed. If not, no entry points to it any more.
     pub(crate) fn keep_scheduled(&mut self, hash: u64, scheduled: Deadline) -> bool {
-        let found = self.parts[Self::part(hash)]
-            .find_mut(hash, |entry| entry.hash == hash && entry.scheduled == scheduled);
+        let found = self.parts[Self::part(hash)].find_mut(hash, |entry| {
+            entry.hash == hash && entry.scheduled == scheduled
+        });
         match found {
             Some(entry) if entry.deadline == Deadline::NEVER => {
                 entry.scheduled = Deadline::NEVER;
@@ -203,8 +204,9 @@ impl Keyspace {
     /// The time of an item of the expiry heap has come: removes the entry it stands for, if its deadline has passed;
     /// else the entry's new `scheduled`, if it needs an item again.
     pub(crate) fn due(&mut self, hash: u64, scheduled: Deadline, millis: u64) -> Due {
-        let found = self.parts[Self::part(hash)]
-            .find_entry(hash, |entry| entry.hash == hash && entry.scheduled == scheduled);
+        let found = self.parts[Self::part(hash)].find_entry(hash, |entry| {
+            entry.hash == hash && entry.scheduled == scheduled
+        });
         let Ok(mut found) = found else {
             return Due::Gone;
         };

@@ -141,7 +141,9 @@ impl<'a> Reply<'a> {
         if self.lost {
             return;
         }
-        let length = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.len()));
+        let length = parts
+            .iter()
+            .fold(0usize, |sum, part| sum.saturating_add(part.len()));
         if self.out.reserve(length).is_err() {
             self.lost = true;
             return;

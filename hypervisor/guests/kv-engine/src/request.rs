@@ -385,7 +385,11 @@ impl Parser {
         if let Some(seen) = &mut self.hidden {
             *seen = seen.saturating_add(rest.len());
             *at = input.len();
-            return if *seen > LINE_MAX { Line::TooLong } else { Line::More };
+            return if *seen > LINE_MAX {
+                Line::TooLong
+            } else {
+                Line::More
+            };
         }
         if tail == 1 && self.line.last() == Some(&b'\r') {
             // Only the byte after the carriage return is missing.
@@ -403,7 +407,11 @@ impl Parser {
                 let seen = self.line.len() + rest.len();
                 self.hidden = Some(seen);
                 *at = input.len();
-                return if seen > LINE_MAX { Line::TooLong } else { Line::More };
+                return if seen > LINE_MAX {
+                    Line::TooLong
+                } else {
+                    Line::More
+                };
             }
             Some(length) if self.line.is_empty() && length + tail < rest.len() => {
                 let begin = *at;
@@ -454,7 +462,11 @@ impl Parser {
         let mut count = 0;
         let mut scratch = Vec::new();
         loop {
-            let word = if self.lost { &mut scratch } else { &mut self.saved };
+            let word = if self.lost {
+                &mut scratch
+            } else {
+                &mut self.saved
+            };
             let begin = word.len();
             match words.next(word) {
                 Ok(true) => {}
@@ -562,7 +574,11 @@ impl Words<'_> {
             word.push(value);
             self.at += skip;
         }
-        if quote.is_some() { Err(Unbalanced::Quotes) } else { Ok(true) }
+        if quote.is_some() {
+            Err(Unbalanced::Quotes)
+        } else {
+            Ok(true)
+        }
     }
 }
 

@@ -2,11 +2,11 @@
 use alloc::vec::Vec;
 use core::net::SocketAddr;
 
+use crate::Now;
 use crate::command::{self, Transaction};
-use crate::output::{OUT_OF_MEMORY, Output, Reply};
+use crate::output::{Output, Reply};
 use crate::request::{Bounds, Parser, Step};
 use crate::store::Store;
-use crate::Now;
 
 /// The two ends of a connection, for CLIENT INFO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +140,11 @@ impl Session {
             }
             let Ok(mut reply) = Reply::new(out, self.client.resp3) else {
                 // There is not even memory for an error. With replies to send there may be some later.
-                break if out.is_empty() { State::Close } else { State::OutputFull };
+                break if out.is_empty() {
+                    State::Close
+                } else {
+                    State::OutputFull
+                };
             };
             let held = self.held();
             let bounds = Bounds {
@@ -156,7 +160,7 @@ impl Session {
                     let arguments = self.parser.arguments(input);
                     command::execute(store, &mut self.client, arguments, &mut reply, now);
                 }
-                Ok(Step::Lost) => reply.error(OUT_OF_MEMORY),
+                Ok(Step::Lost) => command::refuse(&mut self.client, &mut reply),
                 Err(error) => {
                     match error.text() {
                         (text, None) => reply.error(text),

@@ -123,7 +123,9 @@ impl Settings {
             Kind::ProtoMaxBulkLen => {
                 let value = parse_memory(value).ok_or(MEMORY)?;
                 if !(1 << 20..=i64::MAX as u64).contains(&value) {
-                    return Err("argument must be between 1048576 and 9223372036854775807 inclusive");
+                    return Err(
+                        "argument must be between 1048576 and 9223372036854775807 inclusive",
+                    );
                 }
                 self.proto_max_bulk_len = value;
             }
@@ -132,7 +134,9 @@ impl Settings {
             Kind::Only("yes" | "no") if !matches!(value, b"yes" | b"no") => {
                 return Err("argument must be 'yes' or 'no'");
             }
-            Kind::Only(current) if parse_i64(current.as_bytes()).is_some() && parse_i64(value).is_none() => {
+            Kind::Only(current)
+                if parse_i64(current.as_bytes()).is_some() && parse_i64(value).is_none() =>
+            {
                 return Err("argument couldn't be parsed into an integer");
             }
             Kind::Only(_) => return Err("this server knows no other value"),

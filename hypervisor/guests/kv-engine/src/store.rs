@@ -81,9 +81,7 @@ impl Value<'_> {
     /// Replaces the content of `old`, in its memory when that fits well.
     fn replace(self, old: &mut Vec<u8>) -> Result<(), OutOfMemory> {
         match self {
-            Self::Copy(bytes)
-                if (bytes.len()..=bytes.len() * 2 + 64).contains(&old.capacity()) =>
-            {
+            Self::Copy(bytes) if (bytes.len()..=bytes.len() * 2 + 64).contains(&old.capacity()) => {
                 old.clear();
                 old.extend_from_slice(bytes);
             }
@@ -186,9 +184,7 @@ impl Store {
             }
         }
         self.stats.expired_keys += removed as u64;
-        let more = self
-            .next_deadline()
-            .is_some_and(|next| next < now.millis());
+        let more = self.next_deadline().is_some_and(|next| next < now.millis());
         Expired { removed, more }
     }
 
@@ -423,12 +419,13 @@ impl Store {
         bytes: &[u8],
     ) -> Result<usize, OutOfMemory> {
         let hash = self.hasher.hash(key);
+        let most = self.room().min(APPEND_SLACK);
         let written = self.change(database, |keys| {
             keys.update(hash, key, |entry| {
                 let value = &mut entry.value;
                 let length = value.len().max(offset + bytes.len());
                 if length > value.capacity() {
-                    let slack = length.min(APPEND_SLACK);
+                    let slack = length.min(most);
                     value.try_reserve_exact(length + slack - value.len())?;
                 }
                 value.resize(length, 0);
@@ -444,8 +441,8 @@ impl Store {
     pub(crate) fn flush(&mut self, database: usize) {
         let mut watches = mem::take(&mut self.watches);
         for watch in &mut watches {
-            watch.touched |= watch.database == database
-                && self.databases[database].contains_hash(watch.hash);
+            watch.touched |=
+                watch.database == database && self.databases[database].contains_hash(watch.hash);
         }
         self.watches = watches;
         self.change(database, |keys| *keys = Keyspace::new());

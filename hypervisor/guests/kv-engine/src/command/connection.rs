@@ -3,11 +3,11 @@ use alloc::vec::Vec;
 use core::fmt::{self, Write};
 
 use super::{Call, Failure, Outcome, transaction};
+use crate::OutOfMemory;
 use crate::keyspace::copy;
 use crate::number::parse_i64;
 use crate::output::Reply;
 use crate::settings::DATABASES;
-use crate::OutOfMemory;
 
 /// The version of Redis whose behaviour this is.
 pub(super) const REDIS_VERSION: &str = "7.0.15";
@@ -213,7 +213,9 @@ pub(super) fn client_info(call: &mut Call<'_, '_>) -> Outcome {
         None => write!(text, "addr=?:0 laddr=?:0")?,
     }
     text.write_str(" fd=8 name=")?;
-    text.0.try_reserve(client.name.len()).map_err(OutOfMemory::from)?;
+    text.0
+        .try_reserve(client.name.len())
+        .map_err(OutOfMemory::from)?;
     text.0.extend_from_slice(&client.name);
     let age = call.now.seconds().saturating_sub(client.created.seconds());
     let multi = client

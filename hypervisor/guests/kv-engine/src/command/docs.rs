@@ -215,8 +215,7 @@ fn documentation(reply: &mut Reply<'_>, spec: &Spec) {
 
 pub(super) fn getkeys(call: &mut Call<'_, '_>) -> Outcome {
     let args = call.args.from(2);
-    let spec =
-        look_up(&args).map_err(|_| Failure::Text("ERR Invalid command specified"))?;
+    let spec = look_up(&args).map_err(|_| Failure::Text("ERR Invalid command specified"))?;
     let step = match spec.keys {
         Keys::Free => return Err(Failure::Text("ERR The command has no key arguments")),
         Keys::One(_) => usize::MAX,

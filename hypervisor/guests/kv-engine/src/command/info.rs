@@ -6,7 +6,11 @@ use super::{Call, Outcome};
 use crate::settings::DATABASES;
 
 /// The sections in the order they are shown, with the function that writes each, and whether INFO alone shows it.
-type Section = (&'static str, fn(&mut Call<'_, '_>, &mut Text) -> Outcome, bool);
+type Section = (
+    &'static str,
+    fn(&mut Call<'_, '_>, &mut Text) -> Outcome,
+    bool,
+);
 
 const SECTIONS: &[Section] = &[
     ("server", server, true),

@@ -133,6 +133,14 @@ pub(crate) fn execute<'c>(
     }
 }
 
+/// Refuses a command that there was no memory to hold.
+pub(crate) fn refuse(client: &mut Client, reply: &mut Reply<'_>) {
+    reply.error(OUT_OF_MEMORY);
+    if let Some(transaction) = &mut client.transaction {
+        transaction.spoil();
+    }
+}
+
 /// Whether a command is refused when memory is short: if it needs some, if it is to be kept for EXEC, or if it is EXEC and
 /// a command kept needs some.
 fn needs_memory(spec: &Spec, client: &Client) -> bool {
@@ -206,7 +214,13 @@ impl Unknown {
                 name.copy_from_slice(&args[0]);
                 name.make_ascii_uppercase();
                 let subcommand = shown(&args[1], SHOWN);
-                reply.error_parts(&[b"ERR unknown subcommand '", subcommand, b"'. Try ", name, b" HELP."]);
+                reply.error_parts(&[
+                    b"ERR unknown subcommand '",
+                    subcommand,
+                    b"'. Try ",
+                    name,
+                    b" HELP.",
+                ]);
             }
             Self::Command => {
                 let mut beginning = Vec::new();

@@ -67,7 +67,11 @@ impl Unit {
         if time <= 0 {
             return Err(Failure::ExpireTime);
         }
-        let base = if self.from_now { call.now.millis() as i64 } else { 0 };
+        let base = if self.from_now {
+            call.now.millis() as i64
+        } else {
+            0
+        };
         time.checked_mul(self.millis)
             .and_then(|time| time.checked_add(base))
             .map(|time| Deadline::at(time as u64))
@@ -308,7 +312,9 @@ pub(super) fn msetnx(call: &mut Call<'_, '_>) -> Outcome {
     if call.len().is_multiple_of(2) {
         return Err(Failure::Arity);
     }
-    let missing = (1..call.len()).step_by(2).all(|index| !is_present(call, index));
+    let missing = (1..call.len())
+        .step_by(2)
+        .all(|index| !is_present(call, index));
     if missing {
         set_pairs(call)?;
     }
@@ -446,7 +452,13 @@ fn range(value: &[u8], start: i64, end: i64) -> &[u8] {
         return &[];
     }
     let length = value.len() as i64;
-    let place = |index: i64| if index < 0 { index.saturating_add(length).max(0) } else { index };
+    let place = |index: i64| {
+        if index < 0 {
+            index.saturating_add(length).max(0)
+        } else {
+            index
+        }
+    };
     let (start, end) = (place(start), place(end).min(length - 1));
     if start > end {
         return &[];

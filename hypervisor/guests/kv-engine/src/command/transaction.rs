@@ -1,8 +1,8 @@
 //! MULTI, EXEC and WATCH.
 use alloc::vec::Vec;
 
-use super::{Call, Failure, Outcome, call};
 use super::table::Spec;
+use super::{Call, Failure, Outcome, call};
 use crate::OutOfMemory;
 use crate::keyspace::copy;
 use crate::output::Reply;
@@ -86,9 +86,19 @@ pub(crate) fn forget_watches(client: &mut Client, store: &mut Store) {
 }
 
 /// EXEC itself is refused.
-pub(super) fn abort(client: &mut Client, store: &mut Store, reply: &mut Reply<'_>, reason: &[&[u8]]) {
+pub(super) fn abort(
+    client: &mut Client,
+    store: &mut Store,
+    reply: &mut Reply<'_>,
+    reason: &[&[u8]],
+) {
     clear(client, store);
-    let mut parts: [&[u8]; 4] = [b"EXECABORT Transaction discarded because of: ", b"", b"", b""];
+    let mut parts: [&[u8]; 4] = [
+        b"EXECABORT Transaction discarded because of: ",
+        b"",
+        b"",
+        b"",
+    ];
     for (part, reason) in parts[1..].iter_mut().zip(reason) {
         *part = reason;
     }
@@ -160,7 +170,10 @@ pub(super) fn watch(call: &mut Call<'_, '_>) -> Outcome {
         if call.client.watched.iter().any(known) {
             continue;
         }
-        call.client.watched.try_reserve(1).map_err(OutOfMemory::from)?;
+        call.client
+            .watched
+            .try_reserve(1)
+            .map_err(OutOfMemory::from)?;
         let name = copy(key)?;
         call.store.watch(call.client.id, database, key, call.now)?;
         call.client.watched.push((database, name));

@@ -1,0 +1,334 @@
+//! A pair on this machine: two processes of this program, their events, and what can be done to them.
+//!
+//! Unsafe code lives here for one call in the child before it becomes `doppel`: the kernel is asked to end it with its parent,
+//! so that a demo that is killed leaves nothing running.
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use crate::backends::NetPort;
+use crate::session::report::Event;
+
+/// What a pair is to run.
+#[derive(Clone, Debug)]
+pub struct PairSpec {
+    /// This program, or another build of it.
+    pub doppel: PathBuf,
+    /// A directory for the pair's socket, arbiter and consoles.
+    pub directory: PathBuf,
+    /// `--guest`.
+    pub guest: String,
+    /// `--memory`.
+    pub memory_mib: u32,
+    /// `--command-line`.
+    pub command_line: String,
+    /// `--memory-check-ms`.
+    pub memory_check_ms: u64,
+    /// A descriptor of `/dev/kvm` to pass on; the sides open it themselves if there is none.
+    pub kvm: Option<i32>,
+    /// More options for both sides.
+    pub more: Vec<String>,
+}
+
+/// Why a pair did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum PairError {
+    /// Something of the host's.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A side ended or said nothing.
+    #[error("the {role} did not become {what} within {} s{}", WAIT.as_secs(), said(last_words))]
+    NotReady {
+        /// Which side.
+        role: &'static str,
+        /// What it should have become.
+        what: &'static str,
+        /// What it wrote to its standard error.
+        last_words: String,
+    },
+}
+
+fn said(last_words: &str) -> String {
+    match last_words.trim() {
+        "" => String::new(),
+        text => format!("; it said:\n{text}"),
+    }
+}
+
+/// How long a side may take for each step of its start.
+const WAIT: Duration = Duration::from_secs(15);
+
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> PairError {
+    move |source| PairError::Host { what, source }
+}
+
+/// Which CPUs the sides' threads run on: with four or more each has its own, with fewer each side takes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// vCPU and I/O thread of the primary.
+    pub primary: [usize; 2],
+    /// vCPU and I/O thread of the backup.
+    pub backup: [usize; 2],
+    /// Whether the threads have their cores for themselves.
+    pub own_cores: bool,
+}
+
+impl Placement {
+    /// For this machine.
+    #[must_use]
+    pub fn of_this_machine() -> Self {
+        let ids: Vec<usize> = core_affinity::get_core_ids()
+            .unwrap_or_default()
+            .into_iter()
+            .map(|core| core.id)
+            .collect();
+        match ids[..] {
+            [a, b, c, d, ..] => Self {
+                primary: [a, b],
+                backup: [c, d],
+                own_cores: ids.len() > 4,
+            },
+            [a, b, ..] => Self {
+                primary: [a, a],
+                backup: [b, b],
+                own_cores: false,
+            },
+            _ => Self {
+                primary: [0, 0],
+                backup: [0, 0],
+                own_cores: false,
+            },
+        }
+    }
+}
+
+/// One side.
+#[derive(Debug)]
+pub struct Side {
+    role: &'static str,
+    child: Child,
+    events: Receiver<Event>,
+    errors: PathBuf,
+}
+
+impl Side {
+    fn spawn(
+        spec: &PairSpec,
+        role: &'static str,
+        cpus: [usize; 2],
+        arguments: &[String],
+    ) -> Result<Self, PairError> {
+        let errors = spec.directory.join(format!("{role}.stderr"));
+        let stderr = std::fs::File::create(&errors).map_err(host("create a file for a side's messages"))?;
+        let mut command = Command::new(&spec.doppel);
+        command
+            .arg(role)
+            .arg("--json")
+            .args(["--socket"])
+            .arg(spec.directory.join("pair.sock"))
+            .arg("--arbiter")
+            .arg(spec.directory.join("arbiter"))
+            .arg("--console")
+            .arg(spec.directory.join(format!("{role}.console")))
+            .args(["--vcpu-cpus", &cpus[0].to_string(), "--io-cpus", &cpus[1].to_string()])
+            .args(arguments)
+            .args(&spec.more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr);
+        if let Some(kvm) = spec.kvm {
+            command.args(["--kvm-fd", &kvm.to_string()]);
+        }
+        // SAFETY: prctl with PR_SET_PDEATHSIG touches no memory and is safe between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().map_err(host("start a side of the pair"))?;
+        let stdout = child.stdout.take().expect("it was asked for");
+        let (tell, events) = channel();
+        std::thread::Builder::new()
+            .name(format!("{role}-events"))
+            .spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    // A line that is no event belongs to a newer program; it is not ours to judge.
+                    if let Ok(event) = serde_json::from_str(&line)
+                        && tell.send(event).is_err()
+                    {
+                        return;
+                    }
+                }
+            })
+            .map_err(host("start a thread"))?;
+        Ok(Self {
+            role,
+            child,
+            events,
+            errors,
+        })
+    }
+
+    /// Process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What has happened since the last call.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.events.try_iter().collect()
+    }
+
+    /// Waits for an event that `wanted` accepts; the others are handed to `other`.
+    #[must_use]
+    pub fn wait_for(
+        &self,
+        longest: Duration,
+        wanted: impl Fn(&Event) -> bool,
+        mut other: impl FnMut(Event),
+    ) -> Option<Event> {
+        let until = Instant::now() + longest;
+        loop {
+            match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(event) if wanted(&event) => return Some(event),
+                Ok(event) => other(event),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    fn await_event(&self, what: &'static str, wanted: impl Fn(&Event) -> bool) -> Result<Event, PairError> {
+        self.wait_for(WAIT, wanted, drop).ok_or_else(|| PairError::NotReady {
+            role: self.role,
+            what,
+            last_words: self.messages(),
+        })
+    }
+
+    /// What it wrote to its standard error.
+    #[must_use]
+    pub fn messages(&self) -> String {
+        std::fs::read_to_string(&self.errors).unwrap_or_default()
+    }
+
+    /// Sends a signal to the process.
+    pub fn signal(&self, signal: i32) {
+        let pid = libc::pid_t::try_from(self.child.id()).expect("a process id");
+        // SAFETY: kill touches no memory. The child is ours and not yet reaped, so the id is still its own.
+        unsafe { libc::kill(pid, signal) };
+    }
+
+    /// SIGKILL, and reaped: the process is gone when this returns.
+    pub fn kill(&mut self) {
+        self.signal(libc::SIGKILL);
+        // It cannot fail for a child that was not reaped; one that was is gone.
+        let _ = self.child.wait();
+    }
+
+    /// Whether the process has ended, and how.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// SIGTERM; then SIGKILL if the process has not ended in time. How it ended.
+    pub fn stop(&mut self, patience: Duration) -> ExitStatus {
+        self.signal(libc::SIGTERM);
+        self.wait(patience)
+    }
+
+    /// Waits for the process to end by itself; SIGKILL if it does not in time. How it ended.
+    pub fn wait(&mut self, patience: Duration) -> ExitStatus {
+        let until = Instant::now() + patience;
+        while Instant::now() < until {
+            if let Some(status) = self.ended() {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.kill();
+        self.child
+            .wait()
+            .unwrap_or_else(|_| ExitStatus::from_raw(libc::SIGKILL))
+    }
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        if self.ended().is_none() {
+            self.kill();
+        }
+    }
+}
+
+/// Both sides, paired: the guest runs.
+#[derive(Debug)]
+pub struct Pair {
+    /// The side that serves.
+    pub primary: Side,
+    /// The side that follows.
+    pub backup: Side,
+}
+
+impl Pair {
+    /// Starts both sides and waits until they are paired. The port is the guest's network; both sides share it, and the
+    /// caller keeps it open as well, so the frames in its queue outlive either.
+    ///
+    /// # Errors
+    /// See [`PairError`].
+    pub fn start(spec: &PairSpec, port: Option<&NetPort>) -> Result<Self, PairError> {
+        let place = Placement::of_this_machine();
+        std::fs::create_dir_all(spec.directory.join("arbiter")).map_err(host("create the arbiter's directory"))?;
+        let backup = Side::spawn(spec, "backup", place.backup, &[])?;
+        backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
+        let mut arguments = vec![
+            "--guest".into(),
+            spec.guest.clone(),
+            "--memory".into(),
+            spec.memory_mib.to_string(),
+            "--command-line".into(),
+            spec.command_line.clone(),
+            "--memory-check-ms".into(),
+            spec.memory_check_ms.to_string(),
+        ];
+        let inheritable = match port {
+            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
+            None => None,
+        };
+        if let Some(fd) = &inheritable {
+            arguments.extend(["--net-fd".into(), fd.as_raw_fd().to_string()]);
+        }
+        let primary = Side::spawn(spec, "primary", place.primary, &arguments)?;
+        drop(inheritable);
+        primary.await_event("paired", |event| matches!(event, Event::Paired { .. }))?;
+        backup.await_event("paired", |event| matches!(event, Event::Paired { .. }))?;
+        Ok(Self { primary, backup })
+    }
+}
+
+/// This program's own file.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn this_program() -> Result<PathBuf, PairError> {
+    std::env::current_exe().map_err(host("find this program's own file"))
+}
+
+/// The console of a side, as far as it was written.
+#[must_use]
+pub fn console(directory: &Path, role: &str) -> String {
+    let bytes = std::fs::read(directory.join(format!("{role}.console"))).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
