@@ -201,15 +201,23 @@ pub struct Parts<S> {
     pub clock: GuestClock,
     /// Choices.
     pub options: RecordOptions,
+    /// The host's random source, open.
+    pub random: File,
+}
+
+/// Opens the host's random source.
+///
+/// # Errors
+/// [`RecordError::Random`].
+pub fn random_source() -> Result<File, RecordError> {
+    File::open("/dev/urandom").map_err(RecordError::Random)
 }
 
 impl<S: Sink> Recorder<S> {
-    /// A recorder that goes on where its parts stand.
-    ///
-    /// # Errors
-    /// [`RecordError::Random`].
-    pub fn new(parts: Parts<S>) -> Result<Self, RecordError> {
-        Ok(Self {
+    /// A recorder that goes on where its parts stand. Nothing here can fail: a backup that goes live has no way back.
+    #[must_use]
+    pub fn new(parts: Parts<S>) -> Self {
+        Self {
             machine: parts.machine,
             sink: parts.sink,
             encoder: Encoder::from_base(parts.base),
@@ -218,14 +226,14 @@ impl<S: Sink> Recorder<S> {
             orders: parts.orders,
             samples: parts.samples,
             clock: parts.clock,
-            random: File::open("/dev/urandom").map_err(RecordError::Random)?,
+            random: parts.random,
             options: parts.options,
             next_memory_check: parts.options.memory_check.map(|every| Instant::now() + every),
             applied: Seq::ZERO,
             step: Step::default(),
             taken: Vec::new(),
             mid_run: false,
-        })
+        }
     }
 
     /// The machine.

@@ -99,6 +99,7 @@ pub struct RingSource {
     inputs: LaneReader,
     /// Set by the thread that fences, when the fence has returned.
     fenced: Arc<OnceLock<Fenced>>,
+    arrived: Arc<AtomicU64>,
 }
 
 fn log_error(error: ReadError) -> LogError {
@@ -113,7 +114,14 @@ impl RingSource {
             events,
             inputs,
             fenced,
+            arrived: Arc::default(),
         }
+    }
+
+    /// The number of the last entry that came, for whoever listens for signs of life.
+    #[must_use]
+    pub fn arrivals(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.arrived)
     }
 
     /// The proof of the fence, once nobody else holds it.
@@ -168,11 +176,14 @@ pub(crate) fn frame_of(payload: &[u8]) -> Result<&[u8], LogError> {
 impl LogSource for RingSource {
     fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError> {
         match self.events.next().map_err(log_error)? {
-            Some(entry) => Ok(Some(Arrived {
-                seq: entry.seq(),
-                marks: entry.marks(),
-                payload: entry.payload(),
-            })),
+            Some(entry) => {
+                self.arrived.store(entry.seq().0, Ordering::Relaxed);
+                Ok(Some(Arrived {
+                    seq: entry.seq(),
+                    marks: entry.marks(),
+                    payload: entry.payload(),
+                }))
+            }
             None => Ok(None),
         }
     }

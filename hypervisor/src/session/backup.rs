@@ -1,9 +1,11 @@
 //! A backup: listens for its primary, follows it, and takes the machine over when the primary is gone.
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -18,7 +20,7 @@ use super::io::{Common, Io};
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, now};
 use super::{SessionError, protocol_timing};
-use crate::arbiter::{Claim, Durability, FileArbiter, random_identity};
+use crate::arbiter::{Arbiter, Claim, Durability, FileArbiter, random_identity};
 use crate::backends::NetPort;
 use crate::backends::wait::{Waiter, Wake};
 use crate::clock::GuestClock;
@@ -30,8 +32,8 @@ use crate::machine::Machine;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Backup, Pair, Unfit};
-use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder};
+use crate::protocol::{Backup, Pair, Record, Unfit};
+use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSource;
 use crate::sink::NoLog;
@@ -73,6 +75,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         .local_addr()
         .map_err(SessionError::host("read the heartbeat socket's address"))?;
     let (record, port) = handshake::welcome(&stream, me, address)?;
+    check_arbiter(&arbiter, &record)?;
     let port = match port {
         Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
         None => None,
@@ -117,9 +120,21 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         fencer: Some((ring.fencer, fenced)),
         claim: None,
         drained: None,
+        arrived: 0,
         at: Timeline::default(),
     }
     .follow()
+}
+
+/// Two sides with different arbiters could both win: what the primary says must be what this side reads.
+fn check_arbiter(arbiter: &FileArbiter, told: &Record) -> Result<(), SessionError> {
+    match arbiter.read()? {
+        Some(record) if record == *told => Ok(()),
+        found => Err(SessionError::NotOurs(format!(
+            "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
+            found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())
+        ))),
+    }
 }
 
 /// A socket path that goes away with its listener.
@@ -195,6 +210,8 @@ struct Follower {
     thread: JoinHandle<Result<Ended, RecordError>>,
     told: Receiver<Told>,
     claims: Sender<Claim>,
+    /// The number of the last entry that came.
+    arrived: Arc<AtomicU64>,
 }
 
 /// What going live needs besides the proofs.
@@ -204,10 +221,12 @@ struct Live {
     orders: Arc<crate::orders::Orders>,
     samples: Arc<crate::orders::Samples>,
     options: RecordOptions,
+    random: File,
 }
 
 impl Follower {
-    fn start(config: &Config, io: &Io, replayer: Replayer<RingSource>) -> Result<Self, SessionError> {
+    fn start(config: &Config, io: &Io, mut replayer: Replayer<RingSource>) -> Result<Self, SessionError> {
+        let arrived = replayer.source().arrivals();
         let (tell, told) = channel();
         let (claims, claim) = channel();
         let live = Live {
@@ -219,6 +238,7 @@ impl Follower {
                 spin: config.timing.spin(),
                 ..RecordOptions::default()
             },
+            random: random_source()?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
         let thread = std::thread::Builder::new()
@@ -230,7 +250,12 @@ impl Follower {
                 outcome
             })
             .map_err(SessionError::host("start the vCPU thread"))?;
-        Ok(Self { thread, told, claims })
+        Ok(Self {
+            thread,
+            told,
+            claims,
+            arrived,
+        })
     }
 }
 
@@ -284,12 +309,12 @@ fn follow(
     let Ok(claim) = claim.recv() else {
         return Ok(Ended::Stopped);
     };
-    go_live(remains, claim, fenced, live)?.run()
+    go_live(remains, claim, fenced, live).run()
 }
 
 /// Makes the backup the primary. It takes the proof that the claim was won and the proof that nothing more can commit to the
 /// old log; without both there is no way to call it.
-fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Result<Recorder<NoLog>, RecordError> {
+fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<NoLog> {
     for output in remains.unreleased {
         live.outlet.hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
@@ -303,6 +328,7 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Resu
         samples: live.samples,
         clock: GuestClock::starting(remains.clock, remains.clock_came),
         options: live.options,
+        random: live.random,
     })
 }
 
@@ -315,6 +341,7 @@ struct Following {
     fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
     claim: Option<Claim>,
     drained: Option<Drained>,
+    arrived: u64,
     at: Timeline,
 }
 
@@ -349,6 +376,11 @@ impl Following {
                 let event = self.hear(told);
                 self.protocol.handle(now, event, &mut actions);
             }
+            let arrived = self.follower.arrived.load(Ordering::Relaxed);
+            if arrived != self.arrived {
+                self.arrived = arrived;
+                self.protocol.handle(now, Event::LogTraffic, &mut actions);
+            }
             let progress = self.io.orders.progress();
             self.protocol.handle(now, Event::Tick(progress), &mut actions);
             let mut at = 0;
@@ -379,7 +411,14 @@ impl Following {
                         // A thread that is gone has said why, and that comes as an event.
                         let _ = self.follower.claims.send(claim);
                     }
-                    Action::OpenGate => return self.open_gate(),
+                    Action::OpenGate => {
+                        for action in &actions[at..] {
+                            if let Action::Say(notice) = action {
+                                self.say(notice.to_string(), notice.is_loud());
+                            }
+                        }
+                        return self.open_gate();
+                    }
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
                         self.io.order(Order::Stop);

@@ -35,6 +35,9 @@ pub(super) struct Io {
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
     pub(super) control: Option<UnixStream>,
+    /// How far the backup has come, on the primary.
+    pub(super) progress: Option<rdma_log::Progress>,
+    replayed: rdma_log::Seq,
     signals: UnixStream,
     waiter: Waiter,
 }
@@ -46,6 +49,8 @@ pub(super) struct Found {
     pub(super) signalled: bool,
     /// The control connection is closed: the peer's process is gone.
     pub(super) peer_gone: bool,
+    /// The backup has replayed more of the log.
+    pub(super) log_traffic: bool,
 }
 
 /// What is made before there is a port or a lane.
@@ -99,6 +104,8 @@ impl Io {
             signals: common.signals,
             beats: None,
             control: None,
+            progress: None,
+            replayed: rdma_log::Seq::ZERO,
             waiter: Waiter::new(),
         })
     }
@@ -149,7 +156,10 @@ impl Io {
         if self.reporter.commits_due() {
             self.reporter.commits(&self.samples);
         }
-        let mut found = Found::default();
+        let mut found = Found {
+            log_traffic: self.backup_moved(),
+            ..Found::default()
+        };
         if self.waiter.ready(signals).read {
             let mut bytes = [0; 16];
             found.signalled = (&self.signals).read(&mut bytes).is_ok();
@@ -160,6 +170,16 @@ impl Io {
             found.peer_gone = self.peer_is_gone();
         }
         Ok(found)
+    }
+
+    fn backup_moved(&mut self) -> bool {
+        // Counters that cannot be are met by the recorder as well, at its next look for room; it ends the connection.
+        let Some(Ok([events, _])) = self.progress.as_mut().map(rdma_log::Progress::poll) else {
+            return false;
+        };
+        let moved = events.replayed != self.replayed;
+        self.replayed = events.replayed;
+        moved
     }
 
     /// Nothing is said over the control connection once a pair runs, so all that can be read is its end.

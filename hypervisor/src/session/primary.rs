@@ -28,7 +28,7 @@ use crate::handshake::{self, HandshakeError, Hello, Welcomed};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Pair, Primary, Record, State};
-use crate::record::{Parts, RecordOptions, Recorder};
+use crate::record::{Parts, RecordOptions, Recorder, random_source};
 use crate::ring_log::RingSink;
 
 /// How long a primary looks for its backup.
@@ -79,6 +79,7 @@ pub fn run(
     let epoch = super::ring_epoch(record.epoch);
     let lane = Some((ring.inputs, epoch, Arc::clone(&committed)));
     let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
+    io.progress = Some(ring.progress);
     io.beats = Some(Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?);
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
     let sink = RingSink::new(ring.events, epoch, committed);
@@ -177,13 +178,14 @@ fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<V
             memory_check: config.timing.memory_check(),
             spin: config.timing.spin(),
         },
+        random: random_source()?,
     };
     let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
     std::thread::Builder::new()
         .name("vcpu".into())
         .spawn(move || {
             host::pin(&cpus, "vCPU");
-            let outcome = Recorder::new(parts).and_then(|mut recorder| recorder.run());
+            let outcome = Recorder::new(parts).run();
             wake.ring();
             outcome
         })

@@ -44,6 +44,9 @@ pub(super) fn serve(io: &mut Io, clerk: &Clerk, mut protocol: Primary, vcpu: Vcp
                 protocol.handle(now, Event::Heartbeat(beat), &mut actions);
             }
         }
+        if found.log_traffic {
+            protocol.handle(now, Event::LogTraffic, &mut actions);
+        }
         if found.peer_gone {
             protocol.handle(now, Event::PeerDied, &mut actions);
         }
@@ -76,6 +79,7 @@ pub(super) fn serve(io: &mut Io, clerk: &Clerk, mut protocol: Primary, vcpu: Vcp
                 }
                 Action::RunUnprotected(_) => {
                     io.stager.detach();
+                    io.progress = None;
                     io.beats = None;
                     io.control = None;
                     io.order(Order::RunUnprotected);

@@ -23,7 +23,7 @@ use crate::machine::{Machine, MachineSpec};
 use crate::backends::wait::Wake;
 use crate::kvm::KvmSource;
 use crate::orders::{Order, Orders};
-use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder};
+use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSink;
 use crate::sink::{NoLog, Sink};
@@ -135,6 +135,7 @@ impl Solo {
             samples: Arc::clone(&self.io.samples),
             clock: GuestClock::starting(GuestTime(0), Instant::now()),
             options,
+            random: random_source()?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
         self.io.reporter.say(&Event::Ready {
@@ -145,10 +146,8 @@ impl Solo {
             .name("vcpu".into())
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
-                let outcome = Recorder::new(parts).and_then(|mut recorder| {
-                    let ended = recorder.run()?;
-                    Ok((ended, recorder.finish()?))
-                });
+                let mut recorder = Recorder::new(parts);
+                let outcome = recorder.run().and_then(|ended| Ok((ended, recorder.finish()?)));
                 wake.ring();
                 outcome
             })

@@ -9,8 +9,11 @@ const PIPELINES: (usize, u64) = (40, 120);
 /// Broken requests.
 const BROKEN: usize = 150;
 
+/// A script that follows from a seed.
+type Script = fn(&mut Pair, u64) -> Result<(), CompatError>;
+
 /// The scripts, by name.
-pub(super) const SCRIPTS: &[(&str, fn(&mut Pair, u64) -> Result<(), CompatError>)] = &[
+pub(super) const SCRIPTS: &[(&str, Script)] = &[
     ("random commands", commands),
     ("random pipelines", pipelines),
     ("broken requests", broken),

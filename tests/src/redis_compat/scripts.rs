@@ -8,8 +8,11 @@ pub(super) fn written() -> impl Iterator<Item = (&'static str, &'static str)> {
     scripts.filter_map(|script| script.split_once('\n'))
 }
 
+/// A script in Rust.
+type Script = fn(&mut Pair) -> Result<(), CompatError>;
+
 /// Scripts in Rust, by name.
-pub(super) const CODED: &[(&str, fn(&mut Pair) -> Result<(), CompatError>)] = &[
+pub(super) const CODED: &[(&str, Script)] = &[
     ("keys go when their time has come", expiring),
     ("two clients", two_clients),
     ("out of memory", out_of_memory),
