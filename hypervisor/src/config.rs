@@ -104,6 +104,9 @@ pub struct Timing {
     pub spin_us: u64,
     /// How often whole memories are compared; 0 is never.
     pub memory_check_ms: u64,
+    /// How far behind the backup may be before the primary waits for it. A failover replays that much first; a shorter window
+    /// lets every hiccup of the backup's host slow the guest.
+    pub lag_ms: u64,
 }
 
 impl Default for Timing {
@@ -112,6 +115,7 @@ impl Default for Timing {
             heartbeat_ms: 5,
             spin_us: 0,
             memory_check_ms: 0,
+            lag_ms: 5,
         }
     }
 }
@@ -121,6 +125,12 @@ impl Timing {
     #[must_use]
     pub fn spin(&self) -> Duration {
         Duration::from_micros(self.spin_us)
+    }
+
+    /// As a duration.
+    #[must_use]
+    pub fn lag(&self) -> Duration {
+        Duration::from_millis(self.lag_ms)
     }
 
     /// As a duration; none if it is 0.
@@ -252,6 +262,9 @@ impl Config {
                 self.timing.heartbeat_ms.to_string(),
                 "choose 1 to 1000",
             );
+        }
+        if !(1..=100).contains(&self.timing.lag_ms) {
+            return bad("timing.lag_ms", self.timing.lag_ms.to_string(), "choose 1 to 100");
         }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
             return bad("net.tap", "missing".into(), "backend tap needs the interface's name");

@@ -28,6 +28,9 @@ const FRAMES_AT_ONCE: u32 = 64;
 /// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
+/// Between two looks at a backup that is behind: short against the window, long against a look.
+const CATCH_UP: Duration = Duration::from_micros(100);
+
 /// Why recording stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -310,6 +313,21 @@ impl<S: Sink> Recorder<S> {
         }
         if !self.step.inputs.is_empty() || self.machine.has_outputs() || self.options.every_exit {
             self.post_step()?;
+        }
+        self.let_reader_catch_up()
+    }
+
+    /// Keeps the guest from running on while the backup is too far behind: a failover would have to replay all that first.
+    fn let_reader_catch_up(&mut self) -> Result<Option<Ended>, RecordError> {
+        while self.sink.is_behind() {
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(Some(ended));
+            }
+            self.orders.resting();
+            let orders = &self.orders;
+            self.stage.bell().wait(CATCH_UP, || orders.waiting());
         }
         Ok(None)
     }

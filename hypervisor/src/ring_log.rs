@@ -1,11 +1,12 @@
 //! The log over a ring: the recorder's sink and the replayer's source.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rdma_log::{Epoch, Fenced, LaneReader, LaneWriter, Marks, ReadError, Seq, WriteError};
+use rdma_log::{Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError};
 
 use crate::gate::Committed;
 use crate::replay::{Arrived, LogError, LogSource};
@@ -21,6 +22,7 @@ pub struct RingSink {
     last: Seq,
     /// How far the inputs lane has committed; the I/O thread, which writes it, keeps it current.
     inputs: Arc<AtomicU64>,
+    window: Option<Window>,
 }
 
 impl RingSink {
@@ -35,7 +37,68 @@ impl RingSink {
             },
             last: Seq::ZERO,
             inputs,
+            window: None,
         }
+    }
+
+    /// Bounds how long an entry may wait to be replayed.
+    #[must_use]
+    pub fn with_window(mut self, window: Window) -> Self {
+        self.window = Some(window);
+        self
+    }
+}
+
+/// The window of time within which the backup must have replayed an entry; beyond it the primary waits.
+///
+/// It notes when entries were posted, a few in each window, and asks the reader's counters only when the oldest note is
+/// older than the window: in the steady state some thousand times a second, never for each entry.
+#[derive(Debug)]
+pub struct Window {
+    length: Duration,
+    progress: Progress,
+    noted: VecDeque<(Seq, Instant)>,
+    /// What the backup has replayed, for whoever listens for signs of life.
+    replayed: Arc<AtomicU64>,
+}
+
+/// Notes in one window. More of them find the end of a delay sooner, by a sixteenth of the window.
+const NOTES: u32 = 16;
+
+impl Window {
+    /// A window of this length; `replayed` is kept current.
+    #[must_use]
+    pub fn new(length: Duration, progress: Progress, replayed: Arc<AtomicU64>) -> Self {
+        Self {
+            length,
+            progress,
+            noted: VecDeque::with_capacity(2 * NOTES as usize),
+            replayed,
+        }
+    }
+
+    fn posted(&mut self, seq: Seq) {
+        let now = Instant::now();
+        let due = |&(_, last): &(Seq, Instant)| now - last >= self.length / NOTES;
+        if self.noted.back().is_none_or(due) {
+            self.noted.push_back((seq, now));
+        }
+    }
+
+    fn is_behind(&mut self) -> bool {
+        while let Some(&(seq, at)) = self.noted.front() {
+            if at.elapsed() < self.length {
+                return false;
+            }
+            // A counter that cannot be is met by the lane as well, at its next look for room.
+            let replayed = self.progress.poll().map_or(Seq::ZERO, |[events, _]| events.replayed);
+            self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
+            if replayed < seq {
+                return true;
+            }
+            self.noted.pop_front();
+        }
+        false
     }
 }
 
@@ -53,6 +116,9 @@ impl Sink for RingSink {
             Some(lane) => lane.append(payload, self.marks).map_err(sink_error)?,
             None => self.last.next(),
         };
+        if let Some(window) = &mut self.window {
+            window.posted(self.last);
+        }
         Ok(self.last)
     }
 
@@ -88,8 +154,13 @@ impl Sink for RingSink {
         }
     }
 
+    fn is_behind(&mut self) -> bool {
+        self.window.as_mut().is_some_and(Window::is_behind)
+    }
+
     fn detach(&mut self) {
         self.lane = None;
+        self.window = None;
     }
 }
 

@@ -34,6 +34,8 @@ pub trait Sink {
     fn released(&mut self, released: Seq);
     /// Wakes the reader if it sleeps. Comes after the outputs were released.
     fn notify(&mut self);
+    /// Whether the reader is too far behind for the guest to run on.
+    fn is_behind(&mut self) -> bool;
     /// Waits until there may be room.
     fn wait_for_room(&mut self, longest: Duration);
     /// From now on entries go nowhere and everything counts as committed.
@@ -59,6 +61,10 @@ impl Sink for NoLog {
     fn released(&mut self, _: Seq) {}
 
     fn notify(&mut self) {}
+
+    fn is_behind(&mut self) -> bool {
+        false
+    }
 
     fn wait_for_room(&mut self, _: Duration) {}
 

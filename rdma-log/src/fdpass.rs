@@ -137,7 +137,7 @@ pub fn recv_with_fds(
     let mut fds = Vec::new();
     let mut got = 0;
     while got < bytes.len() {
-        match recv_once(stream, &mut bytes[got..], &mut fds) {
+        match recv_once(stream, &mut bytes[got..], &mut fds, max) {
             Ok((0, _)) => {
                 let wanted = bytes.len();
                 return Err(FdPassError::Closed { got, wanted });
@@ -160,6 +160,7 @@ fn recv_once(
     stream: &UnixStream,
     bytes: &mut [u8],
     fds: &mut Vec<OwnedFd>,
+    max: usize,
 ) -> io::Result<(usize, bool)> {
     let mut control = Control([0; SPACE]);
     let mut iov = libc::iovec {
@@ -170,8 +171,13 @@ fn recv_once(
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = SPACE;
+    let room = max.saturating_sub(fds.len()) * size_of::<RawFd>();
+    if room > 0 {
+        message.msg_control = control.0.as_mut_ptr().cast();
+        // At most the whole buffer, as `max` is at most MAX_FDS. Rounded up to the alignment, it may take one too many.
+        // SAFETY: CMSG_SPACE is arithmetic.
+        message.msg_controllen = unsafe { libc::CMSG_SPACE(room as u32) } as usize;
+    }
     // SAFETY: the message points at buffers that live through the call, with their true lengths.
     let n = unsafe { libc::recvmsg(stream.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;

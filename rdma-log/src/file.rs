@@ -9,7 +9,7 @@
 //! | 32 | 4 | CRC-32C of the description |
 //! | 36 | 4 | CRC-32C of bytes 0 to 35 |
 //! | 40 | … | description: what the entries belong to, in the caller's words |
-//! | | … | entries, header and payload as in [`entry`](crate::entry), without gaps or pads |
+//! | | … | entries, header and payload as in [`entry`], without gaps or pads |
 //!
 //! The lanes are interleaved as they were written; the stamp tells the lane. Each lane starts at number 1 and misses
 //! none. The end is the last whole entry: a file has no trailer, so that one cut anywhere is of use up to there. It

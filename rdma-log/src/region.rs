@@ -492,3 +492,6 @@ pub(crate) fn random() -> io::Result<[u8; 16]> {
     }
     Ok(bytes)
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

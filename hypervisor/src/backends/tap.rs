@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -23,7 +23,7 @@ pub const TUN_DEVICE: &str = "/dev/net/tun";
 /// Frames the kernel holds for us while nobody reads, as during a failover. Beyond that it drops, which costs
 /// clients a retransmission timeout (200 ms and more). The kernel's default of 1000 is less than 256
 /// connections with a 64 KiB window each can have in flight (11,000 full frames).
-pub const QUEUE_FRAMES: i32 = 16_384;
+pub const QUEUE_FRAMES: u32 = 16_384;
 
 /// An IPv4 address and the length of its network's prefix, as in `10.77.0.1/24`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,13 +285,30 @@ impl Interface {
         let mut request = named(&self.name)?;
         request.ifr_ifru.ifru_mtu = i32::from(mtu);
         self.set("MTU", libc::SIOCSIFMTU, &mut request)?;
-        request.ifr_ifru.ifru_metric = QUEUE_FRAMES;
-        self.set("queue length", libc::SIOCSIFTXQLEN, &mut request)?;
+        self.set_queue_length(QUEUE_FRAMES)?;
         request.ifr_ifru.ifru_addr = socket_address(network.address);
         self.set("address", libc::SIOCSIFADDR, &mut request)?;
         request.ifr_ifru.ifru_netmask = socket_address(network.mask());
         self.set("network mask", libc::SIOCSIFNETMASK, &mut request)?;
         self.up()
+    }
+
+    /// By netlink: the ioctl for it needs privilege over the whole host, which a user namespace does not give.
+    fn set_queue_length(&self, frames: u32) -> Result<(), TapError> {
+        let mut request = named(&self.name)?;
+        self.set("queue length", libc::SIOCGIFINDEX, &mut request)?;
+        // SAFETY: the kernel has just filled in the index.
+        let index = unsafe { request.ifr_ifru.ifru_ifindex };
+        netlink(&set_queue_length_message(index, frames))
+            .map_err(|source| self.failed("queue length", source))
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> TapError {
+        TapError::Configure {
+            what,
+            name: self.name.clone(),
+            source,
+        }
     }
 
     fn up(&self) -> Result<(), TapError> {
@@ -312,13 +329,51 @@ impl Interface {
         // SAFETY: the interface ioctls read and write one ifreq, which outlives the call.
         let done = unsafe { libc::ioctl(self.socket.as_raw_fd(), command, request) };
         if done < 0 {
-            return Err(TapError::Configure {
-                what,
-                name: self.name.clone(),
-                source: io::Error::last_os_error(),
-            });
+            return Err(self.failed(what, io::Error::last_os_error()));
         }
         Ok(())
+    }
+}
+
+/// RTM_NEWLINK with one attribute, in rtnetlink(7)'s layout: message header, interface header, attribute.
+fn set_queue_length_message(index: libc::c_int, frames: u32) -> [u8; 40] {
+    const LENGTH: u32 = 40;
+    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+    let mut message = [0; LENGTH as usize];
+    message[0..4].copy_from_slice(&LENGTH.to_ne_bytes());
+    message[4..6].copy_from_slice(&libc::RTM_NEWLINK.to_ne_bytes());
+    message[6..8].copy_from_slice(&flags.to_ne_bytes());
+    // Sequence and sender are 0; so are the interface's family, type and flags.
+    message[20..24].copy_from_slice(&index.to_ne_bytes());
+    message[32..34].copy_from_slice(&8_u16.to_ne_bytes());
+    message[34..36].copy_from_slice(&libc::IFLA_TXQLEN.to_ne_bytes());
+    message[36..40].copy_from_slice(&frames.to_ne_bytes());
+    message
+}
+
+/// Sends one rtnetlink request and takes the kernel's acknowledgement.
+fn netlink(message: &[u8]) -> io::Result<()> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: no memory is passed; the result is checked before use.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else owns it. A netlink socket without
+    // an address sends to the kernel, by write, and gets its answers by read.
+    let mut socket = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    socket.write_all(message)?;
+    // The answer to a request is NLMSG_ERROR: message header, error number (0 is well), the request.
+    let mut answer = [0; 256];
+    let length = socket.read(&mut answer)?;
+    let number = |at: usize| {
+        let bytes = answer[..length].get(at..at + 4)?;
+        Some(i32::from_ne_bytes(bytes.try_into().ok()?))
+    };
+    match number(16) {
+        Some(0) => Ok(()),
+        Some(error) => Err(io::Error::from_raw_os_error(-error)),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Arguments and printing; everything else is in the library.
 
+mod demo;
 mod machine;
 mod pair;
 mod record;
@@ -36,6 +37,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::DemoArgs),
     Run(machine::RunArgs),
     Primary(pair::PrimaryArgs),
     Backup(pair::BackupArgs),
@@ -85,6 +87,7 @@ pub fn main() -> ExitCode {
         .with_target(false)
         .init();
     let outcome = match cli.command {
+        Command::Demo(args) => demo::demo(&args),
         Command::Run(args) => machine::run(&args),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => pair::backup(&args),

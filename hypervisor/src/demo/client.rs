@@ -150,10 +150,7 @@ impl Config {
         if self.large.is_some_and(|large| large.every == 0) {
             return bad("a large value every 0 values");
         }
-        if self
-            .rate
-            .is_some_and(|rate| !(0.001..=1e9).contains(&rate))
-        {
+        if self.rate.is_some_and(|rate| !(0.001..=1e9).contains(&rate)) {
             return bad("a rate outside 0.001 to 1e9 requests a second");
         }
         Ok(())

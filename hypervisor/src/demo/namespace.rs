@@ -352,6 +352,20 @@ mod tests {
                     .contains("doppel1:")
             };
             assert!(listed());
+            let details = std::process::Command::new("ip")
+                .args(["link", "show", "doppel1"])
+                .output();
+            if let Ok(details) = details {
+                let words = String::from_utf8(details.stdout).unwrap();
+                assert!(
+                    words.contains("mtu 1500") && words.contains("UP"),
+                    "{words}"
+                );
+                assert!(
+                    words.contains(&format!("qlen {}", tap::QUEUE_FRAMES)),
+                    "{words}"
+                );
+            }
             let inheritable = tap.port().inheritable().unwrap();
             let heir = crate::backends::NetPort::inherited(inheritable.as_raw_fd()).unwrap();
             assert_eq!(heir.kind(), crate::backends::PortKind::Tap);

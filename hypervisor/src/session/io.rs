@@ -4,6 +4,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::SessionError;
@@ -36,8 +37,8 @@ pub(super) struct Io {
     pub(super) beats: Option<Beats>,
     pub(super) control: Option<UnixStream>,
     /// How far the backup has come, on the primary.
-    pub(super) progress: Option<rdma_log::Progress>,
-    replayed: rdma_log::Seq,
+    pub(super) replayed: Arc<AtomicU64>,
+    replayed_before: u64,
     signals: UnixStream,
     waiter: Waiter,
 }
@@ -71,7 +72,7 @@ impl Common {
 }
 
 /// The lane and reign that a stager writes to.
-pub(super) type InputLane = (rdma_log::LaneWriter, rdma_log::Epoch, Arc<std::sync::atomic::AtomicU64>);
+pub(super) type InputLane = (rdma_log::LaneWriter, rdma_log::Epoch, Arc<AtomicU64>);
 
 impl Io {
     /// Everything around this port. `shut` starts with a gate that lets nothing out.
@@ -104,8 +105,8 @@ impl Io {
             signals: common.signals,
             beats: None,
             control: None,
-            progress: None,
-            replayed: rdma_log::Seq::ZERO,
+            replayed: Arc::default(),
+            replayed_before: 0,
             waiter: Waiter::new(),
         })
     }
@@ -173,12 +174,9 @@ impl Io {
     }
 
     fn backup_moved(&mut self) -> bool {
-        // Counters that cannot be are met by the recorder as well, at its next look for room; it ends the connection.
-        let Some(Ok([events, _])) = self.progress.as_mut().map(rdma_log::Progress::poll) else {
-            return false;
-        };
-        let moved = events.replayed != self.replayed;
-        self.replayed = events.replayed;
+        let replayed = self.replayed.load(Ordering::Relaxed);
+        let moved = replayed != self.replayed_before;
+        self.replayed_before = replayed;
         moved
     }
 

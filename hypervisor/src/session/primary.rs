@@ -29,7 +29,7 @@ use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Pair, Primary, Record, State};
 use crate::record::{Parts, RecordOptions, Recorder, random_source};
-use crate::ring_log::RingSink;
+use crate::ring_log::{RingSink, Window};
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
@@ -79,10 +79,10 @@ pub fn run(
     let epoch = super::ring_epoch(record.epoch);
     let lane = Some((ring.inputs, epoch, Arc::clone(&committed)));
     let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
-    io.progress = Some(ring.progress);
     io.beats = Some(Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?);
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
-    let sink = RingSink::new(ring.events, epoch, committed);
+    let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
+    let sink = RingSink::new(ring.events, epoch, committed).with_window(window);
     handshake::go(&stream)?;
     stream
         .set_nonblocking(true)

@@ -79,7 +79,6 @@ pub(super) fn serve(io: &mut Io, clerk: &Clerk, mut protocol: Primary, vcpu: Vcp
                 }
                 Action::RunUnprotected(_) => {
                     io.stager.detach();
-                    io.progress = None;
                     io.beats = None;
                     io.control = None;
                     io.order(Order::RunUnprotected);

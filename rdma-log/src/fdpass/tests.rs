@@ -28,6 +28,11 @@ fn descriptors_arrive_in_order_with_their_message() {
     send_with_fds(&a, b"world", &fds[..1]).unwrap();
     let mut bytes = [0; 5];
     let got = recv_with_fds(&b, &mut bytes, MAX_FDS).unwrap();
+    for fd in &got {
+        // SAFETY: the call takes a live descriptor and returns its flags.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFD) };
+        assert_eq!(flags, libc::FD_CLOEXEC, "no child inherits it");
+    }
     assert_eq!((&bytes, got.len()), (b"hello", MAX_FDS));
     for (i, fd) in got.into_iter().enumerate() {
         assert_eq!(text(fd), format!("file {i}"));
@@ -52,11 +57,14 @@ fn a_message_longer_than_the_socket_holds_arrives_whole() {
 
 #[test]
 fn surplus_descriptors_are_an_error() {
-    let (a, b) = UnixStream::pair().unwrap();
-    let file = file("x");
-    send_with_fds(&a, b"12", &[file.as_fd(); 3]).unwrap();
-    let result = recv_with_fds(&b, &mut [0; 2], 2);
-    assert!(matches!(result, Err(FdPassError::TooMany { max: 2 })));
+    // An even bound fills the control buffer to the byte, an odd one leaves room for a surplus one.
+    for expected in 0..4 {
+        let (a, b) = UnixStream::pair().unwrap();
+        let file = file("x");
+        send_with_fds(&a, b"12", &vec![file.as_fd(); expected + 1]).unwrap();
+        let result = recv_with_fds(&b, &mut [0; 2], expected);
+        assert!(matches!(result, Err(FdPassError::TooMany { max }) if max == expected));
+    }
 }
 
 #[test]

@@ -31,8 +31,11 @@ fn sample() -> (Vec<u8>, Vec<u64>) {
     (writer.finish().unwrap(), ends)
 }
 
+/// An entry: where it starts, lane, number, payload.
+type Got = (u64, Lane, Seq, Vec<u8>);
+
 /// All that can be read, and how it ended.
-fn read(bytes: &[u8]) -> (Vec<(u64, Lane, Seq, Vec<u8>)>, Result<(), LogFileError>) {
+fn read(bytes: &[u8]) -> (Vec<Got>, Result<(), LogFileError>) {
     let mut got = Vec::new();
     let mut reader = match LogFileReader::new(bytes) {
         Ok(reader) => reader,
@@ -217,6 +220,29 @@ fn limits_hold() {
         .unwrap();
     assert_eq!(read(&writer.finish().unwrap()).0.len(), 1);
 
+    // An entry that claims to be too long, and one that claims more than the file holds.
+    for (len, cut) in [(MAX_PAYLOAD + 1, false), (MAX_PAYLOAD, true)] {
+        let keys = Keys::new(&NONCE);
+        let (mut bytes, ends) = sample();
+        bytes.truncate(ends[1] as usize);
+        let mut header = split(&bytes[ends[0] as usize..]).0;
+        header.seq = 2;
+        header.len = len as u32;
+        header.crc = keys.check(&header, &[]).unwrap_err().expected as u32;
+        bytes.extend(header.to_bytes());
+        match read(&bytes).1 {
+            Err(LogFileError::Cut { .. }) => assert!(cut),
+            Err(LogFileError::Corrupt { fault, .. }) => {
+                assert!(!cut);
+                assert_eq!(
+                    fault,
+                    Fault::new(Field::Length, MAX_PAYLOAD as u64, len as u64)
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
     // A header that claims a description of 4 GiB, its checksum right.
     let (mut bytes, _) = sample();
     bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
@@ -230,6 +256,26 @@ fn limits_hold() {
             ..
         })
     ));
+}
+
+#[test]
+fn a_lap_may_be_followed_by_the_next_and_no_other() {
+    let keys = Keys::new(&NONCE);
+    for (lap, good) in [(0, true), (1, true), (2, false), (LAPS - 1, false)] {
+        let (mut bytes, _) = sample();
+        let head = Head {
+            lane: Lane::Events,
+            lap,
+            seq: Seq(5),
+            marks: Marks::default(),
+        };
+        bytes.extend(encode(&keys, &head, b"x"));
+        let (got, end) = read(&bytes);
+        assert_eq!(
+            (got.len(), end.is_ok()),
+            if good { (7, true) } else { (6, false) }
+        );
+    }
 }
 
 #[test]

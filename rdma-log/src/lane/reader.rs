@@ -424,7 +424,7 @@ impl LaneReader {
         }
         self.copy_and_check(at, header, len).ok()?;
         let head = entry::head(&header, stamp, Seq(header.seq)).ok()?;
-        (head.seq > missing && head.marks.committed >= missing).then_some(head.seq)
+        (head.marks.committed >= missing).then_some(head.seq)
     }
 
     fn corrupt(&self, fault: Fault) -> ReadError {

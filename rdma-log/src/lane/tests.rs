@@ -1,13 +1,17 @@
 //! Lanes over `shm` in one process, and over the card without manners.
 
 use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::entry::{Epoch, Field, LINE, Lane, Marks, Nonce, Seq};
+use crate::entry::{Epoch, Field, Head, Keys, LINE, Lane, Marks, Nonce, Seq, encode};
+use crate::fence::Fenced;
+use crate::region::{ReadView, Region};
 use crate::ring::{RingConfig, RingReader, RingWriter};
-use crate::transport::{shm, sim};
+use crate::transport::{Limit, ReadPort, WriteView, shm, sim};
 
 const SMALL: RingConfig = RingConfig {
     events: MIN_LANE,
@@ -284,6 +288,174 @@ fn without_a_tail_a_gap_below_the_committed_mark_is_corruption() {
             }),
         };
         assert_eq!(reader.events.at_end(&proof), expected);
+    }
+}
+
+/// The filler behind an entry may arrive after the reader has taken the entry; until then its place is not free.
+#[test]
+fn a_place_is_not_reused_before_its_last_byte_has_arrived() {
+    let mut early = 0;
+    for seed in 0..64 {
+        let (mut writer, mut reader, card) = sim::pair(&SMALL, Nonce([6; 16]), seed).unwrap();
+        writer.events.append(&[], Marks::default()).unwrap();
+        while reader.events.next().unwrap().is_none() {
+            assert_eq!(card.deliver(1), 1);
+        }
+        let complete = writer.events.committed() == Ok(Seq(1));
+        for _ in 1..MIN_LANE / LINE {
+            writer.events.append(&[], Marks::default()).unwrap();
+        }
+        assert_eq!(
+            writer.events.append(&[], Marks::default()).is_ok(),
+            complete
+        );
+        early += u32::from(!complete);
+    }
+    assert!(early > 0, "the filler was never late");
+}
+
+/// A reader's port without a tail, over memory that a test fills.
+#[derive(Debug)]
+struct Blind {
+    view: ReadView,
+    released: Arc<Mutex<u64>>,
+}
+
+impl ReadPort for Blind {
+    fn limit(&mut self) -> Result<Limit, ReadError> {
+        Ok(Limit::Unknown { fenced: true })
+    }
+    fn copy_out(&self, at: usize, to: &mut [u8]) {
+        self.view.copy_out(at, to);
+    }
+    fn release(&mut self, consumed: u64) {
+        *self.released.lock().unwrap() = consumed;
+    }
+    fn push(&mut self) -> Result<(), ReadError> {
+        Ok(())
+    }
+    fn arm(&mut self) -> u32 {
+        0
+    }
+    fn sleep(&mut self, _: u32, _: Duration) -> bool {
+        false
+    }
+    fn disarm(&mut self) {}
+}
+
+/// A reader without a tail, the memory it reads, what it released, and a proof that it is fenced.
+struct Unbounded {
+    reader: LaneReader,
+    memory: WriteView,
+    released: Arc<Mutex<u64>>,
+    proof: Fenced,
+}
+
+const NONCE: Nonce = Nonce([0x3c; 16]);
+
+fn unbounded() -> Unbounded {
+    let region = Region::heap(MIN_LANE);
+    let released = Arc::new(Mutex::new(0));
+    let [view, _] = region.read_views(0, [MIN_LANE, 0]);
+    let [memory, _] = region.write_views(0, [MIN_LANE, 0]);
+    let (_, mut other, _) = sim::pair(&SMALL, NONCE, 0).unwrap();
+    let reader = LaneReader::new(ReaderParts {
+        lane: Lane::Events,
+        nonce: NONCE,
+        geometry: Geometry::new(MIN_LANE).unwrap(),
+        port: Box::new(Blind {
+            view,
+            released: released.clone(),
+        }),
+        acks: other.acks,
+    });
+    Unbounded {
+        reader,
+        memory,
+        released,
+        proof: other.fencer.fence().unwrap(),
+    }
+}
+
+fn head(lap: u32, seq: u64) -> Head {
+    Head {
+        lane: Lane::Events,
+        lap,
+        seq: Seq(seq),
+        marks: Marks::default(),
+    }
+}
+
+#[test]
+fn one_call_goes_past_one_pad() {
+    let Unbounded {
+        mut reader,
+        mut memory,
+        released,
+        ..
+    } = unbounded();
+    let keys = Keys::new(&NONCE);
+    let put = |memory: &mut WriteView, at, bytes: &[u8]| {
+        memory.bytes_mut(at, bytes.len()).copy_from_slice(bytes)
+    };
+    put(&mut memory, 0, &encode(&keys, &head(0, 1), b"first"));
+    assert!(reader.next().unwrap().is_some());
+    let rest = MIN_LANE - LINE - HEADER_LEN;
+    put(
+        &mut memory,
+        LINE,
+        &keys.pad(Lane::Events, 0, Seq(2), rest as u32).to_bytes(),
+    );
+    let lap = MIN_LANE - HEADER_LEN;
+    put(
+        &mut memory,
+        0,
+        &keys.pad(Lane::Events, 1, Seq(2), lap as u32).to_bytes(),
+    );
+    assert_eq!(reader.next(), Ok(None));
+    assert_eq!(*released.lock().unwrap(), MIN_LANE as u64);
+}
+
+#[test]
+fn an_entry_that_is_whole_and_out_of_turn_is_corrupt_without_a_tail_too() {
+    let Unbounded {
+        mut reader,
+        mut memory,
+        ..
+    } = unbounded();
+    let bytes = encode(&Keys::new(&NONCE), &head(0, 2), b"second");
+    memory.bytes_mut(0, bytes.len()).copy_from_slice(&bytes);
+    let error = reader.next().unwrap_err();
+    assert!(matches!(
+        error,
+        ReadError::Corrupt {
+            field: Field::Sequence,
+            expected: 1,
+            found: 2,
+            ..
+        }
+    ));
+}
+
+proptest! {
+    /// Headers with a good stamp and any length, all over the lane, none of them whole.
+    #[test]
+    fn without_a_tail_forged_headers_are_the_end_of_the_log(
+        headers in prop::collection::vec((0..MIN_LANE / LINE, 0..2u32, any::<bool>(), prop_oneof![0..MIN_LANE as u32 + 64, any::<u32>()]), 1..40),
+    ) {
+        let Unbounded { mut reader, mut memory, proof, .. } = unbounded();
+        let keys = Keys::new(&NONCE);
+        for (line, lap, pad, len) in headers {
+            let mut header = match pad {
+                true => keys.pad(Lane::Events, lap, Seq(1), len),
+                false => keys.seal(&head(lap, 9), &[]),
+            };
+            header.len = len;
+            header.crc ^= 1;
+            memory.bytes_mut(line * LINE, HEADER_LEN).copy_from_slice(&header.to_bytes());
+        }
+        prop_assert_eq!(reader.next(), Ok(None));
+        prop_assert_eq!(reader.at_end(&proof), Ok(true));
     }
 }
 

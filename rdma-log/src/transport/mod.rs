@@ -64,7 +64,12 @@ pub trait WritePort: Send + fmt::Debug {
     /// As for [`post`](WritePort::post).
     fn push(&mut self, view: &WriteView) -> Result<(), WriteError>;
 
-    /// Bytes that the reader says it has taken out, since the start of the connection. The lane checks the value.
+    /// Bytes that may be written over, since the start of the connection: what the reader says it has taken out, and
+    /// nothing of which is still on its way. The lane checks the value.
+    ///
+    /// The second part matters to transports that promise no order. A reader takes an entry when header and payload
+    /// are there; filler behind them may still be flying, and would fall upon an entry of the next lap. So such a
+    /// transport gives no more than what its completions cover.
     ///
     /// # Errors
     /// When the connection is of no more use.

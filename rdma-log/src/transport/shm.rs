@@ -1,8 +1,8 @@
 //! Transport `shm`: one host, memory shared by file descriptor.
 //!
-//! The log lies in a memfd that the reader makes and the writer maps: a control page ([`LogWords`]), then the two
-//! lanes. What the reader returns lies in a page that the writer makes ([`ReturnWords`]). Each side maps what only the
-//! other writes read-only: the reader the lanes, the writer the return page.
+//! The log lies in a memfd that the reader makes and the writer maps: a control page (`LogWords` in `control.rs`), then
+//! the two lanes. What the reader returns lies in a page that the writer makes (`ReturnWords`). Each side maps
+//! read-only what only the other writes: the reader the lanes, the writer the return page.
 //!
 //! An entry is committed when the compare-exchange that moves the lane's tail over it has succeeded: from then on it
 //! is in memory of the reader's that outlives the writer. The fence sets a bit in the tail, so that the next exchange,

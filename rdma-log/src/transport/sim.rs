@@ -35,7 +35,10 @@ struct State {
     memory: [WriteView; 2],
     requests: [VecDeque<Request>; 2],
     counters: [Counters; 2],
+    /// Taken out by the reader, in bytes.
     consumed: [u64; 2],
+    /// Arrived to the last byte, in bytes.
+    complete: [u64; 2],
     random: u64,
     link: Link,
 }
@@ -49,7 +52,7 @@ enum Link {
 
 #[derive(Debug)]
 struct Request {
-    seq: Seq,
+    range: Range,
     atoms: Vec<(usize, [u8; ATOM])>,
 }
 
@@ -79,8 +82,7 @@ impl State {
                 (at, atom)
             })
             .collect();
-        let seq = range.seq;
-        self.requests[lane.index()].push_back(Request { seq, atoms });
+        self.requests[lane.index()].push_back(Request { range, atoms });
         Ok(())
     }
 
@@ -104,7 +106,8 @@ impl State {
         while let Some(request) = self.requests[lane].front()
             && request.atoms.is_empty()
         {
-            self.counters[lane].committed = request.seq;
+            self.counters[lane].committed = request.range.seq;
+            self.complete[lane] = request.range.to;
             self.requests[lane].pop_front();
         }
         true
@@ -166,6 +169,7 @@ pub fn pair(
         requests: Default::default(),
         counters: Default::default(),
         consumed: [0; 2],
+        complete: [0; 2],
         random: seed,
         link: Link::Up,
     })));
@@ -235,7 +239,8 @@ impl WritePort for Side {
     }
 
     fn consumed(&mut self) -> Result<u64, WriteError> {
-        Ok(self.card.lock().consumed[self.lane.index()])
+        let (state, lane) = (self.card.lock(), self.lane.index());
+        Ok(state.consumed[lane].min(state.complete[lane]))
     }
 
     fn committed(&mut self) -> Result<Seq, WriteError> {

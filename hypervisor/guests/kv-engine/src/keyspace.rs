@@ -100,8 +100,21 @@ impl Keyspace {
             parts: (0..PARTS).map(|_| HashTable::new()).collect(),
             len: 0,
             expiring: 0,
-            memory: PARTS * size_of::<HashTable<Entry>>(),
+            memory: Self::EMPTY,
         }
+    }
+
+    /// Bytes of memory that no keys take.
+    pub(crate) const EMPTY: usize = PARTS * size_of::<HashTable<Entry>>();
+
+    /// Removes all keys. Asks for no memory.
+    pub(crate) fn clear(&mut self) {
+        for part in &mut self.parts {
+            *part = HashTable::new();
+        }
+        self.len = 0;
+        self.expiring = 0;
+        self.memory = Self::EMPTY;
     }
 
     /// How many keys there are, those counted whose time has passed but that were not yet removed.
@@ -258,6 +271,7 @@ mod tests {
     fn the_books_are_right() {
         let mut keys = Keyspace::new();
         let empty = keys.memory();
+        assert_eq!(empty, Keyspace::EMPTY);
         for number in 0..1000u32 {
             add(&mut keys, &number.to_le_bytes(), b"value");
         }

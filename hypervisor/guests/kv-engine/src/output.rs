@@ -9,18 +9,36 @@ const KEEP: usize = 64 << 10;
 const ERROR_ROOM: usize = 128;
 
 /// Bytes to be sent to one client: [`Session::run`](crate::Session::run) appends, the caller sends and consumes.
-#[derive(Debug, Default)]
+///
+/// Its memory is not part of [`Store::used_memory`](crate::Store::used_memory).
+#[derive(Debug)]
 pub struct Output {
     bytes: Vec<u8>,
     sent: usize,
+    bound: usize,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Output {
     /// An empty buffer; allocates nothing.
     pub const fn new() -> Self {
+        Self::bounded(usize::MAX)
+    }
+
+    /// An empty buffer that never holds more than `bound` bytes to be sent. A reply that would be longer is replaced by
+    /// an error: one command can ask for any number of values (MGET) or for all keys.
+    ///
+    /// `bound` should exceed [`Limits::output`](crate::Limits::output) by the largest value to be served.
+    pub const fn bounded(bound: usize) -> Self {
         Self {
             bytes: Vec::new(),
             sent: 0,
+            bound,
         }
     }
 
@@ -62,6 +80,9 @@ impl Output {
 
     /// Makes room for `additional` more bytes.
     fn reserve(&mut self, additional: usize) -> Result<(), OutOfMemory> {
+        if self.len().saturating_add(additional) > self.bound {
+            return Err(OutOfMemory);
+        }
         if self.bytes.capacity() - self.bytes.len() >= additional {
             return Ok(());
         }
@@ -339,15 +360,17 @@ mod tests {
 
     #[test]
     fn a_reply_too_large_becomes_an_error() {
-        let mut out = Output::new();
+        let mut out = Output::bounded(1000);
         let mut reply = Reply::new(&mut out, false).unwrap();
         reply.simple("before");
         reply.finish();
         let mut reply = Reply::new(&mut out, false).unwrap();
         reply.array(2);
+        reply.bulk(&[b'x'; 500]);
+        assert!(reply.check().is_ok());
+        reply.bulk(&[b'x'; 500]);
+        assert!(reply.check().is_err());
         reply.bulk(b"x");
-        reply.lost = true;
-        reply.bulk(b"y");
         assert_eq!(reply.finish(), 1);
         assert_eq!(
             out.pending(),

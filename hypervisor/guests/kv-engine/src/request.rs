@@ -14,15 +14,18 @@
 //!
 //! Odd things that Redis does are done here too: the byte after a carriage return and the two bytes after a bulk
 //! string are skipped unread; a zero byte hides the rest of a header line, which then ends by becoming too long.
+mod inline;
+
 use alloc::vec::Vec;
 use core::mem;
 use core::ops::{Index, Range};
 
-use memchr::memchr2;
+use memchr::{memchr, memchr2};
 
 use crate::OutOfMemory;
 use crate::keyspace::copy;
 use crate::number::parse_i64;
+use inline::{Unbalanced, Words};
 
 /// The longest header or inline line without its end, as in Redis (`PROTO_INLINE_MAX_SIZE`).
 const LINE_MAX: usize = 64 << 10;
@@ -454,7 +457,7 @@ impl Parser {
     /// Splits an inline command into words; how many there are.
     fn split(&mut self, line: &[u8], bounds: Bounds) -> Result<usize, ProtocolError> {
         let line = line.strip_suffix(b"\r").unwrap_or(line);
-        let mut words = Words { line, at: 0 };
+        let mut words = Words::new(line);
         // A word is never longer than its source.
         if self.over(line.len(), bounds) || self.saved.try_reserve(line.len()).is_err() {
             self.lose();
@@ -520,83 +523,6 @@ fn extend(
     Ok(())
 }
 
-enum Unbalanced {
-    Quotes,
-    Memory,
-}
-
-/// The words of an inline command, quoted as in a shell of sorts.
-struct Words<'a> {
-    line: &'a [u8],
-    at: usize,
-}
-
-impl Words<'_> {
-    /// Appends the next word to `word`; whether there was one.
-    fn next(&mut self, word: &mut Vec<u8>) -> Result<bool, Unbalanced> {
-        let is_space = |byte: u8| matches!(byte, b' ' | b'\t'..=b'\r');
-        while self.line.get(self.at).is_some_and(|&byte| is_space(byte)) {
-            self.at += 1;
-        }
-        if self.at == self.line.len() {
-            return Ok(false);
-        }
-        let mut quote = None;
-        while let Some(&byte) = self.line.get(self.at) {
-            self.at += 1;
-            let rest = &self.line[self.at..];
-            let (value, skip) = match (quote, byte) {
-                (Some(b'"'), b'\\') => match rest {
-                    [b'x', high, low, ..] => match (hex(*high), hex(*low)) {
-                        (Some(high), Some(low)) => (high << 4 | low, 3),
-                        _ => (b'x', 1),
-                    },
-                    [escaped, ..] => (unescape(*escaped), 1),
-                    [] => (byte, 0),
-                },
-                (Some(b'\''), b'\\') if rest.first() == Some(&b'\'') => (b'\'', 1),
-                (Some(open), _) if byte == open => {
-                    // A closing quote ends the word, and must be followed by a space or nothing.
-                    return if rest.first().is_none_or(|&byte| is_space(byte)) {
-                        Ok(true)
-                    } else {
-                        Err(Unbalanced::Quotes)
-                    };
-                }
-                (None, b' ' | b'\n' | b'\r' | b'\t') => return Ok(true),
-                (None, b'"' | b'\'') => {
-                    quote = Some(byte);
-                    continue;
-                }
-                _ => (byte, 0),
-            };
-            word.try_reserve(1).map_err(|_| Unbalanced::Memory)?;
-            word.push(value);
-            self.at += skip;
-        }
-        if quote.is_some() {
-            Err(Unbalanced::Quotes)
-        } else {
-            Ok(true)
-        }
-    }
-}
-
-fn unescape(byte: u8) -> u8 {
-    match byte {
-        b'n' => b'\n',
-        b'r' => b'\r',
-        b't' => b'\t',
-        b'b' => 8,
-        b'a' => 7,
-        other => other,
-    }
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).map(|value| value as u8)
-}
-
 /// The arguments of one command; number 0 is its name.
 pub(crate) struct Arguments<'a> {
     input: &'a [u8],
@@ -639,6 +565,12 @@ impl<'a> Arguments<'a> {
     /// Argument `index`, if there is one.
     pub(crate) fn get(&self, index: usize) -> Option<&[u8]> {
         (index < self.len()).then(|| &self[index])
+    }
+
+    /// Argument `index` as an option or a name to show: as in C, a zero byte ends it.
+    pub(crate) fn word(&self, index: usize) -> &[u8] {
+        let bytes = &self[index];
+        memchr(0, bytes).map_or(bytes, |end| &bytes[..end])
     }
 
     /// The arguments from number `first` on, as a command of their own.

@@ -219,7 +219,7 @@ impl Store {
 
     /// Memory in use when the store is empty.
     pub(crate) fn startup_memory(&self) -> usize {
-        size_of::<Self>() + DATABASES * Keyspace::new().memory()
+        size_of::<Self>() + DATABASES * Keyspace::EMPTY
     }
 
     /// The bound that clients cannot change, in bytes; 0 for none.
@@ -347,7 +347,9 @@ impl Store {
     ) -> Result<(), OutOfMemory> {
         let hash = self.hasher.hash(key);
         self.purge(database, hash, key, now);
-        self.deadlines.try_reserve(1)?;
+        if deadline.is_some_and(|deadline| deadline != Deadline::NEVER) {
+            self.deadlines.try_reserve(1)?;
+        }
         let mut value = Some(value);
         let replaced: Option<Result<_, OutOfMemory>> = self.change(database, |keys| {
             keys.update(hash, key, |entry| {
@@ -445,7 +447,7 @@ impl Store {
                 watch.database == database && self.databases[database].contains_hash(watch.hash);
         }
         self.watches = watches;
-        self.change(database, |keys| *keys = Keyspace::new());
+        self.change(database, Keyspace::clear);
         self.stats.changes += 1;
     }
 

@@ -287,7 +287,7 @@ impl Keys {
             (State::Number(number), Some(found)) => found == number.to_string().as_bytes(),
             (State::Text(pieces), Some(found)) => {
                 self.leading(pieces, found) == pieces.len()
-                    && found.len() == pieces.iter().map(|piece| piece.length).sum()
+                    && found.len() == pieces.iter().map(|piece| piece.length).sum::<usize>()
             }
             _ => false,
         }
@@ -339,11 +339,7 @@ pub(super) fn brief(reply: Reply<'_>) -> String {
     let quote = |bytes: &[u8]| {
         let start = &bytes[..bytes.len().min(SHOWN)];
         let more = if bytes.len() > SHOWN { "…" } else { "" };
-        format!(
-            "\"{}\"{more} ({} bytes)",
-            start.escape_ascii(),
-            bytes.len()
-        )
+        format!("\"{}\"{more} ({} bytes)", start.escape_ascii(), bytes.len())
     };
     match reply {
         Reply::Null => "nothing".to_owned(),
@@ -390,8 +386,7 @@ impl Script {
                 let piece = self.piece(keys, false);
                 match &keys.states[key] {
                     State::Text(pieces)
-                        if pieces.iter().map(|piece| piece.length).sum::<usize>()
-                            > LONGEST_LOG =>
+                        if pieces.iter().map(|piece| piece.length).sum::<usize>() > LONGEST_LOG =>
                     {
                         Operation::Set(key, piece)
                     }
@@ -490,7 +485,11 @@ mod tests {
 
         let mut changed = right.clone();
         changed[49] ^= 1;
-        for found in [Reply::Bulk(&changed), Reply::Bulk(&right[..49]), Reply::Null] {
+        for found in [
+            Reply::Bulk(&changed),
+            Reply::Bulk(&right[..49]),
+            Reply::Null,
+        ] {
             let mut keys = Keys::new(1, 0);
             keys.settle(set, Reply::Status(b"OK"));
             let Verdict::Wrong(wrong) = keys.settle(Operation::Get(0), found) else {

@@ -18,6 +18,9 @@ const NEAR: usize = 16_384;
 /// Slices kept; when they are full, neighbours are merged and slices are twice as long.
 const SLICES: usize = 16_384;
 
+/// The longest time that the histogram tells apart from longer ones. The true maximum is kept beside it.
+const LONGEST: Duration = Duration::from_secs(100);
+
 /// One answered request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
@@ -150,7 +153,8 @@ pub(super) struct Recorder {
 
 impl Recorder {
     pub(super) fn new(start: Moment) -> Self {
-        let histogram = Histogram::new(3).expect("3 is a number of digits that it takes");
+        let histogram = Histogram::new_with_bounds(1, LONGEST.as_nanos() as u64, 3)
+            .expect("bounds and digits that a histogram takes");
         Self {
             start,
             histogram,
@@ -168,8 +172,7 @@ impl Recorder {
     /// Takes one; `kill` is when the primary was killed, as far as is known.
     pub(super) fn record(&mut self, sample: Sample, kill: Option<Moment>) {
         let latency = sample.latency();
-        self.histogram
-            .saturating_record(latency.as_nanos() as u64);
+        self.histogram.saturating_record(latency.as_nanos() as u64);
         self.max = self.max.max(latency);
         self.add_to_slice(sample.sent, latency);
         if self.kill.is_none()
@@ -239,7 +242,7 @@ impl Recorder {
                 .iter()
                 .map(|sample| sample.done)
                 .find(|done| *done >= live),
-            None => end_of_silence(kill, &self.after),
+            None => end_of_silence(kill, &self.after, end),
         });
         let total = self.histogram.len();
         let answered_after = self.after.len() as u64 + self.beyond;
@@ -281,15 +284,18 @@ impl Recorder {
     }
 }
 
-/// The reply that ends the longest silence among those that began soon after the kill.
-fn end_of_silence(kill: Moment, after: &[Sample]) -> Option<Moment> {
+/// The reply that ends the longest silence among those that began soon after the kill; `None` if that silence
+/// lasts to the end of the run.
+fn end_of_silence(kill: Moment, after: &[Sample], end: Moment) -> Option<Moment> {
     let latest = kill.plus(OLD_REPLIES);
-    let starts = std::iter::once(kill).chain(after.iter().map(|sample| sample.done));
+    let replies = || after.iter().map(|sample| sample.done);
+    let starts = std::iter::once(kill).chain(replies());
+    let ends = replies().map(Some).chain(std::iter::once(None));
     starts
-        .zip(after.iter().map(|sample| sample.done))
+        .zip(ends)
         .take_while(|(start, _)| *start <= latest)
-        .max_by_key(|(start, end)| end.since(*start))
-        .map(|(_, end)| end)
+        .max_by_key(|(start, reply)| reply.unwrap_or(end).since(*start))
+        .and_then(|(_, reply)| reply)
 }
 
 #[cfg(test)]
@@ -340,6 +346,12 @@ mod tests {
             );
             assert_eq!(found.stall_max, Duration::from_micros(15_330));
             assert_eq!(found.latency.count, 105);
+            assert!(
+                (89.0..91.0).contains(&found.latency.p50),
+                "{:?}",
+                found.latency
+            );
+            assert!((15_000.0..15_400.0).contains(&found.latency.max));
             assert_eq!(found.series.near.len(), 105);
             assert_eq!(found.series.served_again, Some(at(25_000)));
         }
@@ -369,6 +381,18 @@ mod tests {
         assert_eq!(found.failover, None);
         assert_eq!(found.stall_max, Duration::from_millis(90));
         assert_eq!(found.requests.during, 1);
+    }
+
+    #[test]
+    fn old_replies_alone_are_no_failover() {
+        let mut recorder = Recorder::new(START);
+        recorder.record(sample(0, 100), None);
+        let kill = Some(at(150));
+        recorder.record(sample(110, 200), kill);
+        recorder.record(sample(120, 900), kill);
+        let found = recorder.finish(None, std::iter::empty(), at(5_000));
+        assert_eq!(found.failover, None);
+        assert_eq!(found.requests.during, 2);
     }
 
     #[test]

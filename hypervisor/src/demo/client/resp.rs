@@ -66,11 +66,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Option<(Reply<'_>, usize)>, BadReply
     Ok(Some((reply, used)))
 }
 
-fn bulk(
-    bytes: &[u8],
-    start: usize,
-    length: usize,
-) -> Result<Option<(Reply<'_>, usize)>, BadReply> {
+fn bulk(bytes: &[u8], start: usize, length: usize) -> Result<Option<(Reply<'_>, usize)>, BadReply> {
     let end = start + length;
     match bytes.get(end..end + 2) {
         None => Ok(None),

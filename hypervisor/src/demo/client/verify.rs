@@ -129,9 +129,7 @@ impl Verification {
 
 fn left(deadline: Moment) -> Duration {
     // Zero would mean "for ever" to a socket.
-    deadline
-        .since(Moment::now())
-        .max(Duration::from_millis(1))
+    deadline.since(Moment::now()).max(Duration::from_millis(1))
 }
 
 impl Reader {

@@ -161,7 +161,9 @@ impl<'a> Worker<'a> {
                 None => self.until_due(),
             };
             if let Err(error) = self.wait(&mut waiter, timeout) {
-                self.note(format!("the client cannot wait for its connections: {error}"));
+                self.note(format!(
+                    "the client cannot wait for its connections: {error}"
+                ));
                 return;
             }
         }

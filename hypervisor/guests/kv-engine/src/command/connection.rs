@@ -120,8 +120,7 @@ pub(super) fn hello(call: &mut Call<'_, '_>) -> Outcome {
             set_name(call, index + 1)?;
             index += 2;
         } else {
-            let option = &call.args[index];
-            let option = super::shown(option, option.len());
+            let option = call.args.word(index);
             call.reply
                 .error_parts(&[b"ERR Syntax error in HELLO option '", option, b"'"]);
             return Ok(());
@@ -187,8 +186,7 @@ pub(super) fn client_id(call: &mut Call<'_, '_>) -> Outcome {
 
 /// Checked as Redis 7.2 does, and not kept: nothing shows it.
 pub(super) fn client_setinfo(call: &mut Call<'_, '_>) -> Outcome {
-    let attribute = &call.args[2];
-    let attribute = super::shown(attribute, attribute.len());
+    let attribute = call.args.word(2);
     if !attribute.eq_ignore_ascii_case(b"lib-name") && !attribute.eq_ignore_ascii_case(b"lib-ver") {
         call.reply
             .error_parts(&[b"ERR Unrecognized option '", attribute, b"'"]);

@@ -71,13 +71,12 @@ impl Condition {
     fn parse(call: &mut Call<'_, '_>) -> Result<Option<Self>, Failure> {
         let mut condition = Self::default();
         for index in 3..call.len() {
-            let option = match &call.args[index] {
+            let option = match call.args.word(index) {
                 word if word.eq_ignore_ascii_case(b"nx") => &mut condition.nx,
                 word if word.eq_ignore_ascii_case(b"xx") => &mut condition.xx,
                 word if word.eq_ignore_ascii_case(b"gt") => &mut condition.gt,
                 word if word.eq_ignore_ascii_case(b"lt") => &mut condition.lt,
                 word => {
-                    let word = super::shown(word, word.len());
                     call.reply.error_parts(&[b"ERR Unsupported option ", word]);
                     return Ok(None);
                 }

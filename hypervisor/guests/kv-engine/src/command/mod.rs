@@ -63,9 +63,9 @@ impl Call<'_, '_> {
         parse_i64(&self.args[index]).ok_or(Failure::NotAnInteger)
     }
 
-    /// Whether argument `index` is this word, in whatever case.
+    /// Whether argument `index` is this option, in whatever case.
     fn is(&self, index: usize, word: &str) -> bool {
-        self.args[index].eq_ignore_ascii_case(word.as_bytes())
+        self.args.word(index).eq_ignore_ascii_case(word.as_bytes())
     }
 }
 
@@ -77,10 +77,8 @@ pub(crate) fn execute<'c>(
     reply: &'c mut Reply<'_>,
     now: Now,
 ) {
-    let Some(name) = args.get(0) else {
-        return;
-    };
-    if name.eq_ignore_ascii_case(b"post") || name.eq_ignore_ascii_case(b"host:") {
+    let word = args.word(0);
+    if word.eq_ignore_ascii_case(b"post") || word.eq_ignore_ascii_case(b"host:") {
         // A browser was made to send this: Redis hangs up without a word, so that what follows does no harm.
         client.closing = true;
         client.silent = true;
@@ -213,7 +211,7 @@ impl Unknown {
                 let name = &mut name[..args[0].len()];
                 name.copy_from_slice(&args[0]);
                 name.make_ascii_uppercase();
-                let subcommand = shown(&args[1], SHOWN);
+                let subcommand = first(args.word(1), SHOWN);
                 reply.error_parts(&[
                     b"ERR unknown subcommand '",
                     subcommand,
@@ -232,14 +230,14 @@ impl Unknown {
                     if beginning.len() >= SHOWN {
                         break;
                     }
-                    let part = shown(&args[index], SHOWN - beginning.len());
+                    let part = first(args.word(index), SHOWN - beginning.len());
                     for piece in [b"'", part, b"' "] {
                         beginning.extend_from_slice(piece);
                     }
                 }
                 reply.error_parts(&[
                     b"ERR unknown command '",
-                    shown(&args[0], SHOWN),
+                    first(args.word(0), SHOWN),
                     b"', with args beginning with: ",
                     &beginning,
                 ]);
@@ -248,8 +246,7 @@ impl Unknown {
     }
 }
 
-/// What C would show of these bytes: up to a zero, and no more than `most`.
-fn shown(bytes: &[u8], most: usize) -> &[u8] {
-    let bytes = &bytes[..bytes.len().min(most)];
-    memchr::memchr(0, bytes).map_or(bytes, |end| &bytes[..end])
+/// The first `most` bytes.
+fn first(bytes: &[u8], most: usize) -> &[u8] {
+    &bytes[..bytes.len().min(most)]
 }

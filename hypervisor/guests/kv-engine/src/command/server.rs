@@ -86,10 +86,9 @@ pub(super) fn config_set(call: &mut Call<'_, '_>) -> Outcome {
         .map_err(OutOfMemory::from)?;
     let mut problem = None;
     for index in (2..call.len()).step_by(2) {
-        let name = &call.args[index];
+        let name = call.args.word(index);
         let Some(setting) = settings::find(name) else {
             if problem.is_none() {
-                let name = super::shown(name, name.len());
                 call.reply.error_parts(&[
                     b"ERR Unknown option or number of arguments for CONFIG SET - '",
                     name,
@@ -120,7 +119,7 @@ pub(super) fn config_set(call: &mut Call<'_, '_>) -> Outcome {
         Ok(()) => call.reply.ok(),
         Err((name, reason)) => call.reply.error_parts(&[
             b"ERR CONFIG SET failed (possibly related to argument '",
-            super::shown(name, name.len()),
+            name,
             b"') - ",
             reason.as_bytes(),
         ]),

@@ -112,7 +112,7 @@ impl Options {
                 options.keep = true;
             } else if !set && call.is(index, "persist") && alone {
                 options.persist = true;
-            } else if let Some(unit) = Unit::parse(&call.args[index])
+            } else if let Some(unit) = Unit::parse(call.args.word(index))
                 && options.time.is_none_or(|(other, _)| unit.same(other))
                 && !options.keep
                 && !options.persist

@@ -187,6 +187,24 @@ fn waiting_output_holds_commands_back() {
 }
 
 #[test]
+fn the_limit_of_the_output_is_exact() {
+    for (output, commands) in [(1, 1), (7, 1), (8, 2), (14, 2), (15, 3)] {
+        let mut fixture = Fixture::new(Config::default());
+        let Fixture {
+            store,
+            session,
+            out,
+        } = &mut fixture;
+        let limits = Limits {
+            output,
+            commands: 10,
+        };
+        let progress = session.run(store, NOW, &b"PING\r\n".repeat(5), out, limits);
+        assert_eq!(progress.commands, commands, "limit {output}");
+    }
+}
+
+#[test]
 fn the_number_of_commands_is_limited() {
     let mut fixture = Fixture::new(Config::default());
     let input = b"INCR n\r\n".repeat(10);
@@ -268,6 +286,31 @@ fn too_much_is_refused_and_the_connection_goes_on() {
     assert_eq!(fixture.send(&append).0, oom.as_bytes());
     assert_eq!(fixture.ask("DEL k0 k1"), ":2\r\n");
     assert_eq!(fixture.ask("SET k0 x"), "+OK\r\n");
+}
+
+#[test]
+fn a_value_that_cannot_be_sent_is_not_lost() {
+    let mut fixture = Fixture::new(Config::default());
+    fixture.out = Output::bounded(5000);
+    let oom = "-OOM command not allowed when used memory > 'maxmemory'.\r\n";
+    fixture.send(&encode(&[b"SET", b"k", &[b'v'; 6000]]));
+    for command in [
+        "GET k",
+        "GETDEL k",
+        "SET k x GET",
+        "GETSET k x",
+        "GETEX k PERSIST",
+        "MGET a k",
+    ] {
+        assert_eq!(fixture.ask(command), oom, "{command}");
+    }
+    assert_eq!(fixture.ask("STRLEN k"), ":6000\r\n");
+    // In a transaction only the one command fails.
+    let replies = fixture.ask("MULTI\r\nINCR n\r\nGET k\r\nINCR n\r\nEXEC");
+    assert!(
+        replies.ends_with(&format!("*3\r\n:1\r\n{oom}:2\r\n")),
+        "{replies}"
+    );
 }
 
 #[test]
