@@ -100,6 +100,10 @@ pub struct Cpus {
 pub struct Timing {
     /// Between two heartbeats.
     pub heartbeat_ms: u64,
+    /// How long the other side must be silent, at the least, before it is given up. Between two processes of one host a death is
+    /// told by the control connection at once; silence means that a process is frozen or starved, and giving it up for
+    /// nothing costs the protection. So this is long against what a busy host does to a process.
+    pub silence_ms: u64,
     /// How long a thread without work looks for some before it sleeps. Only worth it on a core of its own.
     pub spin_us: u64,
     /// How often whole memories are compared; 0 is never.
@@ -113,6 +117,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             heartbeat_ms: 5,
+            silence_ms: 150,
             spin_us: 0,
             memory_check_ms: 0,
             lag_ms: 5,
@@ -251,10 +256,18 @@ impl Config {
                 .bytes()
                 .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
         if !name_fits {
-            return bad("name", format!("{:?}", self.name), "use 1 to 63 of a-z, 0-9 and -, not beginning with -");
+            return bad(
+                "name",
+                format!("{:?}", self.name),
+                "use 1 to 63 of a-z, 0-9 and -, not beginning with -",
+            );
         }
         if !(2..=3072).contains(&self.memory_mib) {
-            return bad("memory_mib", self.memory_mib.to_string(), "choose 2 to 3072");
+            return bad(
+                "memory_mib",
+                self.memory_mib.to_string(),
+                "choose 2 to 3072",
+            );
         }
         if !(1..=1000).contains(&self.timing.heartbeat_ms) {
             return bad(
@@ -263,14 +276,34 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
+        if self.timing.silence_ms < 4 * self.timing.heartbeat_ms || self.timing.silence_ms > 10_000
+        {
+            return bad(
+                "timing.silence_ms",
+                self.timing.silence_ms.to_string(),
+                "choose four heartbeats or more, up to 10000",
+            );
+        }
         if !(1..=100).contains(&self.timing.lag_ms) {
-            return bad("timing.lag_ms", self.timing.lag_ms.to_string(), "choose 1 to 100");
+            return bad(
+                "timing.lag_ms",
+                self.timing.lag_ms.to_string(),
+                "choose 1 to 100",
+            );
         }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
-            return bad("net.tap", "missing".into(), "backend tap needs the interface's name");
+            return bad(
+                "net.tap",
+                "missing".into(),
+                "backend tap needs the interface's name",
+            );
         }
         if self.net.backend == NetBackend::Link && self.net.link.is_none() {
-            return bad("net.link", "missing".into(), "backend link needs the socket's path");
+            return bad(
+                "net.link",
+                "missing".into(),
+                "backend link needs the socket's path",
+            );
         }
         let cpus = core_affinity::get_core_ids().map_or(0, |ids| ids.len());
         for (field, list) in [("cpus.vcpu", &self.cpus.vcpu), ("cpus.io", &self.cpus.io)] {
@@ -293,12 +326,25 @@ mod tests {
 
     #[test]
     fn errors_name_the_line_and_what_was_expected() {
-        let error = Config::parse("name = \"x\"\nmemory_mib = \"much\"\n").unwrap_err().to_string();
-        assert!(error.contains("line 2") && error.contains("expected u32"), "{error}");
-        let error = Config::parse("[net]\nbackend = \"token-ring\"\n").unwrap_err().to_string();
-        assert!(error.contains("line 2") && error.contains("`tap`"), "{error}");
+        let error = Config::parse("name = \"x\"\nmemory_mib = \"much\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("line 2") && error.contains("expected u32"),
+            "{error}"
+        );
+        let error = Config::parse("[net]\nbackend = \"token-ring\"\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("line 2") && error.contains("`tap`"),
+            "{error}"
+        );
         let error = Config::parse("\n\ncolour = 1\n").unwrap_err().to_string();
-        assert!(error.contains("line 3") && error.contains("unknown field"), "{error}");
+        assert!(
+            error.contains("line 3") && error.contains("unknown field"),
+            "{error}"
+        );
     }
 
     #[test]

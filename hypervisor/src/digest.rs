@@ -21,8 +21,8 @@ impl fmt::Display for Digest {
 }
 
 const REGISTERS: [&str; 18] = [
-    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-    "rip", "rflags",
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15", "rip", "rflags",
 ];
 const WORDS: usize = 4 + REGISTERS.len();
 
@@ -49,7 +49,11 @@ impl ExitRecord {
                 1 | u64::from(write) << 8 | u64::from(size) << 16 | u64::from(count) << 32,
                 u64::from(port),
             ),
-            Exit::Mmio { address, size, write } => (2 | u64::from(write) << 8 | u64::from(size) << 16, address),
+            Exit::Mmio {
+                address,
+                size,
+                write,
+            } => (2 | u64::from(write) << 8 | u64::from(size) << 16, address),
             Exit::Hlt => (3, 0),
             Exit::ReadMsr { index } => (4, u64::from(index)),
             Exit::WriteMsr { index, .. } => (5, u64::from(index)),
@@ -68,8 +72,9 @@ impl ExitRecord {
         let r = regs;
         Self {
             words: [
-                position.0, kind, address, written, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rsp, r.rbp, r.r8, r.r9,
-                r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rip, r.rflags,
+                position.0, kind, address, written, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi,
+                r.rsp, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rip,
+                r.rflags,
             ],
         }
     }
@@ -133,7 +138,11 @@ impl ExitRecord {
     }
 
     fn kind(&self) -> String {
-        let (kind, write, size) = (self.words[1] & 0xff, self.words[1] >> 8 & 1, self.words[1] >> 16 & 0xff);
+        let (kind, write, size) = (
+            self.words[1] & 0xff,
+            self.words[1] >> 8 & 1,
+            self.words[1] >> 16 & 0xff,
+        );
         let way = if write == 1 { "write" } else { "read" };
         match kind {
             1 => format!("port {way} of {size} x {}", self.words[1] >> 32),
@@ -203,7 +212,8 @@ impl History {
     #[must_use]
     pub fn at(&self, position: Position) -> Option<&ExitRecord> {
         let first = self.recent.front()?.position().0;
-        self.recent.get(usize::try_from(position.0.checked_sub(first)?).ok()?)
+        self.recent
+            .get(usize::try_from(position.0.checked_sub(first)?).ok()?)
     }
 }
 
@@ -253,7 +263,10 @@ mod tests {
         for position in 1..=2000 {
             history.push(record(position, 0));
         }
-        assert_eq!(history.at(Position(2000)).unwrap().position(), Position(2000));
+        assert_eq!(
+            history.at(Position(2000)).unwrap().position(),
+            Position(2000)
+        );
         assert_eq!(history.at(Position(977)).unwrap().position(), Position(977));
         assert!(history.at(Position(976)).is_none());
         assert!(history.at(Position(2001)).is_none());

@@ -63,7 +63,9 @@ impl Divergence {
     #[must_use]
     pub fn narrowed(mut self, recorded: &[ExitRecord]) -> Self {
         let first = self.exits.iter().find_map(|found| {
-            let expected = recorded.iter().find(|exit| exit.position() == found.position())?;
+            let expected = recorded
+                .iter()
+                .find(|exit| exit.position() == found.position())?;
             Some((found.position(), expected.first_difference(found)?))
         });
         if let Some((position, difference)) = first {

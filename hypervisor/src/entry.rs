@@ -196,7 +196,11 @@ impl Encoder {
         match &entry.body {
             Body::Step(step) => self.step(step),
             Body::MemoryHash(hash) => self.bytes.extend_from_slice(&hash.to_le_bytes()),
-            Body::End { digest, memory, state } => {
+            Body::End {
+                digest,
+                memory,
+                state,
+            } => {
                 for word in [digest.0, *memory, *state] {
                     self.bytes.extend_from_slice(&word.to_le_bytes());
                 }
@@ -214,7 +218,8 @@ impl Encoder {
         if let Some(outputs) = step.outputs {
             self.bytes.push(TAG_OUTPUTS);
             self.varint(u64::from(outputs.count));
-            self.bytes.extend_from_slice(&outputs.checksum.to_le_bytes());
+            self.bytes
+                .extend_from_slice(&outputs.checksum.to_le_bytes());
         }
         for input in &step.inputs {
             match input {
@@ -275,10 +280,15 @@ impl Decoder {
         let mut rest = Bytes(bytes);
         let kind = rest.byte("kind")?;
         let distance = rest.varint("position")?;
-        let position = self.base.position.0.checked_add(distance).ok_or(EntryError::Value {
-            field: "position",
-            value: distance,
-        })?;
+        let position = self
+            .base
+            .position
+            .0
+            .checked_add(distance)
+            .ok_or(EntryError::Value {
+                field: "position",
+                value: distance,
+            })?;
         self.base.position = Position(position);
         let body = match kind {
             KIND_STEP => Body::Step(self.step(&mut rest)?),
@@ -325,16 +335,27 @@ impl Decoder {
                 }
                 TAG_CLOCK => {
                     let distance = rest.varint("clock")?;
-                    let time = self.base.clock.0.checked_add(distance).ok_or(EntryError::Value {
-                        field: "clock",
-                        value: distance,
-                    })?;
+                    let time =
+                        self.base
+                            .clock
+                            .0
+                            .checked_add(distance)
+                            .ok_or(EntryError::Value {
+                                field: "clock",
+                                value: distance,
+                            })?;
                     self.base.clock = GuestTime(time);
                     step.inputs.push(LoggedInput::Clock(self.base.clock));
                 }
-                TAG_RANDOM => step.inputs.push(LoggedInput::Random(rest.string("random bytes")?)),
-                TAG_CONSOLE => step.inputs.push(LoggedInput::Console(rest.string("console bytes")?)),
-                TAG_TICK => step.inputs.push(LoggedInput::Tick(rest.count("tick count")?)),
+                TAG_RANDOM => step
+                    .inputs
+                    .push(LoggedInput::Random(rest.string("random bytes")?)),
+                TAG_CONSOLE => step
+                    .inputs
+                    .push(LoggedInput::Console(rest.string("console bytes")?)),
+                TAG_TICK => step
+                    .inputs
+                    .push(LoggedInput::Tick(rest.count("tick count")?)),
                 TAG_FRAMES => step.inputs.push(LoggedInput::Frames {
                     count: rest.count("frame count")?,
                     checksum: rest.word32("frame checksum")?,
@@ -355,7 +376,10 @@ struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
     fn take(&mut self, count: usize, field: &'static str) -> Result<&'a [u8], EntryError> {
-        let (taken, rest) = self.0.split_at_checked(count).ok_or(EntryError::Short { field })?;
+        let (taken, rest) = self
+            .0
+            .split_at_checked(count)
+            .ok_or(EntryError::Short { field })?;
         self.0 = rest;
         Ok(taken)
     }
@@ -366,12 +390,16 @@ impl<'a> Bytes<'a> {
 
     fn word(&mut self, field: &'static str) -> Result<u64, EntryError> {
         let bytes = self.take(8, field)?;
-        Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes were taken")))
+        Ok(u64::from_le_bytes(
+            bytes.try_into().expect("eight bytes were taken"),
+        ))
     }
 
     fn word32(&mut self, field: &'static str) -> Result<u32, EntryError> {
         let bytes = self.take(4, field)?;
-        Ok(u32::from_le_bytes(bytes.try_into().expect("four bytes were taken")))
+        Ok(u32::from_le_bytes(
+            bytes.try_into().expect("four bytes were taken"),
+        ))
     }
 
     fn varint(&mut self, field: &'static str) -> Result<u64, EntryError> {
@@ -400,7 +428,10 @@ impl<'a> Bytes<'a> {
     fn string(&mut self, field: &'static str) -> Result<Vec<u8>, EntryError> {
         let length = self.varint(field)?;
         if length > BYTES_MAX {
-            return Err(EntryError::Value { field, value: length });
+            return Err(EntryError::Value {
+                field,
+                value: length,
+            });
         }
         Ok(self.take(length as usize, field)?.to_vec())
     }
@@ -416,20 +447,24 @@ mod tests {
             any::<u32>().prop_map(LoggedInput::Tick),
             proptest::collection::vec(any::<u8>(), 0..300).prop_map(LoggedInput::Random),
             proptest::collection::vec(any::<u8>(), 0..300).prop_map(LoggedInput::Console),
-            (any::<u32>(), any::<u32>()).prop_map(|(count, checksum)| LoggedInput::Frames { count, checksum }),
+            (any::<u32>(), any::<u32>())
+                .prop_map(|(count, checksum)| LoggedInput::Frames { count, checksum }),
         ]
     }
 
     fn body() -> impl Strategy<Value = Body> {
         prop_oneof![
-            (any::<u64>(), proptest::collection::vec(input(), 0..4), any::<Option<(u32, u32)>>()).prop_map(
-                |(digest, inputs, outputs)| Body::Step(Step {
+            (
+                any::<u64>(),
+                proptest::collection::vec(input(), 0..4),
+                any::<Option<(u32, u32)>>()
+            )
+                .prop_map(|(digest, inputs, outputs)| Body::Step(Step {
                     digest: Digest(digest),
                     exit: None,
                     outputs: outputs.map(|(count, checksum)| OutputsDigest { count, checksum }),
                     inputs,
-                })
-            ),
+                })),
             any::<u64>().prop_map(Body::MemoryHash),
             any::<(u64, u64, u64)>().prop_map(|(digest, memory, state)| Body::End {
                 digest: Digest(digest),
@@ -471,13 +506,21 @@ mod tests {
                 exit: None,
                 outputs: None,
                 inputs: vec![
-                    LoggedInput::Frames { count: 1, checksum: u32::MAX },
+                    LoggedInput::Frames {
+                        count: 1,
+                        checksum: u32::MAX,
+                    },
                     LoggedInput::Clock(GuestTime(clock)),
                 ],
             }),
         };
         encoder.encode(&step(1_000_000, 1 << 50));
         // 100 ms later.
-        assert!(encoder.encode(&step(1_000_001, (1 << 50) + 100_000_000)).len() <= 32);
+        assert!(
+            encoder
+                .encode(&step(1_000_001, (1 << 50) + 100_000_000))
+                .len()
+                <= 32
+        );
     }
 }

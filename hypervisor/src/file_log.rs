@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rdma_log::{Lane, LogFileError, LogFileReader, LogFileWriter, Marks, ReadError, RingReader, Seq};
+use rdma_log::{
+    Lane, LogFileError, LogFileReader, LogFileWriter, Marks, ReadError, RingReader, Seq,
+};
 
 use crate::machine::{MachineSpec, SpecError};
 use crate::replay::{Arrived, LogError, LogSource};
@@ -64,7 +66,11 @@ impl FileRecorder {
     ///
     /// # Errors
     /// [`FileLogError::Create`], [`FileLogError::File`].
-    pub fn start(path: &Path, spec: &MachineSpec, reader: RingReader) -> Result<Self, FileLogError> {
+    pub fn start(
+        path: &Path,
+        spec: &MachineSpec,
+        reader: RingReader,
+    ) -> Result<Self, FileLogError> {
         let shown = path.display().to_string();
         let file = File::create(path).map_err(|source| FileLogError::Create {
             path: shown.clone(),
@@ -74,9 +80,12 @@ impl FileRecorder {
             path: shown.clone(),
             source,
         };
-        let writer =
-            LogFileWriter::create(BufWriter::with_capacity(1 << 20, file), reader.nonce, &spec.encode())
-                .map_err(&wrap)?;
+        let writer = LogFileWriter::create(
+            BufWriter::with_capacity(1 << 20, file),
+            reader.nonce,
+            &spec.encode(),
+        )
+        .map_err(&wrap)?;
         let done = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&done);
         let thread = std::thread::Builder::new()
@@ -95,7 +104,9 @@ impl FileRecorder {
     /// If the thread panicked.
     pub fn finish(self) -> Result<u64, FileLogError> {
         self.done.store(true, Ordering::SeqCst);
-        self.thread.join().expect("the log file's thread does not panic")
+        self.thread
+            .join()
+            .expect("the log file's thread does not panic")
     }
 }
 
@@ -152,10 +163,11 @@ impl FileSource {
             path: shown.clone(),
             source,
         })?;
-        let spec = MachineSpec::decode(reader.description()).map_err(|source| FileLogError::Spec {
-            path: shown.clone(),
-            source,
-        })?;
+        let spec =
+            MachineSpec::decode(reader.description()).map_err(|source| FileLogError::Spec {
+                path: shown.clone(),
+                source,
+            })?;
         let source = Self {
             reader,
             path: shown,
@@ -180,7 +192,8 @@ impl LogSource for FileSource {
             };
             let entry = found.entry;
             if entry.lane() == Lane::Inputs {
-                self.frames.push_back(crate::ring_log::frame_of(entry.payload())?.to_vec());
+                self.frames
+                    .push_back(crate::ring_log::frame_of(entry.payload())?.to_vec());
                 continue;
             }
             let (seq, marks): (Seq, Marks) = (entry.seq(), entry.marks());
@@ -195,9 +208,12 @@ impl LogSource for FileSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
-        self.frames
-            .pop_front()
-            .ok_or_else(|| LogError(format!("{}: an entry applies a frame that is not in the file before it", self.path)))
+        self.frames.pop_front().ok_or_else(|| {
+            LogError(format!(
+                "{}: an entry applies a frame that is not in the file before it",
+                self.path
+            ))
+        })
     }
 
     fn replayed(&mut self, _: Seq) {}

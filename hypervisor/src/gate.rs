@@ -122,7 +122,11 @@ impl<T> Gate<T> {
             }
             let sent = self.held.pop_front().expect("it was there");
             // An entry is released when its last output is.
-            if self.held.front().is_none_or(|next| next.events > sent.events) {
+            if self
+                .held
+                .front()
+                .is_none_or(|next| next.events > sent.events)
+            {
                 self.released = sent.events;
             }
         }
@@ -132,7 +136,10 @@ impl<T> Gate<T> {
     #[must_use]
     pub fn released(&self, committed: Seq) -> Seq {
         match self.held.front() {
-            Some(first) => Seq(self.released.0.max(committed.0.min(first.events.0.saturating_sub(1)))),
+            Some(first) => Seq(self
+                .released
+                .0
+                .max(committed.0.min(first.events.0.saturating_sub(1)))),
             None => Seq(self.released.0.max(committed.0)),
         }
     }

@@ -109,7 +109,11 @@ impl Orders {
                 None => {
                     let queue = self.lock();
                     if queue.is_empty() {
-                        drop(self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner));
+                        drop(
+                            self.changed
+                                .wait(queue)
+                                .unwrap_or_else(PoisonError::into_inner),
+                        );
                     }
                 }
             }

@@ -103,7 +103,9 @@ impl Outlet {
 
     fn lock(&self) -> MutexGuard<'_, OutletState> {
         // A holder that panicked ends the process; there is nothing half-done that a reader could trust less.
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Releases what has committed; returns the highest entry whose outputs have all left.
@@ -231,7 +233,10 @@ impl<S: Sink> Recorder<S> {
             clock: parts.clock,
             random: parts.random,
             options: parts.options,
-            next_memory_check: parts.options.memory_check.map(|every| Instant::now() + every),
+            next_memory_check: parts
+                .options
+                .memory_check
+                .map(|every| Instant::now() + every),
             applied: Seq::ZERO,
             step: Step::default(),
             taken: Vec::new(),
@@ -384,7 +389,9 @@ impl<S: Sink> Recorder<S> {
             }
             Need::Random(count) => {
                 let mut bytes = vec![0; count];
-                self.random.read_exact(&mut bytes).map_err(RecordError::Random)?;
+                self.random
+                    .read_exact(&mut bytes)
+                    .map_err(RecordError::Random)?;
                 let input = Input::Random(bytes);
                 self.machine.supply(&input)?;
                 if let Input::Random(bytes) = input {
@@ -418,11 +425,15 @@ impl<S: Sink> Recorder<S> {
             }
         }
         if count > 0 {
-            self.step.inputs.push(LoggedInput::Frames { count, checksum });
+            self.step
+                .inputs
+                .push(LoggedInput::Frames { count, checksum });
         }
         if self.stage.has_typed() {
             let room = self.machine.console_room();
-            let typed: Vec<u8> = std::iter::from_fn(|| self.stage.typed()).take(room).collect();
+            let typed: Vec<u8> = std::iter::from_fn(|| self.stage.typed())
+                .take(room)
+                .collect();
             if !typed.is_empty() {
                 let input = Input::Console(typed);
                 self.machine.supply(&input)?;
@@ -497,7 +508,9 @@ impl<S: Sink> Recorder<S> {
                 Ok(seq) => return Ok(seq),
                 Err(SinkError::Full) => {
                     self.sink.wait_for_room(Duration::from_millis(1));
-                    while let Some(order) = self.orders.take_if(|order| order != Order::StopAtSyncPoint) {
+                    while let Some(order) =
+                        self.orders.take_if(|order| order != Order::StopAtSyncPoint)
+                    {
                         if !self.obey_one(order) {
                             return Err(RecordError::Stopped);
                         }
@@ -526,7 +539,9 @@ impl<S: Sink> Recorder<S> {
             self.outlet.release(committed);
             if !self.outlet.powered_off() {
                 let orders = &self.orders;
-                self.stage.bell().wait(Duration::from_millis(1), || orders.waiting());
+                self.stage
+                    .bell()
+                    .wait(Duration::from_millis(1), || orders.waiting());
             }
         }
         Ok(Ended::PoweredOff(status))
@@ -534,7 +549,10 @@ impl<S: Sink> Recorder<S> {
 
     fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
         let mid_run = self.mid_run;
-        while let Some(order) = self.orders.take_if(|order| !mid_run || order != Order::StopAtSyncPoint) {
+        while let Some(order) = self
+            .orders
+            .take_if(|order| !mid_run || order != Order::StopAtSyncPoint)
+        {
             if !self.obey_one(order) {
                 return Ok(Some(Ended::Stopped));
             }

@@ -189,7 +189,8 @@ impl<L: LogSource> Replayer<L> {
         self.orders.attach(self.machine.kick_handle());
         let mut idle_since: Option<Instant> = None;
         loop {
-            if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some() {
+            if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some()
+            {
                 return Ok(ReplayEnd::Stopped);
             }
             let Some(arrived) = self.source.next()? else {
@@ -212,7 +213,11 @@ impl<L: LogSource> Replayer<L> {
                 .decode(arrived.payload)
                 .map_err(|source| ReplayError::Entry { seq: seq.0, source })?;
             self.released = self.released.max(marks.released);
-            while self.unreleased.front().is_some_and(|(of, _)| *of <= self.released) {
+            while self
+                .unreleased
+                .front()
+                .is_some_and(|(of, _)| *of <= self.released)
+            {
                 self.unreleased.pop_front();
             }
             self.last_seq = seq;
@@ -234,7 +239,11 @@ impl<L: LogSource> Replayer<L> {
             Body::MemoryHash(expected) => {
                 let found = self.machine.memory_hash().map_err(ReplayError::Machine)?;
                 if found != expected {
-                    return Err(self.divergence("memory hash", format!("{expected:016x}"), format!("{found:016x}")));
+                    return Err(self.divergence(
+                        "memory hash",
+                        format!("{expected:016x}"),
+                        format!("{found:016x}"),
+                    ));
                 }
                 self.memory_checks += 1;
                 self.last_memory_check = Some(MemoryCheck {
@@ -243,15 +252,30 @@ impl<L: LogSource> Replayer<L> {
                 });
                 Ok(None)
             }
-            Body::End { digest, memory, state } => {
+            Body::End {
+                digest,
+                memory,
+                state,
+            } => {
                 self.compare_digest(digest)?;
-                let found = self.machine.memory_hash_full().map_err(ReplayError::Machine)?;
+                let found = self
+                    .machine
+                    .memory_hash_full()
+                    .map_err(ReplayError::Machine)?;
                 if found != memory {
-                    return Err(self.divergence("memory hash", format!("{memory:016x}"), format!("{found:016x}")));
+                    return Err(self.divergence(
+                        "memory hash",
+                        format!("{memory:016x}"),
+                        format!("{found:016x}"),
+                    ));
                 }
                 let found_state = self.machine.final_state().map_err(ReplayError::Machine)?;
                 if found_state != state {
-                    return Err(self.divergence("state", format!("{state:016x}"), format!("{found_state:016x}")));
+                    return Err(self.divergence(
+                        "state",
+                        format!("{state:016x}"),
+                        format!("{found_state:016x}"),
+                    ));
                 }
                 Ok(Some(ReplayEnd::Finished { memory_hash: found }))
             }
@@ -284,7 +308,9 @@ impl<L: LogSource> Replayer<L> {
                 if stepped == Stepped::SyncPoint {
                     break;
                 }
-                if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some() {
+                if self.orders.waiting()
+                    && self.orders.take_if(|order| order == Order::Stop).is_some()
+                {
                     return Ok(false);
                 }
             }
@@ -375,7 +401,11 @@ impl<L: LogSource> Replayer<L> {
             Remains {
                 machine: self.machine,
                 base,
-                unreleased: self.unreleased.into_iter().map(|(_, output)| output).collect(),
+                unreleased: self
+                    .unreleased
+                    .into_iter()
+                    .map(|(_, output)| output)
+                    .collect(),
                 clock_came: self.clock_came,
                 clock: base.clock(),
             },

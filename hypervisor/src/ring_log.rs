@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use rdma_log::{Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError};
+use rdma_log::{
+    Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError,
+};
 
 use crate::gate::Committed;
 use crate::replay::{Arrived, LogError, LogSource};
@@ -91,7 +93,10 @@ impl Window {
                 return false;
             }
             // A counter that cannot be is met by the lane as well, at its next look for room.
-            let replayed = self.progress.poll().map_or(Seq::ZERO, |[events, _]| events.replayed);
+            let replayed = self
+                .progress
+                .poll()
+                .map_or(Seq::ZERO, |[events, _]| events.replayed);
             self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
             if replayed < seq {
                 return true;
@@ -262,7 +267,9 @@ impl LogSource for RingSource {
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
         match self.inputs.next().map_err(log_error)? {
             Some(entry) => Ok(frame_of(entry.payload())?.to_vec()),
-            None => Err(LogError("an entry applies a staged frame that is not there".into())),
+            None => Err(LogError(
+                "an entry applies a staged frame that is not there".into(),
+            )),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Staging: frames are read ahead by the I/O thread and wait here, by number, until the vCPU thread applies them.
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 

@@ -130,7 +130,9 @@ impl Image {
         let table = word64(&bytes, 32);
         let (size, count) = (word16(&bytes, 54) as usize, word16(&bytes, 56) as usize);
         if size != PROGRAM_HEADER || count == 0 || count > PROGRAM_HEADERS_MAX {
-            return Err(malformed(format!("{count} program headers of {size} bytes")));
+            return Err(malformed(format!(
+                "{count} program headers of {size} bytes"
+            )));
         }
         let headers = usize::try_from(table)
             .ok()
@@ -141,15 +143,21 @@ impl Image {
             if word32(header, 0) != 1 {
                 continue;
             }
-            let (offset, address, physical) = (word64(header, 8), word64(header, 16), word64(header, 24));
+            let (offset, address, physical) =
+                (word64(header, 8), word64(header, 16), word64(header, 24));
             let (in_file, in_memory) = (word64(header, 32), word64(header, 40));
             let inside = offset
                 .checked_add(in_file)
                 .is_some_and(|end| end <= bytes.len() as u64);
             if !inside || in_file > in_memory {
-                return Err(malformed(format!("the segment at {address:#x} lies outside the file")));
+                return Err(malformed(format!(
+                    "the segment at {address:#x} lies outside the file"
+                )));
             }
-            if address != physical || address < IMAGE_BASE || address.checked_add(in_memory).is_none() {
+            if address != physical
+                || address < IMAGE_BASE
+                || address.checked_add(in_memory).is_none()
+            {
                 return Err(malformed(format!(
                     "the segment at {address:#x} must lie at its physical address and at or above {IMAGE_BASE:#x}"
                 )));
@@ -165,7 +173,9 @@ impl Image {
             .iter()
             .any(|s| (s.address..s.address + s.in_memory).contains(&entry))
         {
-            return Err(malformed(format!("the entry point {entry:#x} lies in no segment")));
+            return Err(malformed(format!(
+                "the entry point {entry:#x} lies in no segment"
+            )));
         }
         Ok(Self {
             name: name.to_owned(),

@@ -103,15 +103,25 @@ pub fn demo(args: &DemoArgs) -> Result<(), Failure> {
     }
     let finished = run::run(&args.options())?;
     if args.json {
-        let line = finished.report.to_json().map_err(|error| Failure::new(Failure::ERROR, error))?;
+        let line = finished
+            .report
+            .to_json()
+            .map_err(|error| Failure::new(Failure::ERROR, error))?;
         println!("{line}");
     } else {
         print!("{}", finished.report.table(std::io::stdout().is_terminal()));
     }
     if let Some(path) = &args.plot {
         match &finished.series {
-            Some(series) => plot::draw(series, path).map_err(|error| Failure::new(Failure::ERROR, error))?,
-            None => return Err(Failure::new(Failure::USAGE, "--plot: this guest has no client, so there is nothing to draw")),
+            Some(series) => {
+                plot::draw(series, path).map_err(|error| Failure::new(Failure::ERROR, error))?
+            }
+            None => {
+                return Err(Failure::new(
+                    Failure::USAGE,
+                    "--plot: this guest has no client, so there is nothing to draw",
+                ));
+            }
         }
         eprintln!("drew {}", path.display());
     }
@@ -142,14 +152,32 @@ fn serve(args: &DemoArgs, port: u16) -> Result<(), Failure> {
         }
         println!("the guest serves at {}", serving.address);
         println!("  redis-cli -p {}", serving.address.port());
-        println!("  redis-benchmark -p {} -t set,get -n 100000 -q", serving.address.port());
+        println!(
+            "  redis-benchmark -p {} -t set,get -n 100000 -q",
+            serving.address.port()
+        );
         if let Some(enter) = &serving.enter {
-            println!("with nothing in between: {enter} redis-cli -h {}", serving.guest.ip());
+            println!(
+                "with nothing in between: {enter} redis-cli -h {}",
+                serving.guest.ip()
+            );
         }
-        println!("primary: process {}    backup: process {}", serving.primary, serving.backup);
-        println!("  kill -9 {0}              the backup takes over", serving.primary);
-        println!("  kill -STOP {0}           so it does; then kill -CONT {0}: the old primary ends by itself", serving.primary);
-        println!("  kill -9 {}              the primary goes on unprotected", serving.backup);
+        println!(
+            "primary: process {}    backup: process {}",
+            serving.primary, serving.backup
+        );
+        println!(
+            "  kill -9 {0}              the backup takes over",
+            serving.primary
+        );
+        println!(
+            "  kill -STOP {0}           so it does; then kill -CONT {0}: the old primary ends by itself",
+            serving.primary
+        );
+        println!(
+            "  kill -9 {}              the primary goes on unprotected",
+            serving.backup
+        );
         println!("Ctrl-C ends it all");
     };
     let happened = |role: &'static str, event: &Event| match event {

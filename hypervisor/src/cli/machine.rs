@@ -116,7 +116,9 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
 
 /// Run a machine unprotected, for comparison
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  doppel run --guest compute --command-line reports=3\n  doppel run --guest my.elf --memory 16")]
+#[command(
+    after_help = "Examples:\n  doppel run --guest compute --command-line reports=3\n  doppel run --guest my.elf --memory 16"
+)]
 pub struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,
@@ -124,6 +126,11 @@ pub struct RunArgs {
 
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let config = args.machine.config()?;
-    let ended = solo::run(&config, &args.machine.inherited(), &spec(&config)?, args.machine.json)?;
+    let ended = solo::run(
+        &config,
+        &args.machine.inherited(),
+        &spec(&config)?,
+        args.machine.json,
+    )?;
     super::guest_ended(ended)
 }

@@ -71,9 +71,9 @@ impl From<SessionError> for Failure {
     fn from(error: SessionError) -> Self {
         match &error {
             SessionError::Interrupted => Self::new(0, error),
-            SessionError::Replay(ReplayError::Diverged(_) | ReplayError::Log(_) | ReplayError::Entry { .. }) => {
-                Self::new(Self::DIVERGED, error)
-            }
+            SessionError::Replay(
+                ReplayError::Diverged(_) | ReplayError::Log(_) | ReplayError::Entry { .. },
+            ) => Self::new(Self::DIVERGED, error),
             _ => Self::new(Self::ERROR, error),
         }
     }
@@ -82,7 +82,9 @@ impl From<SessionError> for Failure {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_env("DOPPEL_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
+        .with_env_filter(
+            EnvFilter::try_from_env("DOPPEL_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
+        )
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();

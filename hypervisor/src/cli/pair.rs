@@ -62,7 +62,9 @@ pub struct PrimaryArgs {
 
 /// Run a machine's backup: it listens for its primary, follows it, and takes over when it is gone
 #[derive(Debug, Args)]
-#[command(after_help = "The machine itself (guest, memory, command line) comes from the primary. Example: see doppel primary --help")]
+#[command(
+    after_help = "The machine itself (guest, memory, command line) comes from the primary. Example: see doppel primary --help"
+)]
 pub struct BackupArgs {
     #[command(flatten)]
     machine: MachineArgs,

@@ -11,7 +11,9 @@ use super::machine::{MachineArgs, spec};
 
 /// Run a machine and record it into a log file, which `doppel replay` runs again
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  doppel record --guest irq --out irq.log --for 5s\n  doppel record --guest clock --out clock.log --for 500ms --every-exit")]
+#[command(
+    after_help = "Examples:\n  doppel record --guest irq --out irq.log --for 5s\n  doppel record --guest clock --out clock.log --for 500ms --every-exit"
+)]
 pub struct RecordArgs {
     #[command(flatten)]
     machine: MachineArgs,
@@ -56,9 +58,9 @@ pub fn record(args: &RecordArgs) -> Result<(), Failure> {
             every_exit: args.every_exit,
         },
     )?;
-    let (sync_points, hash) = recorded
-        .finished
-        .map_or((None, None), |finished| (Some(finished.sync_points), Some(finished.memory_hash)));
+    let (sync_points, hash) = recorded.finished.map_or((None, None), |finished| {
+        (Some(finished.sync_points), Some(finished.memory_hash))
+    });
     if args.machine.json {
         println!(
             "{}",
@@ -93,7 +95,15 @@ mod tests {
         assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
-        for bad in ["", "5", "s", "5h", "-1s", "99999999999999999999s", "18446744073709551615m"] {
+        for bad in [
+            "",
+            "5",
+            "s",
+            "5h",
+            "-1s",
+            "99999999999999999999s",
+            "18446744073709551615m",
+        ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

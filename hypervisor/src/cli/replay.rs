@@ -47,7 +47,9 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Failure> {
         if let Some(hash) = hex(replayed) {
             eprintln!("memory hash {hash}, as recorded");
         } else {
-            eprintln!("the log has no end: what is there was equal, the final state cannot be compared");
+            eprintln!(
+                "the log has no end: what is there was equal, the final state cannot be compared"
+            );
         }
     }
     match outcome {

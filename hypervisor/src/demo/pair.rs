@@ -129,7 +129,8 @@ impl Side {
         arguments: &[String],
     ) -> Result<Self, PairError> {
         let errors = spec.directory.join(format!("{role}.stderr"));
-        let stderr = std::fs::File::create(&errors).map_err(host("create a file for a side's messages"))?;
+        let stderr =
+            std::fs::File::create(&errors).map_err(host("create a file for a side's messages"))?;
         let mut command = Command::new(&spec.doppel);
         command
             .arg(role)
@@ -140,7 +141,12 @@ impl Side {
             .arg(spec.directory.join("arbiter"))
             .arg("--console")
             .arg(spec.directory.join(format!("{role}.console")))
-            .args(["--vcpu-cpus", &cpus[0].to_string(), "--io-cpus", &cpus[1].to_string()])
+            .args([
+                "--vcpu-cpus",
+                &cpus[0].to_string(),
+                "--io-cpus",
+                &cpus[1].to_string(),
+            ])
             .args(arguments)
             .args(&spec.more)
             .stdin(Stdio::null())
@@ -202,7 +208,10 @@ impl Side {
     ) -> Option<Event> {
         let until = Instant::now() + longest;
         loop {
-            match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match self
+                .events
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+            {
                 Ok(event) if wanted(&event) => return Some(event),
                 Ok(event) => other(event),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
@@ -210,12 +219,17 @@ impl Side {
         }
     }
 
-    fn await_event(&self, what: &'static str, wanted: impl Fn(&Event) -> bool) -> Result<Event, PairError> {
-        self.wait_for(WAIT, wanted, drop).ok_or_else(|| PairError::NotReady {
-            role: self.role,
-            what,
-            last_words: self.messages(),
-        })
+    fn await_event(
+        &self,
+        what: &'static str,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Result<Event, PairError> {
+        self.wait_for(WAIT, wanted, drop)
+            .ok_or_else(|| PairError::NotReady {
+                role: self.role,
+                what,
+                last_words: self.messages(),
+            })
     }
 
     /// What it wrote to its standard error.
@@ -290,7 +304,8 @@ impl Pair {
     /// See [`PairError`].
     pub fn start(spec: &PairSpec, port: Option<&NetPort>) -> Result<Self, PairError> {
         let place = Placement::of_this_machine();
-        std::fs::create_dir_all(spec.directory.join("arbiter")).map_err(host("create the arbiter's directory"))?;
+        std::fs::create_dir_all(spec.directory.join("arbiter"))
+            .map_err(host("create the arbiter's directory"))?;
         let backup = Side::spawn(spec, "backup", place.backup, &[])?;
         backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
         let mut arguments = vec![

@@ -187,8 +187,16 @@ impl Stage {
         let signals = stop_signals()?;
         let (port, namespace, gateway, network, address) = match entered {
             Some(entered) => {
-                let gateway = listener.map(|listener| Gateway::spliced(listener, GUEST)).transpose()?;
-                (entered.tap.into_port(), Some(entered.namespace), gateway, "tap", GUEST)
+                let gateway = listener
+                    .map(|listener| Gateway::spliced(listener, GUEST))
+                    .transpose()?;
+                (
+                    entered.tap.into_port(),
+                    Some(entered.namespace),
+                    gateway,
+                    "tap",
+                    GUEST,
+                )
             }
             None => {
                 let listener = match listener {
@@ -372,7 +380,10 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         None
     };
     let mut heard = Heard::new();
-    let before = Duration::from_millis(BEFORE_MS.start + options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (BEFORE_MS.end - BEFORE_MS.start));
+    let before = Duration::from_millis(
+        BEFORE_MS.start
+            + options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (BEFORE_MS.end - BEFORE_MS.start),
+    );
     stage.say("clients write and read; the primary will be killed at a random moment");
     stage.wait(before)?;
 
@@ -397,7 +408,8 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         transport: "shm".into(),
         network: stage.network.into(),
         guest: options.guest.clone(),
-        memory_hash_equal: (live.memory_checks > 0 || heard.divergences > 0).then_some(heard.divergences == 0),
+        memory_hash_equal: (live.memory_checks > 0 || heard.divergences > 0)
+            .then_some(heard.divergences == 0),
         sync_points: live.position,
         epoch: live.epoch,
         commit_us: Latency::of_nanos(&heard.commits),
@@ -426,7 +438,9 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         ("live_ms", json!(since_kill(live.at.open))),
         ("seed", json!(options.seed)),
     ];
-    report.extra.extend(extra.map(|(name, value): (&str, Value)| (name.to_owned(), value)));
+    report
+        .extra
+        .extend(extra.map(|(name, value): (&str, Value)| (name.to_owned(), value)));
     stage.say("cleaning up");
     pair.backup.stop(STOP_WITHIN);
     stage.bar.finish_and_clear();
@@ -435,7 +449,9 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
 
 fn await_live(pair: &Pair, heard: &mut Heard) -> Result<(), DemoError> {
     let live = |event: &Event| matches!(event, Event::Live { .. });
-    let event = pair.backup.wait_for(LIVE_WITHIN, live, |event| heard.hear(event));
+    let event = pair
+        .backup
+        .wait_for(LIVE_WITHIN, live, |event| heard.hear(event));
     match event {
         Some(event) => {
             heard.hear(event);
@@ -447,7 +463,12 @@ fn await_live(pair: &Pair, heard: &mut Heard) -> Result<(), DemoError> {
     }
 }
 
-fn read_back(stage: &Stage, options: &Options, client: Client, report: &mut Report) -> Result<Series, DemoError> {
+fn read_back(
+    stage: &Stage,
+    options: &Options,
+    client: Client,
+    report: &mut Report,
+) -> Result<Series, DemoError> {
     stage.say("reading back everything that was acknowledged");
     let mut outcome = client.stop()?;
     let verification = outcome.verify_all(stage.address, Duration::from_secs(10));
@@ -490,7 +511,10 @@ pub fn serve(
         address: SocketAddrV4::new(Ipv4Addr::LOCALHOST, gateway.address().port()),
         primary: pair.primary.pid(),
         backup: pair.backup.pid(),
-        enter: stage.namespace.as_ref().map(|namespace| namespace.how_to_enter(own)),
+        enter: stage
+            .namespace
+            .as_ref()
+            .map(|namespace| namespace.how_to_enter(own)),
     });
     loop {
         match stage.wait(Duration::from_millis(50)) {

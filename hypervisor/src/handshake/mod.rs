@@ -60,7 +60,9 @@ pub enum HandshakeError {
         why: String,
     },
     /// The other side speaks another version.
-    #[error("the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both")]
+    #[error(
+        "the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both"
+    )]
     Version {
         /// Its version.
         theirs: u32,
@@ -77,7 +79,9 @@ pub enum HandshakeError {
         ours: CpuModel,
     },
     /// The machine has another name.
-    #[error("the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name")]
+    #[error(
+        "the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name"
+    )]
     Name {
         /// The primary's.
         theirs: String,
@@ -123,8 +127,13 @@ pub struct Hello {
 /// What a backup answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Answer {
-    Welcome { identity: String, heartbeat: SocketAddr },
-    Refusal { why: String },
+    Welcome {
+        identity: String,
+        heartbeat: SocketAddr,
+    },
+    Refusal {
+        why: String,
+    },
 }
 
 /// The pair's record, as it stands in the arbiter.
@@ -151,13 +160,18 @@ fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), Handsh
     Ok(stream.write_all(&bytes)?)
 }
 
-fn receive<T: DeserializeOwned>(mut stream: &UnixStream, expected: &'static str) -> Result<T, HandshakeError> {
+fn receive<T: DeserializeOwned>(
+    mut stream: &UnixStream,
+    expected: &'static str,
+) -> Result<T, HandshakeError> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);
     let malformed = |why| HandshakeError::Malformed { expected, why };
     if length > MESSAGE_MAX {
-        return Err(malformed(format!("{length} bytes, more than {MESSAGE_MAX}")));
+        return Err(malformed(format!(
+            "{length} bytes, more than {MESSAGE_MAX}"
+        )));
     }
     let mut text = vec![0; length as usize];
     stream.read_exact(&mut text)?;
@@ -182,7 +196,11 @@ pub struct Welcomed {
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn introduce(stream: &UnixStream, hello: &Hello, spec: &[u8]) -> Result<Welcomed, HandshakeError> {
+pub fn introduce(
+    stream: &UnixStream,
+    hello: &Hello,
+    spec: &[u8],
+) -> Result<Welcomed, HandshakeError> {
     patience(stream)?;
     send(stream, hello)?;
     let mut writer = stream;
@@ -203,7 +221,11 @@ pub fn introduce(stream: &UnixStream, hello: &Hello, spec: &[u8]) -> Result<Welc
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn agree(stream: &UnixStream, record: &Record, port: Option<BorrowedFd<'_>>) -> Result<(), HandshakeError> {
+pub fn agree(
+    stream: &UnixStream,
+    record: &Record,
+    port: Option<BorrowedFd<'_>>,
+) -> Result<(), HandshakeError> {
     let entitled = record
         .entitled
         .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
@@ -227,11 +249,17 @@ pub fn agree(stream: &UnixStream, record: &Record, port: Option<BorrowedFd<'_>>)
 ///
 /// # Errors
 /// See [`HandshakeError`]. The caller tells the primary by [`refuse`].
-pub fn listen_to(stream: &UnixStream, ours: &CpuModel, name: &str) -> Result<(Hello, MachineSpec), HandshakeError> {
+pub fn listen_to(
+    stream: &UnixStream,
+    ours: &CpuModel,
+    name: &str,
+) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
     let hello: Hello = receive(stream, "hello")?;
     if hello.version != VERSION {
-        return Err(HandshakeError::Version { theirs: hello.version });
+        return Err(HandshakeError::Version {
+            theirs: hello.version,
+        });
     }
     if hello.spec_bytes > IMAGE_MAX {
         return Err(HandshakeError::Malformed {
@@ -240,7 +268,9 @@ pub fn listen_to(stream: &UnixStream, ours: &CpuModel, name: &str) -> Result<(He
         });
     }
     let mut spec = Vec::new();
-    stream.take(u64::from(hello.spec_bytes)).read_to_end(&mut spec)?;
+    stream
+        .take(u64::from(hello.spec_bytes))
+        .read_to_end(&mut spec)?;
     if &hello.cpu != ours {
         return Err(HandshakeError::Cpu {
             theirs: hello.cpu,
@@ -258,7 +288,12 @@ pub fn listen_to(stream: &UnixStream, ours: &CpuModel, name: &str) -> Result<(He
 
 /// Tells the primary why there will be no pair. That the primary may be gone changes nothing.
 pub fn refuse(stream: &UnixStream, error: &HandshakeError) {
-    let _ = send(stream, &Answer::Refusal { why: error.to_string() });
+    let _ = send(
+        stream,
+        &Answer::Refusal {
+            why: error.to_string(),
+        },
+    );
 }
 
 /// The backup's second half: welcomes the primary, and hears what was agreed with the arbiter. Also returns the network port,

@@ -94,7 +94,18 @@ const HIDDEN: &[Hide] = &[
 ];
 
 /// Leaves that are emptied whole: MONITOR, PMU, topology by APIC id, XSAVE, PMU v2, TSC ratio, SVM.
-const EMPTIED: &[u32] = &[0x5, 0xa, 0xb, 0xd, 0x14, 0x15, 0x16, 0x1f, 0x8000_000a, 0x8000_0022];
+const EMPTIED: &[u32] = &[
+    0x5,
+    0xa,
+    0xb,
+    0xd,
+    0x14,
+    0x15,
+    0x16,
+    0x1f,
+    0x8000_000a,
+    0x8000_0022,
+];
 
 /// The host CPU's model. Both sides of a pair must have the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,10 +206,18 @@ mod tests {
 
     #[test]
     fn hides_time_random_numbers_and_extended_state() {
-        let all: Vec<_> = [(0, 0), (1, 0), (7, 0), (7, 1), (0xd, 0), (0x4000_0000, 0), (0x8000_0001, 0)]
-            .iter()
-            .map(|&(f, i)| entry(f, i))
-            .collect();
+        let all: Vec<_> = [
+            (0, 0),
+            (1, 0),
+            (7, 0),
+            (7, 1),
+            (0xd, 0),
+            (0x4000_0000, 0),
+            (0x8000_0001, 0),
+        ]
+        .iter()
+        .map(|&(f, i)| entry(f, i))
+        .collect();
         let (cpuid, _) = deterministic(&CpuId::from_entries(&all).unwrap()).unwrap();
         let find = |f, i| {
             *cpuid

@@ -18,13 +18,17 @@ pub use vm::{KvmSource, Vm};
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// `/dev/kvm` is not there.
-    #[error("{path} does not exist: this machine offers no KVM; load kvm_amd or kvm_intel, or enable nested virtualization")]
+    #[error(
+        "{path} does not exist: this machine offers no KVM; load kvm_amd or kvm_intel, or enable nested virtualization"
+    )]
     NoDevice {
         /// The path that was tried.
         path: String,
     },
     /// `/dev/kvm` may not be opened.
-    #[error("no permission to open {path}: add yourself to its group (usually `kvm`), or run as root")]
+    #[error(
+        "no permission to open {path}: add yourself to its group (usually `kvm`), or run as root"
+    )]
     NoPermission {
         /// The path that was tried.
         path: String,

@@ -6,8 +6,8 @@ use std::sync::Once;
 
 use kvm_bindings::{
     KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -250,9 +250,12 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn inject(&mut self, vector: u8) -> Result<(), KvmError> {
-        let interrupt = kvm_interrupt { irq: u32::from(vector) };
+        let interrupt = kvm_interrupt {
+            irq: u32::from(vector),
+        };
         // SAFETY: the descriptor is a vCPU and the structure is what KVM_INTERRUPT takes.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_INTERRUPT, &raw const interrupt) };
+        let result =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_INTERRUPT, &raw const interrupt) };
         if result != 0 {
             return Err(KvmError::Call {
                 call: "KVM_INTERRUPT",
@@ -283,7 +286,10 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn state(&self) -> Result<CpuState, KvmError> {
-        let mut sregs = self.fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
+        let mut sregs = self
+            .fd
+            .get_sregs()
+            .map_err(KvmError::call("KVM_GET_SREGS"))?;
         sregs.interrupt_bitmap = [0; 4];
         Ok(CpuState {
             regs: self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
@@ -309,8 +315,12 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn set(&self, regs: &kvm_regs, sregs: &kvm_sregs, fpu: &kvm_fpu) -> Result<(), KvmError> {
-        self.fd.set_sregs(sregs).map_err(KvmError::call("KVM_SET_SREGS"))?;
-        self.fd.set_regs(regs).map_err(KvmError::call("KVM_SET_REGS"))?;
+        self.fd
+            .set_sregs(sregs)
+            .map_err(KvmError::call("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(regs)
+            .map_err(KvmError::call("KVM_SET_REGS"))?;
         self.fd.set_fpu(fpu).map_err(KvmError::call("KVM_SET_FPU"))
     }
 }

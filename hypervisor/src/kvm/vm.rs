@@ -4,8 +4,8 @@ use std::os::fd::{FromRawFd, RawFd};
 use std::path::PathBuf;
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -40,9 +40,10 @@ impl KvmSource {
         let kvm = match self {
             Self::Path(path) => {
                 let shown = path.display().to_string();
-                let c_path = std::ffi::CString::new(shown.clone()).map_err(|_| KvmError::NoDevice {
-                    path: shown.clone(),
-                })?;
+                let c_path =
+                    std::ffi::CString::new(shown.clone()).map_err(|_| KvmError::NoDevice {
+                        path: shown.clone(),
+                    })?;
                 Kvm::new_with_path(&c_path).map_err(|error| match error.errno() {
                     libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NoDevice { path: shown },
                     libc::EACCES | libc::EPERM => KvmError::NoPermission { path: shown },
@@ -124,13 +125,18 @@ impl Vm {
     fn set_memory(&self, ram: &GuestRam, log_dirty: bool) -> Result<(), KvmError> {
         let region = kvm_userspace_memory_region {
             slot: RAM_SLOT,
-            flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            flags: if log_dirty {
+                KVM_MEM_LOG_DIRTY_PAGES
+            } else {
+                0
+            },
             guest_phys_addr: 0,
             memory_size: ram.size(),
             userspace_addr: ram.host_address(),
         };
         // SAFETY: the region is one mapping of exactly this size, which outlives the machine (see `new`).
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))
     }
 
     /// Starts or stops the log of pages the guest writes.
@@ -162,8 +168,12 @@ impl Vm {
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
         let (cpuid, model) = deterministic_cpuid(&supported)?;
-        let fd = self.fd.create_vcpu(0).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
-        fd.set_cpuid2(&cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        let fd = self
+            .fd
+            .create_vcpu(0)
+            .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(&cpuid)
+            .map_err(KvmError::call("KVM_SET_CPUID2"))?;
         Ok((Vcpu::new(fd), model))
     }
 }

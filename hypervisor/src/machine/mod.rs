@@ -65,7 +65,9 @@ pub enum MachineError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// An input that nothing waits for here.
-    #[error("an input of {input} does not fit here: the guest is {phase:?}, injectable {injectable}")]
+    #[error(
+        "an input of {input} does not fit here: the guest is {phase:?}, injectable {injectable}"
+    )]
     Unfit {
         /// The input's kind.
         input: &'static str,
@@ -259,13 +261,17 @@ impl Machine {
 
     fn access(&mut self, exit: Exit) -> Phase {
         let effect = match exit {
-            Exit::Port { port, size, write, .. } => {
+            Exit::Port {
+                port, size, write, ..
+            } => {
                 let mut effect = Effect::Done;
                 for element in self.vcpu.data().chunks_exact_mut(usize::from(size.max(1))) {
                     effect = if write {
-                        self.devices.write(&self.ram, Bus::Port, u64::from(port), element)
+                        self.devices
+                            .write(&self.ram, Bus::Port, u64::from(port), element)
                     } else {
-                        self.devices.read(&self.ram, Bus::Port, u64::from(port), element)
+                        self.devices
+                            .read(&self.ram, Bus::Port, u64::from(port), element)
                     };
                     // A string instruction on a register that needs an input would need several: answer one.
                     if effect != Effect::Done {

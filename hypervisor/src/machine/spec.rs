@@ -49,7 +49,12 @@ impl MachineSpec {
     ///
     /// # Errors
     /// [`SpecError::Image`].
-    pub fn new(guest: &str, memory_mib: u32, command_line: &str, wall_clock_ns: u64) -> Result<Self, SpecError> {
+    pub fn new(
+        guest: &str,
+        memory_mib: u32,
+        command_line: &str,
+        wall_clock_ns: u64,
+    ) -> Result<Self, SpecError> {
         let image = Image::find(guest)?;
         Ok(Self {
             guest: guest.to_owned(),
@@ -85,18 +90,23 @@ impl MachineSpec {
     /// # Errors
     /// [`SpecError::Malformed`].
     pub fn decode(bytes: &[u8]) -> Result<Self, SpecError> {
-        let malformed = |why: &str| SpecError::Malformed { why: why.to_owned() };
+        let malformed = |why: &str| SpecError::Malformed {
+            why: why.to_owned(),
+        };
         if bytes.len() > ENCODED_MAX {
             return Err(malformed("it is too large"));
         }
-        let (length, rest) = bytes.split_first_chunk::<4>().ok_or_else(|| malformed("it is cut short"))?;
+        let (length, rest) = bytes
+            .split_first_chunk::<4>()
+            .ok_or_else(|| malformed("it is cut short"))?;
         let length = u32::from_le_bytes(*length) as usize;
         let (text, image) = rest
             .split_at_checked(length)
             .ok_or_else(|| malformed("it is cut short"))?;
-        let mut spec: Self = serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
-            why: error.to_string(),
-        })?;
+        let mut spec: Self =
+            serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
+                why: error.to_string(),
+            })?;
         spec.image = image.to_vec();
         Ok(spec)
     }

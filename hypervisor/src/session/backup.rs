@@ -94,7 +94,11 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         .map_err(SessionError::host("set up the control socket"))?;
 
     let mut io = Io::new(common, config, json, port, None, Gate::new_shut())?;
-    io.beats = Some(Beats::connect(socket, hello.heartbeat, handshake::key_of(&hello))?);
+    io.beats = Some(Beats::connect(
+        socket,
+        hello.heartbeat,
+        handshake::key_of(&hello),
+    )?);
     io.control = Some(stream);
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
     let pair = Pair {
@@ -147,7 +151,9 @@ impl Listener {
     fn bind(path: &Path) -> Result<Self, SessionError> {
         let bind = || {
             // A file that nobody listens at is what a killed backup left.
-            if UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+            if UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+            {
                 std::fs::remove_file(path)?;
             }
             let listener = UnixListener::bind(path)?;
@@ -166,7 +172,9 @@ impl Listener {
             waiter.clear();
             let signals = waiter.add(&common.signals, true, false);
             waiter.add(&self.listener, true, false);
-            waiter.wait(None).map_err(SessionError::host("wait for events"))?;
+            waiter
+                .wait(None)
+                .map_err(SessionError::host("wait for events"))?;
             if waiter.ready(signals).read {
                 return Err(SessionError::Interrupted);
             }
@@ -225,7 +233,11 @@ struct Live {
 }
 
 impl Follower {
-    fn start(config: &Config, io: &Io, mut replayer: Replayer<RingSource>) -> Result<Self, SessionError> {
+    fn start(
+        config: &Config,
+        io: &Io,
+        mut replayer: Replayer<RingSource>,
+    ) -> Result<Self, SessionError> {
         let arrived = replayer.source().arrivals();
         let (tell, told) = channel();
         let (claims, claim) = channel();
@@ -316,7 +328,8 @@ fn follow(
 /// old log; without both there is no way to call it.
 fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<NoLog> {
     for output in remains.unreleased {
-        live.outlet.hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
+        live.outlet
+            .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
     Recorder::new(Parts {
         machine: remains.machine,
@@ -349,14 +362,18 @@ impl Following {
     fn follow(mut self) -> Result<Served, SessionError> {
         let mut actions = Vec::new();
         loop {
-            let longest = self.protocol.deadline().map(|deadline| deadline.since(now()));
+            let longest = self
+                .protocol
+                .deadline()
+                .map(|deadline| deadline.since(now()));
             // Frames are read from the shared port as soon as the guest runs here, before its outputs may leave.
             let running = matches!(self.protocol.phase(), Phase::GoingLive | Phase::Live);
             let found = self.io.round(longest, running)?;
             let now = now();
             if let Some(beats) = &self.io.beats {
                 while let Some(beat) = beats.receive() {
-                    self.protocol.handle(now, Event::Heartbeat(beat), &mut actions);
+                    self.protocol
+                        .handle(now, Event::Heartbeat(beat), &mut actions);
                 }
             }
             if found.peer_gone {
@@ -370,7 +387,8 @@ impl Following {
                     self.at.claimed = Timeline::now();
                     self.claim = claim;
                 }
-                self.protocol.handle(now, Event::Arbiter(answer), &mut actions);
+                self.protocol
+                    .handle(now, Event::Arbiter(answer), &mut actions);
             }
             while let Ok(told) = self.follower.told.try_recv() {
                 let event = self.hear(told);
@@ -382,7 +400,8 @@ impl Following {
                 self.protocol.handle(now, Event::LogTraffic, &mut actions);
             }
             let progress = self.io.orders.progress();
-            self.protocol.handle(now, Event::Tick(progress), &mut actions);
+            self.protocol
+                .handle(now, Event::Tick(progress), &mut actions);
             let mut at = 0;
             while at < actions.len() {
                 let action = actions[at].clone();
@@ -406,7 +425,10 @@ impl Following {
                     // The replayer goes on to the end by itself once the proof of the fence is there.
                     Action::Drain => {}
                     Action::GoLive => {
-                        let claim = self.claim.take().expect("the protocol goes live only on a claim that was won");
+                        let claim = self
+                            .claim
+                            .take()
+                            .expect("the protocol goes live only on a claim that was won");
                         self.at.running = Timeline::now();
                         // A thread that is gone has said why, and that comes as an event.
                         let _ = self.follower.claims.send(claim);
@@ -424,7 +446,10 @@ impl Following {
                         self.io.order(Order::Stop);
                         drop(self.follower.claims);
                         let _ = self.follower.thread.join();
-                        return Ok(Served { reason, guest: None });
+                        return Ok(Served {
+                            reason,
+                            guest: None,
+                        });
                     }
                 }
             }
@@ -448,7 +473,9 @@ impl Following {
                 self.io.reporter.say(&Said::Diverged { what: what.clone() });
                 Event::Unfit(Unfit::Diverged(what))
             }
-            Told::Failed(ReplayError::Machine(error)) => Event::Unfit(Unfit::Failed(error.to_string())),
+            Told::Failed(ReplayError::Machine(error)) => {
+                Event::Unfit(Unfit::Failed(error.to_string()))
+            }
             Told::Failed(error) => Event::Unfit(Unfit::Corrupt(error.to_string())),
         }
     }
@@ -464,7 +491,9 @@ impl Following {
                 let _ = proof.set(fenced);
                 Event::Fenced
             }
-            Err(error) => Event::Unfit(Unfit::Failed(format!("the log could not be fenced: {error}"))),
+            Err(error) => Event::Unfit(Unfit::Failed(format!(
+                "the log could not be fenced: {error}"
+            ))),
         }
     }
 
@@ -479,13 +508,17 @@ impl Following {
     fn open_gate(mut self) -> Result<Served, SessionError> {
         self.io.release_everything();
         self.at.open = Timeline::now();
-        let drained = self.drained.expect("the protocol goes live only from a drained log");
+        let drained = self
+            .drained
+            .expect("the protocol goes live only from a drained log");
         let record = self.protocol.record();
         self.io.reporter.say(&Said::Live {
             epoch: record.epoch.0,
             position: drained.position,
             memory_checks: drained.memory_checks,
-            checked_at: drained.last_memory_check.map_or(0, |check| check.position.0),
+            checked_at: drained
+                .last_memory_check
+                .map_or(0, |check| check.position.0),
             resent: drained.resent,
             inherited_frames: drained.inherited_frames,
             at: self.at,

@@ -22,11 +22,17 @@ impl Beats {
             socket.set_nonblocking(true)?;
             Ok(socket)
         };
-        bind().map_err(SessionError::host("bind the heartbeat socket (pair.heartbeat)"))
+        bind().map_err(SessionError::host(
+            "bind the heartbeat socket (pair.heartbeat)",
+        ))
     }
 
     /// From now on only the peer is heard and spoken to.
-    pub(super) fn connect(socket: UdpSocket, peer: SocketAddr, key: PairKey) -> Result<Self, SessionError> {
+    pub(super) fn connect(
+        socket: UdpSocket,
+        peer: SocketAddr,
+        key: PairKey,
+    ) -> Result<Self, SessionError> {
         socket
             .connect(peer)
             .map_err(SessionError::host("reach the peer's heartbeat address"))?;

@@ -58,7 +58,9 @@ pub fn pin(cpus: &[usize], thread: &str) {
     if let Some(&id) = cpus.first()
         && !core_affinity::set_for_current(CoreId { id })
     {
-        tracing::warn!("the {thread} thread cannot be pinned to CPU {id}; latencies will vary more");
+        tracing::warn!(
+            "the {thread} thread cannot be pinned to CPU {id}; latencies will vary more"
+        );
     }
 }
 
@@ -92,7 +94,10 @@ pub fn open_port(config: &Config, inherited: &Inherited) -> Result<Option<NetPor
 ///
 /// # Errors
 /// [`SessionError::Console`].
-pub fn open_console(config: &Config, standard_output_is_taken: bool) -> Result<ConsoleOutput, SessionError> {
+pub fn open_console(
+    config: &Config,
+    standard_output_is_taken: bool,
+) -> Result<ConsoleOutput, SessionError> {
     Ok(match &config.console {
         Some(path) => ConsoleOutput::file(path)?,
         None if standard_output_is_taken => ConsoleOutput::Discard,

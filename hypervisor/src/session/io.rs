@@ -14,7 +14,7 @@ use super::report::Reporter;
 use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
-use crate::backends::wait::{Wake, Waiter};
+use crate::backends::wait::{Waiter, Wake};
 use crate::config::Config;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
@@ -85,7 +85,10 @@ impl Io {
         gate: Gate<Output>,
     ) -> Result<Self, SessionError> {
         let out = match &port {
-            Some(port) => Some(port.try_clone().map_err(SessionError::host("share the network port"))?),
+            Some(port) => Some(
+                port.try_clone()
+                    .map_err(SessionError::host("share the network port"))?,
+            ),
             None => None,
         };
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
@@ -97,7 +100,10 @@ impl Io {
         Ok(Self {
             orders: Arc::new(Orders::new(Arc::clone(&common.wake))),
             samples: Arc::default(),
-            outlet: Outlet::new(gate, Box::new(HostWorld::new(out, host::open_console(config, json)?))),
+            outlet: Outlet::new(
+                gate,
+                Box::new(HostWorld::new(out, host::open_console(config, json)?)),
+            ),
             stager: Stager::new(port, lane, committed, Arc::clone(&stage)),
             reporter: common.reporter,
             stage,
@@ -112,7 +118,10 @@ impl Io {
     }
 
     /// Opens the port that the configuration names.
-    pub(super) fn port(config: &Config, inherited: &Inherited) -> Result<Option<NetPort>, SessionError> {
+    pub(super) fn port(
+        config: &Config,
+        inherited: &Inherited,
+    ) -> Result<Option<NetPort>, SessionError> {
         host::open_port(config, inherited)
     }
 
@@ -123,11 +132,18 @@ impl Io {
     }
 
     /// Waits for something to happen, at most `longest`. `read_frames` is off while another process reads the port.
-    pub(super) fn round(&mut self, longest: Option<Duration>, read_frames: bool) -> Result<Found, SessionError> {
+    pub(super) fn round(
+        &mut self,
+        longest: Option<Duration>,
+        read_frames: bool,
+    ) -> Result<Found, SessionError> {
         self.waiter.clear();
         let wake = self.waiter.add(&*self.wake, true, false);
         let signals = self.waiter.add(&self.signals, true, false);
-        let control = self.control.as_ref().map(|control| self.waiter.add(control, true, false));
+        let control = self
+            .control
+            .as_ref()
+            .map(|control| self.waiter.add(control, true, false));
         if let Some(beats) = &self.beats {
             self.waiter.add(beats, true, false);
         }

@@ -20,9 +20,9 @@ pub mod host;
 mod io;
 pub mod primary;
 pub mod report;
+pub mod serve;
 pub mod solo;
 mod stager;
-pub mod serve;
 mod world;
 
 use crate::backends::PortError;
@@ -33,6 +33,7 @@ use crate::config::Config;
 use crate::file_log::FileLogError;
 use crate::handshake::HandshakeError;
 use crate::machine::{MachineError, SpecError};
+use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
 use crate::record::RecordError;
 use crate::replay::ReplayError;
@@ -111,8 +112,17 @@ impl SessionError {
 
 /// The protocol's times, as configured.
 fn protocol_timing(config: &Config) -> Timing {
+    use std::time::Duration;
+    let floor = Duration::from_millis(config.timing.silence_ms);
+    let limits = Limits::default();
     Timing {
-        heartbeat: std::time::Duration::from_millis(config.timing.heartbeat_ms),
+        heartbeat: Duration::from_millis(config.timing.heartbeat_ms),
+        detector: Limits {
+            floor,
+            ceiling: limits.ceiling.max(floor),
+            nap: floor / 2,
+            ..limits
+        },
         ..Timing::default()
     }
 }

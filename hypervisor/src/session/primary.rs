@@ -79,7 +79,11 @@ pub fn run(
     let epoch = super::ring_epoch(record.epoch);
     let lane = Some((ring.inputs, epoch, Arc::clone(&committed)));
     let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
-    io.beats = Some(Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?);
+    io.beats = Some(Beats::connect(
+        socket,
+        welcomed.heartbeat,
+        handshake::key_of(&hello),
+    )?);
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
     let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
     let sink = RingSink::new(ring.events, epoch, committed).with_window(window);
@@ -105,9 +109,9 @@ pub fn run(
 /// A machine may start from nothing, from the end of an earlier reign, or because its operator says so.
 fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionError> {
     match found {
-        Some(record) if record.state != State::Ended && !cold_start => Err(SessionError::NotOurs(format!(
-            "{record}. If no process of this machine runs any more, say --cold-start"
-        ))),
+        Some(record) if record.state != State::Ended && !cold_start => Err(SessionError::NotOurs(
+            format!("{record}. If no process of this machine runs any more, say --cold-start"),
+        )),
         _ => Ok(()),
     }
 }
@@ -119,7 +123,12 @@ fn find_backup(path: &Path, common: &Common) -> Result<UnixStream, SessionError>
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => return Ok(stream),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) =>
+            {
                 if Instant::now() >= until {
                     return Err(SessionError::NoBackup {
                         path: path.to_owned(),
@@ -127,7 +136,11 @@ fn find_backup(path: &Path, common: &Common) -> Result<UnixStream, SessionError>
                     });
                 }
             }
-            Err(error) => return Err(SessionError::host("connect to the backup (pair.socket)")(error)),
+            Err(error) => {
+                return Err(SessionError::host("connect to the backup (pair.socket)")(
+                    error,
+                ));
+            }
         }
         if !said {
             said = true;

@@ -135,9 +135,14 @@ impl Reporter {
             Event::Notice { text, loud: true } => tracing::warn!("{text}"),
             Event::Notice { text, loud: false } => tracing::info!("{text}"),
             Event::Ready { role, pid } => tracing::info!("{role} is ready, process {pid}"),
-            Event::Paired { epoch, .. } => tracing::info!("protected: both sides run, epoch {epoch}"),
+            Event::Paired { epoch, .. } => {
+                tracing::info!("protected: both sides run, epoch {epoch}")
+            }
             Event::Live {
-                epoch, position, at, ..
+                epoch,
+                position,
+                at,
+                ..
             } => tracing::warn!(
                 "live in epoch {epoch} from position {position}, {:.1} ms after the first suspicion",
                 at.open.saturating_sub(at.suspected) as f64 / 1e6

@@ -30,7 +30,12 @@ pub struct Served {
 }
 
 /// Serves until the protocol ends this process.
-pub(super) fn serve(io: &mut Io, clerk: &Clerk, mut protocol: Primary, vcpu: Vcpu) -> Result<Served, SessionError> {
+pub(super) fn serve(
+    io: &mut Io,
+    clerk: &Clerk,
+    mut protocol: Primary,
+    vcpu: Vcpu,
+) -> Result<Served, SessionError> {
     let mut vcpu = Some(vcpu);
     let mut guest = None;
     let mut fence_told = false;

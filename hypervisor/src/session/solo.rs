@@ -13,15 +13,15 @@ use super::SessionError;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
+use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::entry::Base;
 use crate::event::GuestTime;
 use crate::file_log::{FileRecorder, FileSource};
 use crate::gate::Gate;
-use crate::machine::{Machine, MachineSpec};
-use crate::backends::wait::Wake;
 use crate::kvm::KvmSource;
+use crate::machine::{Machine, MachineSpec};
 use crate::orders::{Order, Orders};
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{ReplayEnd, ReplayError, Replayer};
@@ -57,7 +57,12 @@ pub struct Recorded {
 ///
 /// # Errors
 /// See [`SessionError`].
-pub fn run(config: &Config, inherited: &Inherited, spec: &MachineSpec, json: bool) -> Result<Ended, SessionError> {
+pub fn run(
+    config: &Config,
+    inherited: &Inherited,
+    spec: &MachineSpec,
+    json: bool,
+) -> Result<Ended, SessionError> {
     let mut solo = Solo::new(config, inherited, json, None)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let vcpu = solo.start(config, machine, NoLog::default(), RecordOptions::default())?;
@@ -92,7 +97,12 @@ pub fn record(
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
     };
-    let vcpu = solo.start(config, machine, RingSink::new(writer.events, epoch, committed), options)?;
+    let vcpu = solo.start(
+        config,
+        machine,
+        RingSink::new(writer.events, epoch, committed),
+        options,
+    )?;
     let served = solo.serve(vcpu, what.length);
     let bytes = file.finish()?;
     let (ended, finished) = served?;
@@ -110,7 +120,12 @@ struct Solo {
 }
 
 impl Solo {
-    fn new(config: &Config, inherited: &Inherited, json: bool, lane: Option<InputLane>) -> Result<Self, SessionError> {
+    fn new(
+        config: &Config,
+        inherited: &Inherited,
+        json: bool,
+        lane: Option<InputLane>,
+    ) -> Result<Self, SessionError> {
         let port = host::open_port(config, inherited)?;
         let common = Common::new(json)?;
         Ok(Self {
@@ -147,7 +162,9 @@ impl Solo {
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
                 let mut recorder = Recorder::new(parts);
-                let outcome = recorder.run().and_then(|ended| Ok((ended, recorder.finish()?)));
+                let outcome = recorder
+                    .run()
+                    .and_then(|ended| Ok((ended, recorder.finish()?)));
                 wake.ring();
                 outcome
             })
@@ -155,7 +172,11 @@ impl Solo {
     }
 
     /// The I/O thread's loop, until the vCPU thread has ended.
-    fn serve(&mut self, vcpu: Vcpu, length: Option<Duration>) -> Result<(Ended, Option<Finished>), SessionError> {
+    fn serve(
+        &mut self,
+        vcpu: Vcpu,
+        length: Option<Duration>,
+    ) -> Result<(Ended, Option<Finished>), SessionError> {
         let mut end_at = length.map(|length| Instant::now() + length);
         let mut give_up_at: Option<Instant> = None;
         while !vcpu.is_finished() {
@@ -173,7 +194,9 @@ impl Solo {
             }
         }
         self.io.last_words();
-        vcpu.join().map_err(|_| SessionError::Panicked)?.map_err(Into::into)
+        vcpu.join()
+            .map_err(|_| SessionError::Panicked)?
+            .map_err(Into::into)
     }
 }
 

@@ -38,7 +38,9 @@ impl Stager {
         committed: Arc<AtomicU64>,
         stage: Arc<Stage>,
     ) -> Self {
-        let (lane, epoch) = lane.map_or((None, Epoch::default()), |(lane, epoch)| (Some(lane), epoch));
+        let (lane, epoch) = lane.map_or((None, Epoch::default()), |(lane, epoch)| {
+            (Some(lane), epoch)
+        });
         Self {
             port,
             lane,

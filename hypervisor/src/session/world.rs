@@ -39,7 +39,9 @@ impl World for HostWorld {
                     Ok(false) => Sent::Busy,
                     Err(error) => {
                         if !self.broken {
-                            tracing::warn!("the guest's network port fails: {error}; frames are lost");
+                            tracing::warn!(
+                                "the guest's network port fails: {error}; frames are lost"
+                            );
                             self.broken = true;
                         }
                         Sent::Done

@@ -63,7 +63,11 @@ fn list(json: bool) {
         println!("{}", Value::Array(all));
         return;
     }
-    let width = ALL.iter().map(|promise| promise.name.len()).max().unwrap_or(0);
+    let width = ALL
+        .iter()
+        .map(|promise| promise.name.len())
+        .max()
+        .unwrap_or(0);
     for promise in ALL {
         println!(
             "{:width$}  {}  (short {}, full {})",
@@ -83,7 +87,11 @@ fn time(span: Duration) -> String {
 }
 
 fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
-    let form = if arguments.full { Form::Full } else { Form::Short };
+    let form = if arguments.full {
+        Form::Full
+    } else {
+        Form::Short
+    };
     let run = Run {
         form,
         seed: arguments.seed.unwrap_or_else(today),
@@ -116,9 +124,17 @@ fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
             }
         }
         match &error {
-            None => println!("holds ({}, seed {}, {seconds:.1} s)", form.pick("short form", "full form"), run.seed),
+            None => println!(
+                "holds ({}, seed {}, {seconds:.1} s)",
+                form.pick("short form", "full form"),
+                run.seed
+            ),
             Some(error) => println!("DOES NOT HOLD (seed {}, {seconds:.1} s): {error}", run.seed),
         }
     }
-    if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if holds {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -56,7 +56,12 @@ const SLOT: usize = 1 + longest_frame(1500);
 /// If the guest is not built in.
 pub fn machine(guest: &str, words: &str) -> Result<MachineSpec> {
     let words = format!("ip=10.77.0.2/24 {words}");
-    Ok(MachineSpec::new(guest, 16, &words, 1_700_000_000_000_000_000)?)
+    Ok(MachineSpec::new(
+        guest,
+        16,
+        &words,
+        1_700_000_000_000_000_000,
+    )?)
 }
 
 /// A moment between record and release at which a victim can die.
@@ -303,7 +308,8 @@ impl Feeder {
         };
         let seq = slot.publish(1 + length, marks)?;
         self.saboteur.pass(Step::AfterPublish);
-        self.committed.store(self.lane.committed()?.0, Ordering::Release);
+        self.committed
+            .store(self.lane.committed()?.0, Ordering::Release);
         // There was room, and this is the only thread that adds.
         let _ = self.stage.push(seq, &frame);
         self.saboteur.pass(Step::AfterStage);
@@ -394,7 +400,13 @@ impl Victim<'_> {
                 saboteur: Arc::clone(&saboteur),
             },
         )?;
-        let mut feeder = Feeder::new(self.cable, ring.inputs, committed, surroundings.stage, saboteur);
+        let mut feeder = Feeder::new(
+            self.cable,
+            ring.inputs,
+            committed,
+            surroundings.stage,
+            saboteur,
+        );
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let feeding = scope.spawn(|| feeder.run(&over));

@@ -1,7 +1,6 @@
 //! The backup of a victim: holds the ring's memory, drains it after the death, and judges what had left.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -110,7 +109,9 @@ impl Follower {
             decoder: Decoder::default(),
             told: Told::default(),
         };
-        let orders = Arc::new(Orders::new(Arc::new(Wake::new().context("make an event descriptor")?)));
+        let orders = Arc::new(Orders::new(Arc::new(
+            Wake::new().context("make an event descriptor")?,
+        )));
         let thread = std::thread::Builder::new()
             .name("backup".into())
             .spawn(move || follow(Replayer::new(machine, log, orders, Duration::ZERO)))
@@ -138,7 +139,10 @@ impl Follower {
 
 fn follow(mut replayer: Replayer<Watched>) -> Result<Drained> {
     let end = replayer.run()?;
-    ensure!(end == ReplayEnd::LogOver, "the replay ended otherwise: {end:?}");
+    ensure!(
+        end == ReplayEnd::LogOver,
+        "the replay ended otherwise: {end:?}"
+    );
     let (remains, mut log) = replayer.into_remains();
     let leftover = log.ring.leftover_frames()?;
     Ok(Drained {
@@ -169,8 +173,17 @@ impl Drained {
     /// # Errors
     /// What does not hold: an output that left without its entry, out of order or changed; one that neither left nor would be
     /// sent again; a frame that got lost, changed or out of order.
-    pub fn judge(&self, left: &[Output], sent_in: &VecDeque<Vec<u8>>, in_cable: &[Vec<u8>]) -> Result<Verdict> {
-        let counts = self.told.outputs.iter().map(|(_, digest)| digest.count as usize);
+    pub fn judge(
+        &self,
+        left: &[Output],
+        sent_in: &[Vec<u8>],
+        in_cable: &[Vec<u8>],
+    ) -> Result<Verdict> {
+        let counts = self
+            .told
+            .outputs
+            .iter()
+            .map(|(_, digest)| digest.count as usize);
         let made: usize = counts.sum();
         ensure!(
             left.len() <= made,
@@ -213,7 +226,10 @@ impl Drained {
             };
             let mut found = OutputsDigest::default();
             outputs.iter().for_each(|output| found.add(output));
-            ensure!(found == *expected, "the outputs of entry {seq} left as {found:?}, the log says {expected:?}");
+            ensure!(
+                found == *expected,
+                "the outputs of entry {seq} left as {found:?}, the log says {expected:?}"
+            );
             rest = later;
         }
         Ok(())
@@ -221,7 +237,11 @@ impl Drained {
 
     /// Nothing that is marked as released may be still inside.
     fn compare_released(&self, left: usize) -> Result<()> {
-        let marked = self.told.outputs.iter().filter(|(seq, _)| *seq <= self.told.released);
+        let marked = self
+            .told
+            .outputs
+            .iter()
+            .filter(|(seq, _)| *seq <= self.told.released);
         let released: usize = marked.map(|(_, digest)| digest.count as usize).sum();
         ensure!(
             released <= left,
@@ -232,9 +252,19 @@ impl Drained {
     }
 
     /// Every frame that was sent in was applied, or waits to be, or is still in the cable; each once, in order.
-    fn compare_inputs(&self, sent_in: &VecDeque<Vec<u8>>, in_cable: &[Vec<u8>]) -> Result<()> {
-        let found = || self.told.applied.iter().chain(&self.leftover).chain(in_cable);
-        if let Some(at) = sent_in.iter().zip(found()).position(|(sent, found)| sent != found) {
+    fn compare_inputs(&self, sent_in: &[Vec<u8>], in_cable: &[Vec<u8>]) -> Result<()> {
+        let found = || {
+            self.told
+                .applied
+                .iter()
+                .chain(&self.leftover)
+                .chain(in_cable)
+        };
+        if let Some(at) = sent_in
+            .iter()
+            .zip(found())
+            .position(|(sent, found)| sent != found)
+        {
             bail!(
                 "frame {at} of those sent in is another where it came to ({} applied, {} left over, {} in the cable)",
                 self.told.applied.len(),

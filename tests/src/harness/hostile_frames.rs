@@ -68,7 +68,12 @@ fn ping(number: u64, length: usize, fill: u64) -> Vec<u8> {
     let mut message = vec![8, 0, 0, 0, 0x0d, 0x0b];
     message.extend_from_slice(&(number as u16).to_be_bytes());
     message.extend_from_slice(&number.to_be_bytes());
-    message.extend(fill.to_le_bytes().iter().cycle().take(length.saturating_sub(8)));
+    message.extend(
+        fill.to_le_bytes()
+            .iter()
+            .cycle()
+            .take(length.saturating_sub(8)),
+    );
     let sum = checksum(&message);
     message[2..4].copy_from_slice(&sum);
 
@@ -97,7 +102,12 @@ fn ethernet(to: [u8; 6], kind: u16) -> Vec<u8> {
 fn checksum(bytes: &[u8]) -> [u8; 2] {
     let mut sum: u32 = bytes
         .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
+        .map(|pair| {
+            u32::from(u16::from_be_bytes([
+                pair[0],
+                pair.get(1).copied().unwrap_or(0),
+            ]))
+        })
         .sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

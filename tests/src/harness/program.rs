@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 /// The `doppel` that was built with these tests: beside them, or where `DOPPEL` says.
 ///
@@ -13,13 +13,20 @@ pub fn doppel() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("DOPPEL") {
         return Ok(PathBuf::from(path));
     }
+    beside("doppel")
+}
+
+/// A program that was built with these tests.
+///
+/// # Errors
+/// If it is not there.
+pub fn beside(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("find this program's own file")?;
-    let found = own
-        .ancestors()
+    own.ancestors()
         .skip(1)
-        .map(|directory| directory.join("doppel"))
-        .find(|path| path.is_file());
-    let path = found.context("no doppel beside the tests: run `cargo build --release` first")?;
-    ensure!(path.is_file());
-    Ok(path)
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| {
+            format!("no {name} beside the tests: run `cargo build --release --workspace` first")
+        })
 }
