@@ -2,6 +2,7 @@
 
 pub mod hostile;
 pub mod hostile_backup;
+pub mod hostile_clients;
 pub mod hostile_frames;
 pub mod hostile_gate;
 pub mod hostile_run;
