@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam::queue::ArrayQueue;
 
 use crate::backends::wait::Wake;
+use crate::digest::ExitRecord;
 use crate::kvm::Kick;
 use crate::position::Position;
 use crate::protocol::heartbeat::Progress;
@@ -36,6 +37,8 @@ pub struct Orders {
     kick: OnceLock<Kick>,
     reports: Arc<Wake>,
     pulse: Pulse,
+    /// The exits before a freeze, for a backup that wants to name a divergence.
+    exits: Mutex<Vec<ExitRecord>>,
 }
 
 /// How the vCPU thread is doing, for heartbeats.
@@ -58,6 +61,7 @@ impl Orders {
             kick: OnceLock::new(),
             reports,
             pulse: Pulse::default(),
+            exits: Mutex::default(),
         }
     }
 
@@ -124,6 +128,19 @@ impl Orders {
     pub fn report_fenced(&self) {
         self.fenced.store(true, Ordering::SeqCst);
         self.reports.ring();
+    }
+
+    /// The vCPU thread leaves its recent exits, as it freezes.
+    pub fn leave_exits<'a>(&self, exits: impl Iterator<Item = &'a ExitRecord>) {
+        let mut left = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        left.clear();
+        left.extend(exits);
+    }
+
+    /// The exits that the vCPU thread left; none if it did not freeze.
+    #[must_use]
+    pub fn take_exits(&self) -> Vec<ExitRecord> {
+        std::mem::take(&mut *self.exits.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The vCPU thread has work in hand at this position.

@@ -9,6 +9,9 @@
 //!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
 //!     │── go ─────────────────────────────────────────────────────────────▶│ follows
 //! ```
+//! Afterwards one thing may still be said: a backup that diverged asks for the primary's recent exits (`?`), and a primary
+//! that its fence has frozen sends them, so that the divergence is named exactly.
+//!
 //! Every message is a length (u32, little-endian) and that many bytes of JSON; the machine's image follows its description.
 //! Each has a size limit, each wait a time limit.
 #![forbid(unsafe_code)]
@@ -24,6 +27,7 @@ use rdma_log::transport::shm::ConnectError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
 use crate::machine::{MachineSpec, SpecError};
 use crate::protocol::heartbeat::PairKey;
@@ -354,6 +358,56 @@ pub fn await_go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
         });
     }
     Ok(())
+}
+
+/// What a backup asks with for the primary's recent exits.
+pub const ASK_EXITS: u8 = b'?';
+
+/// Exits in one answer; a primary keeps fewer.
+const EXITS_MAX: usize = 4096;
+
+/// How long the answer may take: a guest that idles meets the fence at its next tick.
+const EXITS_WITHIN: Duration = Duration::from_millis(300);
+
+/// A backup that diverged asks its frozen primary for its recent exits.
+///
+/// # Errors
+/// See [`HandshakeError`]; the divergence is then told without them.
+pub fn ask_exits(mut stream: &UnixStream) -> Result<Vec<ExitRecord>, HandshakeError> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(EXITS_WITHIN))?;
+    stream.write_all(&[ASK_EXITS])?;
+    let mut count = [0; 4];
+    stream.read_exact(&mut count)?;
+    let count = u32::from_le_bytes(count) as usize;
+    if count > EXITS_MAX {
+        return Err(HandshakeError::Malformed {
+            expected: "recent exits",
+            why: format!("{count} of them"),
+        });
+    }
+    let mut bytes = vec![0; count * ExitRecord::SIZE];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes
+        .chunks_exact(ExitRecord::SIZE)
+        .filter_map(ExitRecord::from_bytes)
+        .collect())
+}
+
+/// A primary answers [`ask_exits`].
+///
+/// # Errors
+/// See [`HandshakeError`]; the backup is then as good as gone.
+pub fn tell_exits(mut stream: &UnixStream, exits: &[ExitRecord]) -> Result<(), HandshakeError> {
+    let exits = &exits[..exits.len().min(EXITS_MAX)];
+    let mut bytes = (exits.len() as u32).to_le_bytes().to_vec();
+    for exit in exits {
+        bytes.extend_from_slice(&exit.to_bytes());
+    }
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(EXITS_WITHIN))?;
+    stream.write_all(&bytes)?;
+    Ok(stream.set_nonblocking(true)?)
 }
 
 /// The heartbeat key of a hello.

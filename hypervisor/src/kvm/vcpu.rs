@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::sync::Once;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
     KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
@@ -22,12 +23,16 @@ const PORT_DATA_MAX: usize = 4096;
 thread_local! {
     /// The run page of the vCPU that this thread runs, for the signal handler.
     static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+    /// This thread was kicked while it ran no vCPU: its next run ends at once.
+    static KICKED: Cell<bool> = const { Cell::new(false) };
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
     RUN_PAGE.with(|page| {
         let run = page.get();
-        if !run.is_null() {
+        if run.is_null() {
+            KICKED.with(|kicked| kicked.set(true));
+        } else {
             // SAFETY: the pointer is set only while this thread is inside `Vcpu::run`, whose vCPU keeps the page mapped.
             unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
         }
@@ -125,6 +130,11 @@ impl Vcpu {
     pub fn run(&mut self) -> Result<Exit, KvmError> {
         let run: *mut kvm_run = self.fd.get_kvm_run();
         RUN_PAGE.with(|page| page.set(run));
+        // A kick so far is noted, one from here on goes to the run page.
+        compiler_fence(Ordering::SeqCst);
+        if KICKED.with(|kicked| kicked.replace(false)) {
+            self.fd.set_kvm_immediate_exit(1);
+        }
         let outcome = self.fd.run().map(|_| ());
         RUN_PAGE.with(|page| page.set(std::ptr::null_mut()));
         self.data_at = DataAt::Nothing;

@@ -6,6 +6,8 @@ use crate::promise::Promise;
 
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod divergence_caught;
+pub mod divergence_named;
 pub mod leaves_nothing;
 pub mod redis_clients;
 pub mod replay_exact;
@@ -16,7 +18,9 @@ pub const ALL: &[Promise] = &[
     zombie::PROMISE,
     demo_loses_nothing::PROMISE,
     demo_without_root::PROMISE,
+    divergence_caught::PROMISE,
     leaves_nothing::PROMISE,
     redis_clients::PROMISE,
     replay_exact::PROMISE,
+    divergence_named::PROMISE,
 ];
