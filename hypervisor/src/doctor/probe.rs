@@ -15,8 +15,10 @@ use crate::boot::{self, BootError, IMAGE_BASE, Image};
 use crate::kvm::{Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{GuestRam, MemoryError};
 
-/// Longest time for one measurement. The slowest known KVM (emulated SVM) makes [`EXITS`] exits in half of it.
-const LIMIT: Duration = Duration::from_millis(250);
+/// When a guest that does not come back is given up. All that these guests do takes milliseconds.
+const LIMIT: Duration = Duration::from_millis(500);
+/// How long exits are counted at most: it bounds the whole where exits are slow.
+const COUNTED: Duration = Duration::from_millis(60);
 /// Exits over which a cost is averaged: 12 ms where one takes 12 µs, and enough to drown the first, slow ones.
 const EXITS: u32 = 1000;
 /// Turns of the counting loop, two instructions each: 20 ms where an instruction is emulated in 1 µs.
@@ -250,13 +252,15 @@ impl Bench<'_> {
         self.with(|running| {
             next(&mut running.vcpu)?;
             let started = Instant::now();
-            for _ in 0..EXITS {
+            let mut exits = 0;
+            while exits < EXITS && started.elapsed() < COUNTED {
                 match next(&mut running.vcpu)? {
                     Exit::Port { write: true, .. } | Exit::Mmio { write: true, .. } => {}
                     other => return Err(ProbeError::Unexpected(other)),
                 }
+                exits += 1;
             }
-            Ok(started.elapsed().as_nanos() as u64 / u64::from(EXITS))
+            Ok(started.elapsed().as_nanos() as u64 / u64::from(exits.max(1)))
         })
     }
 
@@ -356,7 +360,7 @@ impl Bench<'_> {
                 .map_err(ProbeError::Thread)?;
             let mut times = Vec::with_capacity(KICKS);
             let started = Instant::now();
-            while times.len() < KICKS && started.elapsed() < LIMIT {
+            while times.len() < KICKS && started.elapsed() < 4 * COUNTED {
                 // The thread ends only after `go` and `stopped` are gone.
                 let _ = go.send(());
                 match running.vcpu.run()? {

@@ -4,6 +4,7 @@ pub mod zombie;
 
 use crate::promise::Promise;
 
+pub mod bad_input;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod leaves_nothing;
@@ -19,4 +20,5 @@ pub const ALL: &[Promise] = &[
     leaves_nothing::PROMISE,
     redis_clients::PROMISE,
     replay_exact::PROMISE,
+    bad_input::PROMISE,
 ];
