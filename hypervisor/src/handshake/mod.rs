@@ -16,6 +16,8 @@
 //! Each has a size limit, each wait a time limit.
 #![forbid(unsafe_code)]
 
+mod hurried;
+
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +34,7 @@ use crate::kvm::CpuModel;
 use crate::machine::{MachineSpec, SpecError};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
+use hurried::Hurried;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
 pub const VERSION: u32 = 1;
@@ -44,6 +47,10 @@ const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a backup waits for the first words of whoever connects. A primary says them at once; a stranger that says nothing
+/// must not keep a primary, whose patience is [`PATIENCE`], from its turn.
+const FIRST_WORDS: Duration = Duration::from_secs(3);
 
 /// Why there is no pair.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +108,9 @@ pub enum HandshakeError {
     /// The machine's description.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The machine that it describes cannot be built here.
+    #[error("the backup cannot build the machine: {0}")]
+    Machine(String),
     /// Descriptors.
     #[error("cannot pass a descriptor: {0}")]
     Pass(#[from] FdPassError),
@@ -165,9 +175,10 @@ fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), Handsh
 }
 
 fn receive<T: DeserializeOwned>(
-    mut stream: &UnixStream,
+    stream: &UnixStream,
     expected: &'static str,
 ) -> Result<T, HandshakeError> {
+    let mut stream = Hurried::new(stream, PATIENCE);
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);
@@ -259,6 +270,7 @@ pub fn listen_to(
     name: &str,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
+    stream.set_read_timeout(Some(FIRST_WORDS))?;
     let hello: Hello = receive(stream, "hello")?;
     if hello.version != VERSION {
         return Err(HandshakeError::Version {
@@ -272,9 +284,16 @@ pub fn listen_to(
         });
     }
     let mut spec = Vec::new();
-    stream
+    Hurried::new(stream, PATIENCE)
         .take(u64::from(hello.spec_bytes))
         .read_to_end(&mut spec)?;
+    patience(stream)?;
+    if spec.len() < hello.spec_bytes as usize {
+        return Err(HandshakeError::Malformed {
+            expected: "machine description",
+            why: format!("{} of {} bytes", spec.len(), hello.spec_bytes),
+        });
+    }
     if &hello.cpu != ours {
         return Err(HandshakeError::Cpu {
             theirs: hello.cpu,

@@ -12,7 +12,7 @@ mod vm;
 pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use exit::Exit;
 pub use vcpu::{CpuState, Kick, Vcpu};
-pub use vm::{KvmSource, Vm};
+pub use vm::{Capabilities, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.
 #[derive(Debug, thiserror::Error)]

@@ -6,9 +6,10 @@ use std::sync::Once;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
+    KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -273,6 +274,25 @@ impl Vcpu {
             });
         }
         Ok(())
+    }
+
+    /// Runs one instruction. False if the guest went on instead: not every KVM can do this.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn single_step(&mut self) -> Result<bool, KvmError> {
+        let set = |control| kvm_guest_debug {
+            control,
+            ..Default::default()
+        };
+        let on = set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&on).map_err(refused)?;
+        let ran = self.fd.run().map(drop);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&set(0)).map_err(refused)?;
+        ran.map_err(KvmError::call("KVM_RUN"))?;
+        Ok(self.fd.get_kvm_run().exit_reason == KVM_EXIT_DEBUG)
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.

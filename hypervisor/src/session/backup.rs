@@ -56,10 +56,17 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         role: "backup".into(),
         pid: std::process::id(),
     });
-    let (stream, hello, spec) = loop {
+    let (stream, hello, machine) = loop {
         let stream = listener.accept(&common)?;
-        match handshake::listen_to(&stream, &cpu, &config.name) {
-            Ok((hello, spec)) => break (stream, hello, spec),
+        let heard = handshake::listen_to(&stream, &cpu, &config.name).and_then(|(hello, spec)| {
+            let machine = Machine::new(&source, &spec);
+            Ok((
+                hello,
+                machine.map_err(|error| HandshakeError::Machine(error.to_string()))?,
+            ))
+        });
+        match heard {
+            Ok((hello, machine)) => break (stream, hello, machine),
             Err(error) => {
                 handshake::refuse(&stream, &error);
                 common.reporter.say(&Said::Notice {
@@ -70,7 +77,6 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         }
     };
     drop(listener);
-    let machine = Machine::new(&source, &spec)?;
     let socket = Beats::bind(config.pair.heartbeat)?;
     let address = socket
         .local_addr()

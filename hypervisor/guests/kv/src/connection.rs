@@ -88,6 +88,10 @@ impl Connection {
         // covers all of them, and rides on the reply where there is one.
         socket.set_ack_delay(None);
         socket.set_timeout(Some(PATIENCE));
+        if !turned_away {
+            // Before anything is sent: set on an idle connection, it asks for a sign of life at once.
+            socket.set_keep_alive(Some(KEEP_ALIVE));
+        }
         socket.listen(port).ok()?;
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
@@ -120,7 +124,6 @@ impl Connection {
             let _ = socket.send_slice(store.turn_away());
             self.ending = true;
         } else if opened && !self.turned_away && self.session.is_none() {
-            socket.set_keep_alive(Some(KEEP_ALIVE));
             socket.set_timeout(Some(SILENCE));
             self.session = Some(store.connect(peer(socket), now));
         }

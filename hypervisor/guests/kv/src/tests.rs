@@ -250,6 +250,21 @@ fn a_request_costs_one_frame_each_way() {
 }
 
 #[test]
+fn opening_a_connection_costs_one_frame() {
+    let mut world = World::new(4);
+    let first = world.connect();
+    world.ask(first, b"PING\r\n", 7);
+    let before = world.server_end.sent;
+    let second = world.connect();
+    world.steps(100);
+    assert_eq!(world.socket(second).state(), tcp::State::Established);
+    assert_eq!(world.server_end.sent - before, 1, "SYN and ACK");
+    world.steps(70_000);
+    let asked = world.server_end.sent - before - 1;
+    assert_eq!(asked, 2, "both clients are asked for a sign of life after a minute");
+}
+
+#[test]
 fn many_requests_of_a_batch_share_frames() {
     let mut world = World::new(4);
     let client = world.connect();
