@@ -5,6 +5,7 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -82,6 +83,25 @@ struct OutletState {
     world: Box<dyn World>,
     power_off: bool,
     committed: Committed,
+    /// Entries with outputs that have not committed yet, and when those were made.
+    made: VecDeque<(Committed, Instant)>,
+    samples: Option<Arc<Samples>>,
+}
+
+impl OutletState {
+    fn note(&mut self, committed: Committed) {
+        self.committed.events = self.committed.events.max(committed.events);
+        self.committed.inputs = self.committed.inputs.max(committed.inputs);
+        while let Some((needs, made)) = self.made.front()
+            && needs.events <= self.committed.events
+            && needs.inputs <= self.committed.inputs
+        {
+            if let Some(samples) = &self.samples {
+                samples.commit(made.elapsed());
+            }
+            self.made.pop_front();
+        }
+    }
 }
 
 impl Outlet {
@@ -97,6 +117,8 @@ impl Outlet {
                     events: Seq::ZERO,
                     inputs: Seq::ZERO,
                 },
+                made: VecDeque::with_capacity(256),
+                samples: None,
             })),
         }
     }
@@ -111,13 +133,15 @@ impl Outlet {
     /// Releases what has committed; returns the highest entry whose outputs have all left.
     pub fn release(&self, committed: Committed) -> Seq {
         let mut state = self.lock();
+        state.note(committed);
         let OutletState {
             gate,
             world,
             power_off,
-            committed: last,
+            committed,
+            ..
         } = &mut *state;
-        *last = committed;
+        let committed = *committed;
         gate.release(committed, |output| {
             *power_off |= matches!(output, Output::PowerOff(_));
             world.send(output)
@@ -134,6 +158,23 @@ impl Outlet {
     /// Holds an output for later.
     pub fn hold(&self, events: Seq, inputs: Seq, output: Output) {
         self.lock().gate.hold(events, inputs, output);
+    }
+
+    /// From now on every entry's time from its making to its commit is taken.
+    fn measure(&self, samples: Arc<Samples>) {
+        self.lock().samples = Some(samples);
+    }
+
+    /// An entry with outputs was made then, and commits with these.
+    fn made(&self, events: Seq, inputs: Seq, at: Instant) {
+        let needs = Committed { events, inputs };
+        self.lock().made.push_back((needs, at));
+    }
+
+    /// The highest entry whose outputs have all left, by what is known of commits.
+    fn released(&self) -> Seq {
+        let state = self.lock();
+        state.gate.released(state.committed.events)
     }
 
     /// Lets nothing out.
@@ -173,7 +214,6 @@ pub struct Recorder<S> {
     outlet: Outlet,
     stage: Arc<Stage>,
     orders: Arc<Orders>,
-    samples: Arc<Samples>,
     clock: GuestClock,
     random: File,
     options: RecordOptions,
@@ -222,6 +262,7 @@ impl<S: Sink> Recorder<S> {
     /// A recorder that goes on where its parts stand. Nothing here can fail: a backup that goes live has no way back.
     #[must_use]
     pub fn new(parts: Parts<S>) -> Self {
+        parts.outlet.measure(parts.samples);
         Self {
             machine: parts.machine,
             sink: parts.sink,
@@ -229,7 +270,6 @@ impl<S: Sink> Recorder<S> {
             outlet: parts.outlet,
             stage: parts.stage,
             orders: parts.orders,
-            samples: parts.samples,
             clock: parts.clock,
             random: parts.random,
             options: parts.options,
@@ -361,6 +401,9 @@ impl<S: Sink> Recorder<S> {
                 self.post_step()?;
             }
             if spin_until.is_some_and(|until| Instant::now() < until) {
+                if self.outlet.waiting() > 0 {
+                    self.release();
+                }
                 std::hint::spin_loop();
                 continue;
             }
@@ -369,6 +412,8 @@ impl<S: Sink> Recorder<S> {
                 Some(tick) => self.clock.until(tick).min(SLEEP_MAX),
                 None => SLEEP_MAX,
             };
+            // What gathered must not wait as long as the guest does.
+            self.sink.notify(true);
             let (stage, orders) = (&self.stage, &self.orders);
             let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
             orders.resting();
@@ -465,6 +510,8 @@ impl<S: Sink> Recorder<S> {
             position: self.machine.position(),
             body: Body::Step(step),
         };
+        // The I/O thread may have let outputs out since the last entry.
+        self.sink.released(self.outlet.released());
         let seq = self.post(&entry)?;
         if let Body::Step(mut step) = entry.body {
             step.inputs.clear();
@@ -474,14 +521,20 @@ impl<S: Sink> Recorder<S> {
         for output in self.taken.drain(..) {
             self.outlet.hold(seq, self.applied, output);
         }
-        let committed = self.sink.committed();
-        if had_outputs && committed.events >= seq {
-            self.samples.commit(made.elapsed());
+        if had_outputs {
+            self.outlet.made(seq, self.applied, made);
         }
+        self.release();
+        let halted = matches!(self.machine.phase(), Phase::Halted | Phase::HltInstruction);
+        self.sink.notify(had_outputs || halted);
+        Ok(())
+    }
+
+    /// Lets out what has committed.
+    fn release(&mut self) {
+        let committed = self.sink.committed();
         let released = self.outlet.release(committed);
         self.sink.released(released);
-        self.sink.notify();
-        Ok(())
     }
 
     fn post_memory_hash(&mut self) -> Result<(), RecordError> {
@@ -492,7 +545,7 @@ impl<S: Sink> Recorder<S> {
             body: Body::MemoryHash(hash),
         };
         self.post(&entry)?;
-        self.sink.notify();
+        self.sink.notify(true);
         if let Some(every) = self.options.memory_check {
             self.next_memory_check = Some(started + every);
         }
@@ -508,6 +561,7 @@ impl<S: Sink> Recorder<S> {
                 Ok(seq) => return Ok(seq),
                 Err(SinkError::Full) => {
                     self.sink.wait_for_room(Duration::from_millis(1));
+                    self.release();
                     while let Some(order) =
                         self.orders.take_if(|order| order != Order::StopAtSyncPoint)
                     {
@@ -518,6 +572,12 @@ impl<S: Sink> Recorder<S> {
                 }
                 Err(SinkError::Fenced) => {
                     self.orders.report_fenced();
+                    if !self.obey_one(Order::Freeze) {
+                        return Err(RecordError::Stopped);
+                    }
+                }
+                // The I/O thread has told the protocol, which gives the order that ends this.
+                Err(SinkError::Closed) => {
                     if !self.obey_one(Order::Freeze) {
                         return Err(RecordError::Stopped);
                     }
@@ -602,7 +662,7 @@ impl<S: Sink> Recorder<S> {
             },
         };
         self.post(&entry)?;
-        self.sink.notify();
+        self.sink.notify(true);
         Ok(Some(Finished {
             sync_points: self.machine.position().0,
             memory_hash: memory,
