@@ -5,10 +5,9 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
@@ -16,12 +15,12 @@ use rdma_log::Seq;
 use crate::clock::GuestClock;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
-use crate::gate::{Committed, Gate};
+use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Samples};
+pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
-use crate::world::World;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
@@ -70,140 +69,6 @@ pub struct RecordOptions {
     /// How long a halted guest's thread looks for work before it sleeps. Worth it only where the thread has its core for
     /// itself: elsewhere it keeps the I/O thread from running.
     pub spin: Duration,
-}
-
-/// The gate, shared with the I/O thread, which opens it when a commit or a way out comes later.
-#[derive(Clone)]
-pub struct Outlet {
-    inner: Arc<Mutex<OutletState>>,
-}
-
-struct OutletState {
-    gate: Gate<Output>,
-    world: Box<dyn World>,
-    power_off: bool,
-    committed: Committed,
-    /// Entries with outputs that have not committed yet, and when those were made.
-    made: VecDeque<(Committed, Instant)>,
-    samples: Option<Arc<Samples>>,
-}
-
-impl OutletState {
-    fn note(&mut self, committed: Committed) {
-        self.committed.events = self.committed.events.max(committed.events);
-        self.committed.inputs = self.committed.inputs.max(committed.inputs);
-        while let Some((needs, made)) = self.made.front()
-            && needs.events <= self.committed.events
-            && needs.inputs <= self.committed.inputs
-        {
-            if let Some(samples) = &self.samples {
-                samples.commit(made.elapsed());
-            }
-            self.made.pop_front();
-        }
-    }
-}
-
-impl Outlet {
-    /// An outlet to this world, through this gate.
-    #[must_use]
-    pub fn new(gate: Gate<Output>, world: Box<dyn World>) -> Self {
-        Self {
-            inner: Arc::new(Mutex::new(OutletState {
-                gate,
-                world,
-                power_off: false,
-                committed: Committed {
-                    events: Seq::ZERO,
-                    inputs: Seq::ZERO,
-                },
-                made: VecDeque::with_capacity(256),
-                samples: None,
-            })),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, OutletState> {
-        // A holder that panicked ends the process; there is nothing half-done that a reader could trust less.
-        self.inner
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Releases what has committed; returns the highest entry whose outputs have all left.
-    pub fn release(&self, committed: Committed) -> Seq {
-        let mut state = self.lock();
-        state.note(committed);
-        let OutletState {
-            gate,
-            world,
-            power_off,
-            committed,
-            ..
-        } = &mut *state;
-        let committed = *committed;
-        gate.release(committed, |output| {
-            *power_off |= matches!(output, Output::PowerOff(_));
-            world.send(output)
-        });
-        gate.released(committed.events)
-    }
-
-    /// Tries again what had committed at the last release and found the way out full.
-    pub fn release_again(&self) {
-        let committed = self.lock().committed;
-        self.release(committed);
-    }
-
-    /// Holds an output for later.
-    pub fn hold(&self, events: Seq, inputs: Seq, output: Output) {
-        self.lock().gate.hold(events, inputs, output);
-    }
-
-    /// From now on every entry's time from its making to its commit is taken.
-    fn measure(&self, samples: Arc<Samples>) {
-        self.lock().samples = Some(samples);
-    }
-
-    /// An entry with outputs was made then, and commits with these.
-    fn made(&self, events: Seq, inputs: Seq, at: Instant) {
-        let needs = Committed { events, inputs };
-        self.lock().made.push_back((needs, at));
-    }
-
-    /// The highest entry whose outputs have all left, by what is known of commits.
-    fn released(&self) -> Seq {
-        let state = self.lock();
-        state.gate.released(state.committed.events)
-    }
-
-    /// Lets nothing out.
-    pub fn shut(&self) {
-        self.lock().gate.shut();
-    }
-
-    /// Lets committed outputs out, from the next release on.
-    pub fn open(&self) {
-        self.lock().gate.open();
-    }
-
-    /// Whether an output found the way out full.
-    #[must_use]
-    pub fn is_blocked(&self) -> bool {
-        self.lock().gate.is_blocked()
-    }
-
-    /// Outputs that wait.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        self.lock().gate.waiting()
-    }
-
-    /// Whether the guest's power-off has left.
-    #[must_use]
-    pub fn powered_off(&self) -> bool {
-        self.lock().power_off
-    }
 }
 
 /// Runs a machine as its primary.
