@@ -66,17 +66,48 @@ pub enum NetBackend {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pair {
-    /// Unix socket at which the backup listens and to which the primary connects.
+    /// What carries the log.
+    pub transport: Transport,
+    /// Unix socket at which the backup listens and to which the primary connects (transport `shm`).
     pub socket: PathBuf,
+    /// Address at which the backup listens (transport `tcp`); port 0 takes a free one.
+    pub listen: Option<SocketAddr>,
+    /// Address of the backup, to which the primary connects (transport `tcp`).
+    pub connect: Option<SocketAddr>,
     /// Directory of the file arbiter, which both sides see.
     pub arbiter: PathBuf,
     /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
     pub heartbeat: SocketAddr,
 }
 
+/// What carries the log from the primary to its backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Memory shared by two processes of one host.
+    #[default]
+    Shm,
+    /// A TCP connection, between two hosts.
+    Tcp,
+}
+
+impl Transport {
+    /// Its name in configuration and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
 impl Default for Pair {
     fn default() -> Self {
         Self {
+            transport: Transport::default(),
+            listen: None,
+            connect: None,
             socket: PathBuf::from("doppel.sock"),
             arbiter: PathBuf::from("doppel.arbiter"),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),

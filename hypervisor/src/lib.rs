@@ -19,6 +19,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod orders;
+pub mod outlet;
 pub mod position;
 pub mod protocol;
 pub mod record;

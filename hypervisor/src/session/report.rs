@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,9 @@ pub enum Event {
         role: String,
         /// Process id.
         pid: u32,
+        /// The TCP address that a backup listens at, if it does.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        address: Option<SocketAddr>,
     },
     /// Both sides are paired and the guest runs.
     Paired {
@@ -134,7 +138,7 @@ impl Reporter {
         match event {
             Event::Notice { text, loud: true } => tracing::warn!("{text}"),
             Event::Notice { text, loud: false } => tracing::info!("{text}"),
-            Event::Ready { role, pid } => tracing::info!("{role} is ready, process {pid}"),
+            Event::Ready { role, pid, .. } => tracing::info!("{role} is ready, process {pid}"),
             Event::Paired { epoch, .. } => {
                 tracing::info!("protected: both sides run, epoch {epoch}")
             }

