@@ -145,6 +145,18 @@ pub struct Base {
 }
 
 impl Base {
+    /// A base at this position and clock value.
+    #[must_use]
+    pub fn new(position: Position, clock: GuestTime) -> Self {
+        Self { position, clock }
+    }
+
+    /// The position of the last entry.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
     /// The last clock value that the log carried.
     #[must_use]
     pub fn clock(&self) -> GuestTime {

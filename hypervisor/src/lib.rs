@@ -3,6 +3,7 @@
 pub mod arbiter;
 pub mod backends;
 pub mod boot;
+pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod demo;
