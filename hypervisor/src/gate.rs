@@ -177,7 +177,7 @@ mod tests {
         gate.hold(Seq(1), Seq(0), 10);
         gate.hold(Seq(2), Seq(5), 20);
         gate.hold(Seq(3), Seq(5), 30);
-        assert_eq!(release(&mut gate, committed(0, 9)), []);
+        assert_eq!(release(&mut gate, committed(0, 9)), [0; 0]);
         assert_eq!(release(&mut gate, committed(2, 4)), [10]);
         assert_eq!(gate.released(Seq(2)), Seq(1));
         assert_eq!(release(&mut gate, committed(2, 5)), [20]);
@@ -209,7 +209,7 @@ mod tests {
         let mut gate = Gate::new_shut();
         gate.hold(Seq(1), Seq(0), 1);
         gate.hold(Seq(2), Seq(0), 2);
-        assert_eq!(release(&mut gate, Committed::EVERYTHING), []);
+        assert_eq!(release(&mut gate, Committed::EVERYTHING), [0; 0]);
         gate.open();
         assert_eq!(release(&mut gate, Committed::EVERYTHING), [1, 2]);
     }

@@ -277,10 +277,10 @@ impl<S: Sink> Recorder<S> {
             self.orders.resting();
             self.mid_run = self.machine.step()? == Stepped::Kicked;
             self.orders.working(self.machine.position());
-            if !self.mid_run {
-                if let Some(ended) = self.sync_point()? {
-                    return Ok(ended);
-                }
+            if !self.mid_run
+                && let Some(ended) = self.sync_point()?
+            {
+                return Ok(ended);
             }
         }
     }

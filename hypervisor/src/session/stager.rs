@@ -28,6 +28,9 @@ pub(super) struct Stager {
     buffer: Vec<u8>,
     /// The lane was full: wait for the reader instead of asking the port.
     lane_full: bool,
+    /// The lane takes nothing more, and who goes on is being decided. Until then the port is left alone: a frame read here
+    /// would be lost to the side that took over, and cost its sender a timeout.
+    lane_over: bool,
 }
 
 impl Stager {
@@ -49,12 +52,13 @@ impl Stager {
             stage,
             buffer: vec![0; SLOT],
             lane_full: false,
+            lane_over: false,
         }
     }
 
     /// The port, if frames should be read from it now.
     pub(super) fn wants(&self) -> Option<&NetPort> {
-        if self.lane_full || !self.stage.has_room() {
+        if self.lane_full || self.lane_over || !self.stage.has_room() {
             return None;
         }
         self.port.as_ref()
@@ -69,6 +73,7 @@ impl Stager {
     pub(super) fn detach(&mut self) {
         self.lane = None;
         self.lane_full = false;
+        self.lane_over = false;
     }
 
     /// Tries a full lane again.
@@ -118,10 +123,15 @@ impl Stager {
             }
             // Fenced or broken: the recorder meets the same and the protocol decides. Frames stay in the kernel's queue.
             Err(_) => {
-                self.lane_full = true;
+                self.lane_over = true;
                 return Ok(false);
             }
         };
+        // This process may have been frozen since it last looked, and the port may have a new reader.
+        if slot.is_fenced() {
+            self.lane_over = true;
+            return Ok(false);
+        }
         let payload = slot.payload();
         payload[0] = INPUT_FRAME;
         let Some(length) = port.read_into(&mut payload[1..])? else {
@@ -133,7 +143,7 @@ impl Stager {
             ..Marks::default()
         };
         let Ok(seq) = slot.publish(1 + length, marks) else {
-            self.lane_full = true;
+            self.lane_over = true;
             return Ok(false);
         };
         // A sleeping reader is woken by the event that applies the frame; only that decides anything.

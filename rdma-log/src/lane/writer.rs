@@ -438,6 +438,12 @@ impl Slot<'_> {
         self.writer.view.bytes_mut(at, self.max)
     }
 
+    /// Whether the lane is known to be fenced, so that publishing will fail. To be asked before the slot is filled with
+    /// something that cannot be put back.
+    pub fn is_fenced(&mut self) -> bool {
+        self.writer.port.fenced()
+    }
+
     /// Publishes the first `len` bytes of the payload. No allocation, no lock; with `shm` no system call.
     ///
     /// # Errors

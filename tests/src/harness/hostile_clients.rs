@@ -62,7 +62,9 @@ impl Line {
                         out: Vec::new(),
                     });
                 }
-                Err(error) if Instant::now() >= until => return Err(error).context("connect to the guest"),
+                Err(error) if Instant::now() >= until => {
+                    return Err(error).context("connect to the guest");
+                }
                 // Refused: it boots. There is nothing to wait on but time.
                 Err(_) => std::thread::sleep(Duration::from_millis(2)),
             }
@@ -70,23 +72,30 @@ impl Line {
     }
 
     fn add(&mut self, words: &[&[u8]]) {
-        self.out.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
+        self.out
+            .extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
         for word in words {
-            self.out.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+            self.out
+                .extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
             self.out.extend_from_slice(word);
             self.out.extend_from_slice(b"\r\n");
         }
     }
 
     fn send(&mut self) -> Result<()> {
-        self.stream.get_mut().write_all(&self.out).context("send requests")?;
+        self.stream
+            .get_mut()
+            .write_all(&self.out)
+            .context("send requests")?;
         self.out.clear();
         Ok(())
     }
 
     fn reply(&mut self) -> Result<Reply> {
         let mut line = String::new();
-        self.stream.read_line(&mut line).context("wait for an answer")?;
+        self.stream
+            .read_line(&mut line)
+            .context("wait for an answer")?;
         let line = line.trim_end();
         ensure!(!line.is_empty(), "the connection was closed");
         let (kind, rest) = line.split_at(1);
@@ -96,7 +105,9 @@ impl Line {
             "$" if rest == "-1" => Reply::Nothing,
             "$" => {
                 let mut bytes = vec![0; rest.parse::<usize>()? + 2];
-                self.stream.read_exact(&mut bytes).context("wait for a value")?;
+                self.stream
+                    .read_exact(&mut bytes)
+                    .context("wait for a value")?;
                 bytes.truncate(bytes.len() - 2);
                 Reply::Value(bytes)
             }
@@ -130,7 +141,11 @@ impl Wait {
     /// How long.
     #[must_use]
     pub fn length(&self) -> Duration {
-        Duration::from_nanos(self.answered.as_nanos().saturating_sub(self.sent.as_nanos()))
+        Duration::from_nanos(
+            self.answered
+                .as_nanos()
+                .saturating_sub(self.sent.as_nanos()),
+        )
     }
 }
 
@@ -153,7 +168,13 @@ enum Request {
     Get(u64),
 }
 
-fn serve_on(client: u64, seed: u64, address: SocketAddrV4, stop: &AtomicBool, answered: &AtomicU64) -> Result<Promised> {
+fn serve_on(
+    client: u64,
+    seed: u64,
+    address: SocketAddrV4,
+    stop: &AtomicBool,
+    answered: &AtomicU64,
+) -> Result<Promised> {
     let mut random = Random::new(seed);
     let mut line = Line::open(address)?;
     let mut promised = Promised {
@@ -187,7 +208,10 @@ fn serve_on(client: u64, seed: u64, address: SocketAddrV4, stop: &AtomicBool, an
                 (Request::Set, Reply::Okay) => promised.keys += 1,
                 (Request::Count, Reply::Number(count)) => {
                     if let Some(last) = promised.counts.last() {
-                        ensure!(count > *last, "client {client}: INCR answered {count} after {last}");
+                        ensure!(
+                            count > *last,
+                            "client {client}: INCR answered {count} after {last}"
+                        );
                     }
                     promised.counts.push(count);
                 }
@@ -280,7 +304,11 @@ impl Clients {
     pub fn await_answers(&self, more: u64) -> Result<()> {
         let (until, enough) = (Instant::now() + PATIENCE, self.answered() + more);
         while self.answered() < enough {
-            ensure!(Instant::now() < until, "no answers for {} s", PATIENCE.as_secs());
+            ensure!(
+                Instant::now() < until,
+                "no answers for {} s",
+                PATIENCE.as_secs()
+            );
             ensure!(
                 self.threads.iter().all(|thread| !thread.is_finished()),
                 "a client has given up"
@@ -307,7 +335,10 @@ impl Clients {
         verify_counts(&mut line, &promised)?;
         Ok(Outcome {
             requests: promised.iter().map(|one| one.requests).sum(),
-            writes: promised.iter().map(|one| one.keys + one.counts.len() as u64).sum(),
+            writes: promised
+                .iter()
+                .map(|one| one.keys + one.counts.len() as u64)
+                .sum(),
             waits: promised.into_iter().flat_map(|one| one.waits).collect(),
         })
     }
@@ -326,8 +357,12 @@ fn verify_keys(line: &mut Line, promised: &Promised) -> Result<()> {
         for &number in numbers {
             match line.reply()? {
                 Reply::Value(found) if found == value(client, number) => {}
-                Reply::Nothing => bail!("client {client}: key {number} was acknowledged and is lost"),
-                other => bail!("client {client}: key {number} was acknowledged and is now {other:?}"),
+                Reply::Nothing => {
+                    bail!("client {client}: key {number} was acknowledged and is lost")
+                }
+                other => {
+                    bail!("client {client}: key {number} was acknowledged and is now {other:?}")
+                }
             }
         }
     }

@@ -8,10 +8,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
 
 /// How long a program may take to come up, or to end when nothing keeps it.
@@ -47,7 +48,11 @@ impl Program {
             .stderr(File::create(&errors).context("create a file for a program's messages")?)
             .spawn()
             .with_context(|| format!("start {name} by setpriv: run scripts/install-test-tools"))?;
-        Ok(Self { name, child, errors })
+        Ok(Self {
+            name,
+            child,
+            errors,
+        })
     }
 
     fn messages(&self) -> String {
@@ -67,13 +72,22 @@ impl Program {
             }
             std::thread::sleep(LOOK);
         }
-        bail!("{} has not ended after {} s: {}", self.name, longest.as_secs(), self.messages());
+        bail!(
+            "{} has not ended after {} s: {}",
+            self.name,
+            longest.as_secs(),
+            self.messages()
+        );
     }
 
     fn end_well(&mut self, longest: Duration) -> Result<()> {
         let status = self.wait(longest)?;
         let messages = self.messages();
-        ensure!(status.success(), "{} ended with {status}: {messages}", self.name);
+        ensure!(
+            status.success(),
+            "{} ended with {status}: {messages}",
+            self.name
+        );
         Ok(())
     }
 }
@@ -83,6 +97,43 @@ impl Drop for Program {
         // It fails only for a program that has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A program's standard output, line by line. A thread reads it, so that a program that says nothing more is noticed.
+#[derive(Debug)]
+struct Lines(Receiver<String>);
+
+impl Lines {
+    fn of(program: &mut Program) -> Result<Self> {
+        let output = program
+            .child
+            .stdout
+            .take()
+            .context("a program's output goes elsewhere")?;
+        let (tell, lines) = channel();
+        std::thread::Builder::new()
+            .name(format!("{}-output", program.name))
+            .spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    if tell.send(line).is_err() {
+                        return;
+                    }
+                }
+            })
+            .context("start a thread")?;
+        Ok(Self(lines))
+    }
+
+    /// The next line.
+    fn next(&self, program: &Program) -> Result<String> {
+        let name = program.name;
+        self.0.recv_timeout(PATIENCE).map_err(|error| match error {
+            RecvTimeoutError::Timeout => {
+                anyhow!("{name} has said nothing for {} s", PATIENCE.as_secs())
+            }
+            RecvTimeoutError::Disconnected => anyhow!("{name} has ended: {}", program.messages()),
+        })
     }
 }
 
@@ -137,9 +188,20 @@ impl Benchmark {
             stdout.into(),
             |command| {
                 command
-                    .args(["-h", &server.ip().to_string(), "-p", &server.port().to_string(), "--csv"])
+                    .args([
+                        "-h",
+                        &server.ip().to_string(),
+                        "-p",
+                        &server.port().to_string(),
+                        "--csv",
+                    ])
                     .args(["-t", load.tests, "-n", &load.requests.to_string()])
-                    .args(["-c", &load.clients.to_string(), "-P", &load.pipeline.to_string()])
+                    .args([
+                        "-c",
+                        &load.clients.to_string(),
+                        "-P",
+                        &load.pipeline.to_string(),
+                    ])
                     .args(["-r", &BENCHMARK_KEYS.to_string()]);
             },
             Path::new("redis-benchmark"),
@@ -162,7 +224,10 @@ impl Benchmark {
     pub fn finish(&mut self, longest: Duration) -> Result<Vec<Measured>> {
         self.program.end_well(longest)?;
         let messages = self.program.messages();
-        ensure!(messages.trim().is_empty(), "redis-benchmark complains: {messages}");
+        ensure!(
+            messages.trim().is_empty(),
+            "redis-benchmark complains: {messages}"
+        );
         parse_report(&std::fs::read_to_string(&self.output)?)
     }
 }
@@ -178,11 +243,17 @@ fn parse_report(text: &str) -> Result<Vec<Measured>> {
         let found = names.iter().position(|column| *column == name);
         found.with_context(|| format!("redis-benchmark's report has no column {name}: {names:?}"))
     };
-    let [rps, p50, max] = [column("rps")?, column("p50_latency_ms")?, column("max_latency_ms")?];
+    let [rps, p50, max] = [
+        column("rps")?,
+        column("p50_latency_ms")?,
+        column("max_latency_ms")?,
+    ];
     lines
         .map(|fields| {
             let number = |column: usize| -> Result<f64> {
-                let field = fields.get(column).context("a short line in redis-benchmark's report")?;
+                let field = fields
+                    .get(column)
+                    .context("a short line in redis-benchmark's report")?;
                 Ok(field.parse()?)
             };
             Ok(Measured {
@@ -200,7 +271,7 @@ fn parse_report(text: &str) -> Result<Vec<Measured>> {
 pub struct Cli {
     program: Program,
     input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    output: Lines,
     marks: u64,
 }
 
@@ -216,16 +287,21 @@ impl Cli {
             Stdio::piped(),
             Stdio::piped(),
             |command| {
-                command.args(["-h", &server.ip().to_string(), "-p", &server.port().to_string()]);
+                command.args([
+                    "-h",
+                    &server.ip().to_string(),
+                    "-p",
+                    &server.port().to_string(),
+                ]);
             },
             Path::new("redis-cli"),
         )?;
         let input = program.child.stdin.take().expect("it was asked for");
-        let output = program.child.stdout.take().expect("it was asked for");
+        let output = Lines::of(&mut program)?;
         Ok(Self {
             program,
             input,
-            output: BufReader::new(output),
+            output,
             marks: 0,
         })
     }
@@ -235,22 +311,16 @@ impl Cli {
     /// # Errors
     /// If it no longer reads.
     pub fn send(&mut self, command: &str) -> Result<()> {
-        writeln!(self.input, "{command}").with_context(|| self.gone())
+        writeln!(self.input, "{command}")
+            .with_context(|| format!("redis-cli has ended: {}", self.program.messages()))
     }
 
     /// The next line that it prints.
     ///
     /// # Errors
-    /// If it has ended.
+    /// If it has ended, or waits for an answer that does not come.
     pub fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        let length = self.output.read_line(&mut line)?;
-        ensure!(length > 0, "{}", self.gone());
-        Ok(line.trim_end_matches(['\r', '\n']).to_owned())
-    }
-
-    fn gone(&self) -> String {
-        format!("redis-cli has ended: {}", self.program.messages())
+        self.output.next(&self.program)
     }
 
     /// One command and its answer of one line.
@@ -268,7 +338,10 @@ impl Cli {
     /// If it is not.
     pub fn expect(&mut self, command: &str, answer: &str) -> Result<()> {
         let found = self.ask(command)?;
-        ensure!(found == answer, "redis-cli> {command}: expected {answer:?}, found {found:?}");
+        ensure!(
+            found == answer,
+            "redis-cli> {command}: expected {answer:?}, found {found:?}"
+        );
         Ok(())
     }
 
@@ -298,8 +371,12 @@ impl Cli {
     /// If there is none of this name.
     pub fn info(&mut self, name: &str) -> Result<u64> {
         let lines = self.ask_lines("INFO")?;
-        let value = lines.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        Ok(value.with_context(|| format!("INFO has no {name}"))?.parse()?)
+        let value = lines
+            .iter()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(value
+            .with_context(|| format!("INFO has no {name}"))?
+            .parse()?)
     }
 
     /// Ends its input; it must end well.
@@ -313,7 +390,10 @@ impl Cli {
         drop(input);
         program.end_well(PATIENCE)?;
         let messages = program.messages();
-        ensure!(messages.trim().is_empty(), "redis-cli complains: {messages}");
+        ensure!(
+            messages.trim().is_empty(),
+            "redis-cli complains: {messages}"
+        );
         Ok(())
     }
 }
@@ -323,7 +403,7 @@ impl Cli {
 pub struct Python {
     program: Program,
     input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    output: Lines,
 }
 
 /// What the Python program says at its end.
@@ -349,38 +429,31 @@ impl Python {
     pub fn start(directory: &Path, server: SocketAddrV4, seed: u64) -> Result<Self> {
         let interpreter = interpreter()?;
         let script = directory.join("redis_client.py");
-        std::fs::write(&script, include_str!("redis_client.py")).context("write the Python program")?;
+        std::fs::write(&script, include_str!("redis_client.py"))
+            .context("write the Python program")?;
         let mut program = Program::start(
             "python",
             directory,
             Stdio::piped(),
             Stdio::piped(),
             |command| {
-                command
-                    .arg(script)
-                    .args([server.ip().to_string(), server.port().to_string(), seed.to_string()]);
+                command.arg(script).args([
+                    server.ip().to_string(),
+                    server.port().to_string(),
+                    seed.to_string(),
+                ]);
             },
             &interpreter,
         )?;
         let input = program.child.stdin.take().expect("it was asked for");
-        let output = program.child.stdout.take().expect("it was asked for");
-        let mut python = Self {
+        let output = Lines::of(&mut program)?;
+        let ready = output.next(&program)?;
+        ensure!(ready == "ready", "the Python program said {ready:?}");
+        Ok(Self {
             program,
             input,
-            output: BufReader::new(output),
-        };
-        let ready = python.line()?;
-        ensure!(ready == "ready", "the Python program said {ready:?}");
-        Ok(python)
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        if self.output.read_line(&mut line)? == 0 {
-            self.program.end_well(PATIENCE)?;
-            bail!("the Python program ended without a word");
-        }
-        Ok(line.trim_end().to_owned())
+            output,
+        })
     }
 
     /// Has it note how much it has done.
@@ -400,19 +473,19 @@ impl Python {
         let Self {
             mut program,
             input,
-            mut output,
+            output,
         } = self;
         drop(input);
-        let mut line = String::new();
-        output.read_line(&mut line)?;
+        let report = output.next(&program)?;
         program.end_well(PATIENCE)?;
-        serde_json::from_str(&line).with_context(|| format!("the Python program reported {line:?}"))
+        serde_json::from_str(&report)
+            .with_context(|| format!("the Python program reported {report:?}"))
     }
 }
 
 /// The Python that has the library: the one on the path, or the system's own where another one comes first on the path.
 fn interpreter() -> Result<PathBuf> {
-    let has_library = |python: &&str| {
+    let has_library = |python: &str| {
         let found = Command::new(python)
             .args(["-c", "import redis"])
             .stdin(Stdio::null())
@@ -422,7 +495,7 @@ fn interpreter() -> Result<PathBuf> {
     };
     ["python3", "/usr/bin/python3"]
         .iter()
-        .find(has_library)
+        .find(|python| has_library(python))
         .map(PathBuf::from)
         .context("no python3 has the library `redis`: run scripts/install-test-tools")
 }
@@ -448,7 +521,12 @@ impl Reference {
             File::create(directory.join("redis-server.stdout"))?.into(),
             |command| {
                 command
-                    .args(["--bind", &address.ip().to_string(), "--port", &address.port().to_string()])
+                    .args([
+                        "--bind",
+                        &address.ip().to_string(),
+                        "--port",
+                        &address.port().to_string(),
+                    ])
                     .args(["--save", "", "--appendonly", "no", "--dir"])
                     .arg(directory);
             },
@@ -456,8 +534,15 @@ impl Reference {
         )?;
         let until = Instant::now() + PATIENCE;
         while TcpStream::connect(address).is_err() {
-            ensure!(program.running()?, "redis-server ended: {}", program.messages());
-            ensure!(Instant::now() < until, "redis-server does not listen at {address}");
+            ensure!(
+                program.running()?,
+                "redis-server ended: {}",
+                program.messages()
+            );
+            ensure!(
+                Instant::now() < until,
+                "redis-server does not listen at {address}"
+            );
             std::thread::sleep(LOOK);
         }
         Ok(Self {

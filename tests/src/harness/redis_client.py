@@ -26,14 +26,16 @@ class Program:
         self.operations = 0
         self.at_mark = None
         self.stall = 0.0
-        self.client = redis.Redis(
+        # A pool of one: commands and pipelines alike go over the same connection.
+        pool = redis.ConnectionPool(
             host=host,
             port=port,
-            single_connection_client=True,
+            max_connections=1,
             retry=Retry(NoBackoff(), 0),
             retry_on_timeout=False,
             socket_timeout=20,
         )
+        self.client = redis.Redis(connection_pool=pool)
 
     def call(self, expected, method, *arguments, **options):
         began = time.monotonic()
@@ -131,7 +133,7 @@ def main():
         "library": redis.__version__,
         "operations": worked,
         "at_mark": program.at_mark,
-        "keys": len(program.model),
+        "keys": len(program.model) + (program.count > 0),
         "stall_ms": program.stall * 1000,
     }
     print(json.dumps(report), flush=True)

@@ -19,6 +19,9 @@ use super::program;
 /// The guest's address on every stage.
 pub const GUEST: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379);
 
+/// The TAP on every stage.
+pub const INTERFACE: &str = "doppel0";
+
 /// A namespace with a TAP, and a directory.
 #[derive(Debug)]
 pub struct Stage {
@@ -34,7 +37,7 @@ impl Stage {
     /// If the host does not let us.
     pub fn enter() -> Result<Self> {
         let entered = namespace::enter(&TapConfig {
-            name: "doppel0".into(),
+            name: INTERFACE.into(),
             address: Some(Ipv4Network {
                 address: Ipv4Addr::new(10, 77, 0, 1),
                 prefix: 24,

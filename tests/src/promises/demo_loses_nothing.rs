@@ -35,7 +35,12 @@ fn show(run: &Run) -> Result<Figures> {
             report.failover_ms.unwrap_or_default(),
             report.client_stall_ms_max
         ));
-        judge(&report).with_context(|| format!("run {time} of {times}: {}", report.to_json().unwrap_or_default()))?;
+        judge(&report).with_context(|| {
+            format!(
+                "run {time} of {times}: {}",
+                report.to_json().unwrap_or_default()
+            )
+        })?;
         failovers.push(report.failover_ms.context("no failover was measured")?);
         stalls.push(report.client_stall_ms_max);
         commits.push(report.commit_us.p50);
@@ -44,10 +49,17 @@ fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     figures.add("runs", times);
     figures.add("requests_before_the_kills", before);
-    for (name, values) in [("failover_ms", &mut failovers), ("longest_wait_ms", &mut stalls), ("commit_us_p50", &mut commits)] {
+    for (name, values) in [
+        ("failover_ms", &mut failovers),
+        ("longest_wait_ms", &mut stalls),
+        ("commit_us_p50", &mut commits),
+    ] {
         values.sort_by(f64::total_cmp);
         figures.add(&format!("{name}_median"), round(values[values.len() / 2]));
-        figures.add(&format!("{name}_worst"), round(*values.last().context("no run")?));
+        figures.add(
+            &format!("{name}_worst"),
+            round(*values.last().context("no run")?),
+        );
     }
     Ok(figures)
 }
@@ -71,15 +83,27 @@ fn demo(seed: u64) -> Result<Report> {
 }
 
 fn judge(report: &Report) -> Result<()> {
-    ensure!(report.lost_acknowledged_writes == 0, "acknowledged writes were lost");
+    ensure!(
+        report.lost_acknowledged_writes == 0,
+        "acknowledged writes were lost"
+    );
     ensure!(report.broken_connections == 0, "connections broke");
     ensure!(report.divergences == 0, "the backup diverged");
-    ensure!(report.memory_hash_equal == Some(true), "memory was not equal, or not compared");
-    ensure!(report.requests.before > 0 && report.requests.after > 0, "the client did not work");
+    ensure!(
+        report.memory_hash_equal == Some(true),
+        "memory was not equal, or not compared"
+    );
+    ensure!(
+        report.requests.before > 0 && report.requests.after > 0,
+        "the client did not work"
+    );
     ensure!(report.epoch == 2, "the epoch is {}", report.epoch);
     ensure!(report.commit_us.count > 0, "no commit was measured");
     let failover = report.failover_ms.unwrap_or(f64::INFINITY);
-    ensure!(failover < FAILOVER_LIMIT_MS, "the failover took {failover:.1} ms");
+    ensure!(
+        failover < FAILOVER_LIMIT_MS,
+        "the failover took {failover:.1} ms"
+    );
     ensure!(
         report.client_stall_ms_max < STALL_LIMIT_MS,
         "a client waited {:.1} ms",
