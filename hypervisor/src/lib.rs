@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod orders;
 pub mod position;
+pub mod preempt;
 pub mod protocol;
 pub mod record;
 pub mod replay;

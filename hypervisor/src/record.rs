@@ -5,6 +5,8 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
+mod preempting;
+
 use std::fs::File;
 use std::io::Read;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
@@ -43,6 +46,9 @@ pub enum RecordError {
     /// Ordered to stop while an entry could not be posted.
     #[error("stopped while the log could not take an entry")]
     Stopped,
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The host's random source.
     #[error("cannot read random bytes from the host: {0}")]
     Random(std::io::Error),
@@ -69,6 +75,8 @@ pub struct RecordOptions {
     /// How long a halted guest's thread looks for work before it sleeps. Worth it only where the thread has its core for
     /// itself: elsewhere it keeps the I/O thread from running.
     pub spin: Duration,
+    /// Whether a guest that does not exit is stopped by a checkpoint when something is due for it.
+    pub preempt: bool,
 }
 
 /// The gate, shared with the I/O thread, which opens it when a commit or a way out comes later.
@@ -262,6 +270,7 @@ impl<S: Sink> Recorder<S> {
     pub fn run(&mut self) -> Result<Ended, RecordError> {
         self.stage.bell().attach();
         self.orders.attach(self.machine.kick_handle());
+        self.prepare_to_preempt()?;
         // A machine that was taken over may stand in the middle of a sync point.
         if self.machine.position().0 > 0
             && let Some(ended) = self.sync_point()?
@@ -274,8 +283,16 @@ impl<S: Sink> Recorder<S> {
             {
                 return Ok(ended);
             }
+            if self.wants_place() {
+                if let Some(ended) = self.make_place()? {
+                    return Ok(ended);
+                }
+                continue;
+            }
             self.orders.resting();
+            self.entering();
             self.mid_run = self.machine.step()? == Stepped::Kicked;
+            self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run
                 && let Some(ended) = self.sync_point()?
@@ -407,8 +424,12 @@ impl<S: Sink> Recorder<S> {
         if !self.machine.injectable() {
             return Ok(());
         }
-        let ticks = self.machine.ticks_due(self.clock.now());
+        let now = self.clock.now();
+        let ticks = self.machine.ticks_due(now);
         if ticks > 0 {
+            if let Some(due) = self.machine.next_tick() {
+                self.samples.late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
+            }
             self.machine.supply(&Input::Tick(ticks))?;
             self.step.inputs.push(LoggedInput::Tick(ticks));
         }

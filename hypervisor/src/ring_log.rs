@@ -22,6 +22,8 @@ pub struct RingSink {
     lane: Option<LaneWriter>,
     marks: Marks,
     last: Seq,
+    /// Bytes of the entry that found no room: what to wait for.
+    refused: usize,
     /// How far the inputs lane has committed; the I/O thread, which writes it, keeps it current.
     inputs: Arc<AtomicU64>,
     window: Option<Window>,
@@ -38,6 +40,7 @@ impl RingSink {
                 ..Marks::default()
             },
             last: Seq::ZERO,
+            refused: 0,
             inputs,
             window: None,
         }
@@ -117,6 +120,7 @@ fn sink_error(error: WriteError) -> SinkError {
 
 impl Sink for RingSink {
     fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
+        self.refused = payload.len();
         self.last = match &mut self.lane {
             Some(lane) => lane.append(payload, self.marks).map_err(sink_error)?,
             None => self.last.next(),
@@ -154,13 +158,21 @@ impl Sink for RingSink {
 
     fn wait_for_room(&mut self, longest: Duration) {
         if let Some(lane) = &mut self.lane {
-            let room = lane.max_payload().min(4096);
+            let room = self.refused.max(4096).min(lane.max_payload());
             let _ = lane.wait_for_room(room, longest);
         }
     }
 
     fn is_behind(&mut self) -> bool {
         self.window.as_mut().is_some_and(Window::is_behind)
+    }
+
+    fn keeps(&self) -> bool {
+        self.lane.is_some()
+    }
+
+    fn max_payload(&self) -> usize {
+        self.lane.as_ref().map_or(rdma_log::MIN_LANE / 8, LaneWriter::max_payload)
     }
 
     fn detach(&mut self) {

@@ -14,6 +14,12 @@ impl Machine {
         &self.ram
     }
 
+    /// Pages of guest memory.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.ram.pages()
+    }
+
     /// The CPU's state between two instructions: one that an exit left unfinished is completed.
     pub(crate) fn settled_cpu(&mut self) -> Result<CpuState, MachineError> {
         self.vcpu.finish()?;

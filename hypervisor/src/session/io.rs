@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::SessionError;
 use super::beats::Beats;
@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::orders::{Order, Orders, Samples};
+use crate::preempt::Watch;
 use crate::record::Outlet;
 use crate::stage::Stage;
 
@@ -41,6 +42,8 @@ pub(super) struct Io {
     replayed_before: u64,
     signals: UnixStream,
     waiter: Waiter,
+    /// Over a guest that does not exit, with the time of the next look.
+    watch: Option<(Watch, Instant)>,
 }
 
 /// What a round found.
@@ -114,6 +117,10 @@ impl Io {
             replayed: Arc::default(),
             replayed_before: 0,
             waiter: Waiter::new(),
+            watch: config
+                .preempt
+                .by_checkpoint()
+                .then(|| (Watch::new(config.preempt.deferral()), Instant::now())),
         })
     }
 
@@ -153,7 +160,10 @@ impl Io {
             (_, Some(port)) if blocked => Some(self.waiter.add(port, false, true)),
             _ => None,
         };
-        let longest = longest.unwrap_or(ROUND).min(ROUND);
+        let mut longest = longest.unwrap_or(ROUND).min(ROUND);
+        if let Some((_, again)) = &self.watch {
+            longest = longest.min(again.saturating_duration_since(Instant::now()));
+        }
         self.waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -166,6 +176,7 @@ impl Io {
             tracing::warn!("the guest's network port is closed: {error}");
         }
         self.stager.retry();
+        self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
@@ -187,6 +198,17 @@ impl Io {
             found.peer_gone = self.peer_is_gone();
         }
         Ok(found)
+    }
+
+    fn watch_the_guest(&mut self) {
+        if let Some((watch, again)) = &mut self.watch {
+            let waiting = self.stage.has_frames() || self.stage.has_typed();
+            let verdict = watch.look(Instant::now(), self.orders.running(), waiting);
+            *again = verdict.again;
+            if verdict.kick {
+                self.orders.kick();
+            }
+        }
     }
 
     fn backup_moved(&mut self) -> bool {
