@@ -7,6 +7,7 @@ use crate::promise::Promise;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod leaves_nothing;
+pub mod preempts;
 pub mod redis_clients;
 pub mod replay_exact;
 
@@ -17,6 +18,7 @@ pub const ALL: &[Promise] = &[
     demo_loses_nothing::PROMISE,
     demo_without_root::PROMISE,
     leaves_nothing::PROMISE,
+    preempts::PROMISE,
     redis_clients::PROMISE,
     replay_exact::PROMISE,
 ];

@@ -141,6 +141,7 @@ fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Resul
         match entry.body {
             Body::Step(_) => sum.entries += 1,
             Body::MemoryHash(_) => sum.memory_hashes += 1,
+            Body::Part(_) => {}
             Body::End { .. } => {
                 sum.entries += 1;
                 sum.memory_hashes += 1;
