@@ -81,7 +81,9 @@ impl Watch {
         };
         // A guest that could not be interrupted where it was kicked (interrupts were off) is kicked again, a little later.
         let rest = self.kicked.map(|kicked| kicked + self.deferral / 4);
-        let at = rest.map_or(first + self.deferral, |rest| rest.max(first + self.deferral));
+        let at = rest.map_or(first + self.deferral, |rest| {
+            rest.max(first + self.deferral)
+        });
         if now < at {
             return Verdict {
                 kick: false,
@@ -119,14 +121,30 @@ mod tests {
         let mut watch = Watch::new(DEFERRAL);
         let tick = Some(at(start, 10));
         let early = watch.look(at(start, 9), running(1, tick), false);
-        assert_eq!(early, Verdict { kick: false, again: at(start, 13) });
+        assert_eq!(
+            early,
+            Verdict {
+                kick: false,
+                again: at(start, 13)
+            }
+        );
         let due = watch.look(at(start, 13), running(1, tick), false);
-        assert_eq!(due, Verdict { kick: false, again: at(start, 14) });
+        assert_eq!(
+            due,
+            Verdict {
+                kick: false,
+                again: at(start, 14)
+            }
+        );
         assert!(watch.look(at(start, 14), running(1, tick), false).kick);
         // Not twice for the same, but again if it did not help.
         assert!(!watch.look(at(start, 14), running(1, tick), false).kick);
         assert!(watch.look(at(start, 15), running(1, tick), false).kick);
-        assert!(!watch.look(at(start, 30), running(1, Some(at(start, 28))), false).kick);
+        assert!(
+            !watch
+                .look(at(start, 30), running(1, Some(at(start, 28))), false)
+                .kick
+        );
     }
 
     #[test]
@@ -135,8 +153,20 @@ mod tests {
         let mut watch = Watch::new(DEFERRAL);
         for millis in 0..100 {
             let now = at(start, millis);
-            assert_eq!(watch.look(now, None, true), Verdict { kick: false, again: now + DEFERRAL });
-            assert_eq!(watch.look(now, running(1, None), false), Verdict { kick: false, again: now + DEFERRAL });
+            assert_eq!(
+                watch.look(now, None, true),
+                Verdict {
+                    kick: false,
+                    again: now + DEFERRAL
+                }
+            );
+            assert_eq!(
+                watch.look(now, running(1, None), false),
+                Verdict {
+                    kick: false,
+                    again: now + DEFERRAL
+                }
+            );
         }
     }
 
@@ -145,7 +175,12 @@ mod tests {
         let start = Instant::now();
         let mut watch = Watch::new(DEFERRAL);
         for millis in 0..50 {
-            assert!(!watch.look(at(start, millis), running(millis / 3, None), true).kick, "{millis}");
+            assert!(
+                !watch
+                    .look(at(start, millis), running(millis / 3, None), true)
+                    .kick,
+                "{millis}"
+            );
         }
         assert!(!watch.look(at(start, 60), running(99, None), true).kick);
         assert!(!watch.look(at(start, 63), running(99, None), true).kick);

@@ -87,7 +87,11 @@ fn serve(machine: &mut Machine) -> Option<Vec<Output>> {
     let outputs = machine.outputs().collect();
     let random = |count: usize| {
         let mut numbers = Numbers(position);
-        Input::Random(std::iter::repeat_with(|| numbers.next() as u8).take(count).collect())
+        Input::Random(
+            std::iter::repeat_with(|| numbers.next() as u8)
+                .take(count)
+                .collect(),
+        )
     };
     match machine.phase() {
         Phase::Needs(Need::Clock) => machine.supply(&Input::Clock(time(position))).unwrap(),
@@ -102,7 +106,8 @@ fn serve(machine: &mut Machine) -> Option<Vec<Output>> {
         if due > 0 {
             machine.supply(&Input::Tick(due)).unwrap();
         }
-        if machine.can_receive() && (position.is_multiple_of(3) || machine.phase() == Phase::Halted) {
+        if machine.can_receive() && (position.is_multiple_of(3) || machine.phase() == Phase::Halted)
+        {
             machine.supply(&Input::Frame(question(position))).unwrap();
         }
     }
@@ -121,7 +126,11 @@ fn advance(machine: &mut Machine) -> bool {
     match machine.step().unwrap() {
         Stepped::Kicked => true,
         Stepped::SyncPoint => {
-            assert!(serve(machine).is_some(), "the guest ended at {}", machine.position());
+            assert!(
+                serve(machine).is_some(),
+                "the guest ended at {}",
+                machine.position()
+            );
             false
         }
     }
@@ -133,7 +142,10 @@ fn cpu(machine: &mut Machine) -> CpuState {
     let none = Pages::Only(DirtyPages::default());
     let bytes = machine.save(&none, Base::default(), Vec::new()).unwrap();
     let pages = [ram_pages, ram_pages / 4].into_iter();
-    let image = pages.map(|pages| Image::parse(&bytes, pages)).find_map(Result::ok).unwrap();
+    let image = pages
+        .map(|pages| Image::parse(&bytes, pages))
+        .find_map(Result::ok)
+        .unwrap();
     CpuState::from_bytes(&image.state.cpu).unwrap()
 }
 
@@ -147,11 +159,22 @@ fn same(first: &mut Machine, second: &mut Machine, exits: u64) {
         if first.digest() != second.digest() {
             let position = first.position();
             let found = second.history().at(position).unwrap();
-            panic!("{position}: {:?}\n{}\n{found}", first.history().at(position).unwrap().first_difference(found), first.history().at(position).unwrap());
+            panic!(
+                "{position}: {:?}\n{}\n{found}",
+                first
+                    .history()
+                    .at(position)
+                    .unwrap()
+                    .first_difference(found),
+                first.history().at(position).unwrap()
+            );
         }
         assert_eq!(serve(first), serve(second), "at {}", first.position());
     }
-    assert_eq!(first.memory_hash_full().unwrap(), second.memory_hash_full().unwrap());
+    assert_eq!(
+        first.memory_hash_full().unwrap(),
+        second.memory_hash_full().unwrap()
+    );
     // The same as the final states, but it says what differs.
     assert_eq!(cpu(first), cpu(second));
     assert_eq!(first.final_state().unwrap(), second.final_state().unwrap());
@@ -161,7 +184,9 @@ fn same(first: &mut Machine, second: &mut Machine, exits: u64) {
 fn whole(guest: &str, words: &str, between: u64, after: u64) {
     let mut first = machine(guest, words);
     // Made before anything kicks: a signal may interrupt the making of a virtual machine.
-    let mut others: Vec<_> = std::iter::repeat_with(|| machine(guest, words)).take(6).collect();
+    let mut others: Vec<_> = std::iter::repeat_with(|| machine(guest, words))
+        .take(6)
+        .collect();
     let _kicker = Kicker::start(first.kick_handle(), 11);
     let mut numbers = Numbers(guest.len() as u64);
     let (mut kicked, mut at_exits) = (0, 0);
@@ -176,14 +201,21 @@ fn whole(guest: &str, words: &str, between: u64, after: u64) {
                 advance(&mut first);
             }
         }
-        if in_the_middle { kicked += 1 } else { at_exits += 1 }
+        if in_the_middle {
+            kicked += 1
+        } else {
+            at_exits += 1
+        }
         let base = Base::new(first.position(), time(first.position().0));
         let staged = vec![question(1), question(2)];
         let bytes = first.save(&Pages::All, base, staged.clone()).unwrap();
         let restored = second.restore(&bytes).unwrap();
         assert_eq!((restored.base, restored.staged), (base, staged));
         assert_eq!(first.position(), second.position());
-        assert_eq!(first.memory_hash_full().unwrap(), second.memory_hash_full().unwrap());
+        assert_eq!(
+            first.memory_hash_full().unwrap(),
+            second.memory_hash_full().unwrap()
+        );
         assert_eq!(cpu(&mut first), cpu(&mut second));
         same(&mut first, &mut second, after);
     }
@@ -218,7 +250,11 @@ fn a_server_goes_on_from_a_checkpoint() {
 /// One machine follows another by deltas alone: it never runs, and memory checks between share the dirty log.
 #[test]
 fn deltas_add_up_to_the_machine() {
-    for (guest, words) in [("memory", ""), ("kv", "ip=10.0.0.2/24"), ("compute", "rounds=1")] {
+    for (guest, words) in [
+        ("memory", ""),
+        ("kv", "ip=10.0.0.2/24"),
+        ("compute", "rounds=1"),
+    ] {
         let mut first = machine(guest, words);
         let mut second = machine(guest, words);
         first.track_changes().unwrap();
@@ -230,8 +266,14 @@ fn deltas_add_up_to_the_machine() {
             }
             if round % 3 == 1 {
                 // The other consumer of the dirty log.
-                assert_eq!(first.memory_hash().unwrap(), first.memory_hash_full().unwrap());
-                assert_eq!(second.memory_hash().unwrap(), second.memory_hash_full().unwrap());
+                assert_eq!(
+                    first.memory_hash().unwrap(),
+                    first.memory_hash_full().unwrap()
+                );
+                assert_eq!(
+                    second.memory_hash().unwrap(),
+                    second.memory_hash_full().unwrap()
+                );
             }
             let pages = Pages::Only(first.take_changed().unwrap());
             let bytes = first.save(&pages, Base::default(), Vec::new()).unwrap();
@@ -240,7 +282,11 @@ fn deltas_add_up_to_the_machine() {
                 shadow.add(part as u32, bytes).unwrap();
             }
             second.restore(&shadow.take()).unwrap();
-            assert_eq!(first.memory_hash_full().unwrap(), second.memory_hash_full().unwrap(), "{guest} {round}");
+            assert_eq!(
+                first.memory_hash_full().unwrap(),
+                second.memory_hash_full().unwrap(),
+                "{guest} {round}"
+            );
         }
         same(&mut first, &mut second, 20);
     }
@@ -262,7 +308,10 @@ fn an_unfinished_exit_is_forgotten() {
     second.restore(&bytes).unwrap();
     same(&mut first, &mut second, 50);
     // Back is no way to go: the pages since are not in it.
-    assert!(matches!(second.restore(&bytes), Err(CheckpointError::Format(_))));
+    assert!(matches!(
+        second.restore(&bytes),
+        Err(CheckpointError::Format(_))
+    ));
 }
 
 #[test]
@@ -276,9 +325,17 @@ fn a_guest_that_waits_and_a_corrupt_checkpoint_are_refused_and_nothing_changes()
         serve(&mut first);
     }
     let refused = first.save(&Pages::All, Base::default(), Vec::new());
-    assert!(matches!(refused, Err(CheckpointError::NotReady { .. } | CheckpointError::Outputs)), "{refused:?}");
+    assert!(
+        matches!(
+            refused,
+            Err(CheckpointError::NotReady { .. } | CheckpointError::Outputs)
+        ),
+        "{refused:?}"
+    );
     serve(&mut first);
-    let good = first.save(&Pages::All, Base::default(), Vec::new()).unwrap();
+    let good = first
+        .save(&Pages::All, Base::default(), Vec::new())
+        .unwrap();
     let before = second.memory_hash_full().unwrap();
     for at in (0..good.len()).step_by(good.len() / 50) {
         let mut bad = good.clone();
@@ -286,9 +343,19 @@ fn a_guest_that_waits_and_a_corrupt_checkpoint_are_refused_and_nothing_changes()
         second.restore(&bad).unwrap_err();
         second.restore(&good[..at]).unwrap_err();
     }
-    let mut larger = Machine::new(&KvmSource::default(), &MachineSpec::new("clock", 32, "", 7).unwrap()).unwrap();
-    assert!(matches!(larger.restore(&good), Err(CheckpointError::Format(_))));
-    assert_eq!((second.position().0, second.memory_hash_full().unwrap()), (0, before));
+    let mut larger = Machine::new(
+        &KvmSource::default(),
+        &MachineSpec::new("clock", 32, "", 7).unwrap(),
+    )
+    .unwrap();
+    assert!(matches!(
+        larger.restore(&good),
+        Err(CheckpointError::Format(_))
+    ));
+    assert_eq!(
+        (second.position().0, second.memory_hash_full().unwrap()),
+        (0, before)
+    );
     second.restore(&good).unwrap();
     same(&mut first, &mut second, 100);
 }

@@ -71,7 +71,9 @@ pub enum FormatError {
     #[error("this is no checkpoint: it does not begin as one")]
     Foreign,
     /// Another version.
-    #[error("a checkpoint of version {found}, this program reads {VERSION}: run the same version on both hosts")]
+    #[error(
+        "a checkpoint of version {found}, this program reads {VERSION}: run the same version on both hosts"
+    )]
     Version {
         /// The version found.
         found: u32,
@@ -123,7 +125,12 @@ pub enum FormatError {
 /// The most bytes a checkpoint of so much RAM can have.
 pub(super) fn limit(ram_pages: u64) -> u64 {
     let frames = STAGED_MAX * (4 + MAX_FRAME as u64);
-    HEADER as u64 + CPU_MAX + DEVICES_MAX + frames + ram_pages * (PAGE_SIZE as u64 + 24) + CHECKSUM as u64
+    HEADER as u64
+        + CPU_MAX
+        + DEVICES_MAX
+        + frames
+        + ram_pages * (PAGE_SIZE as u64 + 24)
+        + CHECKSUM as u64
 }
 
 /// Writes a checkpoint: first the state and which pages, then the pages one by one.
@@ -134,7 +141,13 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Begins a checkpoint that names these pages.
-    pub(super) fn new(scope: Scope, ram_pages: u64, state: &State, zeros: &[Range<u64>], pages: &[PageNumber]) -> Self {
+    pub(super) fn new(
+        scope: Scope,
+        ram_pages: u64,
+        state: &State,
+        zeros: &[Range<u64>],
+        pages: &[PageNumber],
+    ) -> Self {
         let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
         let length = HEADER
             + state.cpu.len()
@@ -144,7 +157,8 @@ impl Writer {
             + pages.len() * (8 + PAGE_SIZE)
             + CHECKSUM;
         let mut bytes = Vec::with_capacity(length);
-        let word32 = |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
+        let word32 =
+            |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
         let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
         bytes.extend_from_slice(&MAGIC);
         word32(&mut bytes, VERSION);
@@ -214,18 +228,27 @@ impl<'a> Bytes<'a> {
     /// The next bytes; that there are enough was checked against the length.
     fn take(&mut self, count: u64) -> Result<&'a [u8], FormatError> {
         let found = self.0.len() as u64;
-        let fits = usize::try_from(count).ok().and_then(|count| self.0.split_at_checked(count));
-        let (taken, rest) = fits.ok_or(FormatError::Length { expected: count, found })?;
+        let fits = usize::try_from(count)
+            .ok()
+            .and_then(|count| self.0.split_at_checked(count));
+        let (taken, rest) = fits.ok_or(FormatError::Length {
+            expected: count,
+            found,
+        })?;
         self.0 = rest;
         Ok(taken)
     }
 
     fn word32(&mut self) -> Result<u32, FormatError> {
-        Ok(u32::from_le_bytes(self.take(4)?.try_into().expect("four bytes were taken")))
+        Ok(u32::from_le_bytes(
+            self.take(4)?.try_into().expect("four bytes were taken"),
+        ))
     }
 
     fn word(&mut self) -> Result<u64, FormatError> {
-        Ok(u64::from_le_bytes(self.take(8)?.try_into().expect("eight bytes were taken")))
+        Ok(u64::from_le_bytes(
+            self.take(8)?.try_into().expect("eight bytes were taken"),
+        ))
     }
 }
 
@@ -233,7 +256,11 @@ fn bounded(field: &'static str, found: u64, limit: u64) -> Result<u64, FormatErr
     if found <= limit {
         Ok(found)
     } else {
-        Err(FormatError::Limit { field, found, limit })
+        Err(FormatError::Limit {
+            field,
+            found,
+            limit,
+        })
     }
 }
 
@@ -272,7 +299,10 @@ impl<'a> Image<'a> {
         let length = announced(header, ram_pages)?;
         let found = bytes.len() as u64;
         if length != found || bytes.len() < HEADER + CHECKSUM {
-            return Err(FormatError::Length { expected: length, found });
+            return Err(FormatError::Length {
+                expected: length,
+                found,
+            });
         }
         let (body, checksum) = bytes.split_at(bytes.len() - CHECKSUM);
         let expected = u32::from_le_bytes(checksum.try_into().expect("four bytes"));
@@ -336,7 +366,10 @@ impl<'a> Image<'a> {
             while zeros.next_if(|run| run.end <= page).is_some() {}
             let both = zeros.peek().is_some_and(|run| run.contains(&page));
             if page < next || page >= ram_pages || both {
-                return Err(FormatError::Pages { field: "pages", page });
+                return Err(FormatError::Pages {
+                    field: "pages",
+                    page,
+                });
             }
             next = page + 1;
         }

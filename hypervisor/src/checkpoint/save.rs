@@ -28,9 +28,16 @@ impl Machine {
     /// # Errors
     /// [`CheckpointError::NotReady`] and [`CheckpointError::Outputs`] where none can be taken, [`CheckpointError::Machine`]
     /// if KVM fails.
-    pub fn save(&mut self, pages: &Pages, base: Base, staged: Vec<Vec<u8>>) -> Result<Vec<u8>, CheckpointError> {
+    pub fn save(
+        &mut self,
+        pages: &Pages,
+        base: Base,
+        staged: Vec<Vec<u8>>,
+    ) -> Result<Vec<u8>, CheckpointError> {
         if self.phase() != Phase::Ready {
-            return Err(CheckpointError::NotReady { phase: self.phase() });
+            return Err(CheckpointError::NotReady {
+                phase: self.phase(),
+            });
         }
         if self.has_outputs() {
             return Err(CheckpointError::Outputs);
@@ -81,7 +88,10 @@ fn filled_pages(ram: &GuestRam) -> Result<Vec<PageNumber>, CheckpointError> {
 }
 
 /// Written pages that are zero now, in runs, and those that are not.
-fn sort_out(ram: &GuestRam, dirty: &DirtyPages) -> Result<(Vec<Range<u64>>, Vec<PageNumber>), CheckpointError> {
+fn sort_out(
+    ram: &GuestRam,
+    dirty: &DirtyPages,
+) -> Result<(Vec<Range<u64>>, Vec<PageNumber>), CheckpointError> {
     let mut zeros: Vec<Range<u64>> = Vec::new();
     let mut filled = Vec::with_capacity(dirty.len());
     let mut content = [0; PAGE_SIZE];

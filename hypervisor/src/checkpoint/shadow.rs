@@ -127,12 +127,33 @@ mod tests {
     fn missing_repeated_and_foreign_parts_are_refused() {
         let whole = checkpoint();
         let mut shadow = Shadow::new(512);
-        assert_eq!(shadow.add(1, &whole), Err(ShadowError::Order { expected: 0, found: 1 }));
+        assert_eq!(
+            shadow.add(1, &whole),
+            Err(ShadowError::Order {
+                expected: 0,
+                found: 1
+            })
+        );
         shadow.add(0, &whole[..1000]).unwrap();
-        assert_eq!(shadow.add(0, &whole), Err(ShadowError::Order { expected: 1, found: 0 }));
+        assert_eq!(
+            shadow.add(0, &whole),
+            Err(ShadowError::Order {
+                expected: 1,
+                found: 0
+            })
+        );
         let announced = whole.len() as u64;
-        assert_eq!(shadow.add(1, &whole), Err(ShadowError::TooLong { announced }));
-        assert!(matches!(Shadow::new(513).add(0, &whole), Err(ShadowError::Format(FormatError::Ram { .. }))));
-        assert!(matches!(Shadow::new(512).add(0, b"DOPL"), Err(ShadowError::Format(_))));
+        assert_eq!(
+            shadow.add(1, &whole),
+            Err(ShadowError::TooLong { announced })
+        );
+        assert!(matches!(
+            Shadow::new(513).add(0, &whole),
+            Err(ShadowError::Format(FormatError::Ram { .. }))
+        ));
+        assert!(matches!(
+            Shadow::new(512).add(0, b"DOPL"),
+            Err(ShadowError::Format(_))
+        ));
     }
 }

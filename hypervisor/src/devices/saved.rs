@@ -32,7 +32,9 @@ struct Read {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BadDevices {
     /// Another version of the models.
-    #[error("device state of version {found}, this program writes {VERSION}: run the same version on both hosts")]
+    #[error(
+        "device state of version {found}, this program writes {VERSION}: run the same version on both hosts"
+    )]
     Version {
         /// The version found.
         found: u32,
@@ -132,7 +134,9 @@ mod tests {
         ];
         for (port, value) in program {
             if first.write(&ram, Bus::Port, port, &[value]) != crate::event::Effect::Done {
-                first.answer(&Input::Clock(GuestTime(5_000)), &mut []).unwrap();
+                first
+                    .answer(&Input::Clock(GuestTime(5_000)), &mut [])
+                    .unwrap();
             }
         }
         first.apply(&ram, &Input::Console(b"xy".to_vec())).unwrap();
@@ -141,7 +145,10 @@ mod tests {
         let mut second = devices().restored(&first.save()).unwrap();
         assert_eq!(first, second);
         assert_eq!(first.next_tick(), second.next_tick());
-        assert_eq!(first.acknowledge_interrupt(), second.acknowledge_interrupt());
+        assert_eq!(
+            first.acknowledge_interrupt(),
+            second.acknowledge_interrupt()
+        );
         assert_eq!(first.digest(), second.digest());
     }
 
@@ -150,7 +157,9 @@ mod tests {
         let text = String::from_utf8(devices().save()).unwrap();
         let refused = |from: &str, to: &str| {
             assert!(text.contains(from), "{from} not in {text}");
-            devices().restored(text.replacen(from, to, 1).as_bytes()).unwrap_err()
+            devices()
+                .restored(text.replacen(from, to, 1).as_bytes())
+                .unwrap_err()
         };
         let next = format!("\"version\":{}", VERSION + 1);
         assert!(matches!(
@@ -162,10 +171,16 @@ mod tests {
             ("\"cascade\":2", "\"cascade\":12"),
             ("\"mode\":0", "\"mode\":6"),
             ("\"waiting\":null", "\"waiting\":4097"),
-            ("\"received\":[]", &format!("\"received\":[{}1]", "1,".repeat(64))),
+            (
+                "\"received\":[]",
+                &format!("\"received\":[{}1]", "1,".repeat(64)),
+            ),
             ("\"awaiting\":null", "\"awaiting\":{\"Timer\":{\"Read\":7}}"),
         ] {
-            assert!(matches!(refused(from, to), BadDevices::Impossible { .. }), "{to}");
+            assert!(
+                matches!(refused(from, to), BadDevices::Impossible { .. }),
+                "{to}"
+            );
         }
         assert_eq!(refused("\"mtu\":1500", "\"mtu\":1501"), BadDevices::Foreign);
         assert!(matches!(refused("{", "["), BadDevices::Malformed { .. }));

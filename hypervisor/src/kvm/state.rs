@@ -14,15 +14,44 @@ use super::KvmError;
 /// time are not here: no guest can reach them (see the filter). EFER and the segment bases travel with the system
 /// registers. Which of them a KVM has is asked when the vCPU is made.
 const MSRS: &[u32] = &[
-    0x174, 0x175, 0x176, // SYSENTER_CS, _ESP, _EIP
+    0x174,
+    0x175,
+    0x176, // SYSENTER_CS, _ESP, _EIP
     0x1a0, // MISC_ENABLE
     0x1d9, // DEBUGCTL
-    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
     0x20f, // variable MTRRs
-    0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, // fixed MTRRs
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f, // fixed MTRRs
     0x277, // PAT
     0x2ff, // MTRR_DEF_TYPE
-    0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, // STAR, LSTAR, CSTAR, SYSCALL_MASK
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084, // STAR, LSTAR, CSTAR, SYSCALL_MASK
     0xc000_0102, // KERNEL_GS_BASE
 ];
 
@@ -140,7 +169,10 @@ impl CpuState {
                 .map(|msr| {
                     let (index, value) = msr.split_at(4);
                     let index = u32::from_le_bytes(index.try_into().expect("four bytes"));
-                    (index, u64::from_le_bytes(value.try_into().expect("eight bytes")))
+                    (
+                        index,
+                        u64::from_le_bytes(value.try_into().expect("eight bytes")),
+                    )
                 })
                 .collect(),
         })
@@ -178,8 +210,15 @@ pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
     let mut sregs = fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
     // The same interrupt stands among the events.
     sregs.interrupt_bitmap = [0; 4];
-    let mut values = list(&msrs.iter().map(|&index| entry(index, 0)).collect::<Vec<_>>())?;
-    let read = fd.get_msrs(&mut values).map_err(KvmError::call("KVM_GET_MSRS"))?;
+    let mut values = list(
+        &msrs
+            .iter()
+            .map(|&index| entry(index, 0))
+            .collect::<Vec<_>>(),
+    )?;
+    let read = fd
+        .get_msrs(&mut values)
+        .map_err(KvmError::call("KVM_GET_MSRS"))?;
     if read != msrs.len() {
         return Err(KvmError::Msr {
             what: "read",
@@ -189,10 +228,18 @@ pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
     Ok(CpuState {
         regs: fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
         sregs,
-        events: fd.get_vcpu_events().map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+        events: fd
+            .get_vcpu_events()
+            .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
         fpu: get_fpu(fd)?,
-        debug: fd.get_debug_regs().map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
-        msrs: values.as_slice().iter().map(|msr| (msr.index, msr.data)).collect(),
+        debug: fd
+            .get_debug_regs()
+            .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
+        msrs: values
+            .as_slice()
+            .iter()
+            .map(|msr| (msr.index, msr.data))
+            .collect(),
     })
 }
 
@@ -212,7 +259,8 @@ fn get_fpu(fd: &VcpuFd) -> Result<kvm_fpu, KvmError> {
             into.copy_from_slice(&word.to_le_bytes());
         }
     };
-    let pair = |at: usize| u64::from(area.region[at / 4]) | u64::from(area.region[at / 4 + 1]) << 32;
+    let pair =
+        |at: usize| u64::from(area.region[at / 4]) | u64::from(area.region[at / 4 + 1]) << 32;
     let in_use = area.region[IN_USE / 4];
     let mut fpu = kvm_fpu {
         // After FNINIT.
@@ -257,13 +305,21 @@ fn set_fpu(fd: &VcpuFd, fpu: &kvm_fpu) -> Result<(), KvmError> {
 
 /// Sets everything. Events come last: setting registers forgets pending exceptions.
 pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
-    fd.set_sregs(&state.sregs).map_err(KvmError::call("KVM_SET_SREGS"))?;
-    fd.set_regs(&state.regs).map_err(KvmError::call("KVM_SET_REGS"))?;
+    fd.set_sregs(&state.sregs)
+        .map_err(KvmError::call("KVM_SET_SREGS"))?;
+    fd.set_regs(&state.regs)
+        .map_err(KvmError::call("KVM_SET_REGS"))?;
     set_fpu(fd, &state.fpu)?;
     fd.set_debug_regs(&state.debug)
         .map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
-    let msrs: Vec<_> = state.msrs.iter().map(|&(index, value)| entry(index, value)).collect();
-    let written = fd.set_msrs(&list(&msrs)?).map_err(KvmError::call("KVM_SET_MSRS"))?;
+    let msrs: Vec<_> = state
+        .msrs
+        .iter()
+        .map(|&(index, value)| entry(index, value))
+        .collect();
+    let written = fd
+        .set_msrs(&list(&msrs)?)
+        .map_err(KvmError::call("KVM_SET_MSRS"))?;
     if written != msrs.len() {
         return Err(KvmError::Msr {
             what: "set",

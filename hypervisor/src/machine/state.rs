@@ -38,7 +38,13 @@ impl Machine {
         self.devices.restored(bytes)
     }
 
-    pub(crate) fn restore_rest(&mut self, position: Position, digest: Digest, injectable: bool, devices: Devices) {
+    pub(crate) fn restore_rest(
+        &mut self,
+        position: Position,
+        digest: Digest,
+        injectable: bool,
+        devices: Devices,
+    ) {
         self.position = position;
         self.digest = digest;
         self.phase = Phase::Ready;

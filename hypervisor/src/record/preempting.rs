@@ -60,7 +60,11 @@ impl<S: Sink> Recorder<S> {
     pub(super) fn make_place(&mut self) -> Result<Option<Ended>, RecordError> {
         let started = Instant::now();
         self.machine.stop_between();
-        let bytes = if self.sink.keeps() { self.post_checkpoint()? } else { 0 };
+        let bytes = if self.sink.keeps() {
+            self.post_checkpoint()?
+        } else {
+            0
+        };
         self.mid_run = false;
         self.samples.checkpoint(started.elapsed(), bytes);
         self.sync_point()

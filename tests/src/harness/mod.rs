@@ -15,6 +15,7 @@ pub mod program;
 pub mod random;
 pub mod recording;
 pub mod redis;
+pub mod scheduler;
 pub mod signal;
 pub mod stage;
 pub mod unprivileged;

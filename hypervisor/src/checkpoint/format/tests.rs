@@ -42,9 +42,18 @@ fn what_is_written_is_read() {
     assert_eq!(image.state, state());
     assert_eq!(image.scope, Scope::Delta);
     assert_eq!(image.zeros(), [1..2, 5..9]);
-    let pages: Vec<_> = image.pages().map(|(page, content)| (page.0, content[4095])).collect();
-    assert_eq!(pages, [(3, 3), (4, 4), (10, 10), (RAM - 1, (RAM - 1) as u8)]);
-    assert_eq!(announced(&bytes[..HEADER], RAM).unwrap(), bytes.len() as u64);
+    let pages: Vec<_> = image
+        .pages()
+        .map(|(page, content)| (page.0, content[4095]))
+        .collect();
+    assert_eq!(
+        pages,
+        [(3, 3), (4, 4), (10, 10), (RAM - 1, (RAM - 1) as u8)]
+    );
+    assert_eq!(
+        announced(&bytes[..HEADER], RAM).unwrap(),
+        bytes.len() as u64
+    );
     assert!(bytes.len() as u64 <= limit(RAM));
 }
 
@@ -63,15 +72,32 @@ fn every_cut_and_every_flipped_bit_is_refused() {
 
 #[test]
 fn bad_values_under_a_good_checksum_are_named() {
-    let put = |at: usize, value: u64| changed(|bytes| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes()));
+    let put = |at: usize, value: u64| {
+        changed(|bytes| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes()))
+    };
     let error = |bytes: &[u8]| Image::parse(bytes, RAM).unwrap_err();
     assert_eq!(error(&put(0, 1)), FormatError::Foreign);
-    assert_eq!(error(&changed(|bytes| bytes[8] = 2)), FormatError::Version { found: 2 });
+    assert_eq!(
+        error(&changed(|bytes| bytes[8] = 2)),
+        FormatError::Version { found: 2 }
+    );
     assert!(matches!(error(&put(16, 12)), FormatError::Length { .. }));
-    assert!(matches!(error(&put(16, u64::MAX)), FormatError::Limit { field: "length", .. }));
+    assert!(matches!(
+        error(&put(16, u64::MAX)),
+        FormatError::Limit {
+            field: "length",
+            ..
+        }
+    ));
     assert!(matches!(error(&put(24, RAM + 1)), FormatError::Ram { .. }));
-    assert!(matches!(error(&put(80, u64::MAX)), FormatError::Limit { .. }));
-    assert!(matches!(error(&put(88, RAM + 1)), FormatError::Limit { .. }));
+    assert!(matches!(
+        error(&put(80, u64::MAX)),
+        FormatError::Limit { .. }
+    ));
+    assert!(matches!(
+        error(&put(88, RAM + 1)),
+        FormatError::Limit { .. }
+    ));
     assert!(matches!(error(&put(88, RAM)), FormatError::Length { .. }));
     assert!(matches!(error(&put(88, 3)), FormatError::Length { .. }));
     let good = changed(|_| {});
@@ -86,7 +112,10 @@ fn bad_values_under_a_good_checksum_are_named() {
         (vec![3..5], vec![4]),
     ] {
         let bytes = written(&state(), &zeros, &pages);
-        assert!(matches!(error(&bytes), FormatError::Pages { .. }), "{zeros:?} {pages:?}");
+        assert!(
+            matches!(error(&bytes), FormatError::Pages { .. }),
+            "{zeros:?} {pages:?}"
+        );
     }
 }
 
