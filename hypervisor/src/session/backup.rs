@@ -196,6 +196,7 @@ impl Follower {
             samples: Arc::clone(&io.samples),
             options: RecordOptions {
                 spin: config.timing.spin(),
+                preempt: config.preempt.by_checkpoint(),
                 ..RecordOptions::default()
             },
             random: random_source()?,

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdma_log::WriteError;
 use rdma_log::transport::tcp::{Link, StreamError, Watch};
@@ -23,6 +23,7 @@ use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
+use crate::preempt;
 use crate::record::Outlet;
 use crate::stage::Stage;
 
@@ -51,6 +52,8 @@ pub(super) struct Io {
     exits_wanted: bool,
     signals: UnixStream,
     waiter: Waiter,
+    /// Over a guest that does not exit, with the time of the next look.
+    guest_watch: Option<(preempt::Watch, Instant)>,
 }
 
 /// What a round found.
@@ -131,6 +134,10 @@ impl Io {
             replayed_before: 0,
             exits_wanted: false,
             waiter: Waiter::new(),
+            guest_watch: config
+                .preempt
+                .by_checkpoint()
+                .then(|| (preempt::Watch::new(config.preempt.deferral()), Instant::now())),
         })
     }
 
@@ -173,7 +180,10 @@ impl Io {
             (_, Some(port)) if blocked => Some(self.waiter.add(port, false, true)),
             _ => None,
         };
-        let longest = longest.unwrap_or(ROUND).min(ROUND);
+        let mut longest = longest.unwrap_or(ROUND).min(ROUND);
+        if let Some((_, again)) = &self.guest_watch {
+            longest = longest.min(again.saturating_duration_since(Instant::now()));
+        }
         self.waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -187,6 +197,7 @@ impl Io {
         }
         self.stager.retry();
         let log_gone = self.turn_log() || self.link_is_broken();
+        self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
@@ -254,6 +265,17 @@ impl Io {
             text: format!("the log's connection is over: {error}"),
             loud: !closed,
         });
+    }
+
+    fn watch_the_guest(&mut self) {
+        if let Some((watch, again)) = &mut self.guest_watch {
+            let waiting = self.stage.has_frames() || self.stage.has_typed();
+            let verdict = watch.look(Instant::now(), self.orders.running(), waiting);
+            *again = verdict.again;
+            if verdict.kick {
+                self.orders.kick();
+            }
+        }
     }
 
     fn backup_moved(&mut self) -> bool {

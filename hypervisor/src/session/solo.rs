@@ -65,7 +65,11 @@ pub fn run(
 ) -> Result<Ended, SessionError> {
     let mut solo = Solo::new(config, inherited, json, None)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
-    let vcpu = solo.start(config, machine, NoLog::default(), RecordOptions::default())?;
+    let options = RecordOptions {
+        preempt: config.preempt.by_checkpoint(),
+        ..RecordOptions::default()
+    };
+    let vcpu = solo.start(config, machine, NoLog::default(), options)?;
     let (ended, _) = solo.serve(vcpu, None)?;
     Ok(ended)
 }
@@ -96,6 +100,7 @@ pub fn record(
         every_exit: what.every_exit,
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
+        preempt: config.preempt.by_checkpoint(),
     };
     let vcpu = solo.start(
         config,

@@ -104,7 +104,11 @@ impl Decoded {
         for (at, (_, entry)) in self.entries.iter().enumerate() {
             if let Body::Step(step) = &entry.body {
                 let inputs = step.inputs.iter().enumerate();
-                found.extend(inputs.filter(|(_, input)| kind.is(input)).map(|(input, _)| (at, input)));
+                found.extend(
+                    inputs
+                        .filter(|(_, input)| kind.is(input))
+                        .map(|(input, _)| (at, input)),
+                );
             }
         }
         found
@@ -113,7 +117,7 @@ impl Decoded {
     fn step(&mut self, entry: usize) -> Option<&mut Step> {
         match &mut self.entries.get_mut(entry)?.1.body {
             Body::Step(step) => Some(step),
-            Body::MemoryHash(_) | Body::End { .. } => None,
+            Body::MemoryHash(_) | Body::End { .. } | Body::Part(_) => None,
         }
     }
 
@@ -121,8 +125,12 @@ impl Decoded {
     fn clocks_around(&self, (entry, input): (usize, usize)) -> (u64, u64) {
         let (mut before, mut after, mut seen) = (0, u64::MAX, false);
         for at in self.inputs(Kind::Clock) {
-            let Body::Step(step) = &self.entries[at.0].1.body else { continue };
-            let LoggedInput::Clock(GuestTime(time)) = step.inputs[at.1] else { continue };
+            let Body::Step(step) = &self.entries[at.0].1.body else {
+                continue;
+            };
+            let LoggedInput::Clock(GuestTime(time)) = step.inputs[at.1] else {
+                continue;
+            };
             if at == (entry, input) {
                 seen = true;
             } else if seen {
@@ -150,7 +158,8 @@ pub fn flip(recording: &mut Decoded, kind: Kind, random: &mut Random) -> Result<
     let position = recording.entries[at.0].1.position;
     let bounds = recording.clocks_around(at);
     if kind == Kind::Frame {
-        return flip_frame(recording, at, random).map(|what| Some(format!("{what} at position {position}")));
+        return flip_frame(recording, at, random)
+            .map(|what| Some(format!("{what} at position {position}")));
     }
     let step = recording.step(at.0).context("a step")?;
     let what = match &mut step.inputs[at.1] {
@@ -160,7 +169,10 @@ pub fn flip(recording: &mut Decoded, kind: Kind, random: &mut Random) -> Result<
             if bits.is_empty() {
                 return Ok(None);
             }
-            let bit = bits.iter().nth(random.below(bits.len() as u64) as usize).context("a bit")?;
+            let bit = bits
+                .iter()
+                .nth(random.below(bits.len() as u64) as usize)
+                .context("a bit")?;
             *time ^= 1 << bit;
             format!("bit {bit} of the clock")
         }
@@ -182,7 +194,11 @@ pub fn flip(recording: &mut Decoded, kind: Kind, random: &mut Random) -> Result<
 }
 
 /// Flips a bit in one of the frames that an entry applies, and gives the entry the checksum that they have now.
-fn flip_frame(recording: &mut Decoded, (entry, input): (usize, usize), random: &mut Random) -> Result<String> {
+fn flip_frame(
+    recording: &mut Decoded,
+    (entry, input): (usize, usize),
+    random: &mut Random,
+) -> Result<String> {
     let count = |step: &Step, before: usize| -> usize {
         let frames = step.inputs[..before].iter().map(|input| match input {
             LoggedInput::Frames { count, .. } => *count as usize,
@@ -201,9 +217,15 @@ fn flip_frame(recording: &mut Decoded, (entry, input): (usize, usize), random: &
     let LoggedInput::Frames { count, .. } = step.inputs[input] else {
         anyhow::bail!("no frames there");
     };
-    let lane = recording.log.items.iter_mut().filter(|item| item.lane == Lane::Inputs);
+    let lane = recording
+        .log
+        .items
+        .iter_mut()
+        .filter(|item| item.lane == Lane::Inputs);
     let mut items: Vec<_> = lane.skip(applied).take(count as usize).collect();
-    let chosen = items.get_mut(random.below(u64::from(count)) as usize).context("a frame that is in the log")?;
+    let chosen = items
+        .get_mut(random.below(u64::from(count)) as usize)
+        .context("a frame that is in the log")?;
     let length = frame(chosen).context("a frame")?.len();
     let (byte, bit) = (random.below(length as u64) as usize, random.below(8));
     let head = chosen.payload.len() - length;
@@ -213,7 +235,10 @@ fn flip_frame(recording: &mut Decoded, (entry, input): (usize, usize), random: &
         sum = crc32c_append(sum, frame(item).context("a frame")?);
     }
     let step = recording.step(entry).context("a step")?;
-    step.inputs[input] = LoggedInput::Frames { count, checksum: sum };
+    step.inputs[input] = LoggedInput::Frames {
+        count,
+        checksum: sum,
+    };
     Ok(format!("bit {bit} of byte {byte} of a frame of {length}"))
 }
 
@@ -241,12 +266,17 @@ pub fn flip_position(recording: &mut Decoded, random: &mut Random) -> Option<(u6
 /// # Errors
 /// If there is no entry.
 pub fn flip_any(log: &mut Log, random: &mut Random) -> Result<String> {
-    let events: Vec<usize> = (0..log.items.len()).filter(|&item| log.items[item].lane == Lane::Events).collect();
+    let events: Vec<usize> = (0..log.items.len())
+        .filter(|&item| log.items[item].lane == Lane::Events)
+        .collect();
     let item = events[random.below(events.len() as u64) as usize];
     let payload = &mut log.items[item].payload;
     let (byte, bit) = (random.below(payload.len() as u64) as usize, random.below(8));
     *payload.get_mut(byte).context("a byte")? ^= 1 << bit;
-    Ok(format!("bit {bit} of byte {byte} of {} of item {item}", payload.len()))
+    Ok(format!(
+        "bit {bit} of byte {byte} of {} of item {item}",
+        payload.len()
+    ))
 }
 
 /// Whether two logs differ in nothing but the values of inputs.
@@ -268,7 +298,9 @@ pub fn only_inputs_differ(one: &[(usize, Entry)], other: &[(usize, Entry)]) -> b
         (a, b) => a == b,
     };
     one.len() == other.len()
-        && one.iter().zip(other).all(|((_, one), (_, other))| one.position == other.position && same_but_inputs(one, other))
+        && one.iter().zip(other).all(|((_, one), (_, other))| {
+            one.position == other.position && same_but_inputs(one, other)
+        })
 }
 
 /// CRC-32C (Castagnoli), bit by bit: what the format says, not the crate that the program uses.
@@ -290,6 +322,9 @@ mod tests {
     fn the_checksum_is_castagnolis() {
         // RFC 3720, appendix B.4, and the check value of the catalogue of parametrised CRCs.
         assert_eq!(super::crc32c_append(0, &[0; 32]), 0x8a91_36aa);
-        assert_eq!(super::crc32c_append(super::crc32c_append(0, b"1234"), b"56789"), 0xe306_9283);
+        assert_eq!(
+            super::crc32c_append(super::crc32c_append(0, b"1234"), b"56789"),
+            0xe306_9283
+        );
     }
 }

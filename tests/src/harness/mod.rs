@@ -19,6 +19,7 @@ pub mod random;
 pub mod recording;
 pub mod redis;
 pub mod role;
+pub mod scheduler;
 pub mod signal;
 pub mod stage;
 pub mod strangers;

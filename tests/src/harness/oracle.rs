@@ -19,8 +19,28 @@ use super::recording::{Item, Log};
 
 /// Names of an exit record's words, in their order.
 const WORDS: [&str; ExitRecord::SIZE / 8] = [
-    "position", "exit kind", "address", "data", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10",
-    "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
+    "position",
+    "exit kind",
+    "address",
+    "data",
+    "rax",
+    "rbx",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "rsp",
+    "rbp",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "rip",
+    "rflags",
 ];
 
 /// One exit in plain words.
@@ -86,14 +106,26 @@ impl Truth {
 pub fn exits(entries: &[(usize, Entry)]) -> Result<Vec<Words>> {
     let mut exits: Vec<Words> = Vec::new();
     for (_, entry) in entries {
-        let Body::Step(step) = &entry.body else { continue };
-        let record = step.exit.with_context(|| format!("no exit at position {}", entry.position))?;
+        let Body::Step(step) = &entry.body else {
+            continue;
+        };
+        let record = step
+            .exit
+            .with_context(|| format!("no exit at position {}", entry.position))?;
         let words = words(&record);
         match entry.position.0.checked_sub(exits.len() as u64) {
             // A second round of inputs at the same sync point.
-            Some(0) => ensure!(exits.last() == Some(&words), "two exits at position {}", entry.position),
+            Some(0) => ensure!(
+                exits.last() == Some(&words),
+                "two exits at position {}",
+                entry.position
+            ),
             Some(1) => exits.push(words),
-            _ => bail!("no exit between positions {} and {}", exits.len(), entry.position),
+            _ => bail!(
+                "no exit between positions {} and {}",
+                exits.len(),
+                entry.position
+            ),
         }
     }
     Ok(exits)
@@ -126,8 +158,15 @@ pub fn judge(log: &Log, entries: &[(usize, Entry)], exits: &[Words]) -> Result<T
             // Nothing kicks this machine.
             while machine.step()? != Stepped::SyncPoint {}
             let at = machine.position();
-            let found = words(machine.history().at(at).context("the exit that has just been")?);
-            let expected = exits.get(at.0 as usize - 1).context("more exits than were recorded")?;
+            let found = words(
+                machine
+                    .history()
+                    .at(at)
+                    .context("the exit that has just been")?,
+            );
+            let expected = exits
+                .get(at.0 as usize - 1)
+                .context("more exits than were recorded")?;
             if let Some(word) = (0..WORDS.len()).find(|&word| expected[word] != found[word]) {
                 let value = |words: &Words| (WORDS[word] != "exit kind").then_some(words[word]);
                 return Ok(Truth::Exit {
@@ -151,7 +190,9 @@ pub fn judge(log: &Log, entries: &[(usize, Entry)], exits: &[Words]) -> Result<T
                     }
                 }
             }
-            Body::MemoryHash(_) => bail!("a recording for this is made without comparing memory on the way"),
+            Body::MemoryHash(_) | Body::Part(_) => {
+                bail!("a recording for this is made without comparing memory or checkpoints on the way")
+            }
             Body::End { memory, state, .. } => {
                 return Ok(if machine.memory_hash_full()? != *memory {
                     Truth::Memory { position }
@@ -189,7 +230,11 @@ fn inputs(logged: &[LoggedInput], frames: &mut VecDeque<Vec<u8>>) -> Result<Vec<
             LoggedInput::Console(bytes) => inputs.push(Input::Console(bytes.clone())),
             LoggedInput::Frames { count, .. } => {
                 for _ in 0..*count {
-                    inputs.push(Input::Frame(frames.pop_front().context("a frame that is not in the log")?));
+                    inputs.push(Input::Frame(
+                        frames
+                            .pop_front()
+                            .context("a frame that is not in the log")?,
+                    ));
                 }
             }
         }

@@ -12,11 +12,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::harness::flips::{self, Decoded, Kind};
+use crate::harness::kv_load;
 use crate::harness::oracle::{self, Truth, Words};
 use crate::harness::random::Random;
 use crate::harness::recording::{Log, Recorded, Recording, Replayed, Take, replay};
 use crate::harness::stage::{GUEST, Stage, alone};
-use crate::harness::kv_load;
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -40,14 +40,30 @@ fn show(run: &Run) -> Result<Figures> {
     alone(|| {
         let stage = Stage::enter()?;
         for guest in ["clock", "irq", "memory", "kv", "compute"] {
-            let mut random = Random::new(run.seed ^ guest.bytes().fold(0, |sum, byte| sum << 8 | u64::from(byte)));
-            let subject = Subject::record(&stage, guest, random.next()).with_context(|| format!("guest {guest}"))?;
+            let mut random = Random::new(
+                run.seed
+                    ^ guest
+                        .bytes()
+                        .fold(0, |sum, byte| sum << 8 | u64::from(byte)),
+            );
+            let subject = Subject::record(&stage, guest, random.next())
+                .with_context(|| format!("guest {guest}"))?;
             let flips = run.form.pick(4, 40);
             let before = counts.flips;
-            subject.flip_inputs(flips, &mut random, &mut counts).with_context(|| format!("guest {guest}"))?;
-            subject.flip_positions(flips, &mut random, &mut counts).with_context(|| format!("guest {guest}"))?;
-            subject.flip_anything(flips, &mut random, &mut counts).with_context(|| format!("guest {guest}"))?;
-            run.say(format!("{guest}: {} exits, {} flips judged", subject.exits.len(), counts.flips - before));
+            subject
+                .flip_inputs(flips, &mut random, &mut counts)
+                .with_context(|| format!("guest {guest}"))?;
+            subject
+                .flip_positions(flips, &mut random, &mut counts)
+                .with_context(|| format!("guest {guest}"))?;
+            subject
+                .flip_anything(flips, &mut random, &mut counts)
+                .with_context(|| format!("guest {guest}"))?;
+            run.say(format!(
+                "{guest}: {} exits, {} flips judged",
+                subject.exits.len(),
+                counts.flips - before
+            ));
         }
         Ok(())
     })?;
@@ -62,7 +78,11 @@ fn show(run: &Run) -> Result<Figures> {
         figures.add(&format!("named_{}", name.replace(' ', "_")), *count);
     }
     // Inputs that change nothing at an exit could not show that the first exit is named.
-    let exits = counts.by_truth.get("caught_at_an_exit").copied().unwrap_or(0);
+    let exits = counts
+        .by_truth
+        .get("caught_at_an_exit")
+        .copied()
+        .unwrap_or(0);
     ensure!(
         exits * 5 > counts.inputs,
         "only {exits} of {} flipped inputs changed an exit: too few to tell",
@@ -136,7 +156,11 @@ impl<'a> Subject<'a> {
         let recorded = recording.finish()?;
         let every = Decoded::new(Log::read(&recorded.log)?)?;
         let exits = oracle::exits(&every.entries)?;
-        ensure!(exits.len() as u64 == recorded.sync_points, "{} exits are in the log", exits.len());
+        ensure!(
+            exits.len() as u64 == recorded.sync_points,
+            "{} exits are in the log",
+            exits.len()
+        );
         let subject = Self {
             directory,
             recorded,
@@ -153,7 +177,9 @@ impl<'a> Subject<'a> {
         for decoded in [&self.every, &self.folded] {
             let truth = oracle::judge(&decoded.file(), &decoded.entries, &self.exits)?;
             ensure!(truth == Truth::None, "without a change: {truth:?}");
-            self.replay(&decoded.file())?.ensure_equal(&self.recorded).context("without a change")?;
+            self.replay(&decoded.file())?
+                .ensure_equal(&self.recorded)
+                .context("without a change")?;
         }
         Ok(())
     }
@@ -198,7 +224,9 @@ impl<'a> Subject<'a> {
 
     /// With every exit in the log, the report is the truth to the letter.
     fn judge_every(&self, truth: &Truth, replayed: &Replayed, counts: &mut Counts) -> Result<()> {
-        let Some(report) = self.report(truth, replayed)? else { return Ok(()) };
+        let Some(report) = self.report(truth, replayed)? else {
+            return Ok(());
+        };
         *counts.by_field.entry(report.field.clone()).or_default() += 1;
         let Truth::Exit {
             position,
@@ -209,32 +237,54 @@ impl<'a> Subject<'a> {
         else {
             return report.is(truth);
         };
-        ensure!(report.position == *position && report.field == *field, "another difference is named");
-        ensure!(report.equal_until + 1 == *position, "more was equal, or less");
+        ensure!(
+            report.position == *position && report.field == *field,
+            "another difference is named"
+        );
+        ensure!(
+            report.equal_until + 1 == *position,
+            "more was equal, or less"
+        );
         let shown = |value: u64| match *field {
             "position" => value.to_string(),
             _ => format!("{value:#x}"),
         };
         let told = |value: &Option<u64>, text: &str| value.is_none_or(|value| shown(value) == text);
-        ensure!(told(expected, &report.expected) && told(found, &report.found), "other values are named");
-        ensure!(report.expected != report.found, "the values named are equal");
+        ensure!(
+            told(expected, &report.expected) && told(found, &report.found),
+            "other values are named"
+        );
+        ensure!(
+            report.expected != report.found,
+            "the values named are equal"
+        );
         Ok(())
     }
 
     /// In a folded log it is seen at the next entry at the latest, and what was equal is not called different.
     fn judge_folded(&self, truth: &Truth, folded: &Decoded, replayed: &Replayed) -> Result<()> {
-        let Some(report) = self.report(truth, replayed)? else { return Ok(()) };
+        let Some(report) = self.report(truth, replayed)? else {
+            return Ok(());
+        };
         let Truth::Exit { position, .. } = truth else {
             return report.is(truth);
         };
         let positions = || folded.entries.iter().map(|(_, entry)| entry.position.0);
-        let before = positions().take_while(|at| at < position).last().unwrap_or(0);
-        let next = positions().find(|at| at >= position).context("an entry behind every exit")?;
+        let before = positions()
+            .take_while(|at| at < position)
+            .last()
+            .unwrap_or(0);
+        let next = positions()
+            .find(|at| at >= position)
+            .context("an entry behind every exit")?;
         ensure!(
             (*position..=next).contains(&report.position),
             "it is seen neither at the exit nor by the next entry, at {next}"
         );
-        ensure!(report.equal_until == before, "the last entry before is at {before}");
+        ensure!(
+            report.equal_until == before,
+            "the last entry before is at {before}"
+        );
         Ok(())
     }
 
@@ -244,7 +294,10 @@ impl<'a> Subject<'a> {
             replayed.ensure_equal(&self.recorded)?;
             return Ok(None);
         }
-        ensure!(replayed.code == 4 && replayed.mismatches == 1, "it is not caught");
+        ensure!(
+            replayed.code == 4 && replayed.mismatches == 1,
+            "it is not caught"
+        );
         Report::read(replayed).map(Some)
     }
 
@@ -252,10 +305,18 @@ impl<'a> Subject<'a> {
     fn flip_positions(&self, flips: u64, random: &mut Random, counts: &mut Counts) -> Result<()> {
         for _ in 0..flips {
             let mut folded = self.folded.clone();
-            let Some((from, to)) = (0..DRAWS).find_map(|_| flips::flip_position(&mut folded, random)) else { break };
+            let Some((from, to)) =
+                (0..DRAWS).find_map(|_| flips::flip_position(&mut folded, random))
+            else {
+                break;
+            };
             let replayed = self.replay(&folded.file())?;
             let what = || format!("an entry at position {to} instead of {from}: {replayed:?}");
-            ensure!(replayed.code == 4 && replayed.mismatches == 1, "not caught: {}", what());
+            ensure!(
+                replayed.code == 4 && replayed.mismatches == 1,
+                "not caught: {}",
+                what()
+            );
             let report = Report::read(&replayed).with_context(what)?;
             ensure!((from.min(to)..=to).contains(&report.position), "{}", what());
             counts.kind("position");
@@ -275,12 +336,25 @@ impl<'a> Subject<'a> {
                 Ok(changed) if flips::only_inputs_differ(&entries, &changed) => {
                     let truth = oracle::judge(&log, &changed, &self.exits).with_context(what)?;
                     counts.truth(&truth);
-                    let changed = Decoded { log, entries: changed };
-                    self.judge_folded(&truth, &changed, &replayed).with_context(|| format!("{truth:?}")).with_context(what)?;
+                    let changed = Decoded {
+                        log,
+                        entries: changed,
+                    };
+                    self.judge_folded(&truth, &changed, &replayed)
+                        .with_context(|| format!("{truth:?}"))
+                        .with_context(what)?;
                 }
-                Ok(_) => ensure!(replayed.code == 4 && replayed.error.is_some(), "not caught: {}", what()),
+                Ok(_) => ensure!(
+                    replayed.code == 4 && replayed.error.is_some(),
+                    "not caught: {}",
+                    what()
+                ),
                 Err(_) => ensure!(
-                    replayed.code == 4 && replayed.error.as_ref().is_some_and(|error| error.contains("unusable")),
+                    replayed.code == 4
+                        && replayed
+                            .error
+                            .as_ref()
+                            .is_some_and(|error| error.contains("unusable")),
                     "an entry without a meaning is replayed: {}",
                     what()
                 ),
@@ -332,7 +406,9 @@ impl Report {
             Truth::Exit { .. } | Truth::None => bail!("not for this"),
         };
         ensure!(
-            self.field == field && Some(self.position) == truth.position() && self.expected != self.found,
+            self.field == field
+                && Some(self.position) == truth.position()
+                && self.expected != self.found,
             "another difference is named"
         );
         Ok(())
@@ -352,8 +428,14 @@ mod tests {
     fn a_report_is_taken_apart() {
         let text = "divergence at position 17: exit kind was MMIO read of 8 in the log, is HLT here (equal until position 16)";
         let report = Report::parse(text).unwrap();
-        assert_eq!((report.position, &*report.field, report.equal_until), (17, "exit kind", 16));
-        assert_eq!((&*report.expected, &*report.found), ("MMIO read of 8", "HLT"));
+        assert_eq!(
+            (report.position, &*report.field, report.equal_until),
+            (17, "exit kind", 16)
+        );
+        assert_eq!(
+            (&*report.expected, &*report.found),
+            ("MMIO read of 8", "HLT")
+        );
         assert_eq!(Report::parse("the log is unusable: cut"), None);
     }
 }

@@ -9,6 +9,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod leaves_nothing;
 pub mod output_rule;
+pub mod preempts;
 pub mod redis_clients;
 pub mod replay_exact;
 pub mod zombie;
@@ -18,6 +19,7 @@ pub const ALL: &[Promise] = &[
     demo_loses_nothing::PROMISE,
     demo_without_root::PROMISE,
     replay_exact::PROMISE,
+    preempts::PROMISE,
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,

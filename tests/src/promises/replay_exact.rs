@@ -111,7 +111,7 @@ fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
         guest(
             "irq",
             "irq",
-            format!("exits={} hz=2000", form.pick(26_000, 400_000)),
+            format!("exits={} hz=2000", form.pick(26_000, 440_000)),
             None,
         ),
         guest(
@@ -138,7 +138,7 @@ fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
             "kv",
             "kv",
             "ip=10.77.0.2/24".into(),
-            Some(form.pick(2500, 60_000)),
+            Some(form.pick(2500, 400_000)),
         ),
     ])
 }
@@ -185,6 +185,7 @@ fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Resul
         match entry.body {
             Body::Step(_) => sum.entries += 1,
             Body::MemoryHash(_) => sum.memory_hashes += 1,
+            Body::Part(_) => {}
             Body::End { .. } => {
                 sum.entries += 1;
                 sum.memory_hashes += 1;
