@@ -191,7 +191,9 @@ pub fn judge(log: &Log, entries: &[(usize, Entry)], exits: &[Words]) -> Result<T
                 }
             }
             Body::MemoryHash(_) | Body::Part(_) => {
-                bail!("a recording for this is made without comparing memory or checkpoints on the way")
+                bail!(
+                    "a recording for this is made without comparing memory or checkpoints on the way"
+                )
             }
             Body::End { memory, state, .. } => {
                 return Ok(if machine.memory_hash_full()? != *memory {

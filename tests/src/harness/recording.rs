@@ -32,8 +32,29 @@ pub struct Take {
     pub every_exit: bool,
     /// How often the whole memory's hash goes into the log; 0 is never.
     pub memory_check_ms: u64,
+    /// What happens to a guest that does not exit: `exit` or `checkpoint`.
+    pub preempt: &'static str,
+    /// The exit code with which it must end.
+    pub code: i32,
     /// The longest that it may take.
     pub longest: Duration,
+}
+
+impl Take {
+    /// A short one of a guest that ends well, with nothing special about it.
+    #[must_use]
+    pub fn new(guest: &str, memory_mib: u32, words: &str, longest: Duration) -> Self {
+        Self {
+            guest: guest.to_owned(),
+            memory_mib,
+            words: words.to_owned(),
+            every_exit: false,
+            memory_check_ms: 0,
+            preempt: "exit",
+            code: 0,
+            longest,
+        }
+    }
 }
 
 /// A recording that ended well.
@@ -54,6 +75,7 @@ pub struct Recorded {
 pub struct Recording {
     running: Running,
     log: PathBuf,
+    code: i32,
     longest: Duration,
 }
 
@@ -73,7 +95,10 @@ impl Recording {
         let config = directory.join(format!("{name}.toml"));
         std::fs::write(
             &config,
-            format!("[timing]\nmemory_check_ms = {}\n", take.memory_check_ms),
+            format!(
+                "[timing]\nmemory_check_ms = {}\n[preempt]\nstrategy = \"{}\"\n",
+                take.memory_check_ms, take.preempt
+            ),
         )
         .context("write a configuration")?;
         let mut arguments: Vec<String> = [
@@ -105,6 +130,7 @@ impl Recording {
         Ok(Self {
             running,
             log,
+            code: take.code,
             longest: take.longest,
         })
     }
@@ -123,7 +149,7 @@ impl Recording {
     /// If it ends badly or not in time, or its end cannot be compared.
     pub fn finish(self) -> Result<Recorded> {
         let ended = self.running.finish(self.longest)?;
-        ended.ensure_code(0).context("doppel record")?;
+        ended.ensure_code(self.code).context("doppel record")?;
         let said: Said = ended.last_line().context("doppel record")?;
         Ok(Recorded {
             log: self.log,

@@ -143,12 +143,8 @@ fn logs(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     // One guest lives on clock readings and random numbers, the other on interrupts.
     for (guest, words) in [("clock", "reads=300"), ("irq", "exits=1500 hz=2000")] {
         let take = Take {
-            guest: guest.into(),
-            memory_mib: 4,
-            words: words.into(),
-            every_exit: false,
             memory_check_ms: 50,
-            longest: LONGEST,
+            ..Take::new(guest, 4, words, LONGEST)
         };
         let recorded = Recording::start(work.path(), guest, &take, None, None)?.finish()?;
         let bytes = fs::read(&recorded.log).context("read a log")?;

@@ -139,12 +139,8 @@ impl<'a> Subject<'a> {
             _ => ("ip=10.77.0.2/24", 16, Some(120)),
         };
         let take = Take {
-            guest: guest.to_owned(),
-            memory_mib,
-            words: words.to_owned(),
             every_exit: true,
-            memory_check_ms: 0,
-            longest: LONGEST,
+            ..Take::new(guest, memory_mib, words, LONGEST)
         };
         let directory = stage.directory();
         let port = requests.map(|_| stage.port());

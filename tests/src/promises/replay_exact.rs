@@ -64,6 +64,7 @@ fn show(run: &Run) -> Result<Figures> {
     figures.add("sync_points", sum.sync_points);
     figures.add("entries_with_a_digest", sum.entries);
     figures.add("memory_hashes_compared", sum.memory_hashes);
+    figures.add("checkpoints_loaded", sum.checkpoints);
     figures.add("kicks_while_recording", sum.kicks_recording);
     figures.add("kicks_while_replaying", sum.kicks_replaying);
     figures.add("seconds_recording", sum.recording.as_secs());
@@ -94,52 +95,48 @@ struct Guest {
 fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
     let late = directory.join("late.elf");
     std::fs::write(&late, late_guest::elf(form.pick(500, 8000))).context("write a guest")?;
-    let guest = |name: &'static str, guest: &str, words: String, requests| Guest {
-        name,
-        take: Take {
-            guest: guest.to_owned(),
-            memory_mib: if name == "kv" { 64 } else { 8 },
-            words,
-            every_exit: false,
-            memory_check_ms: 250,
-            longest: LONGEST,
-        },
-        requests,
-    };
     let late = late.to_str().context("a directory with a plain name")?;
+    let take = |guest: &str, memory_mib, words: &str| Take {
+        memory_check_ms: 250,
+        ..Take::new(guest, memory_mib, words, LONGEST)
+    };
+    let built_in = |name: &'static str, words: String| Guest {
+        name,
+        take: take(name, 8, &words),
+        requests: None,
+    };
     Ok(vec![
-        guest(
-            "irq",
+        built_in(
             "irq",
             format!("exits={} hz=2000", form.pick(26_000, 440_000)),
-            None,
         ),
-        guest(
-            "clock",
-            "clock",
-            format!("reads={}", form.pick(6000, 150_000)),
-            None,
-        ),
+        built_in("clock", format!("reads={}", form.pick(6000, 150_000))),
         // A page from exit to exit: some 3,500 exits a pass.
-        guest(
-            "memory",
-            "memory",
-            format!("passes={} pages=1", form.pick(2, 40)),
-            None,
-        ),
-        guest(
-            "compute",
+        built_in("memory", format!("passes={} pages=1", form.pick(2, 40))),
+        built_in(
             "compute",
             format!("rounds=2 reports={}", form.pick(40, 1500)),
-            None,
         ),
-        guest("late", late, String::new(), None),
-        guest(
-            "kv",
-            "kv",
-            "ip=10.77.0.2/24".into(),
-            Some(form.pick(2500, 400_000)),
-        ),
+        Guest {
+            name: "late",
+            take: take(late, 8, ""),
+            requests: None,
+        },
+        // The same guest where a kick may let an interrupt in, by a checkpoint: it notices, and says so with its status.
+        Guest {
+            name: "late_preempted",
+            take: Take {
+                preempt: "checkpoint",
+                code: 5,
+                ..take(late, 8, "")
+            },
+            requests: None,
+        },
+        Guest {
+            name: "kv",
+            take: take("kv", 64, "ip=10.77.0.2/24"),
+            requests: Some(form.pick(2500, 400_000)),
+        },
     ])
 }
 
@@ -148,6 +145,7 @@ struct Sum {
     sync_points: u64,
     entries: u64,
     memory_hashes: u64,
+    checkpoints: u64,
     kicks_recording: u64,
     kicks_replaying: u64,
     recording: Duration,
@@ -159,6 +157,7 @@ impl Sum {
         self.sync_points += other.sync_points;
         self.entries += other.entries;
         self.memory_hashes += other.memory_hashes;
+        self.checkpoints += other.checkpoints;
         self.kicks_recording += other.kicks_recording;
         self.kicks_replaying += other.kicks_replaying;
         self.recording += other.recording;
@@ -185,7 +184,7 @@ fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Resul
         match entry.body {
             Body::Step(_) => sum.entries += 1,
             Body::MemoryHash(_) => sum.memory_hashes += 1,
-            Body::Part(_) => {}
+            Body::Part(part) => sum.checkpoints += u64::from(part.last),
             Body::End { .. } => {
                 sum.entries += 1;
                 sum.memory_hashes += 1;
@@ -219,14 +218,7 @@ fn record(
 
 /// A log that was cut off or damaged: what is whole is replayed, the message says where that ends, the exit code tells.
 fn cut_logs(directory: &Path, random: &mut Random, figures: &mut Figures) -> Result<()> {
-    let take = Take {
-        guest: "clock".into(),
-        memory_mib: 4,
-        words: "reads=300".into(),
-        every_exit: false,
-        memory_check_ms: 0,
-        longest: LONGEST,
-    };
+    let take = Take::new("clock", 4, "reads=300", LONGEST);
     let recorded = Recording::start(directory, "whole", &take, None, None)?.finish()?;
     let bytes = std::fs::read(&recorded.log).context("read a log")?;
     let log = Log::read(&recorded.log)?;

@@ -308,7 +308,7 @@ fn thaw_late(
     random: &mut Random,
     frames: &mut Frames,
 ) -> Result<Fate> {
-    let live_at = await_live(&pair.backup, frames)?;
+    let live_at = await_live(&mut pair.backup, frames)?;
     let log = LogMemory::of(pair.primary.pid())?;
     let ends = log.fenced_at()?;
     watch_for(
@@ -343,12 +343,10 @@ fn thaw_early(pair: &mut Pair, random: &mut Random, frames: &mut Frames) -> Resu
     thaw(&pair.primary);
     // A claim that was made is made within the silence that the detector allows, and what it allows has a ceiling.
     let claims = |event: &Event| matches!(event, Event::Live { .. }) || is_claim(event);
-    let claimed = pair.backup.wait_for(CEILING, claims, drop);
-    let live_at = match claimed {
+    let live_at = match pair.backup.wait_for(CEILING, claims, drop) {
         None => None,
         Some(Event::Live { at, .. }) => Some(Moment::from_nanos(at.open)),
-        // Between claim and go-live the survivor can only go on; a claim that the arbiter refuses would end it.
-        Some(_) => Some(await_live(&pair.backup, frames)?),
+        Some(_) => await_live_or_end(&mut pair.backup, frames)?,
     };
     let Some(live_at) = live_at else {
         return Ok(Fate {
@@ -369,20 +367,34 @@ fn is_claim(event: &Event) -> bool {
     matches!(event, Event::Notice { text, .. } if text.contains("claiming epoch"))
 }
 
-fn await_live(survivor: &Side, frames: &mut Frames) -> Result<Moment> {
+fn await_live(survivor: &mut Side, frames: &mut Frames) -> Result<Moment> {
+    match await_live_or_end(survivor, frames)? {
+        Some(at) => Ok(at),
+        None => bail!("the backup ended; it said: {}", survivor.messages()),
+    }
+}
+
+/// When the backup went live; `None` if it ended instead, because the arbiter had heard its primary first.
+fn await_live_or_end(survivor: &mut Side, frames: &mut Frames) -> Result<Option<Moment>> {
     let until = Instant::now() + PATIENCE;
     while Instant::now() < until {
         frames.look()?;
-        let mut live = None;
+        // Asked before its words are read: what it says comes before it ends.
+        let ended = survivor.ended();
         for event in survivor.events() {
             match event {
-                Event::Live { at, .. } => live = Some(Moment::from_nanos(at.open)),
+                Event::Live { at, .. } => return Ok(Some(Moment::from_nanos(at.open))),
                 Event::Diverged { what } => bail!("the backup diverged: {what}"),
                 _ => {}
             }
         }
-        if let Some(at) = live {
-            return Ok(at);
+        if let Some(status) = ended {
+            ensure!(
+                status.code() == Some(REPLACED),
+                "the backup ended with {status}; it said: {}",
+                survivor.messages()
+            );
+            return Ok(None);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
