@@ -72,10 +72,10 @@ impl Form {
 
     fn ring(&self) -> Result<Sheet> {
         ring::measure(ring::Extent {
-            blocks: self.pick(20, 200),
-            bytes: self.pick(8 << 20, 512 << 20),
-            entries: self.pick(50_000, 2_000_000),
-            rounds: self.pick(3, 9),
+            blocks: self.pick(10, 200),
+            bytes: self.pick(4 << 20, 512 << 20),
+            entries: self.pick(20_000, 2_000_000),
+            rounds: self.pick(1, 9),
         })
     }
 
@@ -96,7 +96,7 @@ impl Form {
     fn log(&self) -> Result<Sheet> {
         log::measure(log::Extent {
             idle: Duration::from_millis(self.pick(2000, 60_000)),
-            load: Duration::from_millis(self.pick(1000, 10_000)),
+            load: Duration::from_millis(self.pick(500, 10_000)),
         })
     }
 

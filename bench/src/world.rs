@@ -233,6 +233,30 @@ impl Guest {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Time on a processor that the process which serves has had, all its threads together.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let pid = match &self.running {
+            Running::Alone(alone) => alone.child.id(),
+            Running::Pair(pair) => pair.primary.pid(),
+        };
+        let tasks =
+            std::fs::read_dir(format!("/proc/{pid}/task")).context("list a machine's threads")?;
+        let mut nanos = 0;
+        for task in tasks {
+            let path = task?.path().join("schedstat");
+            let text = std::fs::read_to_string(&path)
+                .with_context(|| format!("read {}", path.display()))?;
+            let first = text.split(' ').next().unwrap_or_default();
+            nanos += first
+                .parse::<u64>()
+                .with_context(|| format!("understand {text:?} of {}", path.display()))?;
+        }
+        Ok(Duration::from_nanos(nanos))
+    }
+
     /// The pair, if it is one.
     #[must_use]
     pub fn pair(&self) -> Option<&Pair> {

@@ -4,6 +4,7 @@ pub mod zombie;
 
 use crate::promise::Promise;
 
+pub mod commit_latency;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod leaves_nothing;
@@ -14,6 +15,7 @@ pub mod replay_exact;
 pub const ALL: &[Promise] = &[
     output_rule::PROMISE,
     zombie::PROMISE,
+    commit_latency::PROMISE,
     demo_loses_nothing::PROMISE,
     demo_without_root::PROMISE,
     leaves_nothing::PROMISE,
