@@ -22,6 +22,9 @@ const LOADS: [(usize, f64); 2] = [(1, 200.0), (16, 1000.0)];
 /// Load before each measurement, for caches and tables.
 const WARM: Duration = Duration::from_millis(300);
 
+/// A quantile's name in the table and among the figures, and where it stands.
+type Quantile = (&'static str, &'static str, fn(&Latency) -> f64);
+
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
@@ -69,7 +72,7 @@ pub fn measure(extent: Extent) -> Result<Sheet> {
             .map(|latency| latency.count)
             .sum::<u64>()
             .into();
-        let quantiles: [(&str, &str, fn(&Latency) -> f64); 2] = [
+        let quantiles: [Quantile; 2] = [
             ("p50", "p50_us", |latency| latency.p50),
             ("p99", "p99_us", |latency| latency.p99),
         ];
