@@ -3,6 +3,7 @@
 use crate::promise::Promise;
 
 pub mod bad_input;
+pub mod commit_latency;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
@@ -25,6 +26,7 @@ pub const ALL: &[Promise] = &[
     output_rule::PROMISE,
     zombie::PROMISE,
     redis_clients::PROMISE,
+    commit_latency::PROMISE,
     bad_input::PROMISE,
     leaves_nothing::PROMISE,
 ];

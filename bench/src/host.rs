@@ -1,0 +1,121 @@
+//! Where, when and of what a measurement was made: it stands in every result.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::process::Command;
+
+use serde::Serialize;
+
+/// The machine a measurement was made on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// The CPU, as it names itself.
+    pub cpu: String,
+    /// Processors that this process may use.
+    pub cores: usize,
+    /// The kernel's release.
+    pub kernel: String,
+    /// What stands behind `/dev/kvm`, as far as it can be told.
+    pub kvm: String,
+    /// The load average of the last minute before the measurement: others at work make every figure worse.
+    pub load: String,
+}
+
+/// A measurement's origin.
+#[derive(Clone, Debug, Serialize)]
+pub struct Origin {
+    /// The command line.
+    pub command: String,
+    /// UTC.
+    pub date: String,
+    /// The commit of the working tree, with `+` when something in it was changed.
+    pub commit: String,
+    /// This program's version.
+    pub version: &'static str,
+    /// The machine.
+    pub machine: Machine,
+}
+
+impl Origin {
+    /// Of a measurement that begins now.
+    #[must_use]
+    pub fn now() -> Self {
+        let words: Vec<String> = std::env::args().skip(1).collect();
+        Self {
+            command: format!("bench {}", words.join(" ")),
+            date: said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
+            commit: commit(),
+            version: env!("CARGO_PKG_VERSION"),
+            machine: Machine::this(),
+        }
+    }
+}
+
+impl Machine {
+    fn this() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let field = |name: &str| {
+            cpuinfo
+                .lines()
+                .find(|line| line.starts_with(name))
+                .and_then(|line| line.split_once(':'))
+                .map_or("", |(_, value)| value.trim())
+        };
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        Self {
+            cpu: field("model name").to_owned(),
+            cores: core_affinity::get_core_ids().map_or(0, |ids| ids.len()),
+            kernel: line_of("/proc/sys/kernel/osrelease"),
+            kvm: kvm(field("flags")),
+            load: load.split(' ').next().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// The kernel's module behind `/dev/kvm` (`kvm_amd`, `kvm_intel`, or one that needs no help of the CPU) and what the CPU shows: a
+/// guest's ring 0 is an order of magnitude slower where software does it.
+fn kvm(flags: &str) -> String {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return "none".to_owned();
+    }
+    let has = |flag: &str| flags.split(' ').any(|found| found == flag);
+    let cpu = match (has("vmx"), has("svm")) {
+        (true, _) => "vmx",
+        (_, true) => "svm",
+        _ => "neither vmx nor svm",
+    };
+    let modules = fs::read_dir("/sys/module").into_iter().flatten().flatten();
+    let mut names: Vec<String> = modules
+        .map(|module| module.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with("kvm_"))
+        .collect();
+    names.sort();
+    let inside = if has("hypervisor") {
+        ", inside a virtual machine"
+    } else {
+        ""
+    };
+    format!("{} (CPU shows {cpu}{inside})", names.join(" "))
+}
+
+fn line_of(path: &str) -> String {
+    fs::read_to_string(path)
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
+}
+
+fn commit() -> String {
+    let commit = said("git", &["rev-parse", "--short=12", "HEAD"]);
+    let changed = !said("git", &["status", "--porcelain", "--untracked-files=no"]).is_empty();
+    format!("{commit}{}", if changed { "+" } else { "" })
+}
+
+/// What a program says in one line; nothing if it cannot be asked, because no figure depends on it.
+fn said(program: &str, arguments: &[&str]) -> String {
+    Command::new(program)
+        .args(arguments)
+        .output()
+        .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,158 @@
+//! `bench`: measures, and writes what it found as figures, a table and a picture. It judges nothing: promises do.
+
+mod draw;
+mod failover;
+mod host;
+mod log;
+mod request;
+mod ring;
+mod sheet;
+mod throughput;
+mod world;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+
+use sheet::Sheet;
+
+/// Measure Doppel on this machine
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:\n  bench ring --short\n  bench all --full --out results\n\nFigures mean something on a quiet machine only."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum What {
+    /// The ring between two cores: latency against a bare cache line, throughput against crossbeam and memcpy
+    Ring(Form),
+    /// What protection adds to a request
+    Request(Form),
+    /// What protection leaves of a guest's pace
+    Throughput(Form),
+    /// Bytes of log for a request and for an idle second
+    Log(Form),
+    /// Failover and longest wait of a client, over many kills
+    Failover(Form),
+    /// All of them, one after the other
+    All(Form),
+}
+
+#[derive(Clone, Debug, Args)]
+struct Form {
+    /// A few seconds, to see that it works and to notice what broke (the default)
+    #[arg(long, conflicts_with = "full")]
+    short: bool,
+    /// As long as the figures need
+    #[arg(long)]
+    full: bool,
+    /// Where to write NAME.json, NAME.md and NAME.svg
+    #[arg(long, value_name = "DIRECTORY", default_value = "results")]
+    out: PathBuf,
+    /// Kills of `failover`: 5 in the short form, 200 in the full one
+    #[arg(long, value_name = "N")]
+    kills: Option<u64>,
+    /// Seed of the first of them
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+impl Form {
+    fn pick<T>(&self, short: T, full: T) -> T {
+        if self.full { full } else { short }
+    }
+
+    fn ring(&self) -> Result<Sheet> {
+        ring::measure(ring::Extent {
+            blocks: self.pick(10, 200),
+            bytes: self.pick(4 << 20, 512 << 20),
+            entries: self.pick(20_000, 2_000_000),
+            rounds: self.pick(1, 9),
+        })
+    }
+
+    fn request(&self) -> Result<Sheet> {
+        request::measure(request::Extent {
+            time: Duration::from_millis(self.pick(1000, 10_000)),
+            rounds: self.pick(1, 7),
+        })
+    }
+
+    fn throughput(&self) -> Result<Sheet> {
+        throughput::measure(throughput::Extent {
+            time: Duration::from_millis(self.pick(1000, 10_000)),
+            rounds: self.pick(1, 7),
+        })
+    }
+
+    fn log(&self) -> Result<Sheet> {
+        log::measure(log::Extent {
+            idle: Duration::from_millis(self.pick(2000, 60_000)),
+            load: Duration::from_millis(self.pick(500, 10_000)),
+        })
+    }
+
+    fn failover(&self) -> Result<Sheet> {
+        failover::measure(self.kills.unwrap_or(self.pick(5, 200)), self.seed)
+    }
+
+    /// Each in a process of its own: a network namespace cannot be left again.
+    fn all(&self) -> Result<()> {
+        let own = std::env::current_exe().context("find this program's own file")?;
+        for name in ["ring", "request", "throughput", "log", "failover"] {
+            let mut command = Command::new(&own);
+            command
+                .args([
+                    name,
+                    self.pick("--short", "--full"),
+                    "--seed",
+                    &self.seed.to_string(),
+                    "--out",
+                ])
+                .arg(&self.out);
+            if let Some(kills) = self.kills {
+                command.args(["--kills", &kills.to_string()]);
+            }
+            let status = command
+                .status()
+                .with_context(|| format!("start bench {name}"))?;
+            ensure!(status.success(), "bench {name}: {status}");
+        }
+        Ok(())
+    }
+}
+
+fn finish(sheet: &Sheet, out: &Path) -> Result<()> {
+    sheet.write(out)?;
+    println!("{}", sheet.markdown());
+    Ok(())
+}
+
+fn run(what: &What) -> Result<()> {
+    match what {
+        What::Ring(form) => finish(&form.ring()?, &form.out),
+        What::Request(form) => finish(&form.request()?, &form.out),
+        What::Throughput(form) => finish(&form.throughput()?, &form.out),
+        What::Log(form) => finish(&form.log()?, &form.out),
+        What::Failover(form) => finish(&form.failover()?, &form.out),
+        What::All(form) => form.all(),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse().what) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
