@@ -31,6 +31,8 @@ pub struct Config {
     pub timing: Timing,
     /// The ring.
     pub ring: Ring,
+    /// What the threads may still do once all is set up.
+    pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
     pub console: Option<PathBuf>,
 }
@@ -145,6 +147,25 @@ impl Timing {
     }
 }
 
+/// What the threads may still do once all is set up.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sandbox {
+    /// Confine them.
+    pub enabled: bool,
+    /// End the process at any system call that is not listed, instead of refusing the call. For tests.
+    pub strict: bool,
+}
+
+impl Default for Sandbox {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            strict: false,
+        }
+    }
+}
+
 /// Sizes of the ring's lanes; powers of two.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -177,6 +198,7 @@ impl Default for Config {
             cpus: Cpus::default(),
             timing: Timing::default(),
             ring: Ring::default(),
+            sandbox: Sandbox::default(),
             console: None,
         }
     }

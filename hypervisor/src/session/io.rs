@@ -20,6 +20,7 @@ use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::orders::{Order, Orders, Samples};
 use crate::record::Outlet;
+use crate::sandbox::Sandbox;
 use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
@@ -36,6 +37,8 @@ pub(super) struct Io {
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
     pub(super) control: Option<UnixStream>,
+    /// For the threads that are still to be confined.
+    pub(super) sandbox: Sandbox,
     /// How far the backup has come, on the primary.
     pub(super) replayed: Arc<AtomicU64>,
     replayed_before: u64,
@@ -111,6 +114,7 @@ impl Io {
             signals: common.signals,
             beats: None,
             control: None,
+            sandbox: Sandbox::prepare(&config.sandbox)?,
             replayed: Arc::default(),
             replayed_before: 0,
             waiter: Waiter::new(),

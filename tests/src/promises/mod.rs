@@ -5,6 +5,7 @@ pub mod zombie;
 use crate::promise::Promise;
 
 pub mod bad_input;
+pub mod confined;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod leaves_nothing;
@@ -21,4 +22,5 @@ pub const ALL: &[Promise] = &[
     redis_clients::PROMISE,
     replay_exact::PROMISE,
     bad_input::PROMISE,
+    confined::PROMISE,
 ];
