@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::preempt::Strategy;
+
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -29,6 +31,8 @@ pub struct Config {
     pub cpus: Cpus,
     /// Times.
     pub timing: Timing,
+    /// Guests that do not exit.
+    pub preempt: Preempt,
     /// The ring.
     pub ring: Ring,
     /// What the threads may still do once all is set up.
@@ -68,17 +72,48 @@ pub enum NetBackend {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Pair {
-    /// Unix socket at which the backup listens and to which the primary connects.
+    /// What carries the log.
+    pub transport: Transport,
+    /// Unix socket at which the backup listens and to which the primary connects (transport `shm`).
     pub socket: PathBuf,
+    /// Address at which the backup listens (transport `tcp`); port 0 takes a free one.
+    pub listen: Option<SocketAddr>,
+    /// Address of the backup, to which the primary connects (transport `tcp`).
+    pub connect: Option<SocketAddr>,
     /// Directory of the file arbiter, which both sides see.
     pub arbiter: PathBuf,
     /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
     pub heartbeat: SocketAddr,
 }
 
+/// What carries the log from the primary to its backup.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Memory shared by two processes of one host.
+    #[default]
+    Shm,
+    /// A TCP connection, between two hosts.
+    Tcp,
+}
+
+impl Transport {
+    /// Its name in configuration and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
 impl Default for Pair {
     fn default() -> Self {
         Self {
+            transport: Transport::default(),
+            listen: None,
+            connect: None,
             socket: PathBuf::from("doppel.sock"),
             arbiter: PathBuf::from("doppel.arbiter"),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
@@ -166,6 +201,39 @@ impl Default for Sandbox {
     }
 }
 
+/// What happens when something is due for a guest that does not exit.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Preempt {
+    /// `exit` or `checkpoint`.
+    pub strategy: Strategy,
+    /// How long it may compute on before it is stopped. Shorter brings interrupts earlier and costs more checkpoints.
+    pub deferral_ms: u64,
+}
+
+impl Default for Preempt {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::default(),
+            deferral_ms: 5,
+        }
+    }
+}
+
+impl Preempt {
+    /// As a duration.
+    #[must_use]
+    pub fn deferral(&self) -> Duration {
+        Duration::from_millis(self.deferral_ms)
+    }
+
+    /// Whether it is stopped by a checkpoint.
+    #[must_use]
+    pub fn by_checkpoint(&self) -> bool {
+        self.strategy == Strategy::Checkpoint
+    }
+}
+
 /// Sizes of the ring's lanes; powers of two.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -197,6 +265,7 @@ impl Default for Config {
             pair: Pair::default(),
             cpus: Cpus::default(),
             timing: Timing::default(),
+            preempt: Preempt::default(),
             ring: Ring::default(),
             sandbox: Sandbox::default(),
             console: None,
@@ -313,6 +382,13 @@ impl Config {
                 "choose 1 to 100",
             );
         }
+        if !(1..=1000).contains(&self.preempt.deferral_ms) {
+            return bad(
+                "preempt.deferral_ms",
+                self.preempt.deferral_ms.to_string(),
+                "choose 1 to 1000",
+            );
+        }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
             return bad(
                 "net.tap",
@@ -376,6 +452,7 @@ mod tests {
             ("memory_mib = 1", "memory_mib"),
             ("[timing]\nheartbeat_ms = 0", "timing.heartbeat_ms"),
             ("[net]\nbackend = \"tap\"", "net.tap"),
+            ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
         ] {
             match Config::parse(text).unwrap().check() {

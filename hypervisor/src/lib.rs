@@ -3,6 +3,7 @@
 pub mod arbiter;
 pub mod backends;
 pub mod boot;
+pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod demo;
@@ -19,7 +20,9 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod orders;
+pub mod outlet;
 pub mod position;
+pub mod preempt;
 pub mod protocol;
 pub mod record;
 pub mod replay;

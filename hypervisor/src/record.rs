@@ -5,22 +5,25 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
+mod preempting;
+
 use std::fs::File;
 use std::io::Read;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
-use crate::gate::{Committed, Gate};
+use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Samples};
+pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
-use crate::world::World;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
@@ -43,6 +46,9 @@ pub enum RecordError {
     /// Ordered to stop while an entry could not be posted.
     #[error("stopped while the log could not take an entry")]
     Stopped,
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The host's random source.
     #[error("cannot read random bytes from the host: {0}")]
     Random(std::io::Error),
@@ -69,100 +75,8 @@ pub struct RecordOptions {
     /// How long a halted guest's thread looks for work before it sleeps. Worth it only where the thread has its core for
     /// itself: elsewhere it keeps the I/O thread from running.
     pub spin: Duration,
-}
-
-/// The gate, shared with the I/O thread, which opens it when a commit or a way out comes later.
-#[derive(Clone)]
-pub struct Outlet {
-    inner: Arc<Mutex<OutletState>>,
-}
-
-struct OutletState {
-    gate: Gate<Output>,
-    world: Box<dyn World>,
-    power_off: bool,
-    committed: Committed,
-}
-
-impl Outlet {
-    /// An outlet to this world, through this gate.
-    #[must_use]
-    pub fn new(gate: Gate<Output>, world: Box<dyn World>) -> Self {
-        Self {
-            inner: Arc::new(Mutex::new(OutletState {
-                gate,
-                world,
-                power_off: false,
-                committed: Committed {
-                    events: Seq::ZERO,
-                    inputs: Seq::ZERO,
-                },
-            })),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, OutletState> {
-        // A holder that panicked ends the process; there is nothing half-done that a reader could trust less.
-        self.inner
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Releases what has committed; returns the highest entry whose outputs have all left.
-    pub fn release(&self, committed: Committed) -> Seq {
-        let mut state = self.lock();
-        let OutletState {
-            gate,
-            world,
-            power_off,
-            committed: last,
-        } = &mut *state;
-        *last = committed;
-        gate.release(committed, |output| {
-            *power_off |= matches!(output, Output::PowerOff(_));
-            world.send(output)
-        });
-        gate.released(committed.events)
-    }
-
-    /// Tries again what had committed at the last release and found the way out full.
-    pub fn release_again(&self) {
-        let committed = self.lock().committed;
-        self.release(committed);
-    }
-
-    /// Holds an output for later.
-    pub fn hold(&self, events: Seq, inputs: Seq, output: Output) {
-        self.lock().gate.hold(events, inputs, output);
-    }
-
-    /// Lets nothing out.
-    pub fn shut(&self) {
-        self.lock().gate.shut();
-    }
-
-    /// Lets committed outputs out, from the next release on.
-    pub fn open(&self) {
-        self.lock().gate.open();
-    }
-
-    /// Whether an output found the way out full.
-    #[must_use]
-    pub fn is_blocked(&self) -> bool {
-        self.lock().gate.is_blocked()
-    }
-
-    /// Outputs that wait.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        self.lock().gate.waiting()
-    }
-
-    /// Whether the guest's power-off has left.
-    #[must_use]
-    pub fn powered_off(&self) -> bool {
-        self.lock().power_off
-    }
+    /// Whether a guest that does not exit is stopped by a checkpoint when something is due for it.
+    pub preempt: bool,
 }
 
 /// Runs a machine as its primary.
@@ -222,6 +136,7 @@ impl<S: Sink> Recorder<S> {
     /// A recorder that goes on where its parts stand. Nothing here can fail: a backup that goes live has no way back.
     #[must_use]
     pub fn new(parts: Parts<S>) -> Self {
+        parts.outlet.measure(Arc::clone(&parts.samples));
         Self {
             machine: parts.machine,
             sink: parts.sink,
@@ -262,6 +177,7 @@ impl<S: Sink> Recorder<S> {
     pub fn run(&mut self) -> Result<Ended, RecordError> {
         self.stage.bell().attach();
         self.orders.attach(self.machine.kick_handle());
+        self.prepare_to_preempt()?;
         // A machine that was taken over may stand in the middle of a sync point.
         if self.machine.position().0 > 0
             && let Some(ended) = self.sync_point()?
@@ -274,8 +190,16 @@ impl<S: Sink> Recorder<S> {
             {
                 return Ok(ended);
             }
+            if self.wants_place() {
+                if let Some(ended) = self.make_place()? {
+                    return Ok(ended);
+                }
+                continue;
+            }
             self.orders.resting();
+            self.entering();
             self.mid_run = self.machine.step()? == Stepped::Kicked;
+            self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run
                 && let Some(ended) = self.sync_point()?
@@ -361,6 +285,9 @@ impl<S: Sink> Recorder<S> {
                 self.post_step()?;
             }
             if spin_until.is_some_and(|until| Instant::now() < until) {
+                if self.outlet.waiting() > 0 {
+                    self.release();
+                }
                 std::hint::spin_loop();
                 continue;
             }
@@ -369,6 +296,8 @@ impl<S: Sink> Recorder<S> {
                 Some(tick) => self.clock.until(tick).min(SLEEP_MAX),
                 None => SLEEP_MAX,
             };
+            // What gathered must not wait as long as the guest does.
+            self.sink.notify(true);
             let (stage, orders) = (&self.stage, &self.orders);
             let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
             orders.resting();
@@ -407,8 +336,13 @@ impl<S: Sink> Recorder<S> {
         if !self.machine.injectable() {
             return Ok(());
         }
-        let ticks = self.machine.ticks_due(self.clock.now());
+        let now = self.clock.now();
+        let ticks = self.machine.ticks_due(now);
         if ticks > 0 {
+            if let Some(due) = self.machine.next_tick() {
+                self.samples
+                    .late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
+            }
             self.machine.supply(&Input::Tick(ticks))?;
             self.step.inputs.push(LoggedInput::Tick(ticks));
         }
@@ -465,6 +399,8 @@ impl<S: Sink> Recorder<S> {
             position: self.machine.position(),
             body: Body::Step(step),
         };
+        // The I/O thread may have let outputs out since the last entry.
+        self.sink.released(self.outlet.released());
         let seq = self.post(&entry)?;
         if let Body::Step(mut step) = entry.body {
             step.inputs.clear();
@@ -474,14 +410,20 @@ impl<S: Sink> Recorder<S> {
         for output in self.taken.drain(..) {
             self.outlet.hold(seq, self.applied, output);
         }
-        let committed = self.sink.committed();
-        if had_outputs && committed.events >= seq {
-            self.samples.commit(made.elapsed());
+        if had_outputs {
+            self.outlet.made(seq, self.applied, made);
         }
+        self.release();
+        let halted = matches!(self.machine.phase(), Phase::Halted | Phase::HltInstruction);
+        self.sink.notify(had_outputs || halted);
+        Ok(())
+    }
+
+    /// Lets out what has committed.
+    fn release(&mut self) {
+        let committed = self.sink.committed();
         let released = self.outlet.release(committed);
         self.sink.released(released);
-        self.sink.notify();
-        Ok(())
     }
 
     fn post_memory_hash(&mut self) -> Result<(), RecordError> {
@@ -492,7 +434,7 @@ impl<S: Sink> Recorder<S> {
             body: Body::MemoryHash(hash),
         };
         self.post(&entry)?;
-        self.sink.notify();
+        self.sink.notify(true);
         if let Some(every) = self.options.memory_check {
             self.next_memory_check = Some(started + every);
         }
@@ -508,6 +450,7 @@ impl<S: Sink> Recorder<S> {
                 Ok(seq) => return Ok(seq),
                 Err(SinkError::Full) => {
                     self.sink.wait_for_room(Duration::from_millis(1));
+                    self.release();
                     while let Some(order) =
                         self.orders.take_if(|order| order != Order::StopAtSyncPoint)
                     {
@@ -517,7 +460,14 @@ impl<S: Sink> Recorder<S> {
                     }
                 }
                 Err(SinkError::Fenced) => {
+                    self.orders.leave_exits(self.machine.history().iter());
                     self.orders.report_fenced();
+                    if !self.obey_one(Order::Freeze) {
+                        return Err(RecordError::Stopped);
+                    }
+                }
+                // The I/O thread has told the protocol, which gives the order that ends this.
+                Err(SinkError::Closed) => {
                     if !self.obey_one(Order::Freeze) {
                         return Err(RecordError::Stopped);
                     }
@@ -602,7 +552,7 @@ impl<S: Sink> Recorder<S> {
             },
         };
         self.post(&entry)?;
-        self.sink.notify();
+        self.sink.notify(true);
         Ok(Some(Finished {
             sync_points: self.machine.position().0,
             memory_hash: memory,

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use rdma_log::transport::tcp::Watch;
 use rdma_log::{
     Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError,
 };
@@ -22,10 +23,20 @@ pub struct RingSink {
     lane: Option<LaneWriter>,
     marks: Marks,
     last: Seq,
+    /// Bytes of the entry that found no room: what to wait for.
+    refused: usize,
     /// How far the inputs lane has committed; the I/O thread, which writes it, keeps it current.
     inputs: Arc<AtomicU64>,
     window: Option<Window>,
+    /// Where the log is a stream: what tells how far either lane has committed.
+    watch: Option<Watch>,
+    /// When the oldest entry that was not pushed was posted.
+    gathering: Option<Instant>,
 }
+
+/// How long entries that nothing waits for may gather before they are sent over a stream: a send costs the vCPU thread about
+/// as much as a cheap exit, so this bounds it to a few in a hundred of its time, and is short against the window.
+const GATHER: Duration = Duration::from_micros(200);
 
 impl RingSink {
     /// A sink for this reign.
@@ -38,8 +49,31 @@ impl RingSink {
                 ..Marks::default()
             },
             last: Seq::ZERO,
+            refused: 0,
             inputs,
             window: None,
+            watch: None,
+            gathering: None,
+        }
+    }
+
+    /// For a log over a stream, whose commits come later than the posts.
+    #[must_use]
+    pub fn with_watch(mut self, watch: Watch) -> Self {
+        self.watch = Some(watch);
+        self
+    }
+
+    fn error(&self, error: WriteError) -> SinkError {
+        match error {
+            WriteError::Full { .. } => SinkError::Full,
+            WriteError::Fenced => SinkError::Fenced,
+            WriteError::Closed | WriteError::Counter { .. } | WriteError::Transport { .. }
+                if self.watch.is_some() =>
+            {
+                SinkError::Closed
+            }
+            other => SinkError::Broken(other.to_string()),
         }
     }
 
@@ -92,11 +126,11 @@ impl Window {
             if at.elapsed() < self.length {
                 return false;
             }
-            // A counter that cannot be is met by the lane as well, at its next look for room.
-            let replayed = self
-                .progress
-                .poll()
-                .map_or(Seq::ZERO, |[events, _]| events.replayed);
+            // Nobody replays a log that is fenced or that lies about itself: the next entry is refused and says why.
+            let replayed = match self.progress.poll() {
+                Ok([events, _]) if !events.fenced => events.replayed,
+                _ => return false,
+            };
             self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
             if replayed < seq {
                 return true;
@@ -107,20 +141,19 @@ impl Window {
     }
 }
 
-fn sink_error(error: WriteError) -> SinkError {
-    match error {
-        WriteError::Full { .. } => SinkError::Full,
-        WriteError::Fenced => SinkError::Fenced,
-        other => SinkError::Broken(other.to_string()),
-    }
-}
-
 impl Sink for RingSink {
     fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
+        self.refused = payload.len();
         self.last = match &mut self.lane {
-            Some(lane) => lane.append(payload, self.marks).map_err(sink_error)?,
+            Some(lane) => match lane.append(payload, self.marks) {
+                Ok(seq) => seq,
+                Err(error) => return Err(self.error(error)),
+            },
             None => self.last.next(),
         };
+        if self.watch.is_some() {
+            self.gathering.get_or_insert_with(Instant::now);
+        }
         if let Some(window) = &mut self.window {
             window.posted(self.last);
         }
@@ -135,6 +168,12 @@ impl Sink for RingSink {
         if let Ok(events) = lane.committed() {
             self.marks.committed = self.marks.committed.max(events);
         }
+        if let Some(watch) = &self.watch {
+            let [events, inputs] = watch.committed();
+            self.marks.committed = self.marks.committed.max(events);
+            let events = self.marks.committed;
+            return Committed { events, inputs };
+        }
         Committed {
             events: self.marks.committed,
             inputs: Seq(self.inputs.load(Ordering::Acquire)),
@@ -145,7 +184,12 @@ impl Sink for RingSink {
         self.marks.released = self.marks.released.max(released);
     }
 
-    fn notify(&mut self) {
+    fn notify(&mut self, urgent: bool) {
+        let gathers = self.gathering.is_some_and(|since| since.elapsed() < GATHER);
+        if gathers && !urgent {
+            return;
+        }
+        self.gathering = None;
         if let Some(lane) = &mut self.lane {
             // The next post reports what is wrong.
             let _ = lane.notify();
@@ -154,18 +198,35 @@ impl Sink for RingSink {
 
     fn wait_for_room(&mut self, longest: Duration) {
         if let Some(lane) = &mut self.lane {
-            let room = lane.max_payload().min(4096);
+            let room = self.refused.max(4096).min(lane.max_payload());
             let _ = lane.wait_for_room(room, longest);
         }
     }
 
     fn is_behind(&mut self) -> bool {
-        self.window.as_mut().is_some_and(Window::is_behind)
+        let behind = self.window.as_mut().is_some_and(Window::is_behind);
+        if behind {
+            // What was not sent is not replayed.
+            self.notify(true);
+        }
+        behind
+    }
+
+    fn keeps(&self) -> bool {
+        self.lane.is_some()
+    }
+
+    fn max_payload(&self) -> usize {
+        self.lane
+            .as_ref()
+            .map_or(rdma_log::MIN_LANE / 8, LaneWriter::max_payload)
     }
 
     fn detach(&mut self) {
         self.lane = None;
         self.window = None;
+        self.watch = None;
+        self.gathering = None;
     }
 }
 

@@ -14,10 +14,10 @@
 //! something harmless must not end a machine. `strict` ends the process there too, which shows in tests that the lists are
 //! whole.
 //!
-//! **Threads.** The vCPU thread has KVM's ioctls and memory. The I/O thread has its sockets. The arbiter's thread opens, links
+//! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. A thread that writes a recording, or serves a transport, is not confined here.
+//! directory that belongs to another user. The threads that write a recording and that land a log from TCP are started before and are not confined.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -304,9 +304,9 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 }
 
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
-    let more = match thread {
-        Thread::Vcpu => &[],
-        Thread::Io => SOCKETS,
+    let more: &[libc::c_long] = match thread {
+        // A log over a stream is written by the vCPU thread.
+        Thread::Vcpu | Thread::Io => SOCKETS,
         Thread::Arbiter => FILES,
     };
     let mut rules: Rules = COMMON

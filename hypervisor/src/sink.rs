@@ -16,6 +16,9 @@ pub enum SinkError {
     /// Another side took over.
     #[error("it was fenced: another side has taken over")]
     Fenced,
+    /// The connection is over, and the I/O thread knows: the protocol decides how to go on.
+    #[error("the connection to the backup is over")]
+    Closed,
     /// The ring is of no further use.
     #[error("{0}")]
     Broken(String),
@@ -32,12 +35,22 @@ pub trait Sink {
     fn committed(&mut self) -> Committed;
     /// Tells the sink how far outputs were released; the next entry carries it.
     fn released(&mut self, released: Seq);
-    /// Wakes the reader if it sleeps. Comes after the outputs were released.
-    fn notify(&mut self);
+    /// Wakes the reader if it sleeps, and sends what gathered. Comes after the outputs were released. Unless it is `urgent`, as
+    /// when outputs wait or the guest halts, it may gather with what follows.
+    fn notify(&mut self, urgent: bool);
     /// Whether the reader is too far behind for the guest to run on.
     fn is_behind(&mut self) -> bool;
     /// Waits until there may be room.
     fn wait_for_room(&mut self, longest: Duration);
+    /// Whether entries go anywhere.
+    fn keeps(&self) -> bool {
+        true
+    }
+    /// The longest entry, in bytes.
+    fn max_payload(&self) -> usize {
+        // Fits every lane.
+        rdma_log::MIN_LANE / 8
+    }
     /// From now on entries go nowhere and everything counts as committed.
     fn detach(&mut self);
 }
@@ -60,9 +73,13 @@ impl Sink for NoLog {
 
     fn released(&mut self, _: Seq) {}
 
-    fn notify(&mut self) {}
+    fn notify(&mut self, _: bool) {}
 
     fn is_behind(&mut self) -> bool {
+        false
+    }
+
+    fn keeps(&self) -> bool {
         false
     }
 

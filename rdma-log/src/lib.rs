@@ -34,10 +34,10 @@
 //! | `lane` | one writer, one reader: cursors, pads, credits |
 //! | `ring` | both lanes, the handles of either side |
 //! | [`fence`] | the proof [`Fenced`] |
-//! | [`transport`] | the traits; `shm`, and `sim` for tests |
+//! | [`transport`] | the traits; `shm`, `tcp`, and `sim` for tests |
 //! | [`mod@file`] | a log file: the very entries of the wire |
 //! | [`fdpass`] | descriptors over a Unix socket |
-//! | `region`, `control`, `futex` | the memory, the shared words in it, sleeping on them |
+//! | `region`, `control`, `futex`, `poll` | the memory, the shared words in it, sleeping on them and on sockets |
 //!
 //! # Threads
 //!
@@ -72,6 +72,8 @@ pub mod fence;
 pub mod file;
 mod futex;
 mod lane;
+#[cfg(not(loom))]
+mod poll;
 #[cfg_attr(loom, allow(dead_code, reason = "the models map no memory"))]
 mod region;
 mod ring;

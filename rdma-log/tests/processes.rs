@@ -1,14 +1,16 @@
 //! Two real processes: this program starts itself as the writer, and kills or freezes it.
 //!
-//! It has its own `main`: with an argument `--writer MODE SOCKET` it is the writer, else it runs every test.
+//! It has its own `main`: with arguments `--writer MODE SOCKET` it is the writer, else it runs every test. In mode `tcp` only
+//! what the tests say to each other goes over that socket; the ring's port follows.
 
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
 
-use rdma_log::transport::shm;
+use rdma_log::transport::{shm, tcp};
 use rdma_log::{LaneReader, LaneWriter, Marks, RingConfig, RingReader, WriteError};
 
 /// Small lanes, which wrap and fill.
@@ -59,6 +61,57 @@ fn hammer(half: &mut LaneWriter, mut published: impl FnMut(u64)) {
 fn tell(mut stream: &UnixStream, numbers: [u64; 2]) {
     let bytes = numbers.map(u64::to_le_bytes).concat();
     stream.write_all(&bytes).expect("the parent listens");
+}
+
+/// Publishes frames over TCP until the connection ends; tells what has committed.
+fn be_tcp_writer(socket: &str, port: &str) {
+    let stream = UnixStream::connect(socket).expect("the parent listens");
+    let port = port.parse::<u16>().expect("a port");
+    let ring = TcpStream::connect(("127.0.0.1", port)).expect("the parent listens");
+    ring.set_read_timeout(Some(LONG)).expect("a socket");
+    let mut writer = tcp::connect(ring).expect("a ring");
+    let mut events = writer.events;
+    let other = thread::spawn(move || {
+        let ended = hammer_tcp(&mut events, |_| {});
+        (events, ended)
+    });
+    let ended = hammer_tcp(&mut writer.inputs, |committed| {
+        tell(&stream, [0, committed])
+    });
+    let (mut events, other) = other.join().expect("no panic");
+    for ended in [ended, other] {
+        assert!(
+            matches!(ended, WriteError::Fenced | WriteError::Closed),
+            "{ended}"
+        );
+    }
+    let committed = |lane: &mut LaneWriter| lane.committed().unwrap_or_default().0;
+    tell(
+        &stream,
+        [committed(&mut events), committed(&mut writer.inputs)],
+    );
+}
+
+fn hammer_tcp(half: &mut LaneWriter, mut committed: impl FnMut(u64)) -> WriteError {
+    loop {
+        let bytes = frame(half.last().next().0);
+        let published = half
+            .wait_for_room(FRAME, LONG)
+            .and_then(|room| match room {
+                true => half.append(&bytes, Marks::default()).map(|seq| seq.0),
+                false => Ok(0),
+            })
+            .and_then(|seq| half.notify().map(|()| seq));
+        match published {
+            Ok(seq) if seq % 16 == 1 => {
+                if let Ok(seq) = half.committed() {
+                    committed(seq.0);
+                }
+            }
+            Ok(_) => {}
+            Err(ended) => return ended,
+        }
+    }
 }
 
 fn be_writer(mode: &str, socket: &str) {
@@ -115,6 +168,26 @@ impl Writer {
         let (stream, _) = listener.accept().expect("the child connects");
         stream.set_read_timeout(Some(LONG)).expect("a socket");
         let reader = shm::accept(&stream, config).expect("a ring");
+        (Writer { child, stream }, reader)
+    }
+
+    fn start_tcp(config: &RingConfig) -> (Writer, RingReader) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("words");
+        let words = UnixListener::bind(&socket).expect("a socket");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a socket");
+        let port = listener.local_addr().expect("an address").port();
+        let child = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--writer", "tcp"])
+            .arg(&socket)
+            .arg(port.to_string())
+            .spawn()
+            .expect("a process");
+        let (stream, _) = words.accept().expect("the child connects");
+        stream.set_read_timeout(Some(LONG)).expect("a socket");
+        let (ring, _) = listener.accept().expect("the child connects");
+        ring.set_read_timeout(Some(LONG)).expect("a socket");
+        let (reader, _) = tcp::accept(ring, config, Duration::ZERO).expect("a ring");
         (Writer { child, stream }, reader)
     }
 
@@ -253,14 +326,59 @@ fn a_frozen_writer_that_thaws_after_the_fence_has_committed_what_was_drained() {
     }
 }
 
+/// Killed or frozen in the middle, over TCP: what it saw commit is drained, and a thawed one commits nothing more.
+fn a_tcp_writer_leaves_what_it_saw_commit() {
+    for round in 0..40 {
+        let config = match round % 2 {
+            0 => SMALL,
+            _ => RingConfig::default(),
+        };
+        let (mut writer, mut reader) = Writer::start_tcp(&config);
+        read_for(&mut reader, 30 + round * 7);
+        let freezes = round % 4 >= 2;
+        if freezes {
+            writer.freeze();
+        } else {
+            writer.kill();
+        }
+        let proof = reader.fencer.fence().expect("the first time");
+        for half in [&mut reader.events, &mut reader.inputs] {
+            read(half, u64::MAX);
+            assert_eq!(half.at_end(&proof), Ok(true));
+            assert_eq!(half.salvage(&proof), Ok(None));
+        }
+        if freezes {
+            writer.signal(libc::SIGCONT);
+        }
+        let last = writer.last_told();
+        assert!(
+            last.is_some() || !freezes,
+            "a thawed writer ends by itself and says so"
+        );
+        if let Some([events, inputs]) = last {
+            assert!(events <= reader.events.last().0 && inputs <= reader.inputs.last().0);
+        }
+        if freezes {
+            assert!(writer.child.wait().expect("a process").success());
+        }
+        assert_eq!(reader.inputs.at_end(&proof), Ok(true));
+    }
+}
+
 fn main() {
     let args: Vec<String> = std::env::args().collect();
+    if let [_, flag, mode, socket, port] = &args[..]
+        && flag == "--writer"
+        && mode == "tcp"
+    {
+        return be_tcp_writer(socket, port);
+    }
     if let [_, flag, mode, socket] = &args[..]
         && flag == "--writer"
     {
         return be_writer(mode, socket);
     }
-    let tests: [(&str, fn()); 3] = [
+    let tests: [(&str, fn()); 4] = [
         (
             "a_killed_writer_leaves_all_it_had_published",
             a_killed_writer_leaves_all_it_had_published,
@@ -272,6 +390,10 @@ fn main() {
         (
             "a_frozen_writer_that_thaws_after_the_fence_has_committed_what_was_drained",
             a_frozen_writer_that_thaws_after_the_fence_has_committed_what_was_drained,
+        ),
+        (
+            "a_tcp_writer_leaves_what_it_saw_commit",
+            a_tcp_writer_leaves_what_it_saw_commit,
         ),
     ];
     for (name, test) in tests {

@@ -9,6 +9,7 @@ use hypervisor::demo::run::{self, DemoError, Network, Options, Serving};
 use hypervisor::session::report::Event;
 
 use super::Failure;
+use super::pair::Carrier;
 
 /// What carries the guest's frames.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -24,7 +25,7 @@ enum Net {
 /// Show a machine surviving the loss of its host process, with clients that notice nothing
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --json | jq .failover_ms\n  \
+    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --json | jq .failover_ms\n  \
                   doppel demo --serve 6379      then, elsewhere: redis-cli -p 6379, and kill either side"
 )]
 pub struct DemoArgs {
@@ -37,6 +38,9 @@ pub struct DemoArgs {
     /// More words for the guest's command line
     #[arg(long, value_name = "WORDS", default_value = "")]
     command_line: String,
+    /// What carries the log from the primary to the backup
+    #[arg(long, value_enum, default_value = "shm")]
+    transport: Carrier,
     /// The guest's network
     #[arg(long, value_enum, default_value = "auto")]
     net: Net,
@@ -79,6 +83,7 @@ impl DemoArgs {
                 Net::Tap => Network::Tap,
                 Net::Link => Network::Link,
             },
+            transport: self.transport.into(),
             connections: self.connections,
             seed: self.seed.unwrap_or_else(random),
             kvm: self.kvm_fd,

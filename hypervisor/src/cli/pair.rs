@@ -3,16 +3,43 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Args;
-use hypervisor::config::Config;
+use clap::{Args, ValueEnum};
+use hypervisor::config::{Config, Transport};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
 use super::Failure;
 use super::machine::{MachineArgs, spec};
 
+/// What carries the log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Carrier {
+    /// Shared memory, between two processes of one host
+    Shm,
+    /// A TCP connection
+    Tcp,
+}
+
+impl From<Carrier> for Transport {
+    fn from(carrier: Carrier) -> Self {
+        match carrier {
+            Carrier::Shm => Self::Shm,
+            Carrier::Tcp => Self::Tcp,
+        }
+    }
+}
+
 /// The pair.
 #[derive(Debug, Args)]
 struct PairArgs {
+    /// What carries the log
+    #[arg(long, value_enum)]
+    transport: Option<Carrier>,
+    /// Address at which a backup listens (transport tcp); port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Address of the backup, to which a primary connects (transport tcp)
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    connect: Option<SocketAddr>,
     /// Unix socket at which the backup listens and to which the primary connects
     #[arg(long, value_name = "SOCKET")]
     socket: Option<PathBuf>,
@@ -29,6 +56,11 @@ struct PairArgs {
 
 impl PairArgs {
     fn apply(&self, config: &mut Config) {
+        if let Some(transport) = self.transport {
+            config.pair.transport = transport.into();
+        }
+        config.pair.listen = self.listen.or(config.pair.listen);
+        config.pair.connect = self.connect.or(config.pair.connect);
         if let Some(socket) = &self.socket {
             config.pair.socket.clone_from(socket);
         }

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use crate::backends::NetPort;
+use crate::config::Transport;
 use crate::session::report::Event;
 
 /// What a pair is to run.
@@ -31,6 +32,8 @@ pub struct PairSpec {
     pub memory_check_ms: u64,
     /// A descriptor of `/dev/kvm` to pass on; the sides open it themselves if there is none.
     pub kvm: Option<i32>,
+    /// What carries the log.
+    pub transport: Transport,
     /// More options for both sides.
     pub more: Vec<String>,
 }
@@ -135,6 +138,7 @@ impl Side {
         command
             .arg(role)
             .arg("--json")
+            .args(["--transport", spec.transport.name()])
             .args(["--socket"])
             .arg(spec.directory.join("pair.sock"))
             .arg("--arbiter")
@@ -306,8 +310,22 @@ impl Pair {
         let place = Placement::of_this_machine();
         std::fs::create_dir_all(spec.directory.join("arbiter"))
             .map_err(host("create the arbiter's directory"))?;
-        let backup = Side::spawn(spec, "backup", place.backup, &[])?;
-        backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
+        let inheritable = match port {
+            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
+            None => None,
+        };
+        let net: Vec<String> = inheritable
+            .iter()
+            .flat_map(|fd| ["--net-fd".into(), fd.as_raw_fd().to_string()])
+            .collect();
+        let mut listen = Vec::new();
+        if spec.transport == Transport::Tcp {
+            // Over TCP the primary cannot hand its port on, so both sides get it here.
+            listen.extend(["--listen".to_owned(), "127.0.0.1:0".to_owned()]);
+            listen.extend(net.iter().cloned());
+        }
+        let backup = Side::spawn(spec, "backup", place.backup, &listen)?;
+        let ready = backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
         let mut arguments = vec![
             "--guest".into(),
             spec.guest.clone(),
@@ -318,12 +336,13 @@ impl Pair {
             "--memory-check-ms".into(),
             spec.memory_check_ms.to_string(),
         ];
-        let inheritable = match port {
-            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
-            None => None,
-        };
-        if let Some(fd) = &inheritable {
-            arguments.extend(["--net-fd".into(), fd.as_raw_fd().to_string()]);
+        arguments.extend(net);
+        if let Event::Ready {
+            address: Some(address),
+            ..
+        } = ready
+        {
+            arguments.extend(["--connect".to_owned(), address.to_string()]);
         }
         let primary = Side::spawn(spec, "primary", place.primary, &arguments)?;
         drop(inheritable);

@@ -21,6 +21,7 @@ use crate::backends::NetPort;
 use crate::backends::link::{self, LinkError};
 use crate::backends::tap::{Ipv4Network, TapConfig};
 use crate::backends::wait::{Moment, Waiter};
+use crate::config::Transport;
 use crate::session::SessionError;
 use crate::session::host::{MTU, stop_signals};
 use crate::session::report::{Event, Timeline};
@@ -70,6 +71,8 @@ pub struct Options {
     pub command_line: String,
     /// What carries its frames.
     pub network: Network,
+    /// What carries the log.
+    pub transport: Transport,
     /// TCP connections of the client.
     pub connections: usize,
     /// Chooses the moment of the kill and the client's requests.
@@ -248,6 +251,7 @@ impl Stage {
             ),
             memory_check_ms: MEMORY_CHECK_MS,
             kvm: options.kvm,
+            transport: options.transport,
             more: Vec::new(),
         };
         Ok(Pair::start(&spec, Some(&self.port))?)
@@ -354,6 +358,7 @@ impl Heard {
             Event::Notice { text, loud: true } => self.notices.push(text),
             Event::Ready { .. }
             | Event::Paired { .. }
+            | Event::Preempted { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
             | Event::Ended { .. } => {}
@@ -405,7 +410,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
     stage.wait(AFTER)?;
 
     let mut report = Report {
-        transport: "shm".into(),
+        transport: options.transport.name().into(),
         network: stage.network.into(),
         guest: options.guest.clone(),
         memory_hash_equal: (live.memory_checks > 0 || heard.divergences > 0)

@@ -9,23 +9,32 @@
 //!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
 //!     │── go ─────────────────────────────────────────────────────────────▶│ follows
 //! ```
+//! Over TCP no descriptor is passed: each side has a network port of its own, and the ring gets a stream of its own, a second
+//! connection to where the backup listens. A ticket that the backup gave over the first one says whose it is.
+//! Afterwards one thing may still be said: a backup that diverged asks for the primary's recent exits (`?`), and a primary
+//! that its fence has frozen sends them, so that the divergence is named exactly.
+//!
 //! Every message is a length (u32, little-endian) and that many bytes of JSON; the machine's image follows its description.
 //! Each has a size limit, each wait a time limit.
 #![forbid(unsafe_code)]
 
+mod channel;
 mod hurried;
 
+pub use channel::Channel;
+
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rdma_log::fdpass::{self, FdPassError};
-use rdma_log::transport::shm::ConnectError;
+use rdma_log::transport::{shm, tcp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
 use crate::machine::{MachineSpec, SpecError};
 use crate::protocol::heartbeat::PairKey;
@@ -112,7 +121,20 @@ pub enum HandshakeError {
     Pass(#[from] FdPassError),
     /// The ring.
     #[error("cannot set up the ring: {0}")]
-    Ring(#[from] ConnectError),
+    Ring(#[from] shm::ConnectError),
+    /// The ring over TCP.
+    #[error("cannot set up the ring: {0}")]
+    Stream(#[from] tcp::ConnectError),
+    /// Descriptors cannot be passed over this connection.
+    #[error("{what} needs a pair on one host: use pair.transport \"shm\"")]
+    NotHere {
+        /// What was wanted.
+        what: &'static str,
+    },
+}
+
+fn unix<'a>(stream: &'a Channel, what: &'static str) -> Result<&'a UnixStream, HandshakeError> {
+    stream.unix().ok_or(HandshakeError::NotHere { what })
 }
 
 /// What a primary says first.
@@ -163,7 +185,7 @@ fn identity(text: &str, expected: &'static str) -> Result<Identity, HandshakeErr
     })
 }
 
-fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), HandshakeError> {
+fn send<T: Serialize>(mut stream: &Channel, message: &T) -> Result<(), HandshakeError> {
     let text = serde_json::to_vec(message).expect("plain fields always encode");
     let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
     bytes.extend_from_slice(&text);
@@ -171,7 +193,7 @@ fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), Handsh
 }
 
 fn receive<T: DeserializeOwned>(
-    stream: &UnixStream,
+    stream: &Channel,
     expected: &'static str,
 ) -> Result<T, HandshakeError> {
     let mut stream = Hurried::new(stream, PATIENCE);
@@ -189,9 +211,8 @@ fn receive<T: DeserializeOwned>(
     serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))
 }
 
-fn patience(stream: &UnixStream) -> Result<(), HandshakeError> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    Ok(stream.set_write_timeout(Some(PATIENCE))?)
+fn patience(stream: &Channel) -> Result<(), HandshakeError> {
+    Ok(stream.set_patience(Some(PATIENCE))?)
 }
 
 /// What a primary learns of its backup.
@@ -207,11 +228,7 @@ pub struct Welcomed {
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn introduce(
-    stream: &UnixStream,
-    hello: &Hello,
-    spec: &[u8],
-) -> Result<Welcomed, HandshakeError> {
+pub fn introduce(stream: &Channel, hello: &Hello, spec: &[u8]) -> Result<Welcomed, HandshakeError> {
     patience(stream)?;
     send(stream, hello)?;
     let mut writer = stream;
@@ -233,7 +250,7 @@ pub fn introduce(
 /// # Errors
 /// See [`HandshakeError`].
 pub fn agree(
-    stream: &UnixStream,
+    stream: &Channel,
     record: &Record,
     port: Option<BorrowedFd<'_>>,
 ) -> Result<(), HandshakeError> {
@@ -251,7 +268,7 @@ pub fn agree(
         },
     )?;
     if let Some(port) = port {
-        fdpass::send_with_fds(stream, b"p", &[port])?;
+        fdpass::send_with_fds(unix(stream, "a shared network port")?, b"p", &[port])?;
     }
     Ok(())
 }
@@ -261,12 +278,12 @@ pub fn agree(
 /// # Errors
 /// See [`HandshakeError`]. The caller tells the primary by [`refuse`].
 pub fn listen_to(
-    stream: &UnixStream,
+    stream: &Channel,
     ours: &CpuModel,
     name: &str,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
-    stream.set_read_timeout(Some(FIRST_WORDS))?;
+    stream.set_patience(Some(FIRST_WORDS))?;
     let hello: Hello = receive(stream, "hello")?;
     if hello.version != VERSION {
         return Err(HandshakeError::Version {
@@ -306,7 +323,7 @@ pub fn listen_to(
 }
 
 /// Tells the primary why there will be no pair. That the primary may be gone changes nothing.
-pub fn refuse(stream: &UnixStream, error: &HandshakeError) {
+pub fn refuse(stream: &Channel, error: &HandshakeError) {
     let _ = send(
         stream,
         &Answer::Refusal {
@@ -321,7 +338,7 @@ pub fn refuse(stream: &UnixStream, error: &HandshakeError) {
 /// # Errors
 /// See [`HandshakeError`].
 pub fn welcome(
-    stream: &UnixStream,
+    stream: &Channel,
     me: Identity,
     heartbeat: SocketAddr,
 ) -> Result<(Record, Option<OwnedFd>), HandshakeError> {
@@ -346,16 +363,64 @@ pub fn welcome(
     let mut byte = [0];
     let mut port = None;
     if agreed.has_port {
+        let stream = unix(stream, "a shared network port")?;
         port = fdpass::recv_with_fds(stream, &mut byte, 1)?.pop();
     }
     Ok((record, port))
+}
+
+/// What a ring's connection starts with: which pair's it is.
+pub type Ticket = [u8; 16];
+
+/// Precedes the ticket, so that a stray connection is told from a wrong ticket.
+const RING: [u8; 8] = *b"doppel-r";
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct RingTicket {
+    ticket: Ticket,
+}
+
+/// The backup waits for the ring's connection with this ticket.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn give_ticket(stream: &Channel, ticket: Ticket) -> Result<(), HandshakeError> {
+    send(stream, &RingTicket { ticket })
+}
+
+/// The primary opens the ring's connection, to where its control connection leads.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn open_ring(stream: &Channel) -> Result<TcpStream, HandshakeError> {
+    let Channel::Tcp(control) = stream else {
+        let what = "a ring in shared memory";
+        return Err(HandshakeError::NotHere { what });
+    };
+    let RingTicket { ticket } = receive(stream, "ticket")?;
+    let mut ring = TcpStream::connect_timeout(&control.peer_addr()?, PATIENCE)?;
+    ring.set_read_timeout(Some(PATIENCE))?;
+    ring.write_all(&RING)?;
+    ring.write_all(&ticket)?;
+    Ok(ring)
+}
+
+/// Whether a new connection is the ring's: it must say so within `patience`.
+#[must_use]
+pub fn has_ticket(mut stream: &TcpStream, ticket: &Ticket, patience: Duration) -> bool {
+    let mut bytes = [0; 24];
+    stream.set_read_timeout(Some(patience)).is_ok()
+        && stream.read_exact(&mut bytes).is_ok()
+        && bytes[..8] == RING
+        && bytes[8..] == *ticket
+        && stream.set_read_timeout(Some(PATIENCE)).is_ok()
 }
 
 /// The primary says that everything is set up: the guest starts.
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
+pub fn go(mut stream: &Channel) -> Result<(), HandshakeError> {
     Ok(stream.write_all(b"g")?)
 }
 
@@ -363,7 +428,7 @@ pub fn go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn await_go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
+pub fn await_go(mut stream: &Channel) -> Result<(), HandshakeError> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;
     if byte != *b"g" {
@@ -373,6 +438,56 @@ pub fn await_go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
         });
     }
     Ok(())
+}
+
+/// What a backup asks with for the primary's recent exits.
+pub const ASK_EXITS: u8 = b'?';
+
+/// Exits in one answer; a primary keeps fewer.
+const EXITS_MAX: usize = 4096;
+
+/// How long the answer may take: a guest that idles meets the fence at its next tick.
+const EXITS_WITHIN: Duration = Duration::from_millis(300);
+
+/// A backup that diverged asks its frozen primary for its recent exits.
+///
+/// # Errors
+/// See [`HandshakeError`]; the divergence is then told without them.
+pub fn ask_exits(mut stream: &Channel) -> Result<Vec<ExitRecord>, HandshakeError> {
+    stream.set_nonblocking(false)?;
+    stream.set_patience(Some(EXITS_WITHIN))?;
+    stream.write_all(&[ASK_EXITS])?;
+    let mut count = [0; 4];
+    stream.read_exact(&mut count)?;
+    let count = u32::from_le_bytes(count) as usize;
+    if count > EXITS_MAX {
+        return Err(HandshakeError::Malformed {
+            expected: "recent exits",
+            why: format!("{count} of them"),
+        });
+    }
+    let mut bytes = vec![0; count * ExitRecord::SIZE];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes
+        .chunks_exact(ExitRecord::SIZE)
+        .filter_map(ExitRecord::from_bytes)
+        .collect())
+}
+
+/// A primary answers [`ask_exits`].
+///
+/// # Errors
+/// See [`HandshakeError`]; the backup is then as good as gone.
+pub fn tell_exits(mut stream: &Channel, exits: &[ExitRecord]) -> Result<(), HandshakeError> {
+    let exits = &exits[..exits.len().min(EXITS_MAX)];
+    let mut bytes = (exits.len() as u32).to_le_bytes().to_vec();
+    for exit in exits {
+        bytes.extend_from_slice(&exit.to_bytes());
+    }
+    stream.set_nonblocking(false)?;
+    stream.set_patience(Some(EXITS_WITHIN))?;
+    stream.write_all(&bytes)?;
+    Ok(stream.set_nonblocking(true)?)
 }
 
 /// The heartbeat key of a hello.

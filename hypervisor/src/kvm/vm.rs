@@ -214,6 +214,6 @@ impl Vm {
             .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(&cpuid)
             .map_err(KvmError::call("KVM_SET_CPUID2"))?;
-        Ok((Vcpu::new(fd), model))
+        Ok((Vcpu::new(fd)?, model))
     }
 }

@@ -3,29 +3,28 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use rdma_log::transport::shm;
-use rdma_log::{Fenced, Fencer, RingConfig};
+use rdma_log::{Fenced, Fencer};
 
 use super::beats::Beats;
 use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
+use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, now};
 use super::{SessionError, protocol_timing};
 use crate::arbiter::{Arbiter, Claim, Durability, FileArbiter, random_identity};
 use crate::backends::NetPort;
-use crate::backends::wait::{Waiter, Wake};
+use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::Config;
-use crate::gate::Gate;
+use crate::divergence::Divergence;
+use crate::gate::{Committed, Gate};
 use crate::handshake::{self, HandshakeError};
 use crate::kvm::CpuModel;
 use crate::machine::Machine;
@@ -51,10 +50,11 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
 
-    let listener = Listener::bind(&config.pair.socket)?;
+    let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),
         pid: std::process::id(),
+        address: listener.address(),
     });
     let (stream, hello, machine) = loop {
         let stream = listener.accept(&common)?;
@@ -76,7 +76,6 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
             }
         }
     };
-    drop(listener);
     let socket = Beats::bind(config.pair.heartbeat)?;
     let address = socket
         .local_addr()
@@ -85,20 +84,16 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     check_arbiter(&arbiter, &record)?;
     let port = match port {
         Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
-        None => None,
+        None if stream.unix().is_some() => None,
+        // Over TCP nothing is shared: this side has a port of its own.
+        None => Io::port(config, inherited)?,
     };
-    let ring = shm::accept(
-        &stream,
-        &RingConfig {
-            events: config.ring.events_kib << 10,
-            inputs: config.ring.inputs_kib << 10,
-        },
-    )
-    .map_err(HandshakeError::from)?;
+    let (ring, link) = listener.accept_ring(&common, &stream, config)?;
+    drop(listener);
     handshake::await_go(&stream)?;
     stream
         .set_nonblocking(true)
-        .map_err(SessionError::host("set up the control socket"))?;
+        .map_err(SessionError::host("set up the control connection"))?;
 
     let mut io = Io::new(common, config, json, port, None, Gate::new_shut())?;
     io.beats = Some(Beats::connect(
@@ -107,6 +102,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         handshake::key_of(&hello),
     )?);
     io.control = Some(stream);
+    io.link = link;
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
     let pair = Pair {
         machine: MachineId::of(&config.name),
@@ -146,60 +142,6 @@ fn check_arbiter(arbiter: &FileArbiter, told: &Record) -> Result<(), SessionErro
             "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
             found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())
         ))),
-    }
-}
-
-/// A socket path that goes away with its listener.
-struct Listener {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Listener {
-    fn bind(path: &Path) -> Result<Self, SessionError> {
-        let bind = || {
-            // A file that nobody listens at is what a killed backup left.
-            if UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
-            {
-                std::fs::remove_file(path)?;
-            }
-            let listener = UnixListener::bind(path)?;
-            listener.set_nonblocking(true)?;
-            Ok(listener)
-        };
-        Ok(Self {
-            listener: bind().map_err(SessionError::host("listen for a primary (pair.socket)"))?,
-            path: path.to_owned(),
-        })
-    }
-
-    fn accept(&self, common: &Common) -> Result<UnixStream, SessionError> {
-        let mut waiter = Waiter::new();
-        loop {
-            waiter.clear();
-            let signals = waiter.add(&common.signals, true, false);
-            waiter.add(&self.listener, true, false);
-            waiter
-                .wait(None)
-                .map_err(SessionError::host("wait for events"))?;
-            if waiter.ready(signals).read {
-                return Err(SessionError::Interrupted);
-            }
-            if let Ok((stream, _)) = self.listener.accept() {
-                stream
-                    .set_nonblocking(false)
-                    .map_err(SessionError::host("set up the control socket"))?;
-                return Ok(stream);
-            }
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        // It is gone already if somebody cleaned up; either way nothing is left behind.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -256,6 +198,7 @@ impl Follower {
             samples: Arc::clone(&io.samples),
             options: RecordOptions {
                 spin: config.timing.spin(),
+                preempt: config.preempt.by_checkpoint(),
                 ..RecordOptions::default()
             },
             random: random_source()?,
@@ -341,6 +284,9 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
+    // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
+    // something to log.
+    live.outlet.release(Committed::EVERYTHING);
     Recorder::new(Parts {
         machine: remains.machine,
         sink: NoLog::default(),
@@ -479,7 +425,7 @@ impl Following {
                 Event::Drained
             }
             Told::Failed(ReplayError::Diverged(divergence)) => {
-                let what = divergence.to_string();
+                let what = self.name(*divergence).to_string();
                 self.io.reporter.say(&Said::Diverged { what: what.clone() });
                 Event::Unfit(Unfit::Diverged(what))
             }
@@ -490,9 +436,24 @@ impl Following {
         }
     }
 
+    /// Fences at once, so that the primary freezes with its recent exits at hand, and compares them with ours.
+    fn name(&mut self, divergence: Divergence) -> Divergence {
+        let fenced = self.fence();
+        match (&self.io.control, fenced) {
+            (Some(control), Event::Fenced) => match handshake::ask_exits(control) {
+                Ok(recorded) => divergence.narrowed(&recorded),
+                Err(_) => divergence,
+            },
+            _ => divergence,
+        }
+    }
+
     fn fence(&mut self) -> Event {
+        if self.at.fenced != 0 {
+            return Event::Fenced;
+        }
         let Some((mut fencer, proof)) = self.fencer.take() else {
-            return Event::Unfit(Unfit::Failed("the log was fenced twice".into()));
+            return Event::Unfit(Unfit::Failed("the log could not be fenced".into()));
         };
         match fencer.fence() {
             Ok(fenced) => {
@@ -535,6 +496,7 @@ impl Following {
         });
         self.io.beats = None;
         self.io.control = None;
+        self.io.link = None;
         let protocol = self
             .protocol
             .into_primary(now())

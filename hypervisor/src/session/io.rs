@@ -5,12 +5,15 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rdma_log::WriteError;
+use rdma_log::transport::tcp::{Link, StreamError, Watch};
 
 use super::SessionError;
 use super::beats::Beats;
 use super::host::{self, Inherited};
-use super::report::Reporter;
+use super::report::{Event as Said, Reporter};
 use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
@@ -18,7 +21,9 @@ use crate::backends::wait::{Waiter, Wake};
 use crate::config::Config;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
+use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
+use crate::preempt;
 use crate::record::Outlet;
 use crate::sandbox::Sandbox;
 use crate::stage::Stage;
@@ -36,14 +41,22 @@ pub(super) struct Io {
     pub(super) outlet: Outlet,
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
-    pub(super) control: Option<UnixStream>,
     /// For the threads that are still to be confined.
     pub(super) sandbox: Sandbox,
+    pub(super) control: Option<Channel>,
+    /// The log's stream, on a primary whose log goes over one.
+    pub(super) watch: Option<Watch>,
+    /// The log's stream, on a backup.
+    pub(super) link: Option<Link>,
     /// How far the backup has come, on the primary.
     pub(super) replayed: Arc<AtomicU64>,
     replayed_before: u64,
+    /// The backup asked for our recent exits.
+    exits_wanted: bool,
     signals: UnixStream,
     waiter: Waiter,
+    /// Over a guest that does not exit, with the time of the next look.
+    guest_watch: Option<(preempt::Watch, Instant)>,
 }
 
 /// What a round found.
@@ -75,7 +88,11 @@ impl Common {
 }
 
 /// The lane and reign that a stager writes to.
-pub(super) type InputLane = (rdma_log::LaneWriter, rdma_log::Epoch, Arc<AtomicU64>);
+pub(super) type InputLane = (
+    rdma_log::LaneWriter,
+    rdma_log::Epoch,
+    Option<Arc<AtomicU64>>,
+);
 
 impl Io {
     /// Everything around this port. `shut` starts with a gate that lets nothing out.
@@ -97,7 +114,7 @@ impl Io {
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
         let (lane, committed) = match lane {
             Some((lane, epoch, committed)) => (Some((lane, epoch)), committed),
-            None => (None, Arc::default()),
+            None => (None, None),
         };
         host::pin(&config.cpus.io, "I/O");
         Ok(Self {
@@ -115,9 +132,18 @@ impl Io {
             beats: None,
             control: None,
             sandbox: Sandbox::prepare(&config.sandbox)?,
+            watch: None,
+            link: None,
             replayed: Arc::default(),
             replayed_before: 0,
+            exits_wanted: false,
             waiter: Waiter::new(),
+            guest_watch: config.preempt.by_checkpoint().then(|| {
+                (
+                    preempt::Watch::new(config.preempt.deferral()),
+                    Instant::now(),
+                )
+            }),
         })
     }
 
@@ -151,13 +177,19 @@ impl Io {
         if let Some(beats) = &self.beats {
             self.waiter.add(beats, true, false);
         }
+        if let Some(watch) = &self.watch {
+            self.waiter.add(watch, true, watch.wants_write());
+        }
         let blocked = self.outlet.is_blocked();
         let port = match (self.stager.wants(), self.stager.port()) {
             (Some(port), _) if read_frames => Some(self.waiter.add(port, true, blocked)),
             (_, Some(port)) if blocked => Some(self.waiter.add(port, false, true)),
             _ => None,
         };
-        let longest = longest.unwrap_or(ROUND).min(ROUND);
+        let mut longest = longest.unwrap_or(ROUND).min(ROUND);
+        if let Some((_, again)) = &self.guest_watch {
+            longest = longest.min(again.saturating_duration_since(Instant::now()));
+        }
         self.waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -170,6 +202,8 @@ impl Io {
             tracing::warn!("the guest's network port is closed: {error}");
         }
         self.stager.retry();
+        let log_gone = self.turn_log() || self.link_is_broken();
+        self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
@@ -179,6 +213,7 @@ impl Io {
         }
         let mut found = Found {
             log_traffic: self.backup_moved(),
+            peer_gone: log_gone,
             ..Found::default()
         };
         if self.waiter.ready(signals).read {
@@ -188,9 +223,65 @@ impl Io {
         if let Some(control) = control
             && self.waiter.ready(control).read
         {
-            found.peer_gone = self.peer_is_gone();
+            found.peer_gone |= self.peer_is_gone();
         }
         Ok(found)
+    }
+
+    /// Takes in what the backup answered, and lets out what has committed by it. True when the stream is at its end and nobody
+    /// knows why: a fence is told by name.
+    ///
+    /// It comes after frames were read: that may have taken answers in, which the descriptor then tells no more.
+    fn turn_log(&mut self) -> bool {
+        let Some(watch) = &self.watch else {
+            return false;
+        };
+        let turned = watch.turn();
+        let [events, inputs] = watch.counters();
+        self.replayed
+            .fetch_max(events.replayed.0, Ordering::Relaxed);
+        if self.outlet.waiting() > 0 {
+            self.outlet.release(Committed {
+                events: events.committed,
+                inputs: inputs.committed,
+            });
+        }
+        let Err(error) = turned else { return false };
+        self.watch = None;
+        if error == WriteError::Fenced {
+            self.orders.report_fenced();
+            return false;
+        }
+        self.log_ended(&error, error == WriteError::Closed);
+        true
+    }
+
+    /// Whether nothing more of the log comes; told once.
+    fn link_is_broken(&mut self) -> bool {
+        let Some(error) = self.link.as_ref().and_then(Link::broken) else {
+            return false;
+        };
+        self.link = None;
+        self.log_ended(&error, error == StreamError::Closed);
+        true
+    }
+
+    fn log_ended(&self, error: &dyn std::fmt::Display, closed: bool) {
+        self.reporter.say(&Said::Notice {
+            text: format!("the log's connection is over: {error}"),
+            loud: !closed,
+        });
+    }
+
+    fn watch_the_guest(&mut self) {
+        if let Some((watch, again)) = &mut self.guest_watch {
+            let waiting = self.stage.has_frames() || self.stage.has_typed();
+            let verdict = watch.look(Instant::now(), self.orders.running(), waiting);
+            *again = verdict.again;
+            if verdict.kick {
+                self.orders.kick();
+            }
+        }
     }
 
     fn backup_moved(&mut self) -> bool {
@@ -200,20 +291,35 @@ impl Io {
         moved
     }
 
-    /// Nothing is said over the control connection once a pair runs, so all that can be read is its end.
+    /// Once a pair runs, all that can be read from the control connection is its end, or a backup's question.
     fn peer_is_gone(&mut self) -> bool {
         let Some(control) = &self.control else {
             return false;
         };
         let mut bytes = [0; 64];
         let gone = match (&mut &*control).read(&mut bytes) {
-            Ok(length) => length == 0,
+            Ok(length) => {
+                self.exits_wanted |= bytes[..length].contains(&handshake::ASK_EXITS);
+                length == 0
+            }
             Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
         };
         if gone {
             self.control = None;
         }
         gone
+    }
+
+    /// Answers a backup that wants to name its divergence, once the vCPU thread has met the fence.
+    pub(super) fn answer_exits(&mut self) {
+        if !self.exits_wanted || !self.orders.fenced() {
+            return;
+        }
+        self.exits_wanted = false;
+        if let Some(control) = &self.control {
+            // It diverged and is about to end: if it does not hear us, nothing is lost but a name.
+            let _ = handshake::tell_exits(control, &self.orders.take_exits());
+        }
     }
 
     /// Hands on what has not been said yet.

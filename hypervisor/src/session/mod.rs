@@ -18,6 +18,7 @@ mod beats;
 mod clerk;
 pub mod host;
 mod io;
+mod meet;
 pub mod primary;
 pub mod report;
 pub mod serve;
@@ -80,11 +81,21 @@ pub enum SessionError {
     /// The machine's record says that it runs elsewhere, or ended.
     #[error("the arbiter's record of this machine does not let it start: {0}")]
     NotOurs(String),
+    /// The configuration lacks what this role needs.
+    #[error("{field} is missing: {needed}")]
+    Setting {
+        /// The field.
+        field: &'static str,
+        /// What for.
+        needed: &'static str,
+    },
     /// No backup came.
-    #[error("no backup listens at {}: after {seconds} s this primary gives up; start `doppel backup` with the same pair.socket first", path.display())]
+    #[error(
+        "no backup listens at {place}: after {seconds} s this primary gives up; start `doppel backup` there first"
+    )]
     NoBackup {
-        /// The socket.
-        path: std::path::PathBuf,
+        /// The socket or address.
+        place: String,
         /// How long it was tried.
         seconds: u64,
     },

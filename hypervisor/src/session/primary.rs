@@ -1,39 +1,31 @@
 //! A primary: pairs with the backup that listens, then records and serves.
 #![forbid(unsafe_code)]
 
-use std::io::ErrorKind;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
-
-use rdma_log::transport::shm;
+use std::time::Instant;
 
 use super::beats::Beats;
 use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
+use super::meet;
 use super::report::Event as Said;
 use super::serve::{self, Served, Vcpu};
 use super::{SessionError, protocol_timing};
 use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_bytes, random_identity};
-use crate::backends::wait::Waiter;
 use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::entry::Base;
 use crate::event::GuestTime;
 use crate::gate::Gate;
-use crate::handshake::{self, HandshakeError, Hello, Welcomed};
+use crate::handshake::{self, Channel, Hello, Welcomed};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Pair, Primary, Record, State};
 use crate::record::{Parts, RecordOptions, Recorder, random_source};
 use crate::ring_log::{RingSink, Window};
 use crate::sandbox::Thread;
-
-/// How long a primary looks for its backup.
-const FIND_BACKUP: Duration = Duration::from_secs(30);
 
 /// Runs a primary until the protocol ends it.
 ///
@@ -56,7 +48,7 @@ pub fn run(
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let port = Io::port(config, inherited)?;
 
-    let stream = find_backup(&config.pair.socket, &common)?;
+    let stream = meet::find_backup(&config.pair, &common)?;
     let socket = Beats::bind(config.pair.heartbeat)?;
     let key = random_bytes().map_err(SessionError::host("draw a key"))?;
     let spec_bytes = spec.encode();
@@ -73,12 +65,18 @@ pub fn run(
     };
     let welcomed = handshake::introduce(&stream, &hello, &spec_bytes)?;
     let record = entitle(&arbiter, found.as_ref(), me, &welcomed)?;
-    handshake::agree(&stream, &record, handshake::port_fd(port.as_ref()))?;
-    let ring = shm::connect(&stream).map_err(HandshakeError::from)?;
+    // On one host both sides share the port, so that the frames in its queue outlive either.
+    let shared = match &stream {
+        Channel::Unix(_) => handshake::port_fd(port.as_ref()),
+        Channel::Tcp(_) => None,
+    };
+    handshake::agree(&stream, &record, shared)?;
+    let (ring, watch) = meet::connect_ring(&stream)?;
 
     let committed = Arc::new(AtomicU64::new(0));
     let epoch = super::ring_epoch(record.epoch);
-    let lane = Some((ring.inputs, epoch, Arc::clone(&committed)));
+    let told = watch.is_none().then(|| Arc::clone(&committed));
+    let lane = Some((ring.inputs, epoch, told));
     let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
     io.beats = Some(Beats::connect(
         socket,
@@ -87,11 +85,15 @@ pub fn run(
     )?);
     let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
     let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
-    let sink = RingSink::new(ring.events, epoch, committed).with_window(window);
+    let mut sink = RingSink::new(ring.events, epoch, committed).with_window(window);
+    if let Some(watch) = &watch {
+        sink = sink.with_watch(watch.clone());
+    }
+    io.watch = watch;
     handshake::go(&stream)?;
     stream
         .set_nonblocking(true)
-        .map_err(SessionError::host("set up the control socket"))?;
+        .map_err(SessionError::host("set up the control connection"))?;
     io.control = Some(stream);
     let pair = Pair {
         machine: MachineId::of(&config.name),
@@ -115,50 +117,6 @@ fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionErro
             format!("{record}. If no process of this machine runs any more, say --cold-start"),
         )),
         _ => Ok(()),
-    }
-}
-
-fn find_backup(path: &Path, common: &Common) -> Result<UnixStream, SessionError> {
-    let until = Instant::now() + FIND_BACKUP;
-    let mut said = false;
-    let mut waiter = Waiter::new();
-    loop {
-        match UnixStream::connect(path) {
-            Ok(stream) => return Ok(stream),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
-                ) =>
-            {
-                if Instant::now() >= until {
-                    return Err(SessionError::NoBackup {
-                        path: path.to_owned(),
-                        seconds: FIND_BACKUP.as_secs(),
-                    });
-                }
-            }
-            Err(error) => {
-                return Err(SessionError::host("connect to the backup (pair.socket)")(
-                    error,
-                ));
-            }
-        }
-        if !said {
-            said = true;
-            common.reporter.say(&Said::Notice {
-                text: format!("waiting for a backup to listen at {}", path.display()),
-                loud: false,
-            });
-        }
-        waiter.clear();
-        let signals = waiter.add(&common.signals, true, false);
-        waiter
-            .wait(Some(Duration::from_millis(20)))
-            .map_err(SessionError::host("wait for events"))?;
-        if waiter.ready(signals).read {
-            return Err(SessionError::Interrupted);
-        }
     }
 }
 
@@ -192,6 +150,7 @@ fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<V
             every_exit: false,
             memory_check: config.timing.memory_check(),
             spin: config.timing.spin(),
+            preempt: config.preempt.by_checkpoint(),
         },
         random: random_source()?,
     };

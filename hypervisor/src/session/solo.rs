@@ -67,7 +67,11 @@ pub fn run(
 ) -> Result<Ended, SessionError> {
     let mut solo = Solo::new(config, inherited, json, None)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
-    let vcpu = solo.start(config, machine, NoLog::default(), RecordOptions::default())?;
+    let options = RecordOptions {
+        preempt: config.preempt.by_checkpoint(),
+        ..RecordOptions::default()
+    };
+    let vcpu = solo.start(config, machine, NoLog::default(), options)?;
     let (ended, _) = solo.serve(vcpu, None)?;
     Ok(ended)
 }
@@ -91,13 +95,14 @@ pub fn record(
     let file = FileRecorder::start(what.out, spec, reader)?;
     let committed = Arc::new(AtomicU64::new(0));
     let epoch = Epoch(1);
-    let lane = Some((writer.inputs, epoch, Arc::clone(&committed)));
+    let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
     let mut solo = Solo::new(config, inherited, json, lane)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         every_exit: what.every_exit,
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
+        preempt: config.preempt.by_checkpoint(),
     };
     let vcpu = solo.start(
         config,
@@ -159,6 +164,7 @@ impl Solo {
         self.io.reporter.say(&Event::Ready {
             role: "solo".into(),
             pid: std::process::id(),
+            address: None,
         });
         std::thread::Builder::new()
             .name("vcpu".into())
@@ -214,6 +220,8 @@ pub struct Replayed {
     pub recorded: Option<u64>,
     /// The memory's hash now.
     pub replayed: Option<u64>,
+    /// How many bytes of the log were read and good.
+    pub log_bytes: u64,
     /// The first difference, or what is wrong with the log.
     pub outcome: Result<(), ReplayError>,
 }
@@ -237,6 +245,7 @@ pub fn replay(log: &Path, kvm: &KvmSource) -> Result<Replayed, SessionError> {
         sync_points: replayer.machine().position().0,
         recorded,
         replayed: Some(replayer.machine().memory_hash_full()?),
+        log_bytes: replayer.source().good_bytes(),
         outcome,
     })
 }

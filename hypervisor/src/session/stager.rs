@@ -23,7 +23,8 @@ pub(super) struct Stager {
     port: Option<NetPort>,
     lane: Option<LaneWriter>,
     epoch: Epoch,
-    committed: Arc<AtomicU64>,
+    /// Where to tell what has committed, unless the log tells it by itself.
+    committed: Option<Arc<AtomicU64>>,
     stage: Arc<Stage>,
     buffer: Vec<u8>,
     /// The lane was full: wait for the reader instead of asking the port.
@@ -38,7 +39,7 @@ impl Stager {
     pub(super) fn new(
         port: Option<NetPort>,
         lane: Option<(LaneWriter, Epoch)>,
-        committed: Arc<AtomicU64>,
+        committed: Option<Arc<AtomicU64>>,
         stage: Arc<Stage>,
     ) -> Self {
         let (lane, epoch) = lane.map_or((None, Epoch::default()), |(lane, epoch)| {
@@ -86,6 +87,15 @@ impl Stager {
     /// # Errors
     /// The port's error; the port is then closed.
     pub(super) fn pump(&mut self) -> io::Result<()> {
+        let pumped = self.pump_some();
+        if let Some(lane) = &mut self.lane {
+            // Frames that were read are lost with this process until they are sent. An error shows at the next frame.
+            let _ = lane.notify();
+        }
+        pumped
+    }
+
+    fn pump_some(&mut self) -> io::Result<()> {
         for _ in 0..AT_ONCE {
             if !self.stage.has_room() {
                 break;
@@ -147,8 +157,10 @@ impl Stager {
             return Ok(false);
         };
         // A sleeping reader is woken by the event that applies the frame; only that decides anything.
-        if let Ok(committed) = lane.committed() {
-            self.committed.store(committed.0, Ordering::Release);
+        if let Some(told) = &self.committed
+            && let Ok(committed) = lane.committed()
+        {
+            told.store(committed.0, Ordering::Release);
         }
         let _ = self.stage.push(seq, &self.buffer[..length]);
         Ok(true)

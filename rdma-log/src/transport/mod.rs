@@ -4,14 +4,14 @@
 //! transport knows how bytes get across, when they are safe, and how to make sure that no more come. The lane builds
 //! its entries in a [`WriteView`] laid out exactly as the reader's memory, and hands the transport ranges of it.
 //!
-//! | | [`shm`] | `tcp` | `rdma` |
+//! | | [`shm`] | [`mod@tcp`] | `rdma` |
 //! | --- | --- | --- | --- |
 //! | the view is | the reader's memory | a copy to send from | a copy, registered |
 //! | [`post`](WritePort::post) | moves the tail | queues for the socket | posts a WRITE, one request for the range |
 //! | [`push`](WritePort::push) | wakes a sleeping reader | writes what gathered | rings the card's doorbell |
 //! | [`committed`](ProgressPort::poll) | all that was posted | *received* | completions, or *received* |
 //! | [`limit`](ReadPort::limit) | the tail | bytes taken from the socket | none: [`Limit::Unknown`] |
-//! | [`fence`](FencePort::fence) | a bit in both tails | forgets the connection | deregisters, destroys the queue pair |
+//! | [`fence`](FencePort::fence) | a bit in both tails | ends the thread that lands | deregisters, destroys the queue pair |
 //!
 //! A range may be posted in two pieces of the ring at most: a pad to the end of the lap, and an entry at its start.
 //! Nothing is asked about the order in which its bytes arrive: without a tail the reader takes an entry when its
@@ -30,6 +30,8 @@ pub use crate::region::WriteView;
 
 pub mod shm;
 pub mod sim;
+#[cfg(not(loom))]
+pub mod tcp;
 
 /// The right to make a [`Fenced`]. Only this module and those below it can construct one.
 #[derive(Debug)]

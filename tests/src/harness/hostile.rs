@@ -165,9 +165,9 @@ impl Sink for SabotagedSink {
         self.saboteur.pass(Step::AfterReleased);
     }
 
-    fn notify(&mut self) {
+    fn notify(&mut self, urgent: bool) {
         self.saboteur.pass(Step::BeforeNotify);
-        self.ring.notify();
+        self.ring.notify(urgent);
         self.saboteur.pass(Step::AfterNotify);
     }
 

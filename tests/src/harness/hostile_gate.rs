@@ -272,8 +272,8 @@ impl Sink for WithheldSink {
         self.ring.released(released);
     }
 
-    fn notify(&mut self) {
-        self.ring.notify();
+    fn notify(&mut self, urgent: bool) {
+        self.ring.notify(urgent);
     }
 
     fn is_behind(&mut self) -> bool {

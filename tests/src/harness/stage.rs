@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use hypervisor::backends::NetPort;
 use hypervisor::backends::tap::{Ipv4Network, TapConfig};
+use hypervisor::config::Transport;
 use hypervisor::demo::namespace::{self, Namespace};
 use hypervisor::demo::pair::{Pair, PairSpec};
 use tempfile::TempDir;
@@ -86,17 +87,18 @@ impl Stage {
             command_line: format!("ip=10.77.0.2/24 {words}"),
             memory_check_ms: 100,
             kvm: None,
+            transport: Transport::Shm,
             more: Vec::new(),
         })
     }
 
-    /// Starts a pair in a directory of its own below the stage's: the machine of an earlier pair is no business of its.
+    /// Starts a pair in a directory of its own: the machine of an earlier pair is no business of its.
     ///
     /// # Errors
     /// If it does not come up.
-    pub fn pair_in(&self, name: &str, guest: &str, words: &str) -> Result<Pair> {
+    pub fn pair_in(&self, directory: &Path, guest: &str, words: &str) -> Result<Pair> {
         let spec = PairSpec {
-            directory: self.directory().join(name),
+            directory: directory.to_owned(),
             ..self.spec(guest, words)?
         };
         Ok(Pair::start(&spec, Some(&self.port))?)

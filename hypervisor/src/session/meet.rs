@@ -1,0 +1,259 @@
+//! How the two sides of a pair find each other, and how their ring comes to be: over a Unix socket, or over TCP.
+#![forbid(unsafe_code)]
+
+use std::io::{self, ErrorKind};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rdma_log::transport::{shm, tcp};
+use rdma_log::{RingConfig, RingReader, RingWriter};
+
+use super::SessionError;
+use super::host;
+use super::io::Common;
+use super::report::Event as Said;
+use crate::arbiter::random_bytes;
+use crate::backends::wait::Waiter;
+use crate::config::{Config, Pair, Transport};
+use crate::handshake::{self, Channel, HandshakeError};
+
+/// How long a primary looks for its backup.
+const FIND_BACKUP: Duration = Duration::from_secs(30);
+
+/// How long a backup that has met its primary waits for the ring's connection.
+const RING_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a connection may take to show its ticket. A stranger holds up the real one by so much.
+const TICKET_WITHIN: Duration = Duration::from_millis(500);
+
+fn setting(field: &'static str, needed: &'static str) -> SessionError {
+    SessionError::Setting { field, needed }
+}
+
+/// Where a backup listens for its primary.
+pub(super) enum Listener {
+    /// A path that goes away with its listener.
+    Unix(UnixListener, PathBuf),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens where the configuration says.
+    pub(super) fn bind(pair: &Pair) -> Result<Self, SessionError> {
+        match pair.transport {
+            Transport::Shm => Self::at_path(&pair.socket)
+                .map_err(SessionError::host("listen for a primary (pair.socket)")),
+            Transport::Tcp => {
+                let address = pair.listen.ok_or_else(|| {
+                    let needed = "with transport tcp a backup needs the address to listen at";
+                    setting("pair.listen", needed)
+                })?;
+                let bind = || {
+                    let listener = TcpListener::bind(address)?;
+                    listener.set_nonblocking(true)?;
+                    Ok(Self::Tcp(listener))
+                };
+                bind().map_err(SessionError::host("listen for a primary (pair.listen)"))
+            }
+        }
+    }
+
+    fn at_path(path: &Path) -> io::Result<Self> {
+        // A file that nobody listens at is what a killed backup left.
+        if UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        {
+            std::fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self::Unix(listener, path.to_owned()))
+    }
+
+    /// The TCP address, with the port that was chosen.
+    pub(super) fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Unix(..) => None,
+            Self::Tcp(listener) => listener.local_addr().ok(),
+        }
+    }
+
+    /// The next connection.
+    pub(super) fn accept(&self, common: &Common) -> Result<Channel, SessionError> {
+        self.accept_until(common, None)?
+            .ok_or(SessionError::Interrupted)
+    }
+
+    fn accept_until(
+        &self,
+        common: &Common,
+        until: Option<Instant>,
+    ) -> Result<Option<Channel>, SessionError> {
+        let mut waiter = Waiter::new();
+        loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            waiter.clear();
+            let signals = waiter.add(&common.signals, true, false);
+            waiter.add(self, true, false);
+            waiter
+                .wait(left)
+                .map_err(SessionError::host("wait for events"))?;
+            if waiter.ready(signals).read {
+                return Err(SessionError::Interrupted);
+            }
+            let stream = match self {
+                Self::Unix(listener, _) => listener.accept().map(|(s, _)| Channel::Unix(s)),
+                Self::Tcp(listener) => listener.accept().map(|(s, _)| Channel::Tcp(s)),
+            };
+            // Whoever connected may be gone already; then the next one is waited for.
+            if let Ok(stream) = stream {
+                stream
+                    .set_nonblocking(false)
+                    .map_err(SessionError::host("set up the control connection"))?;
+                return Ok(Some(stream));
+            }
+        }
+    }
+
+    /// The backup's end of the ring with the primary at the other end of `control`.
+    pub(super) fn accept_ring(
+        &self,
+        common: &Common,
+        control: &Channel,
+        config: &Config,
+    ) -> Result<(RingReader, Option<tcp::Link>), SessionError> {
+        let sizes = RingConfig {
+            events: config.ring.events_kib << 10,
+            inputs: config.ring.inputs_kib << 10,
+        };
+        if let Channel::Unix(stream) = control {
+            let ring = shm::accept(stream, &sizes).map_err(HandshakeError::from)?;
+            return Ok((ring, None));
+        }
+        let ticket = random_bytes().map_err(SessionError::host("draw a ticket"))?;
+        handshake::give_ticket(control, ticket)?;
+        let until = Instant::now() + RING_WITHIN;
+        let stream = loop {
+            match self.accept_until(common, Some(until))? {
+                Some(Channel::Tcp(stream))
+                    if handshake::has_ticket(&stream, &ticket, TICKET_WITHIN) =>
+                {
+                    break stream;
+                }
+                // A stranger, or a primary that comes too late: it finds the connection closed.
+                Some(_) => {}
+                None => {
+                    let source = io::Error::from(ErrorKind::TimedOut);
+                    return Err(HandshakeError::from(source).into());
+                }
+            }
+        };
+        // The thread that lands the log shares the I/O thread's CPU: both wait most of the time.
+        host::pin(&config.cpus.io, "landing");
+        let spin = config.timing.spin();
+        let (ring, link) = tcp::accept(stream, &sizes, spin).map_err(HandshakeError::from)?;
+        Ok((ring, Some(link)))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(listener, _) => listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            // It is gone already if somebody cleaned up; either way nothing is left behind.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// The primary's end of the ring with the backup at the other end of `control`.
+pub(super) fn connect_ring(
+    control: &Channel,
+) -> Result<(RingWriter, Option<tcp::Watch>), HandshakeError> {
+    match control {
+        Channel::Unix(stream) => Ok((shm::connect(stream)?, None)),
+        Channel::Tcp(_) => {
+            let (ring, watch) = tcp::connect_watched(handshake::open_ring(control)?)?;
+            Ok((ring, Some(watch)))
+        }
+    }
+}
+
+fn dial(pair: &Pair) -> Result<io::Result<Channel>, SessionError> {
+    Ok(match pair.transport {
+        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix),
+        Transport::Tcp => {
+            let address = pair.connect.ok_or_else(|| {
+                let needed = "with transport tcp a primary needs its backup's address";
+                setting("pair.connect", needed)
+            })?;
+            TcpStream::connect_timeout(&address, FIND_BACKUP).and_then(|stream| {
+                stream.set_nodelay(true)?;
+                Ok(Channel::Tcp(stream))
+            })
+        }
+    })
+}
+
+/// Connects to the backup, and waits for one to listen.
+pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Channel, SessionError> {
+    let until = Instant::now() + FIND_BACKUP;
+    let mut said = false;
+    let mut waiter = Waiter::new();
+    let place = match (pair.transport, pair.connect) {
+        (Transport::Tcp, Some(address)) => address.to_string(),
+        _ => pair.socket.display().to_string(),
+    };
+    loop {
+        match dial(pair)? {
+            Ok(stream) => return Ok(stream),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) =>
+            {
+                if Instant::now() >= until {
+                    return Err(SessionError::NoBackup {
+                        place,
+                        seconds: FIND_BACKUP.as_secs(),
+                    });
+                }
+            }
+            Err(error) => {
+                return Err(SessionError::host(
+                    "connect to the backup (pair.socket, pair.connect)",
+                )(error));
+            }
+        }
+        if !said {
+            said = true;
+            common.reporter.say(&Said::Notice {
+                text: format!("waiting for a backup to listen at {place}"),
+                loud: false,
+            });
+        }
+        waiter.clear();
+        let signals = waiter.add(&common.signals, true, false);
+        waiter
+            .wait(Some(Duration::from_millis(20)))
+            .map_err(SessionError::host("wait for events"))?;
+        if waiter.ready(signals).read {
+            return Err(SessionError::Interrupted);
+        }
+    }
+}
