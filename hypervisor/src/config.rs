@@ -35,6 +35,8 @@ pub struct Config {
     pub preempt: Preempt,
     /// The ring.
     pub ring: Ring,
+    /// What the threads may still do once all is set up.
+    pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
     pub console: Option<PathBuf>,
 }
@@ -180,6 +182,25 @@ impl Timing {
     }
 }
 
+/// What the threads may still do once all is set up.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Sandbox {
+    /// Confine them.
+    pub enabled: bool,
+    /// End the process at any system call that is not listed, instead of refusing the call. For tests.
+    pub strict: bool,
+}
+
+impl Default for Sandbox {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            strict: false,
+        }
+    }
+}
+
 /// What happens when something is due for a guest that does not exit.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -246,6 +267,7 @@ impl Default for Config {
             timing: Timing::default(),
             preempt: Preempt::default(),
             ring: Ring::default(),
+            sandbox: Sandbox::default(),
             console: None,
         }
     }
@@ -361,7 +383,11 @@ impl Config {
             );
         }
         if !(1..=1000).contains(&self.preempt.deferral_ms) {
-            return bad("preempt.deferral_ms", self.preempt.deferral_ms.to_string(), "choose 1 to 1000");
+            return bad(
+                "preempt.deferral_ms",
+                self.preempt.deferral_ms.to_string(),
+                "choose 1 to 1000",
+            );
         }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
             return bad(

@@ -519,8 +519,16 @@ mod tests {
                     inputs,
                 })),
             any::<u64>().prop_map(Body::MemoryHash),
-            (any::<u32>(), any::<bool>(), proptest::collection::vec(any::<u8>(), 0..300))
-                .prop_map(|(number, last, bytes)| Body::Part(Part { number, last, bytes })),
+            (
+                any::<u32>(),
+                any::<bool>(),
+                proptest::collection::vec(any::<u8>(), 0..300)
+            )
+                .prop_map(|(number, last, bytes)| Body::Part(Part {
+                    number,
+                    last,
+                    bytes
+                })),
             any::<(u64, u64, u64)>().prop_map(|(digest, memory, state)| Body::End {
                 digest: Digest(digest),
                 memory,

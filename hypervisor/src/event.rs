@@ -7,7 +7,9 @@
 use serde::{Deserialize, Serialize};
 
 /// A value on the guest's clock: nanoseconds since the guest started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct GuestTime(pub u64);
 
 /// One non-deterministic input, applied at a sync point.

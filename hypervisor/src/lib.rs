@@ -27,6 +27,7 @@ pub mod protocol;
 pub mod record;
 pub mod replay;
 pub mod ring_log;
+pub mod sandbox;
 pub mod session;
 pub mod sink;
 pub mod stage;

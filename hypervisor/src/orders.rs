@@ -172,7 +172,9 @@ impl Orders {
 
     /// The vCPU thread goes into the guest, which stands at this position; a tick or an interrupt is or will be due then.
     pub fn entering(&self, position: Position, due: Option<Instant>) {
-        let due = due.map_or(NOTHING_DUE, |due| due.saturating_duration_since(self.epoch).as_nanos() as u64);
+        let due = due.map_or(NOTHING_DUE, |due| {
+            due.saturating_duration_since(self.epoch).as_nanos() as u64
+        });
         self.inside_at.store(position.0, Ordering::Relaxed);
         self.inside.store(due, Ordering::Release);
     }
@@ -257,7 +259,9 @@ impl Samples {
 
     /// Adds a checkpoint: the time that the guest stood for it, and its bytes.
     pub fn checkpoint(&self, took: Duration, bytes: usize) {
-        let _ = self.checkpoints.push((took.as_nanos() as u64, bytes as u64));
+        let _ = self
+            .checkpoints
+            .push((took.as_nanos() as u64, bytes as u64));
     }
 
     /// Takes one checkpoint: nanoseconds and bytes.

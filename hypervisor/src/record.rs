@@ -340,7 +340,8 @@ impl<S: Sink> Recorder<S> {
         let ticks = self.machine.ticks_due(now);
         if ticks > 0 {
             if let Some(due) = self.machine.next_tick() {
-                self.samples.late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
+                self.samples
+                    .late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
             }
             self.machine.supply(&Input::Tick(ticks))?;
             self.step.inputs.push(LoggedInput::Tick(ticks));

@@ -14,7 +14,9 @@ use rdma_log::{Marks, Seq};
 use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
 use crate::divergence::Divergence;
-use crate::entry::{Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step};
+use crate::entry::{
+    Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
+};
 use crate::event::{GuestTime, Input, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders};
@@ -349,7 +351,10 @@ impl<L: LogSource> Replayer<L> {
         self.machine.restore(&bytes).map_err(unusable)?;
         if self.machine.position() != position {
             let other = self.machine.position();
-            return Err(LogError(format!("a checkpoint of position {other} stands at position {position}")).into());
+            return Err(LogError(format!(
+                "a checkpoint of position {other} stands at position {position}"
+            ))
+            .into());
         }
         if self.machine.digest() != digest {
             let expected = self.machine.digest().to_string();

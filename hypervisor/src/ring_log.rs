@@ -217,7 +217,9 @@ impl Sink for RingSink {
     }
 
     fn max_payload(&self) -> usize {
-        self.lane.as_ref().map_or(rdma_log::MIN_LANE / 8, LaneWriter::max_payload)
+        self.lane
+            .as_ref()
+            .map_or(rdma_log::MIN_LANE / 8, LaneWriter::max_payload)
     }
 
     fn detach(&mut self) {

@@ -47,7 +47,9 @@ pub enum CheckpointError {
     #[error(transparent)]
     Devices(#[from] BadDevices),
     /// The guest waits for an input: give it first.
-    #[error("no checkpoint can be taken here: the guest is {phase:?}; give it what it waits for first")]
+    #[error(
+        "no checkpoint can be taken here: the guest is {phase:?}; give it what it waits for first"
+    )]
     NotReady {
         /// What it waits for.
         phase: Phase,

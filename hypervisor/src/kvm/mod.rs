@@ -50,7 +50,9 @@ pub enum KvmError {
         source: std::io::Error,
     },
     /// A model-specific register that one side has and the other refuses.
-    #[error("KVM refused to {what} model-specific register {index:#x}: both hosts need the same CPU and kernel")]
+    #[error(
+        "KVM refused to {what} model-specific register {index:#x}: both hosts need the same CPU and kernel"
+    )]
     Msr {
         /// Read or set.
         what: &'static str,

@@ -108,7 +108,10 @@ impl DirtyLedger {
     /// What was written since this consumer last asked.
     #[must_use]
     pub fn take(&mut self, consumer: Consumer) -> DirtyPages {
-        self.owed[consumer as usize].as_mut().map(std::mem::take).unwrap_or_default()
+        self.owed[consumer as usize]
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 }
 
@@ -146,7 +149,13 @@ mod tests {
 
     #[test]
     fn what_one_consumer_reads_the_other_still_gets() {
-        let pages = |numbers: &[u64]| numbers.iter().copied().map(PageNumber).collect::<DirtyPages>();
+        let pages = |numbers: &[u64]| {
+            numbers
+                .iter()
+                .copied()
+                .map(PageNumber)
+                .collect::<DirtyPages>()
+        };
         let mut ledger = DirtyLedger::default();
         assert!(ledger.is_idle());
         ledger.note(&pages(&[1]));

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use rdma_log::{Fenced, Fencer};
 
 use super::beats::Beats;
-use super::clerk::Clerk;
+use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet::Listener;
@@ -35,6 +35,7 @@ use crate::protocol::{Backup, Pair, Record, Unfit};
 use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSource;
+use crate::sandbox::Thread;
 use crate::sink::NoLog;
 use crate::stage::Stage;
 
@@ -102,7 +103,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     )?);
     io.control = Some(stream);
     io.link = link;
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
+    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
     let pair = Pair {
         machine: MachineId::of(&config.name),
         me,
@@ -118,6 +119,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         epoch: record.epoch.0,
         peer: pair.peer.to_string(),
     });
+    io.sandbox.confine(Thread::Io)?;
     Following {
         io,
         clerk,
@@ -202,10 +204,12 @@ impl Follower {
             random: random_source()?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
+        let sandbox = io.sandbox.clone();
         let thread = std::thread::Builder::new()
             .name("vcpu".into())
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
+                sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
                 let outcome = follow(replayer, live, &tell, &claim, &wake);
                 wake.ring();
                 outcome

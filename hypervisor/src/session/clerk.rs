@@ -9,6 +9,10 @@ use super::SessionError;
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::backends::wait::Wake;
 use crate::protocol::{Answer, Request};
+use crate::sandbox::{Sandbox, Thread};
+
+/// A thread that cannot be confined must not run: the panic ends it, and its process with it.
+pub(super) const NOT_CONFINED: &str = "the sandbox was prepared, so the kernel takes it";
 
 /// Carries requests to the arbiter and answers back. Dropped, it ends its thread after the request under way.
 pub(super) struct Clerk {
@@ -17,13 +21,19 @@ pub(super) struct Clerk {
 }
 
 impl Clerk {
-    /// Starts the thread; `wake` is rung for every answer.
-    pub(super) fn start(arbiter: Box<dyn Arbiter>, wake: Arc<Wake>) -> Result<Self, SessionError> {
+    /// Starts the thread, which confines itself; `wake` is rung for every answer.
+    pub(super) fn start(
+        arbiter: Box<dyn Arbiter>,
+        wake: Arc<Wake>,
+        sandbox: Sandbox,
+    ) -> Result<Self, SessionError> {
         let (requests, incoming) = channel::<Request>();
         let (outgoing, answers) = channel();
         thread::Builder::new()
             .name("arbiter".into())
             .spawn(move || {
+                let confined = sandbox.confine(Thread::Arbiter);
+                confined.expect(NOT_CONFINED);
                 for request in incoming {
                     if outgoing.send(arbiter::ask(&*arbiter, &request)).is_err() {
                         return;

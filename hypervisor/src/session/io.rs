@@ -25,6 +25,7 @@ use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
 use crate::preempt;
 use crate::record::Outlet;
+use crate::sandbox::Sandbox;
 use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
@@ -40,6 +41,8 @@ pub(super) struct Io {
     pub(super) outlet: Outlet,
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
+    /// For the threads that are still to be confined.
+    pub(super) sandbox: Sandbox,
     pub(super) control: Option<Channel>,
     /// The log's stream, on a primary whose log goes over one.
     pub(super) watch: Option<Watch>,
@@ -128,16 +131,19 @@ impl Io {
             signals: common.signals,
             beats: None,
             control: None,
+            sandbox: Sandbox::prepare(&config.sandbox)?,
             watch: None,
             link: None,
             replayed: Arc::default(),
             replayed_before: 0,
             exits_wanted: false,
             waiter: Waiter::new(),
-            guest_watch: config
-                .preempt
-                .by_checkpoint()
-                .then(|| (preempt::Watch::new(config.preempt.deferral()), Instant::now())),
+            guest_watch: config.preempt.by_checkpoint().then(|| {
+                (
+                    preempt::Watch::new(config.preempt.deferral()),
+                    Instant::now(),
+                )
+            }),
         })
     }
 

@@ -99,6 +99,9 @@ pub enum SessionError {
         /// How long it was tried.
         seconds: u64,
     },
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] crate::sandbox::SandboxError),
     /// SIGTERM or SIGINT.
     #[error("interrupted")]
     Interrupted,

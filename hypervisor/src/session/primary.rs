@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use super::beats::Beats;
-use super::clerk::Clerk;
+use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet;
@@ -25,6 +25,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Pair, Primary, Record, State};
 use crate::record::{Parts, RecordOptions, Recorder, random_source};
 use crate::ring_log::{RingSink, Window};
+use crate::sandbox::Thread;
 
 /// Runs a primary until the protocol ends it.
 ///
@@ -82,7 +83,7 @@ pub fn run(
         welcomed.heartbeat,
         handshake::key_of(&hello),
     )?);
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake))?;
+    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
     let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
     let mut sink = RingSink::new(ring.events, epoch, committed).with_window(window);
     if let Some(watch) = &watch {
@@ -105,6 +106,7 @@ pub fn run(
         epoch: record.epoch.0,
         peer: welcomed.identity.to_string(),
     });
+    io.sandbox.confine(Thread::Io)?;
     serve::serve(&mut io, &clerk, protocol, vcpu)
 }
 
@@ -153,10 +155,12 @@ fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<V
         random: random_source()?,
     };
     let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
+    let sandbox = io.sandbox.clone();
     std::thread::Builder::new()
         .name("vcpu".into())
         .spawn(move || {
             host::pin(&cpus, "vCPU");
+            sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
             let outcome = Recorder::new(parts).run();
             wake.ring();
             outcome

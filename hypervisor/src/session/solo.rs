@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rdma_log::{Epoch, RingConfig, transport::shm};
 
 use super::SessionError;
+use super::clerk::NOT_CONFINED;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
@@ -26,6 +27,7 @@ use crate::orders::{Order, Orders};
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSink;
+use crate::sandbox::Thread;
 use crate::sink::{NoLog, Sink};
 
 /// How long a guest that does not exit may take to reach a sync point once its recording is to end.
@@ -158,6 +160,7 @@ impl Solo {
             random: random_source()?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
+        let sandbox = self.io.sandbox.clone();
         self.io.reporter.say(&Event::Ready {
             role: "solo".into(),
             pid: std::process::id(),
@@ -167,6 +170,7 @@ impl Solo {
             .name("vcpu".into())
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
+                sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
                 let mut recorder = Recorder::new(parts);
                 let outcome = recorder
                     .run()
@@ -183,6 +187,7 @@ impl Solo {
         vcpu: Vcpu,
         length: Option<Duration>,
     ) -> Result<(Ended, Option<Finished>), SessionError> {
+        self.io.sandbox.confine(Thread::Io)?;
         let mut end_at = length.map(|length| Instant::now() + length);
         let mut give_up_at: Option<Instant> = None;
         while !vcpu.is_finished() {

@@ -4,6 +4,7 @@ use crate::promise::Promise;
 
 pub mod bad_input;
 pub mod commit_latency;
+pub mod confined;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
@@ -28,5 +29,6 @@ pub const ALL: &[Promise] = &[
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,
+    confined::PROMISE,
     leaves_nothing::PROMISE,
 ];

@@ -347,7 +347,10 @@ mod queues {
 
     use super::VirtQueue;
 
-    pub fn serialize<S: Serializer>(queues: &[VirtQueue], serializer: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<S: Serializer>(
+        queues: &[VirtQueue],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         queues.serialize(serializer)
     }
 

@@ -34,7 +34,8 @@ impl Rng {
     /// Whether this device can be in this state.
     #[must_use]
     pub fn is_sound(&self) -> bool {
-        self.waiting.is_none_or(|count| (1..=MAX_REQUEST).contains(&count))
+        self.waiting
+            .is_none_or(|count| (1..=MAX_REQUEST).contains(&count))
     }
 
     /// Answers the request that waits, and looks for the next.

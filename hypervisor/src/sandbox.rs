@@ -1,0 +1,349 @@
+//! What a role's threads may still do once everything is set up.
+//!
+//! ```text
+//!  set up: KVM, TAP, sockets, ring, files ──▶ each thread confines itself ──▶ serve
+//!                                               no core dumps, no new privileges,
+//!                                               no capabilities, its list of system calls
+//! ```
+//! A guest that breaks out of its vCPU, or a peer that finds a hole in the code that reads its bytes, gets a thread that can
+//! read and write what is open already, and no more: no file, socket, program or process can be opened or started.
+//!
+//! **Three answers, by two filters.** A call on a thread's list is let through. One that no part of doppel ever makes, and
+//! that an intruder makes first (start a program, trace a process, load into the kernel, change namespaces) ends the process:
+//! the other side takes over, which is what a pair is for. Any other call fails with EPERM: that a new C library asks for
+//! something harmless must not end a machine. `strict` ends the process there too, which shows in tests that the lists are
+//! whole.
+//!
+//! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
+//! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
+//! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
+//! directory that belongs to another user. The threads that write a recording and that land a log from TCP are started before and are not confined.
+//!
+//! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
+//! rest of the process, which holds copies of it.
+//!
+//! Unsafe: `capset` and `setrlimit` have no wrapper among our crates.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use crate::config;
+
+/// CAP_DAC_OVERRIDE: files may be opened whoever they belong to.
+const DAC_OVERRIDE: u32 = 1 << 1;
+/// `_LINUX_CAPABILITY_VERSION_3`: two words a set.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+/// The type byte of KVM's ioctls, in its place.
+const KVM_IOCTLS: u64 = 0xae00;
+const IOCTL_TYPE: u64 = 0xff00;
+
+/// A kind of thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thread {
+    /// Runs the guest, and writes or reads the events lane.
+    Vcpu,
+    /// Waits for descriptors, speaks with the peer and the world.
+    Io,
+    /// Asks the arbiter.
+    Arbiter,
+}
+
+/// Why there is no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A filter could not be made.
+    #[error(
+        "the sandbox's filter could not be made: {0}; set sandbox.enabled = false and report this"
+    )]
+    Filter(seccompiler::BackendError),
+    /// The kernel refused one.
+    #[error(
+        "the kernel refused the sandbox's filter: {0}; it needs CONFIG_SECCOMP_FILTER, or set sandbox.enabled = false"
+    )]
+    Refused(seccompiler::Error),
+    /// The kernel refused to take rights away.
+    #[error("the kernel refused to {what}: {source}; set sandbox.enabled = false if it must be so")]
+    Rights {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// The filters of all threads, made before the first is confined.
+#[derive(Clone, Debug)]
+pub struct Sandbox {
+    filters: Option<Arc<Filters>>,
+}
+
+#[derive(Debug)]
+struct Filters {
+    foreign: BpfProgram,
+    vcpu: BpfProgram,
+    io: BpfProgram,
+    arbiter: BpfProgram,
+}
+
+impl Sandbox {
+    /// Makes the filters, if the configuration wants any.
+    ///
+    /// # Errors
+    /// [`SandboxError::Filter`].
+    pub fn prepare(config: &config::Sandbox) -> Result<Self, SandboxError> {
+        if !config.enabled {
+            return Ok(Self { filters: None });
+        }
+        let list = |thread| allow(thread, config.strict).map_err(SandboxError::Filter);
+        Ok(Self {
+            filters: Some(Arc::new(Filters {
+                foreign: foreign().map_err(SandboxError::Filter)?,
+                vcpu: list(Thread::Vcpu)?,
+                io: list(Thread::Io)?,
+                arbiter: list(Thread::Arbiter)?,
+            })),
+        })
+    }
+
+    /// Confines the calling thread, for good. Once: the list has no call to confine again.
+    ///
+    /// # Errors
+    /// [`SandboxError::Rights`], [`SandboxError::Refused`].
+    pub fn confine(&self, thread: Thread) -> Result<(), SandboxError> {
+        let Some(filters) = &self.filters else {
+            return Ok(());
+        };
+        no_core_dumps()?;
+        keep_capabilities(match thread {
+            Thread::Vcpu | Thread::Io => 0,
+            Thread::Arbiter => DAC_OVERRIDE,
+        })?;
+        let list = match thread {
+            Thread::Vcpu => &filters.vcpu,
+            Thread::Io => &filters.io,
+            Thread::Arbiter => &filters.arbiter,
+        };
+        // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
+        for filter in [&filters.foreign, list] {
+            seccompiler::apply_filter(filter).map_err(SandboxError::Refused)?;
+        }
+        Ok(())
+    }
+}
+
+fn no_core_dumps() -> Result<(), SandboxError> {
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel reads one rlimit.
+    if unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } != 0 {
+        return Err(SandboxError::Rights {
+            what: "forbid core dumps",
+            source: io::Error::last_os_error(),
+        });
+    }
+    Ok(())
+}
+
+/// Takes from the calling thread every capability but those of `kept` that it has.
+fn keep_capabilities(kept: u32) -> Result<(), SandboxError> {
+    let header: [u32; 2] = [CAPABILITY_VERSION, 0];
+    // Effective, permitted, inheritable; the low word of each, then the high one.
+    let mut sets = [0u32; 6];
+    // SAFETY: the header asks for the calling thread; version 3 writes two words a set, which is the array.
+    let got = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+    let refused = |what| {
+        move || SandboxError::Rights {
+            what,
+            source: io::Error::last_os_error(),
+        }
+    };
+    if got != 0 {
+        return Err(refused("say what this thread may do")());
+    }
+    let kept = sets[1] & kept;
+    let sets = [kept, kept, 0, 0, 0, 0];
+    // SAFETY: as above; the kernel only reads.
+    let set = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    if set != 0 {
+        return Err(refused("drop capabilities")());
+    }
+    Ok(())
+}
+
+/// Calls that end the process: no part of doppel makes them after its set-up.
+const FOREIGN: &[libc::c_long] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_reboot,
+];
+
+/// What every thread needs: open descriptors, memory, waiting, time, its own end. SIGTERM may come to any thread, and its
+/// handler tells the I/O thread by a socket.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_lseek,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_sendto,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_mlock,
+    libc::SYS_munlock,
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_tgkill,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_membarrier,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Sockets that are open.
+const SOCKETS: &[libc::c_long] = &[
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+];
+
+/// Records that are read, written aside, linked into place, synced and removed.
+const FILES: &[libc::c_long] = &[
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_getdents64,
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_link,
+    libc::SYS_linkat,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+];
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn compile(
+    rules: Rules,
+    otherwise: SeccompAction,
+    matching: SeccompAction,
+) -> Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64)?.try_into()
+}
+
+fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = FOREIGN.iter().map(|call| (*call, Vec::new())).collect();
+    compile(rules, SeccompAction::Allow, SeccompAction::KillProcess)
+}
+
+fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
+    let more: &[libc::c_long] = match thread {
+        // A log over a stream is written by the vCPU thread.
+        Thread::Vcpu | Thread::Io => SOCKETS,
+        Thread::Arbiter => FILES,
+    };
+    let mut rules: Rules = COMMON
+        .iter()
+        .chain(more)
+        .map(|call| (*call, Vec::new()))
+        .collect();
+    // Memory, but none that can be executed.
+    let executable = libc::PROT_EXEC as u64;
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![argument(2, executable, 0)?]);
+    }
+    let ioctls = match thread {
+        Thread::Vcpu => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
+        Thread::Io => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Arbiter => Vec::new(),
+    };
+    if !ioctls.is_empty() {
+        rules.insert(libc::SYS_ioctl, ioctls);
+    }
+    let otherwise = if strict {
+        SeccompAction::KillProcess
+    } else {
+        SeccompAction::Errno(libc::EPERM as u32)
+    };
+    compile(rules, otherwise, SeccompAction::Allow)
+}
+
+/// The call's argument number `index`, of which only the bits of `mask` count, is `value`.
+fn argument(index: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(
+        index,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(mask),
+        value,
+    )?])
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+use std::fs::File;
+use std::net::UdpSocket;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+
+use super::*;
+
+const WHAT: &str = "DOPPEL_TEST_SANDBOX";
+
+/// What a confined thread tries in a process of its own (a filter cannot be taken off again): the exit status says how it went.
+/// Without its variable this is no test.
+#[test]
+fn confined() {
+    let Ok(what) = std::env::var(WHAT) else {
+        return;
+    };
+    let (thread, strict, action) = match what.split(' ').collect::<Vec<_>>()[..] {
+        [thread, strict, action] => (thread, strict == "strict", action),
+        _ => panic!("{what:?}"),
+    };
+    let thread = match thread {
+        "vcpu" => Thread::Vcpu,
+        "io" => Thread::Io,
+        _ => Thread::Arbiter,
+    };
+    let enabled = true;
+    let sandbox = Sandbox::prepare(&config::Sandbox { enabled, strict }).unwrap();
+    sandbox.confine(thread).unwrap();
+    let outcome = match action {
+        "open" => File::open("/dev/null").map(drop),
+        "create" => File::create(std::env::temp_dir().join("doppel-test-sandbox")).map(drop),
+        "socket" => UdpSocket::bind("127.0.0.1:0").map(drop),
+        "exec" => Command::new("/bin/true").status().map(drop),
+        "thread" => std::thread::Builder::new().spawn(|| {}).map(drop),
+        "execute" => executable_memory(),
+        "memory" => {
+            drop(vec![1u8; 64 << 20]);
+            Ok(())
+        }
+        _ => panic!("{action:?}"),
+    };
+    std::process::exit(match outcome {
+        Ok(()) => 10,
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => 11,
+        Err(_) => 12,
+    });
+}
+
+fn executable_memory() -> io::Result<()> {
+    // SAFETY: a new anonymous mapping touches no memory in use.
+    let at = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "sandbox::tests::confined", "--nocapture"])
+        .env(WHAT, format!("{thread} {strict} {action}"))
+        .output()
+        .unwrap()
+        .status
+}
+
+#[test]
+fn a_confined_thread_opens_and_starts_nothing() {
+    for thread in ["vcpu", "io"] {
+        for action in ["open", "create", "socket", "thread", "execute"] {
+            let status = try_it(thread, "lenient", action);
+            assert_eq!(status.code(), Some(11), "{thread} {action}: {status}");
+        }
+    }
+    for action in ["socket", "thread", "execute"] {
+        let status = try_it("arbiter", "lenient", action);
+        assert_eq!(status.code(), Some(11), "arbiter {action}: {status}");
+    }
+    assert_eq!(try_it("arbiter", "lenient", "open").code(), Some(10));
+}
+
+#[test]
+fn what_a_thread_needs_stays() {
+    for thread in ["vcpu", "io", "arbiter"] {
+        let status = try_it(thread, "strict", "memory");
+        assert_eq!(status.code(), Some(10), "{thread}: {status}");
+    }
+}
+
+#[test]
+fn strict_ends_the_process_at_the_first_call_that_is_not_listed() {
+    for action in ["open", "socket"] {
+        let status = try_it("io", "strict", action);
+        assert_eq!(status.signal(), Some(libc::SIGSYS), "{action}: {status}");
+    }
+}
+
+/// A child is started by clone or vfork, which is refused; a process that replaces itself makes the foreign call.
+#[test]
+fn a_program_cannot_be_started() {
+    let status = try_it("io", "lenient", "exec");
+    assert_eq!(status.code(), Some(11), "{status}");
+}
+
+#[test]
+fn switched_off_it_does_nothing() {
+    let off = config::Sandbox {
+        enabled: false,
+        strict: true,
+    };
+    Sandbox::prepare(&off).unwrap().confine(Thread::Io).unwrap();
+    File::open("/dev/null").unwrap();
+}

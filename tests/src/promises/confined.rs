@@ -1,0 +1,94 @@
+//! A role that is set up can open and start nothing more (issue 4), and its lists of system calls are whole: with `strict` any
+//! call that is not listed would end it, through load, kill and go-live.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hypervisor::session::report::Event;
+
+use crate::harness::kv_load;
+use crate::harness::random::Random;
+use crate::harness::stage::{GUEST, Stage, alone};
+use crate::promise::{Figures, Promise, Run};
+use hypervisor::demo::pair::Pair;
+
+/// The promise.
+pub const PROMISE: Promise = Promise {
+    name: "confined",
+    line: "Every thread of a pair is confined: no capability, no new privilege, only the system calls it needs",
+    short: Duration::from_secs(10),
+    full: Duration::from_secs(60),
+    show,
+};
+
+/// A bound on what must happen on a loaded host.
+const LONGEST: Duration = Duration::from_secs(15);
+
+/// CAP_DAC_OVERRIDE, the one that the arbiter's thread keeps.
+const DAC_OVERRIDE: u64 = 1 << 1;
+
+fn show(run: &Run) -> Result<Figures> {
+    let mut figures = Figures::default();
+    let mut random = Random::new(run.seed);
+    let (rounds, requests) = (run.form.pick(1, 5), run.form.pick(1000, 20_000));
+    let mut threads = 0;
+    for _ in 0..rounds {
+        threads = alone(|| one(requests, &mut random))?;
+    }
+    figures.add("rounds", rounds);
+    figures.add("confined_threads", threads);
+    Ok(figures)
+}
+
+fn one(requests: u64, random: &mut Random) -> Result<usize> {
+    let stage = Stage::enter()?;
+    let strict = stage.directory().join("strict.toml");
+    fs::write(&strict, "[sandbox]\nstrict = true\n").context("write a configuration")?;
+    let mut spec = stage.spec("kv", "")?;
+    spec.more = vec!["--config".into(), strict.display().to_string()];
+    let mut pair = Pair::start(&spec, Some(stage.port()))?;
+    kv_load::run(GUEST, 4, requests, random.next()).context("load before the kill")?;
+    let threads = confined(pair.primary.pid())? + confined(pair.backup.pid())?;
+    pair.primary.kill();
+    pair.backup
+        .wait_for(LONGEST, |event| matches!(event, Event::Live { .. }), drop)
+        .with_context(|| format!("the backup did not go live: {}", pair.backup.messages()))?;
+    kv_load::run(GUEST, 4, requests, random.next()).context("load after the kill")?;
+    confined(pair.backup.pid())?;
+    let status = pair.backup.stop(LONGEST);
+    ensure!(status.success(), "the backup ended by {status}: {}", pair.backup.messages());
+    Ok(threads)
+}
+
+/// Whether every thread of the process is confined; how many there are.
+fn confined(process: u32) -> Result<usize> {
+    let mut threads = 0;
+    for entry in fs::read_dir(format!("/proc/{process}/task")).context("list threads")? {
+        let path = entry.context("list threads")?.path();
+        let name = fs::read_to_string(path.join("comm")).context("a thread's name")?;
+        let status = fs::read_to_string(path.join("status")).context("a thread's status")?;
+        let field = |key: &str| -> Result<&str> {
+            let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+            Ok(line.with_context(|| format!("{key} of a thread"))?.trim())
+        };
+        let name = name.trim();
+        ensure!(field("Seccomp")? == "2", "thread {name} of {process} has no filter");
+        ensure!(field("NoNewPrivs")? == "1", "thread {name} of {process} may gain privileges");
+        let kept = u64::from_str_radix(field("CapPrm")?, 16).context("capabilities")?;
+        let allowed = if name == "arbiter" { DAC_OVERRIDE } else { 0 };
+        ensure!(kept & !allowed == 0, "thread {name} of {process} keeps capabilities {kept:x}");
+        threads += 1;
+    }
+    ensure!(threads >= 3, "process {process} has {threads} threads");
+    Ok(threads)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn short() {
+        super::PROMISE.test();
+    }
+}
