@@ -26,6 +26,12 @@ impl GuestClock {
         GuestTime(self.reads.0 + self.at.elapsed().as_nanos() as u64)
     }
 
+    /// The instant at which guest time reads `then`; a time before the clock began is when it began.
+    #[must_use]
+    pub fn when(&self, then: GuestTime) -> Instant {
+        self.at + Duration::from_nanos(then.0.saturating_sub(self.reads.0))
+    }
+
     /// How long until guest time reads `then`; zero if it does already.
     #[must_use]
     pub fn until(&self, then: GuestTime) -> Duration {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::preempt::Strategy;
+
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -29,6 +31,8 @@ pub struct Config {
     pub cpus: Cpus,
     /// Times.
     pub timing: Timing,
+    /// Guests that do not exit.
+    pub preempt: Preempt,
     /// The ring.
     pub ring: Ring,
     /// File for the guest's console; standard output if none.
@@ -176,6 +180,39 @@ impl Timing {
     }
 }
 
+/// What happens when something is due for a guest that does not exit.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Preempt {
+    /// `exit` or `checkpoint`.
+    pub strategy: Strategy,
+    /// How long it may compute on before it is stopped. Shorter brings interrupts earlier and costs more checkpoints.
+    pub deferral_ms: u64,
+}
+
+impl Default for Preempt {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::default(),
+            deferral_ms: 5,
+        }
+    }
+}
+
+impl Preempt {
+    /// As a duration.
+    #[must_use]
+    pub fn deferral(&self) -> Duration {
+        Duration::from_millis(self.deferral_ms)
+    }
+
+    /// Whether it is stopped by a checkpoint.
+    #[must_use]
+    pub fn by_checkpoint(&self) -> bool {
+        self.strategy == Strategy::Checkpoint
+    }
+}
+
 /// Sizes of the ring's lanes; powers of two.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -207,6 +244,7 @@ impl Default for Config {
             pair: Pair::default(),
             cpus: Cpus::default(),
             timing: Timing::default(),
+            preempt: Preempt::default(),
             ring: Ring::default(),
             console: None,
         }
@@ -322,6 +360,9 @@ impl Config {
                 "choose 1 to 100",
             );
         }
+        if !(1..=1000).contains(&self.preempt.deferral_ms) {
+            return bad("preempt.deferral_ms", self.preempt.deferral_ms.to_string(), "choose 1 to 1000");
+        }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
             return bad(
                 "net.tap",
@@ -385,6 +426,7 @@ mod tests {
             ("memory_mib = 1", "memory_mib"),
             ("[timing]\nheartbeat_ms = 0", "timing.heartbeat_ms"),
             ("[net]\nbackend = \"tap\"", "net.tap"),
+            ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
         ] {
             match Config::parse(text).unwrap().check() {

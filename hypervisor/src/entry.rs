@@ -5,6 +5,7 @@
 //!   step          digest (8) | items…      several steps at one position are several rounds of inputs there
 //!   memory hash   hash (8)
 //!   end           digest (8) | memory hash (8) | state digest (8)
+//!   part          number (varint) | 1 if it is the last (1) | bytes      of a checkpoint, which holds after the step before
 //! item: tag (1) | clock: distance from the clock before (varint)     | random: length (varint), bytes
 //!               | tick: count (varint)                              | frames: count (varint), CRC-32C of their bytes (4)
 //!               | console: length (varint), bytes                   | outputs: count (varint), CRC-32C of their bytes (4)
@@ -38,6 +39,8 @@ pub enum Body {
     Step(Step),
     /// Hash of the whole memory at the sync point, before its inputs.
     MemoryHash(u64),
+    /// A part of a checkpoint, taken after the sync point and its inputs. The last one puts it in place.
+    Part(Part),
     /// The recorder ended here, on purpose.
     End {
         /// Digest over all exits.
@@ -47,6 +50,17 @@ pub enum Body {
         /// Digest of the CPU's and the devices' state.
         state: u64,
     },
+}
+
+/// A part of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its number, from 0.
+    pub number: u32,
+    /// No more follow.
+    pub last: bool,
+    /// What it holds.
+    pub bytes: Vec<u8>,
 }
 
 /// Inputs and outputs of a sync point.
@@ -129,6 +143,7 @@ pub enum EntryError {
 const KIND_STEP: u8 = 1;
 const KIND_MEMORY_HASH: u8 = 2;
 const KIND_END: u8 = 3;
+const KIND_PART: u8 = 4;
 
 const TAG_CLOCK: u8 = 1;
 const TAG_RANDOM: u8 = 2;
@@ -149,6 +164,18 @@ pub struct Base {
 }
 
 impl Base {
+    /// A base at this position and clock value.
+    #[must_use]
+    pub fn new(position: Position, clock: GuestTime) -> Self {
+        Self { position, clock }
+    }
+
+    /// The position of the last entry.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
     /// The last clock value that the log carried.
     #[must_use]
     pub fn clock(&self) -> GuestTime {
@@ -192,6 +219,7 @@ impl Encoder {
             Body::Step(_) => KIND_STEP,
             Body::MemoryHash(_) => KIND_MEMORY_HASH,
             Body::End { .. } => KIND_END,
+            Body::Part(_) => KIND_PART,
         };
         self.bytes.push(kind);
         let distance = entry.position.0 - self.base.position.0;
@@ -200,6 +228,11 @@ impl Encoder {
         match &entry.body {
             Body::Step(step) => self.step(step),
             Body::MemoryHash(hash) => self.bytes.extend_from_slice(&hash.to_le_bytes()),
+            Body::Part(part) => {
+                self.varint(part.number.into());
+                self.bytes.push(part.last.into());
+                self.bytes.extend_from_slice(&part.bytes);
+            }
             Body::End {
                 digest,
                 memory,
@@ -297,6 +330,11 @@ impl Decoder {
         let body = match kind {
             KIND_STEP => Body::Step(self.step(&mut rest)?),
             KIND_MEMORY_HASH => Body::MemoryHash(rest.word("memory hash")?),
+            KIND_PART => Body::Part(Part {
+                number: rest.count("part number")?,
+                last: rest.flag("mark of the last part")?,
+                bytes: std::mem::take(&mut rest.0).to_vec(),
+            }),
             KIND_END => Body::End {
                 digest: Digest(rest.word("digest")?),
                 memory: rest.word("memory hash")?,
@@ -392,6 +430,17 @@ impl<'a> Bytes<'a> {
         Ok(self.take(1, field)?[0])
     }
 
+    fn flag(&mut self, field: &'static str) -> Result<bool, EntryError> {
+        match self.byte(field)? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(EntryError::Value {
+                field,
+                value: u64::from(other),
+            }),
+        }
+    }
+
     fn word(&mut self, field: &'static str) -> Result<u64, EntryError> {
         let bytes = self.take(8, field)?;
         Ok(u64::from_le_bytes(
@@ -470,6 +519,8 @@ mod tests {
                     inputs,
                 })),
             any::<u64>().prop_map(Body::MemoryHash),
+            (any::<u32>(), any::<bool>(), proptest::collection::vec(any::<u8>(), 0..300))
+                .prop_map(|(number, last, bytes)| Body::Part(Part { number, last, bytes })),
             any::<(u64, u64, u64)>().prop_map(|(digest, memory, state)| Body::End {
                 digest: Digest(digest),
                 memory,

@@ -4,8 +4,10 @@
 //! inputs at sync points and logs them there; the replayer applies the same ones at the same points.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 /// A value on the guest's clock: nanoseconds since the guest started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GuestTime(pub u64);
 
 /// One non-deterministic input, applied at a sync point.

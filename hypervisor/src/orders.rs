@@ -4,13 +4,15 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
 
 use crate::backends::wait::Wake;
+use crate::digest::ExitRecord;
 use crate::kvm::Kick;
 use crate::position::Position;
+use crate::preempt::Running;
 use crate::protocol::heartbeat::Progress;
 
 /// An order to the vCPU thread.
@@ -36,7 +38,19 @@ pub struct Orders {
     kick: OnceLock<Kick>,
     reports: Arc<Wake>,
     pulse: Pulse,
+    /// The exits before a freeze, for a backup that wants to name a divergence.
+    exits: Mutex<Vec<ExitRecord>>,
+    /// What instants are counted from.
+    epoch: Instant,
+    /// [`OUTSIDE`], [`NOTHING_DUE`], or when something is due, in nanoseconds since `epoch`.
+    inside: AtomicU64,
+    inside_at: AtomicU64,
 }
+
+/// The vCPU thread is not inside the guest.
+const OUTSIDE: u64 = u64::MAX;
+/// It is, and nothing is due.
+const NOTHING_DUE: u64 = u64::MAX - 1;
 
 /// How the vCPU thread is doing, for heartbeats.
 #[derive(Debug, Default)]
@@ -58,6 +72,10 @@ impl Orders {
             kick: OnceLock::new(),
             reports,
             pulse: Pulse::default(),
+            exits: Mutex::default(),
+            epoch: Instant::now(),
+            inside: AtomicU64::new(OUTSIDE),
+            inside_at: AtomicU64::new(0),
         }
     }
 
@@ -126,6 +144,19 @@ impl Orders {
         self.reports.ring();
     }
 
+    /// The vCPU thread leaves its recent exits, as it freezes.
+    pub fn leave_exits<'a>(&self, exits: impl Iterator<Item = &'a ExitRecord>) {
+        let mut left = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        left.clear();
+        left.extend(exits);
+    }
+
+    /// The exits that the vCPU thread left; none if it did not freeze.
+    #[must_use]
+    pub fn take_exits(&self) -> Vec<ExitRecord> {
+        std::mem::take(&mut *self.exits.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The vCPU thread has work in hand at this position.
     pub fn working(&self, position: Position) {
         self.pulse.position.store(position.0, Ordering::Relaxed);
@@ -137,6 +168,38 @@ impl Orders {
         let turns = self.pulse.turns.load(Ordering::Relaxed);
         self.pulse.turns.store(turns + 1, Ordering::Relaxed);
         self.pulse.owes.store(false, Ordering::Relaxed);
+    }
+
+    /// The vCPU thread goes into the guest, which stands at this position; a tick or an interrupt is or will be due then.
+    pub fn entering(&self, position: Position, due: Option<Instant>) {
+        let due = due.map_or(NOTHING_DUE, |due| due.saturating_duration_since(self.epoch).as_nanos() as u64);
+        self.inside_at.store(position.0, Ordering::Relaxed);
+        self.inside.store(due, Ordering::Release);
+    }
+
+    /// The vCPU thread has come out.
+    pub fn left(&self) {
+        self.inside.store(OUTSIDE, Ordering::Relaxed);
+    }
+
+    /// What the vCPU thread is doing inside the guest, if it is. The two values may be of two runs that follow each other,
+    /// which costs a kick that finds nothing to do.
+    #[must_use]
+    pub fn running(&self) -> Option<Running> {
+        let due = match self.inside.load(Ordering::Acquire) {
+            OUTSIDE => return None,
+            NOTHING_DUE => None,
+            nanos => Some(self.epoch + Duration::from_nanos(nanos)),
+        };
+        let position = Position(self.inside_at.load(Ordering::Relaxed));
+        Some(Running { position, due })
+    }
+
+    /// Makes the vCPU thread leave the guest.
+    pub fn kick(&self) {
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
     }
 
     /// What heartbeats say of the vCPU thread.
@@ -160,6 +223,8 @@ impl Orders {
 #[derive(Debug)]
 pub struct Samples {
     commits: ArrayQueue<u64>,
+    late_ticks: ArrayQueue<u64>,
+    checkpoints: ArrayQueue<(u64, u64)>,
 }
 
 impl Default for Samples {
@@ -167,6 +232,9 @@ impl Default for Samples {
         Self {
             // 100 ms of outputs at 600,000 a second; more than that and samples are dropped, not delayed.
             commits: ArrayQueue::new(1 << 16),
+            // A second of the fastest ticks that guests ask for, and of the most checkpoints.
+            late_ticks: ArrayQueue::new(1 << 12),
+            checkpoints: ArrayQueue::new(1 << 10),
         }
     }
 }
@@ -175,6 +243,26 @@ impl Samples {
     /// Adds the time from an output's making to its commit.
     pub fn commit(&self, took: Duration) {
         let _ = self.commits.push(took.as_nanos() as u64);
+    }
+
+    /// Adds the time by which a tick came too late.
+    pub fn late_tick(&self, by: Duration) {
+        let _ = self.late_ticks.push(by.as_nanos() as u64);
+    }
+
+    /// Takes one lateness, in nanoseconds.
+    pub fn take_late_tick(&self) -> Option<u64> {
+        self.late_ticks.pop()
+    }
+
+    /// Adds a checkpoint: the time that the guest stood for it, and its bytes.
+    pub fn checkpoint(&self, took: Duration, bytes: usize) {
+        let _ = self.checkpoints.push((took.as_nanos() as u64, bytes as u64));
+    }
+
+    /// Takes one checkpoint: nanoseconds and bytes.
+    pub fn take_checkpoint(&self) -> Option<(u64, u64)> {
+        self.checkpoints.pop()
     }
 
     /// Takes one sample, in nanoseconds.

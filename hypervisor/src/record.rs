@@ -5,6 +5,8 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
+mod preempting;
+
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
@@ -43,6 +46,9 @@ pub enum RecordError {
     /// Ordered to stop while an entry could not be posted.
     #[error("stopped while the log could not take an entry")]
     Stopped,
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// The host's random source.
     #[error("cannot read random bytes from the host: {0}")]
     Random(std::io::Error),
@@ -69,6 +75,8 @@ pub struct RecordOptions {
     /// How long a halted guest's thread looks for work before it sleeps. Worth it only where the thread has its core for
     /// itself: elsewhere it keeps the I/O thread from running.
     pub spin: Duration,
+    /// Whether a guest that does not exit is stopped by a checkpoint when something is due for it.
+    pub preempt: bool,
 }
 
 /// Runs a machine as its primary.
@@ -79,6 +87,7 @@ pub struct Recorder<S> {
     outlet: Outlet,
     stage: Arc<Stage>,
     orders: Arc<Orders>,
+    samples: Arc<Samples>,
     clock: GuestClock,
     random: File,
     options: RecordOptions,
@@ -127,7 +136,7 @@ impl<S: Sink> Recorder<S> {
     /// A recorder that goes on where its parts stand. Nothing here can fail: a backup that goes live has no way back.
     #[must_use]
     pub fn new(parts: Parts<S>) -> Self {
-        parts.outlet.measure(parts.samples);
+        parts.outlet.measure(Arc::clone(&parts.samples));
         Self {
             machine: parts.machine,
             sink: parts.sink,
@@ -135,6 +144,7 @@ impl<S: Sink> Recorder<S> {
             outlet: parts.outlet,
             stage: parts.stage,
             orders: parts.orders,
+            samples: parts.samples,
             clock: parts.clock,
             random: parts.random,
             options: parts.options,
@@ -167,6 +177,7 @@ impl<S: Sink> Recorder<S> {
     pub fn run(&mut self) -> Result<Ended, RecordError> {
         self.stage.bell().attach();
         self.orders.attach(self.machine.kick_handle());
+        self.prepare_to_preempt()?;
         // A machine that was taken over may stand in the middle of a sync point.
         if self.machine.position().0 > 0
             && let Some(ended) = self.sync_point()?
@@ -179,8 +190,16 @@ impl<S: Sink> Recorder<S> {
             {
                 return Ok(ended);
             }
+            if self.wants_place() {
+                if let Some(ended) = self.make_place()? {
+                    return Ok(ended);
+                }
+                continue;
+            }
             self.orders.resting();
+            self.entering();
             self.mid_run = self.machine.step()? == Stepped::Kicked;
+            self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run
                 && let Some(ended) = self.sync_point()?
@@ -317,8 +336,12 @@ impl<S: Sink> Recorder<S> {
         if !self.machine.injectable() {
             return Ok(());
         }
-        let ticks = self.machine.ticks_due(self.clock.now());
+        let now = self.clock.now();
+        let ticks = self.machine.ticks_due(now);
         if ticks > 0 {
+            if let Some(due) = self.machine.next_tick() {
+                self.samples.late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
+            }
             self.machine.supply(&Input::Tick(ticks))?;
             self.step.inputs.push(LoggedInput::Tick(ticks));
         }
@@ -436,6 +459,7 @@ impl<S: Sink> Recorder<S> {
                     }
                 }
                 Err(SinkError::Fenced) => {
+                    self.orders.leave_exits(self.machine.history().iter());
                     self.orders.report_fenced();
                     if !self.obey_one(Order::Freeze) {
                         return Err(RecordError::Stopped);

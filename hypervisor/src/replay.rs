@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use rdma_log::{Marks, Seq};
 
+use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
 use crate::divergence::Divergence;
-use crate::entry::{Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Step};
+use crate::entry::{Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step};
 use crate::event::{GuestTime, Input, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders};
@@ -128,6 +129,8 @@ pub struct Replayer<L> {
     memory_checks: u64,
     last_memory_check: Option<MemoryCheck>,
     spin: Duration,
+    /// A checkpoint of which not all parts have come: nothing of it counts.
+    shadow: Shadow,
 }
 
 /// What is left of a replayer when it goes live.
@@ -148,6 +151,7 @@ impl<L: LogSource> Replayer<L> {
     /// A replayer of a fresh machine.
     #[must_use]
     pub fn new(machine: Machine, source: L, orders: Arc<Orders>, spin: Duration) -> Self {
+        let shadow = Shadow::new(machine.pages());
         Self {
             machine,
             source,
@@ -161,6 +165,7 @@ impl<L: LogSource> Replayer<L> {
             memory_checks: 0,
             last_memory_check: None,
             spin,
+            shadow,
         }
     }
 
@@ -234,7 +239,11 @@ impl<L: LogSource> Replayer<L> {
         if !self.run_to(entry.position)? {
             return Ok(Some(ReplayEnd::Stopped));
         }
+        if !self.shadow.is_empty() && !matches!(entry.body, Body::Part(_)) {
+            return Err(LogError("another entry came in the middle of a checkpoint".into()).into());
+        }
         match entry.body {
+            Body::Part(part) => self.part(&part).map(|()| None),
             Body::Step(step) => self.step(step),
             Body::MemoryHash(expected) => {
                 let found = self.machine.memory_hash().map_err(ReplayError::Machine)?;
@@ -316,6 +325,38 @@ impl<L: LogSource> Replayer<L> {
             }
         }
         Ok(true)
+    }
+
+    /// Gathers a checkpoint and, when it is whole, becomes the machine that was saved: so far did the recorded one run
+    /// after its last sync point.
+    fn part(&mut self, part: &Part) -> Result<(), ReplayError> {
+        let unusable = |error: CheckpointError| match error {
+            CheckpointError::Machine(error) => ReplayError::Machine(error),
+            error => LogError(format!("a checkpoint in it: {error}")).into(),
+        };
+        self.shadow
+            .add(part.number, &part.bytes)
+            .map_err(|error| unusable(error.into()))?;
+        if !part.last {
+            return Ok(());
+        }
+        if self.machine.has_outputs() {
+            let count = self.machine.outputs().count();
+            return Err(self.divergence("outputs", "none".into(), count.to_string()));
+        }
+        let (position, digest) = (self.machine.position(), self.machine.digest());
+        let bytes = self.shadow.take();
+        self.machine.restore(&bytes).map_err(unusable)?;
+        if self.machine.position() != position {
+            let other = self.machine.position();
+            return Err(LogError(format!("a checkpoint of position {other} stands at position {position}")).into());
+        }
+        if self.machine.digest() != digest {
+            let expected = self.machine.digest().to_string();
+            return Err(self.divergence("digest", expected, digest.to_string()));
+        }
+        self.last_digest_at = position;
+        Ok(())
     }
 
     fn step(&mut self, step: Step) -> Result<Option<ReplayEnd>, ReplayError> {

@@ -23,6 +23,8 @@ pub struct RingSink {
     lane: Option<LaneWriter>,
     marks: Marks,
     last: Seq,
+    /// Bytes of the entry that found no room: what to wait for.
+    refused: usize,
     /// How far the inputs lane has committed; the I/O thread, which writes it, keeps it current.
     inputs: Arc<AtomicU64>,
     window: Option<Window>,
@@ -47,6 +49,7 @@ impl RingSink {
                 ..Marks::default()
             },
             last: Seq::ZERO,
+            refused: 0,
             inputs,
             window: None,
             watch: None,
@@ -123,11 +126,11 @@ impl Window {
             if at.elapsed() < self.length {
                 return false;
             }
-            // A counter that cannot be is met by the lane as well, at its next look for room.
-            let replayed = self
-                .progress
-                .poll()
-                .map_or(Seq::ZERO, |[events, _]| events.replayed);
+            // Nobody replays a log that is fenced or that lies about itself: the next entry is refused and says why.
+            let replayed = match self.progress.poll() {
+                Ok([events, _]) if !events.fenced => events.replayed,
+                _ => return false,
+            };
             self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
             if replayed < seq {
                 return true;
@@ -140,6 +143,7 @@ impl Window {
 
 impl Sink for RingSink {
     fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
+        self.refused = payload.len();
         self.last = match &mut self.lane {
             Some(lane) => match lane.append(payload, self.marks) {
                 Ok(seq) => seq,
@@ -194,7 +198,7 @@ impl Sink for RingSink {
 
     fn wait_for_room(&mut self, longest: Duration) {
         if let Some(lane) = &mut self.lane {
-            let room = lane.max_payload().min(4096);
+            let room = self.refused.max(4096).min(lane.max_payload());
             let _ = lane.wait_for_room(room, longest);
         }
     }
@@ -206,6 +210,14 @@ impl Sink for RingSink {
             self.notify(true);
         }
         behind
+    }
+
+    fn keeps(&self) -> bool {
+        self.lane.is_some()
+    }
+
+    fn max_payload(&self) -> usize {
+        self.lane.as_ref().map_or(rdma_log::MIN_LANE / 8, LaneWriter::max_payload)
     }
 
     fn detach(&mut self) {

@@ -42,6 +42,15 @@ pub trait Sink {
     fn is_behind(&mut self) -> bool;
     /// Waits until there may be room.
     fn wait_for_room(&mut self, longest: Duration);
+    /// Whether entries go anywhere.
+    fn keeps(&self) -> bool {
+        true
+    }
+    /// The longest entry, in bytes.
+    fn max_payload(&self) -> usize {
+        // Fits every lane.
+        rdma_log::MIN_LANE / 8
+    }
     /// From now on entries go nowhere and everything counts as committed.
     fn detach(&mut self);
 }
@@ -67,6 +76,10 @@ impl Sink for NoLog {
     fn notify(&mut self, _: bool) {}
 
     fn is_behind(&mut self) -> bool {
+        false
+    }
+
+    fn keeps(&self) -> bool {
         false
     }
 

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::config::{Config, NetBackend};
 use hypervisor::machine::MachineSpec;
+use hypervisor::preempt::Strategy;
 use hypervisor::session::host::Inherited;
 use hypervisor::session::solo;
 
@@ -39,6 +40,9 @@ pub struct MachineArgs {
     /// Write the guest's console to this file
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
+    /// What happens when something is due for a guest that does not exit: it waits for an exit, or a checkpoint stops it
+    #[arg(long, value_name = "exit|checkpoint", value_parser = strategy)]
+    preempt: Option<Strategy>,
     /// CPUs for the vCPU thread, such as 0 or 0,1
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     vcpu_cpus: Option<Vec<usize>>,
@@ -54,6 +58,14 @@ pub struct MachineArgs {
     /// An open descriptor of /dev/kvm, left by the parent process
     #[arg(long, hide = true, value_name = "FD")]
     kvm_fd: Option<RawFd>,
+}
+
+fn strategy(text: &str) -> Result<Strategy, String> {
+    match text {
+        "exit" => Ok(Strategy::Exit),
+        "checkpoint" => Ok(Strategy::Checkpoint),
+        _ => Err("choose exit or checkpoint".into()),
+    }
 }
 
 impl MachineArgs {
@@ -85,6 +97,9 @@ impl MachineArgs {
         }
         if self.console.is_some() {
             config.console.clone_from(&self.console);
+        }
+        if let Some(strategy) = self.preempt {
+            config.preempt.strategy = strategy;
         }
         if let Some(cpus) = &self.vcpu_cpus {
             config.cpus.vcpu.clone_from(cpus);

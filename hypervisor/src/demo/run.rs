@@ -358,6 +358,7 @@ impl Heard {
             Event::Notice { text, loud: true } => self.notices.push(text),
             Event::Ready { .. }
             | Event::Paired { .. }
+            | Event::Preempted { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
             | Event::Ended { .. } => {}

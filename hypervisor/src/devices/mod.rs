@@ -24,11 +24,13 @@ mod pic;
 mod pit;
 mod platform;
 mod power;
+mod saved;
 mod serial;
 mod virtio;
 
 use std::hash::{Hash, Hasher};
 
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::event::{Effect, GuestTime, Input, Need, Output};
@@ -44,6 +46,7 @@ use virtio::net::{self, Net};
 use virtio::rng::{self, Rng};
 
 pub use pit::TickPlan;
+pub use saved::BadDevices;
 pub use virtio::mmio::DeviceFault;
 pub use virtio::net::MAX_FRAME;
 pub use virtio::queue::QueueFault;
@@ -109,14 +112,14 @@ pub enum DeviceError {
 }
 
 /// The access that waits for its [`Devices::answer`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Awaiting {
     Register(Register),
     Timer(Waiting),
 }
 
 /// The state of all devices: plain data.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Board {
     pic: Pic,
     pit: Pit,

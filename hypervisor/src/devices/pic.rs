@@ -14,6 +14,8 @@
 //! ICW1's level-triggered mode (LTIM) and 8080 vectors are not there; PCs never used them.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 /// The line of the master that the slave is wired to.
 const CASCADE: u8 = 2;
 
@@ -26,7 +28,7 @@ const OCW3: u8 = 0x08;
 const OCW3_POLL: u8 = 0x04;
 
 /// Where a chip is in its initialisation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Init {
     /// Since power-on: no ICW1 yet, no interrupts.
     #[default]
@@ -38,7 +40,7 @@ enum Init {
 }
 
 /// One chip.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Chip {
     init: Init,
     /// From ICW1: no ICW3 will come.
@@ -217,7 +219,7 @@ impl Chip {
 }
 
 /// Both chips: sixteen lines in, one interrupt out.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pic {
     master: Chip,
     slave: Chip,
@@ -236,6 +238,13 @@ impl Default for Pic {
 }
 
 impl Pic {
+    /// Whether two 8259s wired as ours can be in this state.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let wired = (self.master.cascade, self.slave.cascade) == (Some(CASCADE), None);
+        wired && self.master.highest < 8 && self.slave.highest < 8
+    }
+
     /// Sets the level of line `irq` (0 to 15; 2 is the slave's and ignored, as are larger numbers).
     pub fn set_line(&mut self, irq: u8, level: bool) {
         match irq {

@@ -14,6 +14,8 @@
 //! written while a channel runs starts it anew at once, also in modes 2 and 3.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::GuestTime;
 
 /// The input frequency in Hz.
@@ -38,7 +40,7 @@ pub enum Access {
 }
 
 /// What an access that waits for the clock will do with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Waiting {
     /// Read the next byte of a channel's count.
     Read(u8),
@@ -72,7 +74,7 @@ pub struct TickPlan {
 }
 
 /// How a channel's count is read and written (the control word's RW bits).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Bytes {
     #[default]
     Low,
@@ -81,7 +83,7 @@ enum Bytes {
 }
 
 /// What a channel's counter is doing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Counting {
     /// It waits for a count, or, in modes 1 and 5, for its gate to rise.
     #[default]
@@ -96,7 +98,7 @@ enum Counting {
 }
 
 /// One channel.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Channel {
     mode: u8,
     bcd: bool,
@@ -307,7 +309,7 @@ impl Channel {
 }
 
 /// The three channels, and port 0x61.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pit {
     channels: [Channel; 3],
     /// Port 0x61, bit 1: the speaker would hear channel 2.
@@ -330,6 +332,12 @@ impl Default for Pit {
 }
 
 impl Pit {
+    /// Whether an 8254 can be in this state.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.channels.iter().all(|channel| channel.mode <= 5)
+    }
+
     /// A guest's read of `port` (0x40 to 0x43, or 0x61).
     pub fn read(&mut self, port: u16) -> Access {
         match port {

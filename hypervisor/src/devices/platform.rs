@@ -1,13 +1,15 @@
 //! The platform page: halt, clock, random bits (guest ABI, "The platform page").
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 /// Where the page is.
 pub const BASE: u64 = 0xd000_0000;
 /// Its length.
 pub const LEN: u64 = 0x1000;
 
 /// A register of the page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Register {
     /// Notifies every queue, waits until something happened, returns the clock.
     Halt,

@@ -8,6 +8,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 /// Received bytes that wait for the guest: the depth of a 16750's FIFO.
 pub const FIFO_BYTES: usize = 64;
 
@@ -47,7 +49,7 @@ const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 const MSR_CONNECTED: u8 = 0xb0;
 
 /// The UART.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Serial {
     received: VecDeque<u8>,
     overrun: bool,
@@ -62,6 +64,12 @@ pub struct Serial {
 }
 
 impl Serial {
+    /// Whether a 16550 can be in this state.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.received.len() <= FIFO_BYTES
+    }
+
     /// A guest's read of `register` (0 to 7).
     pub fn read(&mut self, register: u16) -> u8 {
         match register {

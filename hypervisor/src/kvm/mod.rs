@@ -6,13 +6,15 @@
 mod cpuid;
 mod exit;
 mod msr;
+mod state;
 mod vcpu;
 mod vm;
 
 pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use exit::Exit;
-pub use vcpu::{CpuState, Kick, Vcpu};
-pub use vm::{KvmSource, Vm};
+pub use state::{BadCpuState, CpuState};
+pub use vcpu::{Kick, Vcpu};
+pub use vm::{Capabilities, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,14 @@ pub enum KvmError {
         call: &'static str,
         /// What the kernel said.
         source: std::io::Error,
+    },
+    /// A model-specific register that one side has and the other refuses.
+    #[error("KVM refused to {what} model-specific register {index:#x}: both hosts need the same CPU and kernel")]
+    Msr {
+        /// Read or set.
+        what: &'static str,
+        /// Its number.
+        index: u32,
     },
     /// The vCPU cannot go on.
     #[error("the vCPU stopped: {why}")]

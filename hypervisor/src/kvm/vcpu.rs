@@ -3,14 +3,17 @@
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::sync::Once;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
+    KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
+use super::state::{self, CpuState};
 use super::{Exit, KvmError};
 
 /// `_IOW(KVMIO, 0x86, struct kvm_interrupt)`: `kvm-ioctls` has no wrapper for it.
@@ -22,12 +25,16 @@ const PORT_DATA_MAX: usize = 4096;
 thread_local! {
     /// The run page of the vCPU that this thread runs, for the signal handler.
     static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+    /// This thread was kicked while it ran no vCPU: its next run ends at once.
+    static KICKED: Cell<bool> = const { Cell::new(false) };
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
     RUN_PAGE.with(|page| {
         let run = page.get();
-        if !run.is_null() {
+        if run.is_null() {
+            KICKED.with(|kicked| kicked.set(true));
+        } else {
             // SAFETY: the pointer is set only while this thread is inside `Vcpu::run`, whose vCPU keeps the page mapped.
             unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
         }
@@ -79,19 +86,6 @@ impl Kick {
     }
 }
 
-/// Everything of the vCPU that a guest can see.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CpuState {
-    /// General registers.
-    pub regs: kvm_regs,
-    /// Segments and control registers, without the interrupt bitmap.
-    pub sregs: kvm_sregs,
-    /// Pending exceptions and interrupts.
-    pub events: kvm_vcpu_events,
-    /// x87 and SSE.
-    pub fpu: kvm_fpu,
-}
-
 /// What a read exit waits for.
 #[derive(Clone, Copy, Debug)]
 enum DataAt {
@@ -105,17 +99,24 @@ enum DataAt {
 pub struct Vcpu {
     fd: VcpuFd,
     data_at: DataAt,
+    /// The last run ended in an exit whose instruction KVM completes at the next run.
+    unfinished: bool,
+    /// The MSRs of the state.
+    msrs: Vec<u32>,
 }
 
 impl Vcpu {
-    pub(super) fn new(mut fd: VcpuFd) -> Self {
+    pub(super) fn new(mut fd: VcpuFd) -> Result<Self, KvmError> {
         install_kick_handler();
         fd.set_sync_valid_reg(SyncReg::Register);
         fd.set_sync_valid_reg(SyncReg::SystemRegister);
-        Self {
+        let msrs = state::supported_msrs(&fd)?;
+        Ok(Self {
             fd,
             data_at: DataAt::Nothing,
-        }
+            unfinished: false,
+            msrs,
+        })
     }
 
     /// Runs the guest to its next exit.
@@ -125,9 +126,15 @@ impl Vcpu {
     pub fn run(&mut self) -> Result<Exit, KvmError> {
         let run: *mut kvm_run = self.fd.get_kvm_run();
         RUN_PAGE.with(|page| page.set(run));
+        // A kick so far is noted, one from here on goes to the run page.
+        compiler_fence(Ordering::SeqCst);
+        if KICKED.with(|kicked| kicked.replace(false)) {
+            self.fd.set_kvm_immediate_exit(1);
+        }
         let outcome = self.fd.run().map(|_| ());
         RUN_PAGE.with(|page| page.set(std::ptr::null_mut()));
         self.data_at = DataAt::Nothing;
+        self.unfinished = outcome.is_ok();
         let run = self.fd.get_kvm_run();
         if let Err(error) = outcome {
             return match error.errno() {
@@ -265,6 +272,25 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Runs one instruction. False if the guest went on instead: not every KVM can do this.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn single_step(&mut self) -> Result<bool, KvmError> {
+        let set = |control| kvm_guest_debug {
+            control,
+            ..Default::default()
+        };
+        let on = set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&on).map_err(refused)?;
+        let ran = self.fd.run().map(drop);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&set(0)).map_err(refused)?;
+        ran.map_err(KvmError::call("KVM_RUN"))?;
+        Ok(self.fd.get_kvm_run().exit_reason == KVM_EXIT_DEBUG)
+    }
+
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.
     ///
     /// # Errors
@@ -281,25 +307,35 @@ impl Vcpu {
         }
     }
 
-    /// The whole state; only after [`Vcpu::complete`].
+    /// Completes the instruction of the last exit, unless that was done.
     ///
     /// # Errors
-    /// [`KvmError::Call`].
+    /// As [`Vcpu::run`].
+    pub fn finish(&mut self) -> Result<(), KvmError> {
+        if self.unfinished {
+            self.complete()?;
+        }
+        Ok(())
+    }
+
+    /// The whole state: complete the last exit first.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`], [`KvmError::Msr`].
     pub fn state(&self) -> Result<CpuState, KvmError> {
-        let mut sregs = self
-            .fd
-            .get_sregs()
-            .map_err(KvmError::call("KVM_GET_SREGS"))?;
-        sregs.interrupt_bitmap = [0; 4];
-        Ok(CpuState {
-            regs: self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
-            sregs,
-            events: self
-                .fd
-                .get_vcpu_events()
-                .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
-            fpu: self.fd.get_fpu().map_err(KvmError::call("KVM_GET_FPU"))?,
-        })
+        state::read(&self.fd, &self.msrs)
+    }
+
+    /// Makes this vCPU go on where the state was taken. What it was doing is forgotten: an exit whose instruction is not
+    /// complete is completed first, or KVM would do that on top of the new state.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`], [`KvmError::Msr`]; the vCPU is then of no further use.
+    pub fn restore(&mut self, state: &CpuState) -> Result<(), KvmError> {
+        self.finish()?;
+        state::write(&self.fd, state)?;
+        // Brings what KVM says of the state in the run page (registers, whether an interrupt fits) up to date.
+        self.complete()
     }
 
     /// System registers, to change and set before the first run.

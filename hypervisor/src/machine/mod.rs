@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod spec;
+mod state;
 
 pub use spec::{MachineSpec, SpecError};
 
@@ -21,7 +22,7 @@ use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
-use crate::memory::{GuestRam, MemoryError, MemoryHash};
+use crate::memory::{DirtyLedger, GuestRam, MemoryError, MemoryHash};
 use crate::position::Position;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -96,6 +97,7 @@ pub struct Machine {
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
+    written: DirtyLedger,
 }
 
 impl Machine {
@@ -121,6 +123,7 @@ impl Machine {
             phase: Phase::Ready,
             injectable: false,
             memory_hash: None,
+            written: DirtyLedger::default(),
         })
     }
 
@@ -232,6 +235,9 @@ impl Machine {
         self.deliver()?;
         let exit = self.vcpu.run()?;
         if !exit.is_sync_point() {
+            // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
+            // is interrupted.
+            self.injectable = false;
             return Ok(Stepped::Kicked);
         }
         self.position = self.position.next();
@@ -248,8 +254,8 @@ impl Machine {
         Ok(Stepped::SyncPoint)
     }
 
-    /// Injects an interrupt if one is pending and the guest would take it. A second call at the same exit does nothing,
-    /// because KVM then holds one already.
+    /// Injects an interrupt if one is pending and the guest would take it. A second call at the same exit does nothing: there
+    /// KVM holds one already, or was found not to take one.
     fn deliver(&mut self) -> Result<(), MachineError> {
         if self.deliverable() {
             let vector = self.devices.acknowledge_interrupt();
@@ -357,36 +363,6 @@ impl Machine {
         Kick::this_thread()
     }
 
-    /// Hash of the whole memory now. The first call reads all of it and starts dirty tracking, later ones read what
-    /// changed since.
-    ///
-    /// # Errors
-    /// [`MachineError::Kvm`].
-    pub fn memory_hash(&mut self) -> Result<u64, MachineError> {
-        if self.memory_hash.is_none() {
-            self.vm.track_dirty(&self.ram, true)?;
-        }
-        let written = self.ram.take_dirty();
-        let hash = match &mut self.memory_hash {
-            Some(hash) => {
-                let mut dirty = self.vm.take_dirty()?;
-                dirty.merge(&written);
-                hash.update(&self.ram, &dirty)?;
-                hash
-            }
-            None => self.memory_hash.insert(MemoryHash::full(&self.ram)?),
-        };
-        Ok(hash.value())
-    }
-
-    /// Hash of the whole memory, read in full.
-    ///
-    /// # Errors
-    /// [`MachineError::Memory`].
-    pub fn memory_hash_full(&self) -> Result<u64, MachineError> {
-        Ok(MemoryHash::full(&self.ram)?.value())
-    }
-
     /// One digest over the CPU's whole state and the devices', for a final comparison. Where the guest could run on, the
     /// instruction of the current exit is completed first.
     ///
@@ -395,7 +371,7 @@ impl Machine {
     pub fn final_state(&mut self) -> Result<u64, MachineError> {
         if self.phase == Phase::Ready && self.position != Position(0) {
             self.deliver()?;
-            self.vcpu.complete()?;
+            self.vcpu.finish()?;
         }
         let cpu = format!("{:?}", self.vcpu.state()?);
         Ok(xxh3_64_with_seed(cpu.as_bytes(), self.devices.digest()))
@@ -411,3 +387,6 @@ fn kind(input: &Input) -> &'static str {
         Input::Console(_) => "console bytes",
     }
 }
+
+#[cfg(test)]
+mod tests;

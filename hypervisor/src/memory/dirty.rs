@@ -64,6 +64,54 @@ impl DirtyPages {
     }
 }
 
+/// Who wants to know which pages were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Consumer {
+    /// The memory's hash.
+    Hash,
+    /// Checkpoints.
+    Checkpoint,
+}
+
+/// The dirty log of several consumers. KVM's log and ours forget a page when they are read, so whatever one consumer
+/// reads is noted for the others as well.
+#[derive(Clone, Debug, Default)]
+pub struct DirtyLedger {
+    owed: [Option<DirtyPages>; 2],
+}
+
+impl DirtyLedger {
+    /// Whether nobody wants to know.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.owed.iter().all(Option::is_none)
+    }
+
+    /// Whether this consumer is told.
+    #[must_use]
+    pub fn has(&self, consumer: Consumer) -> bool {
+        self.owed[consumer as usize].is_some()
+    }
+
+    /// From now on this consumer is told.
+    pub fn open(&mut self, consumer: Consumer) {
+        self.owed[consumer as usize] = Some(DirtyPages::default());
+    }
+
+    /// Notes pages for everybody.
+    pub fn note(&mut self, written: &DirtyPages) {
+        for owed in self.owed.iter_mut().flatten() {
+            owed.merge(written);
+        }
+    }
+
+    /// What was written since this consumer last asked.
+    #[must_use]
+    pub fn take(&mut self, consumer: Consumer) -> DirtyPages {
+        self.owed[consumer as usize].as_mut().map(std::mem::take).unwrap_or_default()
+    }
+}
+
 impl FromIterator<PageNumber> for DirtyPages {
     fn from_iter<I: IntoIterator<Item = PageNumber>>(pages: I) -> Self {
         let mut words = Vec::new();
@@ -94,6 +142,23 @@ mod tests {
         assert_eq!(pages.len(), 3);
         assert!(!pages.is_empty());
         assert_eq!(PageNumber(129).address(), 129 * 4096);
+    }
+
+    #[test]
+    fn what_one_consumer_reads_the_other_still_gets() {
+        let pages = |numbers: &[u64]| numbers.iter().copied().map(PageNumber).collect::<DirtyPages>();
+        let mut ledger = DirtyLedger::default();
+        assert!(ledger.is_idle());
+        ledger.note(&pages(&[1]));
+        ledger.open(Consumer::Hash);
+        ledger.note(&pages(&[2]));
+        ledger.open(Consumer::Checkpoint);
+        ledger.note(&pages(&[70]));
+        assert_eq!(ledger.take(Consumer::Hash), pages(&[2, 70]));
+        assert!(ledger.take(Consumer::Hash).is_empty());
+        ledger.note(&pages(&[3]));
+        assert_eq!(ledger.take(Consumer::Checkpoint), pages(&[3, 70]));
+        assert_eq!(ledger.take(Consumer::Hash), pages(&[3]));
     }
 
     proptest! {

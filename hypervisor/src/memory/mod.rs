@@ -13,7 +13,7 @@ mod hash;
 mod memfd;
 mod ram;
 
-pub use dirty::{DirtyPages, PageNumber};
+pub use dirty::{Consumer, DirtyLedger, DirtyPages, PageNumber};
 pub use hash::MemoryHash;
 pub use ram::{GuestRam, MAX_RAM_MIB, MIN_RAM_MIB, MemoryError};
 

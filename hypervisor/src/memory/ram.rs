@@ -218,7 +218,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`MemoryError::Scan`].
-    pub(super) fn next_touched(&self, from: PageNumber) -> Result<Option<Range<u64>>, MemoryError> {
+    pub fn next_touched(&self, from: PageNumber) -> Result<Option<Range<u64>>, MemoryError> {
         let bytes = from.0.saturating_mul(PAGE_SIZE as u64);
         if bytes >= self.size {
             return Ok(None);

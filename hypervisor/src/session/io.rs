@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdma_log::WriteError;
 use rdma_log::transport::tcp::{Link, StreamError, Watch};
@@ -21,8 +21,9 @@ use crate::backends::wait::{Waiter, Wake};
 use crate::config::Config;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
-use crate::handshake::Channel;
+use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
+use crate::preempt;
 use crate::record::Outlet;
 use crate::stage::Stage;
 
@@ -47,8 +48,12 @@ pub(super) struct Io {
     /// How far the backup has come, on the primary.
     pub(super) replayed: Arc<AtomicU64>,
     replayed_before: u64,
+    /// The backup asked for our recent exits.
+    exits_wanted: bool,
     signals: UnixStream,
     waiter: Waiter,
+    /// Over a guest that does not exit, with the time of the next look.
+    guest_watch: Option<(preempt::Watch, Instant)>,
 }
 
 /// What a round found.
@@ -127,7 +132,12 @@ impl Io {
             link: None,
             replayed: Arc::default(),
             replayed_before: 0,
+            exits_wanted: false,
             waiter: Waiter::new(),
+            guest_watch: config
+                .preempt
+                .by_checkpoint()
+                .then(|| (preempt::Watch::new(config.preempt.deferral()), Instant::now())),
         })
     }
 
@@ -170,7 +180,10 @@ impl Io {
             (_, Some(port)) if blocked => Some(self.waiter.add(port, false, true)),
             _ => None,
         };
-        let longest = longest.unwrap_or(ROUND).min(ROUND);
+        let mut longest = longest.unwrap_or(ROUND).min(ROUND);
+        if let Some((_, again)) = &self.guest_watch {
+            longest = longest.min(again.saturating_duration_since(Instant::now()));
+        }
         self.waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -186,6 +199,7 @@ impl Io {
         }
         self.stager.retry();
         log_gone |= self.turn_log();
+        self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
@@ -256,6 +270,17 @@ impl Io {
         });
     }
 
+    fn watch_the_guest(&mut self) {
+        if let Some((watch, again)) = &mut self.guest_watch {
+            let waiting = self.stage.has_frames() || self.stage.has_typed();
+            let verdict = watch.look(Instant::now(), self.orders.running(), waiting);
+            *again = verdict.again;
+            if verdict.kick {
+                self.orders.kick();
+            }
+        }
+    }
+
     fn backup_moved(&mut self) -> bool {
         let replayed = self.replayed.load(Ordering::Relaxed);
         let moved = replayed != self.replayed_before;
@@ -263,20 +288,35 @@ impl Io {
         moved
     }
 
-    /// Nothing is said over the control connection once a pair runs, so all that can be read is its end.
+    /// Once a pair runs, all that can be read from the control connection is its end, or a backup's question.
     fn peer_is_gone(&mut self) -> bool {
         let Some(control) = &self.control else {
             return false;
         };
         let mut bytes = [0; 64];
         let gone = match (&mut &*control).read(&mut bytes) {
-            Ok(length) => length == 0,
+            Ok(length) => {
+                self.exits_wanted |= bytes[..length].contains(&handshake::ASK_EXITS);
+                length == 0
+            }
             Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
         };
         if gone {
             self.control = None;
         }
         gone
+    }
+
+    /// Answers a backup that wants to name its divergence, once the vCPU thread has met the fence.
+    pub(super) fn answer_exits(&mut self) {
+        if !self.exits_wanted || !self.orders.fenced() {
+            return;
+        }
+        self.exits_wanted = false;
+        if let Some(control) = &self.control {
+            // It diverged and is about to end: if it does not hear us, nothing is lost but a name.
+            let _ = handshake::tell_exits(control, &self.orders.take_exits());
+        }
     }
 
     /// Hands on what has not been said yet.

@@ -148,6 +148,7 @@ fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<V
             every_exit: false,
             memory_check: config.timing.memory_check(),
             spin: config.timing.spin(),
+            preempt: config.preempt.by_checkpoint(),
         },
         random: random_source()?,
     };

@@ -36,6 +36,15 @@ pub enum Event {
         /// The buckets.
         buckets: Vec<(u64, u64)>,
     },
+    /// Ticks given to the guest and checkpoints that stopped it, since the last such event.
+    Preempted {
+        /// By how much each tick came too late, in microseconds.
+        ticks_late_us: Vec<u64>,
+        /// How long the guest stood for each checkpoint, in microseconds.
+        checkpoints_us: Vec<u64>,
+        /// Bytes of these checkpoints together.
+        checkpoint_bytes: u64,
+    },
     /// How far this side is.
     Progress {
         /// Sync points.
@@ -153,7 +162,7 @@ impl Reporter {
             ),
             Event::Diverged { what } => tracing::error!("{what}"),
             Event::Ended { why } => tracing::info!("{why}"),
-            Event::Commits { .. } | Event::Progress { .. } => {}
+            Event::Commits { .. } | Event::Preempted { .. } | Event::Progress { .. } => {}
         }
     }
 
@@ -179,6 +188,17 @@ impl Reporter {
         }
         if !buckets.is_empty() {
             self.say(&Event::Commits { buckets });
+        }
+        let ticks_late_us: Vec<u64> = std::iter::from_fn(|| samples.take_late_tick())
+            .map(|nanos| nanos / 1000)
+            .collect();
+        let checkpoints: Vec<_> = std::iter::from_fn(|| samples.take_checkpoint()).collect();
+        if !ticks_late_us.is_empty() || !checkpoints.is_empty() {
+            self.say(&Event::Preempted {
+                ticks_late_us,
+                checkpoints_us: checkpoints.iter().map(|(nanos, _)| nanos / 1000).collect(),
+                checkpoint_bytes: checkpoints.iter().map(|(_, bytes)| bytes).sum(),
+            });
         }
     }
 }

@@ -65,7 +65,11 @@ pub fn run(
 ) -> Result<Ended, SessionError> {
     let mut solo = Solo::new(config, inherited, json, None)?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
-    let vcpu = solo.start(config, machine, NoLog::default(), RecordOptions::default())?;
+    let options = RecordOptions {
+        preempt: config.preempt.by_checkpoint(),
+        ..RecordOptions::default()
+    };
+    let vcpu = solo.start(config, machine, NoLog::default(), options)?;
     let (ended, _) = solo.serve(vcpu, None)?;
     Ok(ended)
 }
@@ -96,6 +100,7 @@ pub fn record(
         every_exit: what.every_exit,
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
+        preempt: config.preempt.by_checkpoint(),
     };
     let vcpu = solo.start(
         config,
@@ -210,6 +215,8 @@ pub struct Replayed {
     pub recorded: Option<u64>,
     /// The memory's hash now.
     pub replayed: Option<u64>,
+    /// How many bytes of the log were read and good.
+    pub log_bytes: u64,
     /// The first difference, or what is wrong with the log.
     pub outcome: Result<(), ReplayError>,
 }
@@ -233,6 +240,7 @@ pub fn replay(log: &Path, kvm: &KvmSource) -> Result<Replayed, SessionError> {
         sync_points: replayer.machine().position().0,
         recorded,
         replayed: Some(replayer.machine().memory_hash_full()?),
+        log_bytes: replayer.source().good_bytes(),
         outcome,
     })
 }

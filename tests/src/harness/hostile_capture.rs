@@ -15,6 +15,9 @@ pub struct Capture {
     slot: Vec<u8>,
 }
 
+/// See packet(7); the libc crate does not have it.
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+
 /// Room for what comes between two looks. As root the kernel grants it whole.
 const QUEUE_BYTES: libc::c_int = 64 << 20;
 
@@ -36,38 +39,27 @@ impl Capture {
     /// # Errors
     /// If frames were lost, so that nothing can be said of them.
     pub fn look(&mut self, mut frame: impl FnMut(&[u8])) -> Result<()> {
-        while let Some((length, from_guest)) = self.receive().context("read a captured frame")? {
-            if from_guest {
-                frame(&self.slot[..length]);
-            }
+        while let Some(length) = self.receive().context("read a captured frame")? {
+            frame(&self.slot[..length]);
         }
         let lost = self.lost().context("ask for lost frames")?;
         ensure!(lost == 0, "{lost} frames were not captured");
         Ok(())
     }
 
-    fn receive(&mut self) -> io::Result<Option<(usize, bool)>> {
-        // SAFETY: all zero is a valid value of this plain struct.
-        let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        let mut size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    fn receive(&mut self) -> io::Result<Option<usize>> {
         loop {
-            // SAFETY: the kernel writes at most `slot.len()` bytes into the slot and `size` bytes into the address.
+            // SAFETY: the kernel writes at most `slot.len()` bytes into the slot.
             let got = unsafe {
-                libc::recvfrom(
+                libc::recv(
                     self.socket.as_raw_fd(),
                     self.slot.as_mut_ptr().cast(),
                     self.slot.len(),
                     libc::MSG_DONTWAIT,
-                    (&raw mut from).cast(),
-                    &mut size,
                 )
             };
             if got >= 0 {
-                // What the host's own network stack sends is "outgoing"; all the rest came out of the TAP.
-                return Ok(Some((
-                    got as usize,
-                    from.sll_pkttype != libc::PACKET_OUTGOING as u8,
-                )));
+                return Ok(Some(got as usize));
             }
             match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => {}
@@ -100,19 +92,12 @@ impl Capture {
 }
 
 fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
-    let check = |result: libc::c_int| {
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(result)
-    };
     let name = std::ffi::CString::new(interface)?;
     // SAFETY: the name is a zero-terminated string that outlives the call.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     if index == 0 {
         return Err(io::Error::last_os_error());
     }
-    let queue = QUEUE_BYTES;
     let every_protocol = (libc::ETH_P_ALL as u16).to_be();
     // Made deaf, with protocol 0; binding names the interface and the protocols, so that no other frame ever gets in.
     // SAFETY: socket passes no memory; the descriptor is new and nobody else's.
@@ -128,20 +113,42 @@ fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
     address.sll_family = libc::AF_PACKET as u16;
     address.sll_protocol = every_protocol;
     address.sll_ifindex = index as libc::c_int;
-    // SAFETY: the kernel reads the integer and the address, both of the size that is given.
-    unsafe {
-        check(libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVBUFFORCE,
-            (&raw const queue).cast(),
-            size_of_val(&queue) as libc::socklen_t,
-        ))?;
-        check(libc::bind(
+    set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES)?;
+    // What the host's own network stack sends out is not wanted; all the rest came out of the TAP.
+    set(&socket, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)?;
+    // SAFETY: the kernel reads the address, of the size that is given.
+    check(unsafe {
+        libc::bind(
             socket.as_raw_fd(),
             (&raw const address).cast(),
             size_of_val(&address) as libc::socklen_t,
-        ))?;
-    }
+        )
+    })?;
     Ok(socket)
+}
+
+fn set(
+    socket: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the kernel reads the integer, of the size that is given.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    })?;
+    Ok(())
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
 }

@@ -99,6 +99,7 @@ struct Totals {
     failover_ms: Vec<f64>,
     rounds: u64,
     unasked: u64,
+    tcp_timeouts: u64,
     stall_ms: [f64; 3],
     library: String,
 }
@@ -154,6 +155,7 @@ fn show(run: &Run) -> Result<Figures> {
     figures.add("stall_ms_max_redis_benchmark", tenths(benchmark));
     figures.add("stall_ms_max_redis_cli", tenths(cli));
     figures.add("stall_ms_max_python", tenths(python));
+    figures.add("tcp_timeouts", totals.tcp_timeouts);
     figures.add("answers_compared", totals.answers);
     figures.add("benchmark_requests", totals.requests);
     figures.add("python_operations_before_kill", totals.python_before);
@@ -238,6 +240,7 @@ fn live_through(
     totals.rounds += 1;
     totals.unasked += u64::from(failover.millis.is_none());
     totals.failover_ms.extend(failover.millis);
+    totals.tcp_timeouts += tcp_timeouts()?;
     let stalls = [
         longest(&during.measured),
         during.cli_stall_ms,
@@ -248,6 +251,21 @@ fn live_through(
     }
     totals.library = during.python.library;
     Ok([before.measured, during.measured, after.measured])
+}
+
+/// How often a client's TCP in this thread's namespace waited in vain for an acknowledgement, since the namespace was made.
+fn tcp_timeouts() -> Result<u64> {
+    let text =
+        std::fs::read_to_string("/proc/thread-self/net/netstat").context("read TCP's counters")?;
+    let mut lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("TcpExt: "));
+    let (names, values) = lines.next().zip(lines.next()).context("no TCP counters")?;
+    let mut pairs = names.split(' ').zip(values.split(' '));
+    let (_, value) = pairs
+        .find(|(name, _)| *name == "TCPTimeouts")
+        .context("no count of TCP's timeouts")?;
+    Ok(value.parse()?)
 }
 
 fn longest(measured: &[Measured]) -> f64 {

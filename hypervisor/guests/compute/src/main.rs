@@ -2,14 +2,15 @@
 //!
 //! Words: `rounds=` rounds between two reports (default 200, a good part of a second on a CPU of today), `reports=` how
 //! many before it powers off (default 0, endless), `seed=` (default 1). Each report prints a checksum, which depends
-//! on these words alone. Status 0 if every identity held that it checks itself by.
+//! on these words alone. With `hz=` the timer interrupts so many times a second, and each report says how many interrupts
+//! have come. Status 0 if every identity held that it checks itself by.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
 use alloc::vec;
-use guest_runtime::{Boot, Outcome, console_line};
+use guest_runtime::{Boot, Outcome, console_line, interrupts, timer};
 
 guest_runtime::entry!(main);
 
@@ -26,9 +27,14 @@ fn main(boot: &'static Boot) -> Outcome {
     let rounds = words.number_or("rounds", 200)?;
     let reports = words.number_or("reports", 0)?;
     let mut checksum = words.number_or("seed", 1)?;
+    let hz = words.number_or("hz", 0)? as u32;
     let mut sieve = vec![false; SIEVE];
     let mut well = true;
     console_line!("compute: {rounds} rounds a report");
+    if hz > 0 {
+        interrupts::open(1 << timer::LINE);
+        timer::start(hz);
+    }
     let mut report = 0;
     while reports == 0 || report < reports {
         report += 1;
@@ -42,7 +48,12 @@ fn main(boot: &'static Boot) -> Outcome {
             checksum ^= mixed.wrapping_add(bits);
         }
         let verdict = if well { "" } else { " WRONG" };
-        console_line!("compute {report} {checksum:016x}{verdict}");
+        if hz > 0 {
+            let ticks = interrupts::count(timer::LINE);
+            console_line!("compute {report} {checksum:016x}{verdict}, {ticks} ticks");
+        } else {
+            console_line!("compute {report} {checksum:016x}{verdict}");
+        }
     }
     Ok(u8::from(!well))
 }

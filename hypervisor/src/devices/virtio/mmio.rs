@@ -10,6 +10,8 @@
 //! writes out of turn is ignored.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::Output;
 use crate::memory::GuestRam;
 
@@ -70,7 +72,7 @@ mod register {
 }
 
 /// A queue that its driver broke.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DeviceFault {
     /// The queue's number.
     pub queue: usize,
@@ -79,7 +81,7 @@ pub struct DeviceFault {
 }
 
 /// A device behind its registers, with `QUEUES` queues.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Mmio<D, const QUEUES: usize> {
     device: D,
     status: u32,
@@ -88,6 +90,7 @@ pub struct Mmio<D, const QUEUES: usize> {
     driver_features: u64,
     queue_sel: u32,
     interrupt_status: u32,
+    #[serde(with = "queues")]
     queues: [VirtQueue; QUEUES],
     fault: Option<DeviceFault>,
 }
@@ -334,6 +337,28 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
             register::QUEUE_DEVICE_HIGH => set_high(&mut queue.used, value),
             _ => {}
         }
+    }
+}
+
+/// serde knows arrays of fixed lengths only, not of `QUEUES`.
+mod queues {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::VirtQueue;
+
+    pub fn serialize<S: Serializer>(queues: &[VirtQueue], serializer: S) -> Result<S::Ok, S::Error> {
+        queues.serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>, const QUEUES: usize>(
+        deserializer: D,
+    ) -> Result<[VirtQueue; QUEUES], D::Error> {
+        let queues = Vec::<VirtQueue>::deserialize(deserializer)?;
+        let found = queues.len();
+        queues
+            .try_into()
+            .map_err(|_| D::Error::invalid_length(found, &"as many queues as the device has"))
     }
 }
 

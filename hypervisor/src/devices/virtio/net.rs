@@ -1,6 +1,8 @@
 //! The network device (virtio 1.2, section 5.1), without offloads.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::Output;
 use crate::memory::GuestRam;
 
@@ -24,7 +26,7 @@ const F_MTU: u64 = 1 << 3;
 const F_MAC: u64 = 1 << 5;
 
 /// The network device.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Net {
     mtu: u16,
     /// `virtio_net_config`: address, status, queue pairs, MTU.

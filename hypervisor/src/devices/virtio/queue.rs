@@ -7,6 +7,7 @@
 //! requests.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 
 use crate::memory::GuestRam;
@@ -18,7 +19,7 @@ pub const MAX_SIZE: u16 = 256;
 const NO_INTERRUPT: u16 = 1;
 
 /// What a driver did wrong with a queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error, Serialize, Deserialize)]
 pub enum QueueFault {
     /// The rings.
     #[error("its rings are misaligned or outside RAM")]
@@ -125,7 +126,7 @@ impl Chain {
 }
 
 /// A queue as its driver set it up, and how far both sides have come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VirtQueue {
     /// Places, as the driver wrote it: a power of two up to [`MAX_SIZE`] once the queue is ready.
     pub size: u16,

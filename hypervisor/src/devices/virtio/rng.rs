@@ -3,6 +3,8 @@
 //! It has no randomness of its own: a request makes it wait for so many bytes, and they come as an input.
 #![forbid(unsafe_code)]
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::Output;
 use crate::memory::GuestRam;
 
@@ -16,7 +18,7 @@ pub const REQUESTS: usize = 0;
 pub const MAX_REQUEST: usize = 4096;
 
 /// The entropy device.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Rng {
     /// How many bytes the oldest request waits for.
     waiting: Option<usize>,
@@ -27,6 +29,12 @@ impl Rng {
     #[must_use]
     pub fn waiting(&self) -> Option<usize> {
         self.waiting
+    }
+
+    /// Whether this device can be in this state.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.waiting.is_none_or(|count| (1..=MAX_REQUEST).contains(&count))
     }
 
     /// Answers the request that waits, and looks for the next.

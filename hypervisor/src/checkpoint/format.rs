@@ -1,0 +1,420 @@
+//! The bytes of a checkpoint, version 1. All numbers are little-endian.
+//!
+//! ```text
+//!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  bit 0: inputs may be handed in
+//!   8 version (u32)            40 digest                68 bytes of the CPU's state (u32)
+//!  12 scope (u32)              48 log base: position    72 bytes of the devices' state (u32)
+//!  16 bytes in all             56 log base: clock       76 staged frames (u32)
+//!  24 pages of RAM                                      80 runs of zero pages    88 pages
+//!  96 CPU | devices | frames: length (u32), bytes | runs: first, count (u64) | page numbers (u64) | pages of 4096 bytes
+//!  at the end: CRC-32C of everything before (u32)
+//! ```
+//! Runs and page numbers ascend, and no page is in both. Nothing is believed that is not checked: lengths against the
+//! limits and the bytes there are, pages against RAM, all of it against the checksum.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::devices::MAX_FRAME;
+use crate::digest::Digest;
+use crate::entry::Base;
+use crate::event::GuestTime;
+use crate::memory::{PAGE_SIZE, PageNumber};
+use crate::position::Position;
+
+const MAGIC: [u8; 8] = *b"DOPLCKPT";
+/// Grows with every change of the layout.
+const VERSION: u32 = 1;
+pub(super) const HEADER: usize = 96;
+const CHECKSUM: usize = 4;
+const INJECTABLE: u32 = 1;
+
+/// Room for the CPU's state: some 1.6 KiB today.
+const CPU_MAX: u64 = 16 << 10;
+/// Room for the devices' state: some 3 KiB today.
+const DEVICES_MAX: u64 = 256 << 10;
+/// Frames that can be staged: as many as the stage holds, twice over.
+const STAGED_MAX: u64 = 1024;
+
+/// What a checkpoint says of pages that it does not name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// They are zero.
+    Full,
+    /// They are as they were.
+    Delta,
+}
+
+/// Everything but pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// The last sync point.
+    pub position: Position,
+    /// The rolling hash over all exits up to there.
+    pub digest: Digest,
+    /// Whether inputs that nobody asked for may be handed in.
+    pub injectable: bool,
+    /// What the log's next entry counts from.
+    pub base: Base,
+    /// The CPU's state.
+    pub cpu: Vec<u8>,
+    /// The devices' state.
+    pub devices: Vec<u8>,
+    /// Frames that were read from the world and not given to the guest yet, oldest first.
+    pub staged: Vec<Vec<u8>>,
+}
+
+/// Why bytes are no checkpoint of this machine.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FormatError {
+    /// Not the beginning of a checkpoint.
+    #[error("this is no checkpoint: it does not begin as one")]
+    Foreign,
+    /// Another version.
+    #[error(
+        "a checkpoint of version {found}, this program reads {VERSION}: run the same version on both hosts"
+    )]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// Fewer or more bytes than it says.
+    #[error("the checkpoint has {found} bytes, where it says {expected}")]
+    Length {
+        /// Bytes it says.
+        expected: u64,
+        /// Bytes there are.
+        found: u64,
+    },
+    /// A number that cannot be.
+    #[error("the checkpoint's {field} is {found}, at most {limit} can be")]
+    Limit {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        found: u64,
+        /// The largest it can be.
+        limit: u64,
+    },
+    /// Another RAM.
+    #[error("a checkpoint of {found} pages of RAM, this machine has {expected}")]
+    Ram {
+        /// Pages of this machine.
+        expected: u64,
+        /// Pages it says.
+        found: u64,
+    },
+    /// Pages out of order, twice, or outside RAM.
+    #[error("the checkpoint's {field} are out of order or outside RAM at page {page}")]
+    Pages {
+        /// The list.
+        field: &'static str,
+        /// The first wrong one.
+        page: u64,
+    },
+    /// The bytes are not what was written.
+    #[error("the checkpoint is corrupt: its checksum is {found:08x}, where it says {expected:08x}")]
+    Checksum {
+        /// What it says.
+        expected: u32,
+        /// What its bytes have.
+        found: u32,
+    },
+}
+
+/// The most bytes a checkpoint of so much RAM can have.
+pub(super) fn limit(ram_pages: u64) -> u64 {
+    let frames = STAGED_MAX * (4 + MAX_FRAME as u64);
+    HEADER as u64
+        + CPU_MAX
+        + DEVICES_MAX
+        + frames
+        + ram_pages * (PAGE_SIZE as u64 + 24)
+        + CHECKSUM as u64
+}
+
+/// Writes a checkpoint: first the state and which pages, then the pages one by one.
+pub(super) struct Writer {
+    bytes: Vec<u8>,
+    pages_left: usize,
+}
+
+impl Writer {
+    /// Begins a checkpoint that names these pages.
+    pub(super) fn new(
+        scope: Scope,
+        ram_pages: u64,
+        state: &State,
+        zeros: &[Range<u64>],
+        pages: &[PageNumber],
+    ) -> Self {
+        let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
+        let length = HEADER
+            + state.cpu.len()
+            + state.devices.len()
+            + staged
+            + zeros.len() * 16
+            + pages.len() * (8 + PAGE_SIZE)
+            + CHECKSUM;
+        let mut bytes = Vec::with_capacity(length);
+        let word32 =
+            |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
+        let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
+        bytes.extend_from_slice(&MAGIC);
+        word32(&mut bytes, VERSION);
+        word32(&mut bytes, matches!(scope, Scope::Delta).into());
+        word(&mut bytes, length as u64);
+        word(&mut bytes, ram_pages);
+        word(&mut bytes, state.position.0);
+        word(&mut bytes, state.digest.0);
+        word(&mut bytes, state.base.position().0);
+        word(&mut bytes, state.base.clock().0);
+        word32(&mut bytes, if state.injectable { INJECTABLE } else { 0 });
+        word32(&mut bytes, state.cpu.len() as u32);
+        word32(&mut bytes, state.devices.len() as u32);
+        word32(&mut bytes, state.staged.len() as u32);
+        word(&mut bytes, zeros.len() as u64);
+        word(&mut bytes, pages.len() as u64);
+        debug_assert_eq!(bytes.len(), HEADER);
+        bytes.extend_from_slice(&state.cpu);
+        bytes.extend_from_slice(&state.devices);
+        for frame in &state.staged {
+            word32(&mut bytes, frame.len() as u32);
+            bytes.extend_from_slice(frame);
+        }
+        for run in zeros {
+            word(&mut bytes, run.start);
+            word(&mut bytes, run.end - run.start);
+        }
+        for page in pages {
+            word(&mut bytes, page.0);
+        }
+        Self {
+            bytes,
+            pages_left: pages.len(),
+        }
+    }
+
+    /// Adds the next page's content.
+    pub(super) fn page(&mut self, content: &[u8; PAGE_SIZE]) {
+        self.pages_left -= 1;
+        self.bytes.extend_from_slice(content);
+    }
+
+    /// The whole checkpoint.
+    pub(super) fn finish(mut self) -> Vec<u8> {
+        debug_assert_eq!(self.pages_left, 0, "every page that was named is there");
+        let checksum = crc32c::crc32c(&self.bytes);
+        self.bytes.extend_from_slice(&checksum.to_le_bytes());
+        self.bytes
+    }
+}
+
+/// A checkpoint that was checked: nothing that it says can be out of bounds.
+#[derive(Debug)]
+pub struct Image<'a> {
+    /// What it says of pages that it does not name.
+    pub scope: Scope,
+    /// Everything but pages.
+    pub state: State,
+    zeros: Vec<Range<u64>>,
+    numbers: &'a [u8],
+    contents: &'a [u8],
+}
+
+struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    /// The next bytes; that there are enough was checked against the length.
+    fn take(&mut self, count: u64) -> Result<&'a [u8], FormatError> {
+        let found = self.0.len() as u64;
+        let fits = usize::try_from(count)
+            .ok()
+            .and_then(|count| self.0.split_at_checked(count));
+        let (taken, rest) = fits.ok_or(FormatError::Length {
+            expected: count,
+            found,
+        })?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn word32(&mut self) -> Result<u32, FormatError> {
+        Ok(u32::from_le_bytes(
+            self.take(4)?.try_into().expect("four bytes were taken"),
+        ))
+    }
+
+    fn word(&mut self) -> Result<u64, FormatError> {
+        Ok(u64::from_le_bytes(
+            self.take(8)?.try_into().expect("eight bytes were taken"),
+        ))
+    }
+}
+
+fn bounded(field: &'static str, found: u64, limit: u64) -> Result<u64, FormatError> {
+    if found <= limit {
+        Ok(found)
+    } else {
+        Err(FormatError::Limit {
+            field,
+            found,
+            limit,
+        })
+    }
+}
+
+/// How many bytes the checkpoint that begins like this will have.
+pub(super) fn announced(header: &[u8], ram_pages: u64) -> Result<u64, FormatError> {
+    let mut rest = Bytes(header);
+    if rest.take(8)? != MAGIC {
+        return Err(FormatError::Foreign);
+    }
+    let version = rest.word32()?;
+    if version != VERSION {
+        return Err(FormatError::Version { found: version });
+    }
+    bounded("scope", rest.word32()?.into(), 1)?;
+    let length = bounded("length", rest.word()?, limit(ram_pages))?;
+    let pages = rest.word()?;
+    if pages != ram_pages {
+        return Err(FormatError::Ram {
+            expected: ram_pages,
+            found: pages,
+        });
+    }
+    Ok(length)
+}
+
+impl<'a> Image<'a> {
+    /// Checks a checkpoint for a machine with so much RAM.
+    ///
+    /// # Errors
+    /// See [`FormatError`].
+    pub fn parse(bytes: &'a [u8], ram_pages: u64) -> Result<Self, FormatError> {
+        let header = bytes.get(..HEADER).ok_or(FormatError::Length {
+            expected: (HEADER + CHECKSUM) as u64,
+            found: bytes.len() as u64,
+        })?;
+        let length = announced(header, ram_pages)?;
+        let found = bytes.len() as u64;
+        if length != found || bytes.len() < HEADER + CHECKSUM {
+            return Err(FormatError::Length {
+                expected: length,
+                found,
+            });
+        }
+        let (body, checksum) = bytes.split_at(bytes.len() - CHECKSUM);
+        let expected = u32::from_le_bytes(checksum.try_into().expect("four bytes"));
+        let found = crc32c::crc32c(body);
+        if found != expected {
+            return Err(FormatError::Checksum { expected, found });
+        }
+        let scope = match header[12] {
+            0 => Scope::Full,
+            _ => Scope::Delta,
+        };
+        let mut rest = Bytes(&body[32..]);
+        let position = Position(rest.word()?);
+        let digest = Digest(rest.word()?);
+        let base = Base::new(Position(rest.word()?), GuestTime(rest.word()?));
+        let flags = bounded("flags", rest.word32()?.into(), INJECTABLE.into())?;
+        let cpu = bounded("CPU state", rest.word32()?.into(), CPU_MAX)?;
+        let devices = bounded("device state", rest.word32()?.into(), DEVICES_MAX)?;
+        let frames = bounded("number of staged frames", rest.word32()?.into(), STAGED_MAX)?;
+        let runs = bounded("number of runs", rest.word()?, ram_pages)?;
+        let pages = bounded("number of pages", rest.word()?, ram_pages)?;
+        let cpu = rest.take(cpu)?.to_vec();
+        let devices = rest.take(devices)?.to_vec();
+        let mut staged = Vec::with_capacity(frames as usize);
+        for _ in 0..frames {
+            let length = bounded("frame", rest.word32()?.into(), MAX_FRAME as u64)?;
+            staged.push(rest.take(length)?.to_vec());
+        }
+        let zeros = zero_runs(rest.take(runs * 16)?, ram_pages)?;
+        let numbers = rest.take(pages * 8)?;
+        let contents = rest.take(pages * PAGE_SIZE as u64)?;
+        if !rest.0.is_empty() {
+            return Err(FormatError::Length {
+                expected: length - rest.0.len() as u64,
+                found: length,
+            });
+        }
+        let image = Self {
+            scope,
+            state: State {
+                position,
+                digest,
+                injectable: flags & u64::from(INJECTABLE) != 0,
+                base,
+                cpu,
+                devices,
+                staged,
+            },
+            zeros,
+            numbers,
+            contents,
+        };
+        image.check_pages(ram_pages)?;
+        Ok(image)
+    }
+
+    fn check_pages(&self, ram_pages: u64) -> Result<(), FormatError> {
+        let mut next = 0;
+        let mut zeros = self.zeros.iter().peekable();
+        for PageNumber(page) in self.numbers() {
+            while zeros.next_if(|run| run.end <= page).is_some() {}
+            let both = zeros.peek().is_some_and(|run| run.contains(&page));
+            if page < next || page >= ram_pages || both {
+                return Err(FormatError::Pages {
+                    field: "pages",
+                    page,
+                });
+            }
+            next = page + 1;
+        }
+        Ok(())
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = PageNumber> + use<'a> {
+        let words = self.numbers.chunks_exact(8);
+        words.map(|word| PageNumber(u64::from_le_bytes(word.try_into().expect("eight bytes"))))
+    }
+
+    /// Pages that are zero, in ascending runs.
+    #[must_use]
+    pub fn zeros(&self) -> &[Range<u64>] {
+        &self.zeros
+    }
+
+    /// All other pages that it names, ascending, with what they hold.
+    pub fn pages(&self) -> impl Iterator<Item = (PageNumber, &'a [u8])> + use<'a> {
+        self.numbers().zip(self.contents.chunks_exact(PAGE_SIZE))
+    }
+}
+
+fn zero_runs(bytes: &[u8], ram_pages: u64) -> Result<Vec<Range<u64>>, FormatError> {
+    let mut rest = Bytes(bytes);
+    let mut runs = Vec::with_capacity(bytes.len() / 16);
+    let mut next = 0;
+    while !rest.0.is_empty() {
+        let (first, count) = (rest.word()?, rest.word()?);
+        let end = first.checked_add(count).filter(|&end| end <= ram_pages);
+        match end {
+            Some(end) if first >= next && count > 0 => {
+                runs.push(first..end);
+                next = end;
+            }
+            _ => {
+                return Err(FormatError::Pages {
+                    field: "runs of zero pages",
+                    page: first,
+                });
+            }
+        }
+    }
+    Ok(runs)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,70 @@
+//! Checkpoints: a machine's whole state as bytes, taken between two instructions and put in place whole.
+//!
+//! ```text
+//!  Machine::save ──▶ bytes ──parts──▶ log, socket ──▶ Shadow ──▶ Image::parse ──▶ Machine::restore
+//!   (sync point,      format.rs                        whole,      checked         vCPU, pages, devices:
+//!    or kicked)                                        or not at all               all of it at once
+//! ```
+//! A checkpoint is *full* (every page that it does not name is zero) or a *delta* (every other page is as it was). What it
+//! needs of the machine it is put into: the same RAM size and devices, and for a delta every page that differs from the
+//! saved machine's among those that the delta names. A superset of the pages that changed is right.
+//!
+//! It is taken where the vCPU is between two instructions: at a sync point at which the guest could run on (KVM
+//! completes the exit's instruction first), or after a kick, anywhere. At a kick it takes a place between two sync points:
+//! its position is that of the last one, and what it says holds after that one's inputs.
+#![forbid(unsafe_code)]
+
+mod format;
+mod restore;
+mod save;
+mod shadow;
+
+pub use format::{FormatError, Image, Scope, State};
+pub use restore::Restored;
+pub use save::Pages;
+pub use shadow::{PART_BYTES, Shadow, ShadowError};
+
+use crate::devices::BadDevices;
+use crate::kvm::BadCpuState;
+use crate::machine::{MachineError, Phase};
+
+/// Why a checkpoint cannot be taken or put in place.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The machine, KVM or memory. After a failed restore the machine is of no further use.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The bytes.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The parts they came in.
+    #[error(transparent)]
+    Shadow(#[from] ShadowError),
+    /// The CPU's state in it.
+    #[error(transparent)]
+    Cpu(#[from] BadCpuState),
+    /// The devices' state in it.
+    #[error(transparent)]
+    Devices(#[from] BadDevices),
+    /// The guest waits for an input: give it first.
+    #[error("no checkpoint can be taken here: the guest is {phase:?}; give it what it waits for first")]
+    NotReady {
+        /// What it waits for.
+        phase: Phase,
+    },
+    /// Outputs wait to be taken.
+    #[error("no checkpoint can be taken here: outputs were not taken")]
+    Outputs,
+}
+
+impl From<crate::memory::MemoryError> for CheckpointError {
+    fn from(error: crate::memory::MemoryError) -> Self {
+        Self::Machine(error.into())
+    }
+}
+
+impl From<crate::kvm::KvmError> for CheckpointError {
+    fn from(error: crate::kvm::KvmError) -> Self {
+        Self::Machine(error.into())
+    }
+}

@@ -1,0 +1,91 @@
+//! Putting a checkpoint in place.
+#![forbid(unsafe_code)]
+
+use super::format::{Image, Scope};
+use super::{CheckpointError, FormatError};
+use crate::entry::Base;
+use crate::kvm::CpuState;
+use crate::machine::Machine;
+use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, PageNumber};
+
+static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// What a checkpoint holds besides the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Where the log stands.
+    pub base: Base,
+    /// Frames that were read from the world and not given to the guest, oldest first.
+    pub staged: Vec<Vec<u8>>,
+}
+
+impl Machine {
+    /// Becomes the machine that was saved. Everything is checked before anything is changed.
+    ///
+    /// # Errors
+    /// What is wrong with the checkpoint, and the machine is as it was; or [`CheckpointError::Machine`] if KVM refuses the
+    /// state, and the machine is of no further use.
+    pub fn restore(&mut self, checkpoint: &[u8]) -> Result<Restored, CheckpointError> {
+        let image = Image::parse(checkpoint, self.ram().pages())?;
+        let cpu = CpuState::from_bytes(&image.state.cpu)?;
+        let devices = self.restored_devices(&image.state.devices)?;
+        if image.scope == Scope::Delta && image.state.position < self.position() {
+            return Err(FormatError::Limit {
+                field: "distance to go back",
+                found: self.position().0 - image.state.position.0,
+                limit: 0,
+            }
+            .into());
+        }
+        // The vCPU first: completing the instruction that it stands at may write memory.
+        self.restore_cpu(&cpu)?;
+        let ram = self.ram();
+        match image.scope {
+            Scope::Full => fill(ram, &image)?,
+            Scope::Delta => patch(ram, &image)?,
+        }
+        let state = image.state;
+        self.restore_rest(state.position, state.digest, state.injectable, devices);
+        Ok(Restored {
+            base: state.base,
+            staged: state.staged,
+        })
+    }
+}
+
+fn patch(ram: &GuestRam, image: &Image<'_>) -> Result<(), MemoryError> {
+    for page in image.zeros().iter().cloned().flatten() {
+        ram.write(PageNumber(page).address(), &ZEROS)?;
+    }
+    for (page, content) in image.pages() {
+        ram.write(page.address(), content)?;
+    }
+    Ok(())
+}
+
+/// Writes what is named and clears what is not, as far as it holds anything.
+fn fill(ram: &GuestRam, image: &Image<'_>) -> Result<(), MemoryError> {
+    let mut pages = image.pages().peekable();
+    let mut before = [0; PAGE_SIZE];
+    let mut from = PageNumber(0);
+    while let Some(run) = ram.next_touched(from)? {
+        for page in run.clone().map(PageNumber) {
+            while let Some((page, content)) = pages.next_if(|(named, _)| *named < page) {
+                ram.write(page.address(), content)?;
+            }
+            if let Some((page, content)) = pages.next_if(|(named, _)| *named == page) {
+                ram.write(page.address(), content)?;
+                continue;
+            }
+            ram.read_page(page, &mut before)?;
+            if before != ZEROS {
+                ram.write(page.address(), &ZEROS)?;
+            }
+        }
+        from = PageNumber(run.end);
+    }
+    for (page, content) in pages {
+        ram.write(page.address(), content)?;
+    }
+    Ok(())
+}

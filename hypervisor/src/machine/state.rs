@@ -1,0 +1,133 @@
+//! The machine's parts as a checkpoint takes and puts them, and the log of the pages that were written.
+#![forbid(unsafe_code)]
+
+use super::{Machine, MachineError, Phase};
+use crate::devices::{BadDevices, Devices};
+use crate::digest::Digest;
+use crate::kvm::CpuState;
+use crate::memory::{Consumer, DirtyPages, GuestRam, MemoryHash};
+use crate::position::Position;
+
+impl Machine {
+    /// Guest memory.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Pages of guest memory.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.ram.pages()
+    }
+
+    /// The CPU's state between two instructions: one that an exit left unfinished is completed.
+    pub(crate) fn settled_cpu(&mut self) -> Result<CpuState, MachineError> {
+        self.vcpu.finish()?;
+        Ok(self.vcpu.state()?)
+    }
+
+    pub(crate) fn restore_cpu(&mut self, cpu: &CpuState) -> Result<(), MachineError> {
+        Ok(self.vcpu.restore(cpu)?)
+    }
+
+    pub(crate) fn save_devices(&self) -> Vec<u8> {
+        self.devices.save()
+    }
+
+    pub(crate) fn restored_devices(&self, bytes: &[u8]) -> Result<Devices, BadDevices> {
+        self.devices.restored(bytes)
+    }
+
+    pub(crate) fn restore_rest(
+        &mut self,
+        position: Position,
+        digest: Digest,
+        injectable: bool,
+        devices: Devices,
+    ) {
+        self.position = position;
+        self.digest = digest;
+        self.phase = Phase::Ready;
+        self.injectable = injectable;
+        self.devices = devices;
+    }
+
+    /// Whether a guest that was kicked where it is now would take an interrupt here.
+    pub fn preemptible(&mut self) -> bool {
+        self.phase == Phase::Ready && self.vcpu.ready_for_interrupt()
+    }
+
+    /// Whether an interrupt is pending that the next step does not deliver.
+    pub fn owes_interrupt(&mut self) -> bool {
+        self.devices.interrupt_pending() && !self.deliverable()
+    }
+
+    /// A checkpoint is taken here, between two sync points: from now on inputs may be handed in as at one.
+    pub fn stop_between(&mut self) {
+        self.injectable = true;
+    }
+
+    /// Begins to note the pages that are written, for checkpoints: what is written from now on is in the next
+    /// [`Machine::take_changed`]. Does nothing if it has begun.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn track_changes(&mut self) -> Result<(), MachineError> {
+        if !self.written.has(Consumer::Checkpoint) {
+            self.track(Consumer::Checkpoint)?;
+        }
+        Ok(())
+    }
+
+    /// The pages written since it was last asked or [`Machine::track_changes`] began.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn take_changed(&mut self) -> Result<DirtyPages, MachineError> {
+        self.harvest()?;
+        Ok(self.written.take(Consumer::Checkpoint))
+    }
+
+    /// Tells this consumer what is written from now on.
+    fn track(&mut self, consumer: Consumer) -> Result<(), MachineError> {
+        if self.written.is_idle() {
+            self.vm.track_dirty(&self.ram, true)?;
+        }
+        // What was written before belongs to the consumers before.
+        self.harvest()?;
+        self.written.open(consumer);
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<(), MachineError> {
+        let mut dirty = self.vm.take_dirty()?;
+        dirty.merge(&self.ram.take_dirty());
+        self.written.note(&dirty);
+        Ok(())
+    }
+
+    /// Hash of the whole memory now. The first call reads all of it and starts dirty tracking, later ones read what
+    /// changed since.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn memory_hash(&mut self) -> Result<u64, MachineError> {
+        if let Some(mut hash) = self.memory_hash.take() {
+            self.harvest()?;
+            let dirty = self.written.take(Consumer::Hash);
+            hash.update(&self.ram, &dirty)?;
+            return Ok(self.memory_hash.insert(hash).value());
+        }
+        self.track(Consumer::Hash)?;
+        let hash = MemoryHash::full(&self.ram)?;
+        Ok(self.memory_hash.insert(hash).value())
+    }
+
+    /// Hash of the whole memory, read in full.
+    ///
+    /// # Errors
+    /// [`MachineError::Memory`].
+    pub fn memory_hash_full(&self) -> Result<u64, MachineError> {
+        Ok(MemoryHash::full(&self.ram)?.value())
+    }
+}

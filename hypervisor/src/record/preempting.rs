@@ -1,0 +1,93 @@
+//! The recorder's part of preemption: a guest that was kicked gets a place in the log where it stands.
+#![forbid(unsafe_code)]
+
+use std::time::Instant;
+
+use super::{Ended, RecordError, Recorder};
+use crate::checkpoint::{PART_BYTES, Pages};
+use crate::entry::{Base, Body, Entry, Part};
+use crate::sink::Sink;
+
+/// An entry's bytes beside the part that it carries: kind, distance, number, and the mark of the last.
+const AROUND_A_PART: usize = 32;
+
+impl<S: Sink> Recorder<S> {
+    /// From now on it is known which pages the guest writes. The backup has the machine as it is now.
+    pub(super) fn prepare_to_preempt(&mut self) -> Result<(), RecordError> {
+        if self.options.preempt && self.sink.keeps() {
+            self.machine.track_changes()?;
+        }
+        Ok(())
+    }
+
+    /// The guest is about to run: says what it would be stopped for.
+    pub(super) fn entering(&mut self) {
+        if self.options.preempt {
+            let due = if self.machine.owes_interrupt() {
+                Some(Instant::now())
+            } else {
+                self.machine.next_tick().map(|tick| self.clock.when(tick))
+            };
+            self.orders.entering(self.machine.position(), due);
+        }
+    }
+
+    /// The guest has stopped.
+    pub(super) fn left(&self) {
+        if self.options.preempt {
+            self.orders.left();
+        }
+    }
+
+    /// Whether the guest, which was kicked, is to be given a place here.
+    pub(super) fn wants_place(&mut self) -> bool {
+        if !self.options.preempt || !self.mid_run {
+            return false;
+        }
+        // An order that waits still is one that needs a place to stop at.
+        self.orders.waiting() || self.something_is_due() && self.machine.preemptible()
+    }
+
+    fn something_is_due(&mut self) -> bool {
+        self.machine.owes_interrupt()
+            || self.machine.ticks_due(self.clock.now()) > 0
+            || self.stage.has_frames() && self.machine.can_receive()
+            || self.stage.has_typed() && self.machine.console_room() > 0
+    }
+
+    /// Makes the place where the guest stands one where inputs can be given: the log gets a checkpoint, which the backup
+    /// loads in place of executing as far.
+    pub(super) fn make_place(&mut self) -> Result<Option<Ended>, RecordError> {
+        let started = Instant::now();
+        self.machine.stop_between();
+        let bytes = if self.sink.keeps() {
+            self.post_checkpoint()?
+        } else {
+            0
+        };
+        self.mid_run = false;
+        self.samples.checkpoint(started.elapsed(), bytes);
+        self.sync_point()
+    }
+
+    fn post_checkpoint(&mut self) -> Result<usize, RecordError> {
+        let position = self.machine.position();
+        let pages = Pages::Only(self.machine.take_changed()?);
+        let base = Base::new(position, self.encoder.base().clock());
+        let bytes = self.machine.save(&pages, base, Vec::new())?;
+        let most = PART_BYTES.min(self.sink.max_payload() - AROUND_A_PART);
+        let parts = bytes.chunks(most);
+        let last = parts.len() - 1;
+        for (number, part) in parts.enumerate() {
+            let body = Body::Part(Part {
+                number: number as u32,
+                last: number == last,
+                bytes: part.to_vec(),
+            });
+            self.post(&Entry { position, body })?;
+            // The backup takes this part while the next is written.
+            self.sink.notify(true);
+        }
+        Ok(bytes.len())
+    }
+}
