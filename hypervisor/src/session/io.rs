@@ -196,13 +196,15 @@ impl Io {
         if self.waiter.ready(wake).read {
             self.wake.clear();
         }
+        // Outputs that have committed first; and after a fence no frame is to be read.
+        let mut log_gone = self.turn_log() || self.link_is_broken();
         if port.is_some_and(|port| self.waiter.ready(port).read)
             && let Err(error) = self.stager.pump()
         {
             tracing::warn!("the guest's network port is closed: {error}");
         }
         self.stager.retry();
-        let log_gone = self.turn_log() || self.link_is_broken();
+        log_gone |= self.turn_log();
         self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
@@ -231,7 +233,7 @@ impl Io {
     /// Takes in what the backup answered, and lets out what has committed by it. True when the stream is at its end and nobody
     /// knows why: a fence is told by name.
     ///
-    /// It comes after frames were read: that may have taken answers in, which the descriptor then tells no more.
+    /// It comes after frames were read, too: that may have taken answers in, which the descriptor then tells no more.
     fn turn_log(&mut self) -> bool {
         let Some(watch) = &self.watch else {
             return false;
@@ -248,6 +250,7 @@ impl Io {
         }
         let Err(error) = turned else { return false };
         self.watch = None;
+        self.stager.stop();
         if error == WriteError::Fenced {
             self.orders.report_fenced();
             return false;

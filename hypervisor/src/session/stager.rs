@@ -77,6 +77,11 @@ impl Stager {
         self.lane_over = false;
     }
 
+    /// The log is over: reads no more until it is given up.
+    pub(super) fn stop(&mut self) {
+        self.lane_over = true;
+    }
+
     /// Tries a full lane again.
     pub(super) fn retry(&mut self) {
         self.lane_full = false;
@@ -87,17 +92,8 @@ impl Stager {
     /// # Errors
     /// The port's error; the port is then closed.
     pub(super) fn pump(&mut self) -> io::Result<()> {
-        let pumped = self.pump_some();
-        if let Some(lane) = &mut self.lane {
-            // Frames that were read are lost with this process until they are sent. An error shows at the next frame.
-            let _ = lane.notify();
-        }
-        pumped
-    }
-
-    fn pump_some(&mut self) -> io::Result<()> {
         for _ in 0..AT_ONCE {
-            if !self.stage.has_room() {
+            if self.lane_over || !self.stage.has_room() {
                 break;
             }
             match self.read_one() {
@@ -161,6 +157,11 @@ impl Stager {
             && let Ok(committed) = lane.committed()
         {
             told.store(committed.0, Ordering::Release);
+        }
+        if self.committed.is_none() {
+            // Over a stream the frame is lost with this process until it is sent, and the thread that applies it, once woken,
+            // may take this one's CPU. An error shows at the next frame.
+            let _ = lane.notify();
         }
         let _ = self.stage.push(seq, &self.buffer[..length]);
         Ok(true)

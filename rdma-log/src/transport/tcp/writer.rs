@@ -500,6 +500,7 @@ impl WritePort for TcpWriter {
     }
 
     fn fenced(&mut self) -> bool {
+        self.shared().take_answers();
         self.shared().fenced()
     }
 
