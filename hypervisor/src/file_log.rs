@@ -177,6 +177,12 @@ impl FileSource {
         };
         Ok((source, spec))
     }
+
+    /// How many bytes of the file have been read and are good.
+    #[must_use]
+    pub fn good_bytes(&self) -> u64 {
+        self.reader.offset()
+    }
 }
 
 impl LogSource for FileSource {

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod devices;
 pub mod digest;
 pub mod divergence;
+pub mod doctor;
 pub mod entry;
 pub mod event;
 pub mod file_log;

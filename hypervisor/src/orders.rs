@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam::queue::ArrayQueue;
 
 use crate::backends::wait::Wake;
+use crate::digest::ExitRecord;
 use crate::kvm::Kick;
 use crate::position::Position;
 use crate::preempt::Running;
@@ -42,6 +43,8 @@ pub struct Orders {
     /// [`OUTSIDE`], [`NOTHING_DUE`], or when something is due, in nanoseconds since `epoch`.
     inside: AtomicU64,
     inside_at: AtomicU64,
+    /// The exits before a freeze, for a backup that wants to name a divergence.
+    exits: Mutex<Vec<ExitRecord>>,
 }
 
 /// The vCPU thread is not inside the guest.
@@ -72,6 +75,7 @@ impl Orders {
             epoch: Instant::now(),
             inside: AtomicU64::new(OUTSIDE),
             inside_at: AtomicU64::new(0),
+            exits: Mutex::default(),
         }
     }
 
@@ -138,6 +142,19 @@ impl Orders {
     pub fn report_fenced(&self) {
         self.fenced.store(true, Ordering::SeqCst);
         self.reports.ring();
+    }
+
+    /// The vCPU thread leaves its recent exits, as it freezes.
+    pub fn leave_exits<'a>(&self, exits: impl Iterator<Item = &'a ExitRecord>) {
+        let mut left = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        left.clear();
+        left.extend(exits);
+    }
+
+    /// The exits that the vCPU thread left; none if it did not freeze.
+    #[must_use]
+    pub fn take_exits(&self) -> Vec<ExitRecord> {
+        std::mem::take(&mut *self.exits.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The vCPU thread has work in hand at this position.

@@ -92,6 +92,23 @@ struct OutletState {
     committed: Committed,
 }
 
+impl OutletState {
+    fn release(&mut self, committed: Committed) -> Seq {
+        let Self {
+            gate,
+            world,
+            power_off,
+            committed: last,
+        } = self;
+        *last = committed;
+        gate.release(committed, |output| {
+            *power_off |= matches!(output, Output::PowerOff(_));
+            world.send(output)
+        });
+        gate.released(committed.events)
+    }
+}
+
 impl Outlet {
     /// An outlet to this world, through this gate.
     #[must_use]
@@ -118,25 +135,15 @@ impl Outlet {
 
     /// Releases what has committed; returns the highest entry whose outputs have all left.
     pub fn release(&self, committed: Committed) -> Seq {
-        let mut state = self.lock();
-        let OutletState {
-            gate,
-            world,
-            power_off,
-            committed: last,
-        } = &mut *state;
-        *last = committed;
-        gate.release(committed, |output| {
-            *power_off |= matches!(output, Output::PowerOff(_));
-            world.send(output)
-        });
-        gate.released(committed.events)
+        self.lock().release(committed)
     }
 
     /// Tries again what had committed at the last release and found the way out full.
     pub fn release_again(&self) {
-        let committed = self.lock().committed;
-        self.release(committed);
+        // Under one lock: a later release by the other thread must not be followed by one with an older commit.
+        let mut state = self.lock();
+        let committed = state.committed;
+        state.release(committed);
     }
 
     /// Holds an output for later.
@@ -538,6 +545,7 @@ impl<S: Sink> Recorder<S> {
                     }
                 }
                 Err(SinkError::Fenced) => {
+                    self.orders.leave_exits(self.machine.history().iter());
                     self.orders.report_fenced();
                     if !self.obey_one(Order::Freeze) {
                         return Err(RecordError::Stopped);

@@ -95,11 +95,11 @@ impl Window {
             if at.elapsed() < self.length {
                 return false;
             }
-            // A counter that cannot be is met by the lane as well, at its next look for room.
-            let replayed = self
-                .progress
-                .poll()
-                .map_or(Seq::ZERO, |[events, _]| events.replayed);
+            // Nobody replays a log that is fenced or that lies about itself: the next entry is refused and says why.
+            let replayed = match self.progress.poll() {
+                Ok([events, _]) if !events.fenced => events.replayed,
+                _ => return false,
+            };
             self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
             if replayed < seq {
                 return true;

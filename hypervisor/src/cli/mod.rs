@@ -1,6 +1,7 @@
 //! Arguments and printing; everything else is in the library.
 
 mod demo;
+mod doctor;
 mod machine;
 mod pair;
 mod record;
@@ -38,6 +39,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Demo(demo::DemoArgs),
+    Doctor(doctor::DoctorArgs),
     Run(machine::RunArgs),
     Primary(pair::PrimaryArgs),
     Backup(pair::BackupArgs),
@@ -90,6 +92,7 @@ pub fn main() -> ExitCode {
         .init();
     let outcome = match cli.command {
         Command::Demo(args) => demo::demo(&args),
+        Command::Doctor(args) => doctor::doctor(&args),
         Command::Run(args) => machine::run(&args),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => pair::backup(&args),

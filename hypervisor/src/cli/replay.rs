@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hypervisor::kvm::KvmSource;
+use hypervisor::replay::ReplayError;
 use hypervisor::session::solo::{self, Replayed};
 
 use super::Failure;
@@ -27,9 +28,11 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Failure> {
         sync_points,
         recorded,
         replayed,
+        log_bytes,
         outcome,
     } = solo::replay(&args.log, &KvmSource::Path(args.kvm.clone()))?;
-    let mismatches = u32::from(outcome.is_err());
+    // A log that is cut off or damaged is no mismatch: what it has was equal.
+    let mismatches = u32::from(matches!(outcome, Err(ReplayError::Diverged(_))));
     let hex = |hash: Option<u64>| hash.map(|hash| format!("{hash:016x}"));
     if args.json {
         println!(
@@ -56,7 +59,9 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Failure> {
         Ok(()) if recorded.is_some() => Ok(()),
         Ok(()) => Err(Failure::new(
             Failure::DIVERGED,
-            "the log ends without its end entry: the recorder was cut off, or its guest was stopped between two sync points",
+            format!(
+                "the log ends at byte {log_bytes} without its end entry: the recorder was cut off, or its guest was stopped between two sync points"
+            ),
         )),
         Err(error) => Err(Failure::new(Failure::DIVERGED, error)),
     }

@@ -97,6 +97,28 @@ pub fn enter(config: &TapConfig) -> Result<Entered, Refused> {
     enter_with_user(config)
 }
 
+/// Tries [`enter`] in a child process, which takes everything with it. Whether a user namespace was needed for it.
+///
+/// # Errors
+/// As [`enter`]; [`Refused::Threads`] if this process has several.
+pub fn trial(config: &TapConfig) -> Result<bool, Refused> {
+    tap::device_permits()?;
+    let threads = fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    if threads != 1 {
+        return Err(Refused::Threads { threads });
+    }
+    let user = !can_unshare();
+    try_in_child(|| {
+        if user {
+            return enter_with_user(config).map(drop);
+        }
+        unshare(libc::CLONE_NEWNET, "a network namespace")?;
+        furnish(config, false).map(drop)
+    })
+    .map_err(Refused::Trial)?;
+    Ok(user)
+}
+
 impl Namespace {
     /// Moves the calling thread into the namespace, if it is not in it already.
     ///

@@ -9,9 +9,14 @@
 //!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
 //!     │── go ─────────────────────────────────────────────────────────────▶│ follows
 //! ```
+//! Afterwards one thing may still be said: a backup that diverged asks for the primary's recent exits (`?`), and a primary
+//! that its fence has frozen sends them, so that the divergence is named exactly.
+//!
 //! Every message is a length (u32, little-endian) and that many bytes of JSON; the machine's image follows its description.
 //! Each has a size limit, each wait a time limit.
 #![forbid(unsafe_code)]
+
+mod hurried;
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -24,10 +29,12 @@ use rdma_log::transport::shm::ConnectError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
 use crate::machine::{MachineSpec, SpecError};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
+use hurried::Hurried;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
 pub const VERSION: u32 = 1;
@@ -40,6 +47,10 @@ const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a backup waits for the first words of whoever connects. A primary says them at once; a stranger that says nothing
+/// must not keep a primary, whose patience is [`PATIENCE`], from its turn.
+const FIRST_WORDS: Duration = Duration::from_secs(3);
 
 /// Why there is no pair.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +108,9 @@ pub enum HandshakeError {
     /// The machine's description.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The machine that it describes cannot be built here.
+    #[error("the backup cannot build the machine: {0}")]
+    Machine(String),
     /// Descriptors.
     #[error("cannot pass a descriptor: {0}")]
     Pass(#[from] FdPassError),
@@ -161,9 +175,10 @@ fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> Result<(), Handsh
 }
 
 fn receive<T: DeserializeOwned>(
-    mut stream: &UnixStream,
+    stream: &UnixStream,
     expected: &'static str,
 ) -> Result<T, HandshakeError> {
+    let mut stream = Hurried::new(stream, PATIENCE);
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);
@@ -255,6 +270,7 @@ pub fn listen_to(
     name: &str,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
+    stream.set_read_timeout(Some(FIRST_WORDS))?;
     let hello: Hello = receive(stream, "hello")?;
     if hello.version != VERSION {
         return Err(HandshakeError::Version {
@@ -268,9 +284,16 @@ pub fn listen_to(
         });
     }
     let mut spec = Vec::new();
-    stream
+    Hurried::new(stream, PATIENCE)
         .take(u64::from(hello.spec_bytes))
         .read_to_end(&mut spec)?;
+    patience(stream)?;
+    if spec.len() < hello.spec_bytes as usize {
+        return Err(HandshakeError::Malformed {
+            expected: "machine description",
+            why: format!("{} of {} bytes", spec.len(), hello.spec_bytes),
+        });
+    }
     if &hello.cpu != ours {
         return Err(HandshakeError::Cpu {
             theirs: hello.cpu,
@@ -354,6 +377,56 @@ pub fn await_go(mut stream: &UnixStream) -> Result<(), HandshakeError> {
         });
     }
     Ok(())
+}
+
+/// What a backup asks with for the primary's recent exits.
+pub const ASK_EXITS: u8 = b'?';
+
+/// Exits in one answer; a primary keeps fewer.
+const EXITS_MAX: usize = 4096;
+
+/// How long the answer may take: a guest that idles meets the fence at its next tick.
+const EXITS_WITHIN: Duration = Duration::from_millis(300);
+
+/// A backup that diverged asks its frozen primary for its recent exits.
+///
+/// # Errors
+/// See [`HandshakeError`]; the divergence is then told without them.
+pub fn ask_exits(mut stream: &UnixStream) -> Result<Vec<ExitRecord>, HandshakeError> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(EXITS_WITHIN))?;
+    stream.write_all(&[ASK_EXITS])?;
+    let mut count = [0; 4];
+    stream.read_exact(&mut count)?;
+    let count = u32::from_le_bytes(count) as usize;
+    if count > EXITS_MAX {
+        return Err(HandshakeError::Malformed {
+            expected: "recent exits",
+            why: format!("{count} of them"),
+        });
+    }
+    let mut bytes = vec![0; count * ExitRecord::SIZE];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes
+        .chunks_exact(ExitRecord::SIZE)
+        .filter_map(ExitRecord::from_bytes)
+        .collect())
+}
+
+/// A primary answers [`ask_exits`].
+///
+/// # Errors
+/// See [`HandshakeError`]; the backup is then as good as gone.
+pub fn tell_exits(mut stream: &UnixStream, exits: &[ExitRecord]) -> Result<(), HandshakeError> {
+    let exits = &exits[..exits.len().min(EXITS_MAX)];
+    let mut bytes = (exits.len() as u32).to_le_bytes().to_vec();
+    for exit in exits {
+        bytes.extend_from_slice(&exit.to_bytes());
+    }
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(EXITS_WITHIN))?;
+    stream.write_all(&bytes)?;
+    Ok(stream.set_nonblocking(true)?)
 }
 
 /// The heartbeat key of a hello.

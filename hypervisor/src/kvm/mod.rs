@@ -14,7 +14,7 @@ pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
 pub use vcpu::{Kick, Vcpu};
-pub use vm::{KvmSource, Vm};
+pub use vm::{Capabilities, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.
 #[derive(Debug, thiserror::Error)]

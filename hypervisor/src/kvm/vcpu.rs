@@ -3,11 +3,13 @@
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::sync::Once;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, kvm_fpu, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
+    KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_fpu,
+    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -23,12 +25,16 @@ const PORT_DATA_MAX: usize = 4096;
 thread_local! {
     /// The run page of the vCPU that this thread runs, for the signal handler.
     static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+    /// This thread was kicked while it ran no vCPU: its next run ends at once.
+    static KICKED: Cell<bool> = const { Cell::new(false) };
 }
 
 extern "C" fn on_kick(_: libc::c_int) {
     RUN_PAGE.with(|page| {
         let run = page.get();
-        if !run.is_null() {
+        if run.is_null() {
+            KICKED.with(|kicked| kicked.set(true));
+        } else {
             // SAFETY: the pointer is set only while this thread is inside `Vcpu::run`, whose vCPU keeps the page mapped.
             unsafe { std::ptr::addr_of_mut!((*run).immediate_exit).write_volatile(1) };
         }
@@ -120,6 +126,11 @@ impl Vcpu {
     pub fn run(&mut self) -> Result<Exit, KvmError> {
         let run: *mut kvm_run = self.fd.get_kvm_run();
         RUN_PAGE.with(|page| page.set(run));
+        // A kick so far is noted, one from here on goes to the run page.
+        compiler_fence(Ordering::SeqCst);
+        if KICKED.with(|kicked| kicked.replace(false)) {
+            self.fd.set_kvm_immediate_exit(1);
+        }
         let outcome = self.fd.run().map(|_| ());
         RUN_PAGE.with(|page| page.set(std::ptr::null_mut()));
         self.data_at = DataAt::Nothing;
@@ -259,6 +270,25 @@ impl Vcpu {
             });
         }
         Ok(())
+    }
+
+    /// Runs one instruction. False if the guest went on instead: not every KVM can do this.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn single_step(&mut self) -> Result<bool, KvmError> {
+        let set = |control| kvm_guest_debug {
+            control,
+            ..Default::default()
+        };
+        let on = set(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&on).map_err(refused)?;
+        let ran = self.fd.run().map(drop);
+        let refused = KvmError::call("KVM_SET_GUEST_DEBUG");
+        self.fd.set_guest_debug(&set(0)).map_err(refused)?;
+        ran.map_err(KvmError::call("KVM_RUN"))?;
+        Ok(self.fd.get_kvm_run().exit_reason == KVM_EXIT_DEBUG)
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.

@@ -75,6 +75,46 @@ impl KvmSource {
     }
 }
 
+/// What this KVM offers beyond what [`Vm::new`] needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Capabilities {
+    /// What we cannot do without and this KVM has not.
+    pub missing: Vec<&'static str>,
+    /// Ring of dirty pages (KVM_CAP_DIRTY_LOG_RING): entries, 0 if there is none.
+    pub dirty_ring: u32,
+    /// Debugging by hardware or single steps (KVM_CAP_SET_GUEST_DEBUG).
+    pub guest_debug: bool,
+    /// Scaling of the guest's time-stamp counter (KVM_CAP_TSC_CONTROL), for guests that use it.
+    pub tsc_scaling: bool,
+    /// vCPUs that it recommends at most.
+    pub vcpus: usize,
+}
+
+impl Capabilities {
+    /// Asks.
+    #[must_use]
+    pub fn of(kvm: &Kvm) -> Self {
+        let missing = [
+            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+            (Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR"),
+            (Cap::X86MsrFilter, "KVM_CAP_X86_MSR_FILTER"),
+        ]
+        .into_iter()
+        .filter(|(cap, _)| !kvm.check_extension(*cap))
+        .map(|(_, what)| what)
+        .collect();
+        Self {
+            missing,
+            dirty_ring: u32::try_from(kvm.check_extension_int(Cap::DirtyLogRing)).unwrap_or(0),
+            guest_debug: kvm.check_extension(Cap::SetGuestDebug),
+            tsc_scaling: kvm.check_extension(Cap::TscControl),
+            vcpus: kvm.get_nr_vcpus(),
+        }
+    }
+}
+
 /// One virtual machine with its memory in slot 0.
 #[derive(Debug)]
 pub struct Vm {

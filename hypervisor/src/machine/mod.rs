@@ -235,7 +235,8 @@ impl Machine {
         self.deliver()?;
         let exit = self.vcpu.run()?;
         if !exit.is_sync_point() {
-            // The guest may be anywhere by now: what was due at the last sync point waits for the next one.
+            // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
+            // is interrupted.
             self.injectable = false;
             return Ok(Stepped::Kicked);
         }
@@ -253,8 +254,8 @@ impl Machine {
         Ok(Stepped::SyncPoint)
     }
 
-    /// Injects an interrupt if one is pending and the guest would take it. A second call at the same exit does nothing,
-    /// because KVM then holds one already.
+    /// Injects an interrupt if one is pending and the guest would take it. A second call at the same exit does nothing: there
+    /// KVM holds one already, or was found not to take one.
     fn deliver(&mut self) -> Result<(), MachineError> {
         if self.deliverable() {
             let vector = self.devices.acknowledge_interrupt();
@@ -386,3 +387,6 @@ fn kind(input: &Input) -> &'static str {
         Input::Console(_) => "console bytes",
     }
 }
+
+#[cfg(test)]
+mod tests;

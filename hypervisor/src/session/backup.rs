@@ -25,7 +25,8 @@ use crate::backends::NetPort;
 use crate::backends::wait::{Waiter, Wake};
 use crate::clock::GuestClock;
 use crate::config::Config;
-use crate::gate::Gate;
+use crate::divergence::Divergence;
+use crate::gate::{Committed, Gate};
 use crate::handshake::{self, HandshakeError};
 use crate::kvm::CpuModel;
 use crate::machine::Machine;
@@ -55,10 +56,17 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         role: "backup".into(),
         pid: std::process::id(),
     });
-    let (stream, hello, spec) = loop {
+    let (stream, hello, machine) = loop {
         let stream = listener.accept(&common)?;
-        match handshake::listen_to(&stream, &cpu, &config.name) {
-            Ok((hello, spec)) => break (stream, hello, spec),
+        let heard = handshake::listen_to(&stream, &cpu, &config.name).and_then(|(hello, spec)| {
+            let machine = Machine::new(&source, &spec);
+            Ok((
+                hello,
+                machine.map_err(|error| HandshakeError::Machine(error.to_string()))?,
+            ))
+        });
+        match heard {
+            Ok((hello, machine)) => break (stream, hello, machine),
             Err(error) => {
                 handshake::refuse(&stream, &error);
                 common.reporter.say(&Said::Notice {
@@ -69,7 +77,6 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         }
     };
     drop(listener);
-    let machine = Machine::new(&source, &spec)?;
     let socket = Beats::bind(config.pair.heartbeat)?;
     let address = socket
         .local_addr()
@@ -332,6 +339,9 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
+    // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
+    // something to log.
+    live.outlet.release(Committed::EVERYTHING);
     Recorder::new(Parts {
         machine: remains.machine,
         sink: NoLog::default(),
@@ -470,7 +480,7 @@ impl Following {
                 Event::Drained
             }
             Told::Failed(ReplayError::Diverged(divergence)) => {
-                let what = divergence.to_string();
+                let what = self.name(*divergence).to_string();
                 self.io.reporter.say(&Said::Diverged { what: what.clone() });
                 Event::Unfit(Unfit::Diverged(what))
             }
@@ -481,9 +491,24 @@ impl Following {
         }
     }
 
+    /// Fences at once, so that the primary freezes with its recent exits at hand, and compares them with ours.
+    fn name(&mut self, divergence: Divergence) -> Divergence {
+        let fenced = self.fence();
+        match (&self.io.control, fenced) {
+            (Some(control), Event::Fenced) => match handshake::ask_exits(control) {
+                Ok(recorded) => divergence.narrowed(&recorded),
+                Err(_) => divergence,
+            },
+            _ => divergence,
+        }
+    }
+
     fn fence(&mut self) -> Event {
+        if self.at.fenced != 0 {
+            return Event::Fenced;
+        }
         let Some((mut fencer, proof)) = self.fencer.take() else {
-            return Event::Unfit(Unfit::Failed("the log was fenced twice".into()));
+            return Event::Unfit(Unfit::Failed("the log could not be fenced".into()));
         };
         match fencer.fence() {
             Ok(fenced) => {

@@ -18,6 +18,7 @@ use crate::backends::wait::{Waiter, Wake};
 use crate::config::Config;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
+use crate::handshake;
 use crate::orders::{Order, Orders, Samples};
 use crate::preempt::Watch;
 use crate::record::Outlet;
@@ -40,6 +41,8 @@ pub(super) struct Io {
     /// How far the backup has come, on the primary.
     pub(super) replayed: Arc<AtomicU64>,
     replayed_before: u64,
+    /// The backup asked for our recent exits.
+    exits_wanted: bool,
     signals: UnixStream,
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
@@ -116,6 +119,7 @@ impl Io {
             control: None,
             replayed: Arc::default(),
             replayed_before: 0,
+            exits_wanted: false,
             waiter: Waiter::new(),
             watch: config
                 .preempt
@@ -218,20 +222,35 @@ impl Io {
         moved
     }
 
-    /// Nothing is said over the control connection once a pair runs, so all that can be read is its end.
+    /// Once a pair runs, all that can be read from the control connection is its end, or a backup's question.
     fn peer_is_gone(&mut self) -> bool {
         let Some(control) = &self.control else {
             return false;
         };
         let mut bytes = [0; 64];
         let gone = match (&mut &*control).read(&mut bytes) {
-            Ok(length) => length == 0,
+            Ok(length) => {
+                self.exits_wanted |= bytes[..length].contains(&handshake::ASK_EXITS);
+                length == 0
+            }
             Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
         };
         if gone {
             self.control = None;
         }
         gone
+    }
+
+    /// Answers a backup that wants to name its divergence, once the vCPU thread has met the fence.
+    pub(super) fn answer_exits(&mut self) {
+        if !self.exits_wanted || !self.orders.fenced() {
+            return;
+        }
+        self.exits_wanted = false;
+        if let Some(control) = &self.control {
+            // It diverged and is about to end: if it does not hear us, nothing is lost but a name.
+            let _ = handshake::tell_exits(control, &self.orders.take_exits());
+        }
     }
 
     /// Hands on what has not been said yet.

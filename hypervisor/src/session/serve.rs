@@ -55,6 +55,7 @@ pub(super) fn serve(
         if found.peer_gone {
             protocol.handle(now, Event::PeerDied, &mut actions);
         }
+        io.answer_exits();
         if io.orders.fenced() && !fence_told {
             fence_told = true;
             protocol.handle(now, Event::LogFenced, &mut actions);

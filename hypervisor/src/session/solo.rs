@@ -214,6 +214,8 @@ pub struct Replayed {
     pub recorded: Option<u64>,
     /// The memory's hash now.
     pub replayed: Option<u64>,
+    /// How many bytes of the log were read and good.
+    pub log_bytes: u64,
     /// The first difference, or what is wrong with the log.
     pub outcome: Result<(), ReplayError>,
 }
@@ -237,6 +239,7 @@ pub fn replay(log: &Path, kvm: &KvmSource) -> Result<Replayed, SessionError> {
         sync_points: replayer.machine().position().0,
         recorded,
         replayed: Some(replayer.machine().memory_hash_full()?),
+        log_bytes: replayer.source().good_bytes(),
         outcome,
     })
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -25,6 +26,9 @@ const BATCH: u64 = 4;
 
 /// Longest value, in bytes.
 const LONGEST: u64 = 3000;
+
+/// Keys of each client; further values overwrite the oldest, and memory stays bounded.
+const KEYS: u64 = 1500;
 
 /// Waits that are kept apart: far above a request's usual time here, below everything that is judged.
 const LONG_WAIT: Duration = Duration::from_millis(10);
@@ -116,7 +120,7 @@ impl Line {
     }
 }
 
-/// What a value must be, from its key's number: unique, and of many lengths.
+/// What a client writes the n-th time: unique, and of many lengths.
 fn value(client: u64, number: u64) -> Vec<u8> {
     let length = Random::new(client << 32 | number).below(LONGEST) as usize;
     let mut bytes = format!("{client}/{number}/").into_bytes();
@@ -124,8 +128,14 @@ fn value(client: u64, number: u64) -> Vec<u8> {
     bytes
 }
 
+/// Where it writes it.
 fn key(client: u64, number: u64) -> String {
-    format!("key:{client}:{number}")
+    format!("key:{client}:{}", number % KEYS)
+}
+
+/// Writes that nothing has overwritten, when so many were made.
+fn standing(writes: u64) -> Range<u64> {
+    writes.saturating_sub(KEYS)..writes
 }
 
 /// A batch that waited long.
@@ -153,8 +163,8 @@ impl Wait {
 #[derive(Debug, Default)]
 struct Promised {
     client: u64,
-    /// Keys 0 to this were acknowledged.
-    keys: u64,
+    /// Writes 0 to this were acknowledged.
+    writes: u64,
     counts: Vec<u64>,
     waits: Vec<Wait>,
     requests: u64,
@@ -164,7 +174,7 @@ struct Promised {
 enum Request {
     Set,
     Count,
-    /// One of its own keys.
+    /// What it wrote, of what still stands.
     Get(u64),
 }
 
@@ -183,18 +193,25 @@ fn serve_on(
     };
     while !stop.load(Ordering::Relaxed) {
         let mut requests = Vec::new();
-        let mut keys = promised.keys;
+        let mut writes = promised.writes;
         for _ in 0..=random.below(BATCH) {
             let request = match random.below(8) {
                 0..3 => Request::Set,
                 3..6 => Request::Count,
-                _ if keys > 0 => Request::Get(random.below(keys)),
+                _ if writes > 0 => {
+                    let still = standing(writes);
+                    Request::Get(still.start + random.below(still.end - still.start))
+                }
                 _ => Request::Set,
             };
             match request {
                 Request::Set => {
-                    line.add(&[b"SET", key(client, keys).as_bytes(), &value(client, keys)]);
-                    keys += 1;
+                    line.add(&[
+                        b"SET",
+                        key(client, writes).as_bytes(),
+                        &value(client, writes),
+                    ]);
+                    writes += 1;
                 }
                 Request::Count => line.add(&[b"INCR", COUNTER.as_bytes()]),
                 Request::Get(number) => line.add(&[b"GET", key(client, number).as_bytes()]),
@@ -205,7 +222,7 @@ fn serve_on(
         line.send()?;
         for request in &requests {
             match (request, line.reply()?) {
-                (Request::Set, Reply::Okay) => promised.keys += 1,
+                (Request::Set, Reply::Okay) => promised.writes += 1,
                 (Request::Count, Reply::Number(count)) => {
                     if let Some(last) = promised.counts.last() {
                         ensure!(
@@ -218,7 +235,7 @@ fn serve_on(
                 (Request::Get(number), Reply::Value(found)) => {
                     ensure!(
                         found == value(client, *number),
-                        "client {client}: key {number} holds another value than was acknowledged"
+                        "client {client}: the key of write {number} holds another value"
                     );
                 }
                 (request, reply) => bail!("client {client}: {request:?} was answered {reply:?}"),
@@ -251,7 +268,7 @@ pub struct Clients {
 pub struct Outcome {
     /// Requests answered.
     pub requests: u64,
-    /// Writes acknowledged, each found again at the end.
+    /// Writes acknowledged; those that nothing has overwritten were found again at the end.
     pub writes: u64,
     /// Batches that waited long.
     pub waits: Vec<Wait>,
@@ -300,8 +317,8 @@ impl Clients {
     /// Waits until so many more requests were answered.
     ///
     /// # Errors
-    /// If they are not, for long.
-    pub fn await_answers(&self, more: u64) -> Result<()> {
+    /// If they are not, for long; or a client's own words, if one has given up.
+    pub fn await_answers(&mut self, more: u64) -> Result<()> {
         let (until, enough) = (Instant::now() + PATIENCE, self.answered() + more);
         while self.answered() < enough {
             ensure!(
@@ -309,10 +326,11 @@ impl Clients {
                 "no answers for {} s",
                 PATIENCE.as_secs()
             );
-            ensure!(
-                self.threads.iter().all(|thread| !thread.is_finished()),
-                "a client has given up"
-            );
+            if let Some(at) = self.threads.iter().position(JoinHandle::is_finished) {
+                let one = self.threads.swap_remove(at);
+                one.join().expect("a client does not panic")?;
+                bail!("a client ended before it was told to");
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
@@ -337,7 +355,7 @@ impl Clients {
             requests: promised.iter().map(|one| one.requests).sum(),
             writes: promised
                 .iter()
-                .map(|one| one.keys + one.counts.len() as u64)
+                .map(|one| one.writes + one.counts.len() as u64)
                 .sum(),
             waits: promised.into_iter().flat_map(|one| one.waits).collect(),
         })
@@ -348,7 +366,7 @@ fn verify_keys(line: &mut Line, promised: &Promised) -> Result<()> {
     /// Keys asked for in one go: their answers fit the connection's buffers.
     const AT_ONCE: usize = 16;
     let client = promised.client;
-    let numbers: Vec<u64> = (0..promised.keys).collect();
+    let numbers: Vec<u64> = standing(promised.writes).collect();
     for numbers in numbers.chunks(AT_ONCE) {
         for &number in numbers {
             line.add(&[b"GET", key(client, number).as_bytes()]);
@@ -358,10 +376,12 @@ fn verify_keys(line: &mut Line, promised: &Promised) -> Result<()> {
             match line.reply()? {
                 Reply::Value(found) if found == value(client, number) => {}
                 Reply::Nothing => {
-                    bail!("client {client}: key {number} was acknowledged and is lost")
+                    bail!("client {client}: write {number} was acknowledged and is lost")
                 }
                 other => {
-                    bail!("client {client}: key {number} was acknowledged and is now {other:?}")
+                    bail!(
+                        "client {client}: write {number} was acknowledged, its key holds {other:?}"
+                    )
                 }
             }
         }

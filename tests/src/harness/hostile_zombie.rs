@@ -1,12 +1,20 @@
-//! What can be known of a frozen process from outside: that it stands still, and how far its log has committed.
+//! What can be known of a frozen process from outside: that it stands still, how far its log has committed, and how it
+//! stands with the arbiter; and how busy the host is.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use hypervisor::arbiter::{Arbiter, Durability, FileArbiter};
+use hypervisor::config::Config;
 use hypervisor::demo::pair::Side;
+use hypervisor::protocol::{Epoch, State};
 
 /// A bound for things that take milliseconds, on a machine that does other things too.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,11 +50,90 @@ fn stands_still(pid: u32) -> Result<bool> {
             .rsplit(')')
             .next()
             .and_then(|rest| rest.trim_start().chars().next());
-        if state != Some('T') {
-            return Ok(false);
+        match state {
+            Some('T') => {}
+            Some('Z' | 'X') => bail!("process {pid} has ended"),
+            _ => return Ok(false),
         }
     }
     Ok(true)
+}
+
+/// Whether the pair in this directory stands as it started, by the arbiter's record: the primary serves, and the backup is
+/// entitled to replace it.
+///
+/// # Errors
+/// If there is no record.
+pub fn is_protected(directory: &Path) -> Result<bool> {
+    let name = Config::default().name;
+    let arbiter = FileArbiter::open(&directory.join("arbiter"), &name, Durability::ProcessDeath)?;
+    let record = arbiter
+        .read()?
+        .context("the arbiter has no record of the pair")?;
+    Ok(record.epoch == Epoch(1) && record.state == State::Live && record.entitled.is_some())
+}
+
+/// Feels how long threads wait for a CPU on this host.
+#[derive(Debug)]
+pub struct Pulse {
+    shared: Arc<PulseShared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct PulseShared {
+    worst: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Pulse {
+    /// Starts to feel.
+    ///
+    /// # Errors
+    /// If the host gives no threads.
+    pub fn start() -> Result<Self> {
+        /// One for each CPU of the smallest host that runs this.
+        const THREADS: usize = 2;
+        const EVERY: Duration = Duration::from_millis(1);
+        let mut pulse = Self {
+            shared: Arc::default(),
+            threads: Vec::new(),
+        };
+        for _ in 0..THREADS {
+            let shared = Arc::clone(&pulse.shared);
+            let beat = move || {
+                while !shared.over.load(Ordering::Relaxed) {
+                    let started = Instant::now();
+                    std::thread::sleep(EVERY);
+                    let late = started.elapsed().saturating_sub(EVERY);
+                    shared
+                        .worst
+                        .fetch_max(late.as_nanos() as u64, Ordering::Relaxed);
+                }
+            };
+            let thread = std::thread::Builder::new().name("pulse".into());
+            pulse
+                .threads
+                .push(thread.spawn(beat).context("start a thread")?);
+        }
+        Ok(pulse)
+    }
+
+    /// The longest that a thread waited since the last call.
+    #[must_use]
+    pub fn worst(&self) -> Duration {
+        Duration::from_nanos(self.shared.worst.swap(0, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Pulse {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// The log that a process writes to: the memory itself, which stays readable when the process is gone.

@@ -3,7 +3,6 @@
 //! Unsafe code lives here for the one call that sends a signal to a thread of another process.
 
 use std::path::PathBuf;
-use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -216,11 +215,4 @@ fn signal(pid: u32, thread: u32) -> bool {
     // SAFETY: tgkill passes no memory. The process is a child that is not reaped while its kicker lives, so the id is its own;
     // it catches the signal in every thread.
     unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, libc::SIGRTMIN()) == 0 }
-}
-
-/// Asks a child to end (SIGTERM).
-pub fn terminate(child: &Child) {
-    let pid = libc::pid_t::try_from(child.id()).expect("a process id");
-    // SAFETY: kill passes no memory. The child is ours and not reaped while it is borrowed, or the id is gone.
-    unsafe { libc::kill(pid, libc::SIGTERM) };
 }

@@ -1,5 +1,6 @@
 //! Starting the real program, and doing things to it.
 
+pub mod flips;
 pub mod hostile;
 pub mod hostile_backup;
 pub mod hostile_capture;
@@ -11,11 +12,15 @@ pub mod hostile_zombie;
 pub mod kv_load;
 pub mod late_guest;
 pub mod load;
+pub mod meddler;
+pub mod oracle;
 pub mod program;
 pub mod random;
 pub mod recording;
 pub mod redis;
+pub mod role;
 pub mod scheduler;
 pub mod signal;
 pub mod stage;
+pub mod strangers;
 pub mod unprivileged;

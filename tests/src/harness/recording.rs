@@ -17,6 +17,7 @@ use serde::Deserialize;
 
 use super::load::{Kicker, Target};
 use super::program;
+use super::signal::{self, Signal};
 
 /// What is recorded.
 #[derive(Clone, Debug)]
@@ -61,14 +62,30 @@ impl Recording {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(directory: &Path, name: &str, take: &Take, port: Option<&NetPort>, kicks: Option<u64>) -> Result<Self> {
+    pub fn start(
+        directory: &Path,
+        name: &str,
+        take: &Take,
+        port: Option<&NetPort>,
+        kicks: Option<u64>,
+    ) -> Result<Self> {
         let log = directory.join(format!("{name}.log"));
         let config = directory.join(format!("{name}.toml"));
-        std::fs::write(&config, format!("[timing]\nmemory_check_ms = {}\n", take.memory_check_ms))
-            .context("write a configuration")?;
-        let mut arguments: Vec<String> = ["record", "--json", "--guest", &take.guest, "--command-line", &take.words]
-            .map(str::to_owned)
-            .into();
+        std::fs::write(
+            &config,
+            format!("[timing]\nmemory_check_ms = {}\n", take.memory_check_ms),
+        )
+        .context("write a configuration")?;
+        let mut arguments: Vec<String> = [
+            "record",
+            "--json",
+            "--guest",
+            &take.guest,
+            "--command-line",
+            &take.words,
+        ]
+        .map(str::to_owned)
+        .into();
         arguments.extend(["--memory".into(), take.memory_mib.to_string()]);
         arguments.extend(["--config".into(), config.display().to_string()]);
         arguments.extend(["--out".into(), log.display().to_string()]);
@@ -76,7 +93,10 @@ impl Recording {
             arguments.push("--every-exit".into());
         }
         // Kept until the child has its own.
-        let inheritable = port.map(NetPort::inheritable).transpose().context("share the network port")?;
+        let inheritable = port
+            .map(NetPort::inheritable)
+            .transpose()
+            .context("share the network port")?;
         if let Some(fd) = &inheritable {
             arguments.extend(["--net-fd".into(), fd.as_raw_fd().to_string()]);
         }
@@ -90,8 +110,11 @@ impl Recording {
     }
 
     /// Asks it to end at the guest's next sync point, as Ctrl-C does.
-    pub fn interrupt(&self) {
-        self.running.terminate();
+    ///
+    /// # Errors
+    /// If it has been reaped.
+    pub fn interrupt(&self) -> Result<()> {
+        signal::send(self.running.child.id(), Signal::Interrupt)
     }
 
     /// Waits until its guest has turned itself off, or it was interrupted, and the log is whole.
@@ -147,11 +170,19 @@ pub struct Replayed {
 /// If it does not end in time, or says something else than one JSON object.
 pub fn replay(log: &Path, longest: Duration, kicks: Option<u64>) -> Result<Replayed> {
     let directory = log.parent().context("a log in a directory")?;
-    let name = log.file_stem().and_then(|stem| stem.to_str()).context("a log with a name")?;
-    let arguments = ["replay".to_owned(), "--json".to_owned(), log.display().to_string()];
+    let name = log
+        .file_stem()
+        .and_then(|stem| stem.to_str())
+        .context("a log with a name")?;
+    let arguments = [
+        "replay".to_owned(),
+        "--json".to_owned(),
+        log.display().to_string(),
+    ];
     // A replay has no I/O thread: its first thread runs the vCPU.
     let kicks = kicks.map(|seed| (Target::First, seed));
-    let ended = Running::start(directory, &format!("{name}-replay"), &arguments, kicks)?.finish(longest)?;
+    let ended =
+        Running::start(directory, &format!("{name}-replay"), &arguments, kicks)?.finish(longest)?;
     ensure!(
         ended.output.lines().count() == 1,
         "standard output is not one JSON object: {:?}, {}",
@@ -159,7 +190,10 @@ pub fn replay(log: &Path, longest: Duration, kicks: Option<u64>) -> Result<Repla
         ended.messages
     );
     let mut replayed: Replayed = ended.last_line()?;
-    replayed.code = ended.status.code().with_context(|| format!("doppel replay ended by {}", ended.status))?;
+    replayed.code = ended
+        .status
+        .code()
+        .with_context(|| format!("doppel replay ended by {}", ended.status))?;
     replayed.messages = ended.messages;
     replayed.kicks = ended.kicks;
     Ok(replayed)
@@ -172,7 +206,10 @@ impl Replayed {
     /// What differs.
     pub fn ensure_equal(&self, recorded: &Recorded) -> Result<()> {
         let what = format!("{self:?}");
-        ensure!(self.code == 0 && self.error.is_none() && self.mismatches == 0, "the replay differs: {what}");
+        ensure!(
+            self.code == 0 && self.error.is_none() && self.mismatches == 0,
+            "the replay differs: {what}"
+        );
         ensure!(
             self.sync_points == recorded.sync_points,
             "{} sync points were recorded: {what}",
@@ -180,7 +217,8 @@ impl Replayed {
         );
         let hash = Some(&recorded.memory_hash);
         ensure!(
-            self.memory_hash_recorded.as_ref() == hash && self.memory_hash_replayed.as_ref() == hash,
+            self.memory_hash_recorded.as_ref() == hash
+                && self.memory_hash_replayed.as_ref() == hash,
             "the memory's hash was {} at the recording's end: {what}",
             recorded.memory_hash
         );
@@ -207,18 +245,32 @@ struct Ended {
 
 impl Ended {
     fn ensure_code(&self, code: i32) -> Result<()> {
-        ensure!(self.status.code() == Some(code), "ended by {}: {}", self.status, self.messages);
+        ensure!(
+            self.status.code() == Some(code),
+            "ended by {}: {}",
+            self.status,
+            self.messages
+        );
         Ok(())
     }
 
     fn last_line<T: for<'a> Deserialize<'a>>(&self) -> Result<T> {
-        let line = self.output.lines().last().with_context(|| format!("it said nothing; {}", self.messages))?;
+        let line = self
+            .output
+            .lines()
+            .last()
+            .with_context(|| format!("it said nothing; {}", self.messages))?;
         serde_json::from_str(line).with_context(|| format!("it said {line:?}"))
     }
 }
 
 impl Running {
-    fn start(directory: &Path, name: &str, arguments: &[String], kicks: Option<(Target, u64)>) -> Result<Self> {
+    fn start(
+        directory: &Path,
+        name: &str,
+        arguments: &[String],
+        kicks: Option<(Target, u64)>,
+    ) -> Result<Self> {
         let errors = directory.join(format!("{name}.stderr"));
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
@@ -256,15 +308,15 @@ impl Running {
         std::fs::read_to_string(&self.errors).unwrap_or_default()
     }
 
-    fn terminate(&self) {
-        super::load::terminate(&self.child);
-    }
-
     /// Waits for its end. The end of its output comes first: up to there it is kicked, and not reaped.
     fn finish(mut self, longest: Duration) -> Result<Ended> {
         let output = match self.output.recv_timeout(longest) {
             Ok(output) => output,
-            Err(RecvTimeoutError::Timeout) => bail!("not over after {} s: {}", longest.as_secs(), self.messages()),
+            Err(RecvTimeoutError::Timeout) => bail!(
+                "not over after {} s: {}",
+                longest.as_secs(),
+                self.messages()
+            ),
             Err(RecvTimeoutError::Disconnected) => bail!("its output is lost: {}", self.messages()),
         };
         let kicks = self.kicker.take().map_or(Ok(0), Kicker::stop)?;
@@ -357,8 +409,14 @@ impl Log {
     /// If one means nothing.
     pub fn entries(&self) -> Result<Vec<(usize, Entry)>> {
         let mut decoder = Decoder::default();
-        let events = self.items.iter().enumerate().filter(|(_, item)| item.lane == Lane::Events);
-        events.map(|(index, item)| Ok((index, decoder.decode(&item.payload)?))).collect()
+        let events = self
+            .items
+            .iter()
+            .enumerate()
+            .filter(|(_, item)| item.lane == Lane::Events);
+        events
+            .map(|(index, item)| Ok((index, decoder.decode(&item.payload)?)))
+            .collect()
     }
 
     /// The same log with these entries in its events lane, an item without an entry left out. Frames stay as they are.
@@ -370,7 +428,9 @@ impl Log {
         for (index, item) in self.items.iter().enumerate() {
             let mut item = item.clone();
             if item.lane == Lane::Events {
-                let Some((_, entry)) = entries.next_if(|(of, _)| *of == index) else { continue };
+                let Some((_, entry)) = entries.next_if(|(of, _)| *of == index) else {
+                    continue;
+                };
                 item.payload = encoder.encode(entry).to_vec();
             }
             items.push(item);

@@ -90,13 +90,13 @@ impl Stage {
         })
     }
 
-    /// Starts a pair in a directory of its own below the stage's: the machine of an earlier pair is no business of its.
+    /// Starts a pair in a directory of its own: the machine of an earlier pair is no business of its.
     ///
     /// # Errors
     /// If it does not come up.
-    pub fn pair_in(&self, name: &str, guest: &str, words: &str) -> Result<Pair> {
+    pub fn pair_in(&self, directory: &Path, guest: &str, words: &str) -> Result<Pair> {
         let spec = PairSpec {
-            directory: self.directory().join(name),
+            directory: directory.to_owned(),
             ..self.spec(guest, words)?
         };
         Ok(Pair::start(&spec, Some(&self.port))?)

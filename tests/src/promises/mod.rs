@@ -1,24 +1,30 @@
 //! The promises, one file each.
-pub mod output_rule;
-pub mod zombie;
 
 use crate::promise::Promise;
 
+pub mod bad_input;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod divergence_caught;
+pub mod divergence_named;
 pub mod leaves_nothing;
+pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
 pub mod replay_exact;
+pub mod zombie;
 
 /// All of them, in the order in which `scripts/prove` lists them.
 pub const ALL: &[Promise] = &[
-    output_rule::PROMISE,
-    zombie::PROMISE,
     demo_loses_nothing::PROMISE,
     demo_without_root::PROMISE,
-    leaves_nothing::PROMISE,
-    preempts::PROMISE,
-    redis_clients::PROMISE,
     replay_exact::PROMISE,
+    preempts::PROMISE,
+    divergence_named::PROMISE,
+    divergence_caught::PROMISE,
+    output_rule::PROMISE,
+    zombie::PROMISE,
+    redis_clients::PROMISE,
+    bad_input::PROMISE,
+    leaves_nothing::PROMISE,
 ];

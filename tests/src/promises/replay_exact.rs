@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hypervisor::backends::NetPort;
@@ -38,14 +38,22 @@ fn show(run: &Run) -> Result<Figures> {
     // A namespace belongs to a thread; the load needs none.
     alone(|| {
         let stage = Stage::enter()?;
-        cut_logs(stage.directory(), &mut random, &mut figures).context("a log that is not whole")?;
+        cut_logs(stage.directory(), &mut random, &mut figures)
+            .context("a log that is not whole")?;
         let load = HostLoad::start(LONGEST)?;
         figures.add("load_threads", load.threads());
         for guest in guests(run.form, stage.directory())? {
-            let done = record_and_replay(&stage, &guest, &mut random).with_context(|| format!("guest {}", guest.name))?;
+            let done = record_and_replay(&stage, &guest, &mut random)
+                .with_context(|| format!("guest {}", guest.name))?;
             run.say(format!(
-                "{}: {} sync points, {} entries, {} kicks while recording, {} while replaying",
-                guest.name, done.sync_points, done.entries, done.kicks_recording, done.kicks_replaying
+                "{}: {} sync points, {} entries; recorded in {:.1} s with {} kicks, replayed in {:.1} s with {}",
+                guest.name,
+                done.sync_points,
+                done.entries,
+                done.recording.as_secs_f64(),
+                done.kicks_recording,
+                done.replaying.as_secs_f64(),
+                done.kicks_replaying
             ));
             figures.add(&format!("sync_points_{}", guest.name), done.sync_points);
             sum.add(&done);
@@ -58,6 +66,8 @@ fn show(run: &Run) -> Result<Figures> {
     figures.add("memory_hashes_compared", sum.memory_hashes);
     figures.add("kicks_while_recording", sum.kicks_recording);
     figures.add("kicks_while_replaying", sum.kicks_replaying);
+    figures.add("seconds_recording", sum.recording.as_secs());
+    figures.add("seconds_replaying", sum.replaying.as_secs());
     ensure!(
         run.form == Form::Short || sum.sync_points >= SYNC_POINTS,
         "only {} sync points",
@@ -98,13 +108,38 @@ fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
     };
     let late = late.to_str().context("a directory with a plain name")?;
     Ok(vec![
-        guest("irq", "irq", format!("exits={} hz=2000", form.pick(20_000, 400_000)), None),
-        guest("clock", "clock", format!("reads={}", form.pick(6000, 150_000)), None),
+        guest(
+            "irq",
+            "irq",
+            format!("exits={} hz=2000", form.pick(26_000, 400_000)),
+            None,
+        ),
+        guest(
+            "clock",
+            "clock",
+            format!("reads={}", form.pick(6000, 150_000)),
+            None,
+        ),
         // A page from exit to exit: some 3,500 exits a pass.
-        guest("memory", "memory", format!("passes={} pages=1", form.pick(2, 40)), None),
-        guest("compute", "compute", format!("rounds=2 reports={}", form.pick(40, 1500)), None),
+        guest(
+            "memory",
+            "memory",
+            format!("passes={} pages=1", form.pick(2, 40)),
+            None,
+        ),
+        guest(
+            "compute",
+            "compute",
+            format!("rounds=2 reports={}", form.pick(40, 1500)),
+            None,
+        ),
         guest("late", late, String::new(), None),
-        guest("kv", "kv", "ip=10.77.0.2/24".into(), Some(form.pick(2000, 80_000))),
+        guest(
+            "kv",
+            "kv",
+            "ip=10.77.0.2/24".into(),
+            Some(form.pick(2500, 60_000)),
+        ),
     ])
 }
 
@@ -115,6 +150,8 @@ struct Sum {
     memory_hashes: u64,
     kicks_recording: u64,
     kicks_replaying: u64,
+    recording: Duration,
+    replaying: Duration,
 }
 
 impl Sum {
@@ -124,17 +161,24 @@ impl Sum {
         self.memory_hashes += other.memory_hashes;
         self.kicks_recording += other.kicks_recording;
         self.kicks_replaying += other.kicks_replaying;
+        self.recording += other.recording;
+        self.replaying += other.replaying;
     }
 }
 
 fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Result<Sum> {
-    let recorded = record(stage.directory(), guest, Some(stage.port()), random).context("while recording")?;
+    let started = Instant::now();
+    let recorded =
+        record(stage.directory(), guest, Some(stage.port()), random).context("while recording")?;
+    let recording = started.elapsed();
     let replayed = replay(&recorded.log, LONGEST, Some(random.next()))?;
     replayed.ensure_equal(&recorded)?;
     let mut sum = Sum {
         sync_points: recorded.sync_points,
         kicks_recording: recorded.kicks,
         kicks_replaying: replayed.kicks,
+        recording,
+        replaying: started.elapsed() - recording,
         ..Sum::default()
     };
     for (_, entry) in Log::read(&recorded.log)?.entries()? {
@@ -152,12 +196,23 @@ fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Resul
     Ok(sum)
 }
 
-fn record(directory: &Path, guest: &Guest, port: Option<&NetPort>, random: &mut Random) -> Result<Recorded> {
+fn record(
+    directory: &Path,
+    guest: &Guest,
+    port: Option<&NetPort>,
+    random: &mut Random,
+) -> Result<Recorded> {
     let port = port.filter(|_| guest.requests.is_some());
-    let recording = Recording::start(directory, guest.name, &guest.take, port, Some(random.next()))?;
+    let recording = Recording::start(
+        directory,
+        guest.name,
+        &guest.take,
+        port,
+        Some(random.next()),
+    )?;
     if let Some(requests) = guest.requests {
-        kv_load::run(GUEST, 6, requests, random.next()).context("the load")?;
-        recording.interrupt();
+        kv_load::run(GUEST, 3, requests, random.next()).context("the load")?;
+        recording.interrupt()?;
     }
     recording.finish()
 }
@@ -182,16 +237,32 @@ fn cut_logs(directory: &Path, random: &mut Random, figures: &mut Figures) -> Res
         let last = random.below(log.items.len() as u64 - 1) as usize;
         let (whole, next) = (log.items[last].end, log.items[last + 1].end);
         let between = cut == 0;
-        let end = if between { whole } else { whole + 1 + random.below(next - whole - 1) };
+        let end = if between {
+            whole
+        } else {
+            whole + 1 + random.below(next - whole - 1)
+        };
         let path = directory.join("cut.log");
         std::fs::write(&path, &bytes[..end as usize]).context("write a cut log")?;
         let replayed = replay(&path, LONGEST, None)?;
         let what = format!("cut at byte {end} of {}: {replayed:?}", bytes.len());
-        let position = entries.iter().rfind(|(item, _)| *item <= last).map_or(0, |(_, entry)| entry.position.0);
+        let position = entries
+            .iter()
+            .rfind(|(item, _)| *item <= last)
+            .map_or(0, |(_, entry)| entry.position.0);
         ensure!(replayed.code == 4, "{what}");
-        ensure!(replayed.mismatches == 0 && replayed.memory_hash_recorded.is_none(), "{what}");
-        ensure!(replayed.sync_points == position, "whole up to position {position}, {what}");
-        ensure!(replayed.messages.contains(&format!("ends at byte {end}")), "{what}");
+        ensure!(
+            replayed.mismatches == 0 && replayed.memory_hash_recorded.is_none(),
+            "{what}"
+        );
+        ensure!(
+            replayed.sync_points == position,
+            "whole up to position {position}, {what}"
+        );
+        ensure!(
+            replayed.messages.contains(&format!("ends at byte {end}")),
+            "{what}"
+        );
     }
     let mut damaged = bytes.clone();
     let victim = random.below(log.items.len() as u64 - 1) as usize;
@@ -202,7 +273,8 @@ fn cut_logs(directory: &Path, random: &mut Random, figures: &mut Figures) -> Res
     let replayed = replay(&path, LONGEST, None)?;
     let what = format!("damaged behind byte {start}: {replayed:?}");
     ensure!(replayed.code == 4 && replayed.mismatches == 0, "{what}");
-    let named = replayed.messages.contains(&format!("at byte {start}")) || replayed.messages.contains("ends at byte");
+    let named = replayed.messages.contains(&format!("at byte {start}"))
+        || replayed.messages.contains("ends at byte");
     ensure!(named, "{what}");
     figures.add("logs_cut_or_damaged", cuts + 1);
     Ok(())

@@ -13,11 +13,14 @@ pub(crate) struct Settings {
     pub(crate) maxmemory: u64,
     /// The longest bulk string and value, in bytes.
     pub(crate) proto_max_bulk_len: u64,
+    /// How many clients there can be: the server's to keep, not the engine's.
+    pub(crate) maxclients: u16,
 }
 
 /// How a setting may be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
+    Maxclients,
     Maxmemory,
     ProtoMaxBulkLen,
     /// Fixed when the server starts.
@@ -63,7 +66,10 @@ pub(crate) const SETTINGS: &[Setting] = &[
     only("lazyfree-lazy-user-del", "no"),
     only("lazyfree-lazy-user-flush", "no"),
     only("loglevel", "notice"),
-    only("maxclients", "10000"),
+    Setting {
+        name: "maxclients",
+        kind: Kind::Maxclients,
+    },
     Setting {
         name: "maxmemory",
         kind: Kind::Maxmemory,
@@ -96,6 +102,7 @@ impl Settings {
     /// The value of a setting as text.
     pub(crate) fn show<'a>(&self, setting: &Setting, digits: &'a mut itoa::Buffer) -> &'a str {
         match setting.kind {
+            Kind::Maxclients => digits.format(self.maxclients),
             Kind::Maxmemory => digits.format(self.maxmemory),
             Kind::ProtoMaxBulkLen => digits.format(self.proto_max_bulk_len),
             Kind::Immutable(value) | Kind::Only(value) => value,
@@ -118,7 +125,13 @@ impl Settings {
 
     fn change_one(&mut self, setting: &Setting, value: &[u8]) -> Result<(), &'static str> {
         const MEMORY: &str = "argument must be a memory value";
+        const ONLY: &str = "this server knows no other value";
         match setting.kind {
+            Kind::Maxclients => match parse_i64(value) {
+                Some(value) if value == i64::from(self.maxclients) => {}
+                Some(_) => return Err(ONLY),
+                None => return Err("argument couldn't be parsed into an integer"),
+            },
             Kind::Maxmemory => self.maxmemory = parse_memory(value).ok_or(MEMORY)?,
             Kind::ProtoMaxBulkLen => {
                 let value = parse_memory(value).ok_or(MEMORY)?;
@@ -139,7 +152,7 @@ impl Settings {
             {
                 return Err("argument couldn't be parsed into an integer");
             }
-            Kind::Only(_) => return Err("this server knows no other value"),
+            Kind::Only(_) => return Err(ONLY),
         }
         Ok(())
     }
@@ -157,6 +170,7 @@ mod tests {
     const START: Settings = Settings {
         maxmemory: 5,
         proto_max_bulk_len: 512 << 20,
+        maxclients: 7,
     };
 
     #[test]
@@ -178,5 +192,16 @@ mod tests {
         let changes: Vec<(_, &[u8])> = Vec::from([(memory, &b"1gb"[..]), (save, b"")]);
         settings.change(&changes).unwrap();
         assert_eq!(settings.maxmemory, 1 << 30);
+    }
+
+    #[test]
+    fn the_number_of_clients_is_shown_and_stays() {
+        let mut settings = START;
+        let clients = find(b"maxclients").unwrap();
+        assert_eq!(settings.show(clients, &mut itoa::Buffer::new()), "7");
+        settings.change(&Vec::from([(clients, &b"7"[..])])).unwrap();
+        for other in [&b"8"[..], b"many"] {
+            settings.change(&Vec::from([(clients, other)])).unwrap_err();
+        }
     }
 }

@@ -27,6 +27,9 @@ pub struct Config {
     pub maxmemory: u64,
     /// A bound on memory in bytes that clients cannot change; 0 for none.
     pub memory_ceiling: u64,
+    /// How many clients the caller lets connect at once. It is only shown: who comes beyond it is the caller's to
+    /// [turn away](Store::turn_away).
+    pub maxclients: u16,
 }
 
 impl Default for Config {
@@ -35,6 +38,7 @@ impl Default for Config {
             seed: [0x646f_7070_656c, 0x6b76],
             maxmemory: 0,
             memory_ceiling: 0,
+            maxclients: 10_000,
         }
     }
 }
@@ -52,6 +56,7 @@ pub struct Expired {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Stats {
     pub(crate) connections: u64,
+    pub(crate) rejected: u64,
     pub(crate) commands: u64,
     pub(crate) input_bytes: u64,
     pub(crate) output_bytes: u64,
@@ -140,6 +145,7 @@ impl Store {
             settings: Settings {
                 maxmemory: config.maxmemory,
                 proto_max_bulk_len: 512 << 20,
+                maxclients: config.maxclients,
             },
             stats: Stats::default(),
             clients: 0,
@@ -155,6 +161,12 @@ impl Store {
         self.last_client += 1;
         self.stats.connections += 1;
         Session::new(self.last_client, peer, now)
+    }
+
+    /// What a client is told for which there is no room; close its connection when it is sent.
+    pub fn turn_away(&mut self) -> &'static [u8] {
+        self.stats.rejected += 1;
+        b"-ERR max number of clients reached\r\n"
     }
 
     /// Removes keys whose time has passed, looking at no more than `budget` of them.

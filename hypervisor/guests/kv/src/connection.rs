@@ -20,6 +20,8 @@ const BUFFER: usize = 64 << 10;
 /// Memory that must be left after the buffers of a new connection, for what cannot fail: smoltcp's own and the
 /// connection's. Measured need: under 4 KiB.
 const HEADROOM: usize = 32 << 10;
+/// The buffers of a connection that only says why it is closed, each way.
+const SMALL_BUFFER: usize = 512;
 /// A client that opens, or is told goodbye, must answer within this time.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A silent client is asked for a sign of life this often, and given up after `SILENCE`.
@@ -49,6 +51,8 @@ pub(crate) struct Connection {
     handle: SocketHandle,
     /// There once the connection is established.
     session: Option<Session>,
+    /// There is no room for this client: it is told so, and the connection closed.
+    pub(crate) turned_away: bool,
     output: Output,
     /// Nothing more is read from the client.
     ending: bool,
@@ -61,8 +65,17 @@ pub(crate) struct Connection {
 impl Connection {
     /// A connection that waits for its SYN, or `None` if there is no memory for one.
     pub(crate) fn listen(flow: Flow, port: u16) -> Option<Self> {
-        let receive = buffer()?;
-        let send = buffer()?;
+        Self::new(flow, port, BUFFER, false)
+    }
+
+    /// The same for a client that will be turned away.
+    pub(crate) fn turn_away(flow: Flow, port: u16) -> Option<Self> {
+        Self::new(flow, port, SMALL_BUFFER, true)
+    }
+
+    fn new(flow: Flow, port: u16, bytes: usize, turned_away: bool) -> Option<Self> {
+        let receive = buffer(bytes)?;
+        let send = buffer(bytes)?;
         let mut headroom = Vec::<u8>::new();
         headroom.try_reserve_exact(HEADROOM).ok()?;
         drop(headroom);
@@ -75,6 +88,10 @@ impl Connection {
         // covers all of them, and rides on the reply where there is one.
         socket.set_ack_delay(None);
         socket.set_timeout(Some(PATIENCE));
+        if !turned_away {
+            // Before anything is sent: set on an idle connection, it asks for a sign of life at once.
+            socket.set_keep_alive(Some(KEEP_ALIVE));
+        }
         socket.listen(port).ok()?;
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
@@ -83,6 +100,7 @@ impl Connection {
             sockets,
             handle,
             session: None,
+            turned_away,
             output: Output::new(),
             ending: false,
             queued: false,
@@ -97,19 +115,18 @@ impl Connection {
     /// Executes what the client sent and hands replies to the socket, as far as its buffers go.
     pub(crate) fn serve(&mut self, store: &mut Store, now: Now) -> Pace {
         let socket = self.sockets.get_mut::<tcp::Socket>(self.handle);
-        if self.session.is_none()
-            && matches!(
-                socket.state(),
-                tcp::State::Established | tcp::State::CloseWait
-            )
-        {
-            socket.set_keep_alive(Some(KEEP_ALIVE));
+        let opened = matches!(
+            socket.state(),
+            tcp::State::Established | tcp::State::CloseWait
+        );
+        if opened && self.turned_away && !self.ending {
+            // The buffer is empty and larger than this.
+            let _ = socket.send_slice(store.turn_away());
+            self.ending = true;
+        } else if opened && !self.turned_away && self.session.is_none() {
             socket.set_timeout(Some(SILENCE));
             self.session = Some(store.connect(peer(socket), now));
         }
-        let Some(session) = self.session.as_mut() else {
-            return Pace::Waits;
-        };
         let output = &mut self.output;
         let pace = loop {
             send(socket, output);
@@ -117,6 +134,9 @@ impl Connection {
                 discard_input(socket);
                 break Pace::Waits;
             }
+            let Some(session) = self.session.as_mut() else {
+                return Pace::Waits;
+            };
             let progress = socket.recv(|input| {
                 let progress = session.run(store, now, input, output, LIMITS);
                 (progress.consumed, progress)
@@ -154,10 +174,10 @@ impl Connection {
 }
 
 /// A buffer for a socket, all zero.
-fn buffer() -> Option<Vec<u8>> {
+fn buffer(bytes: usize) -> Option<Vec<u8>> {
     let mut buffer = Vec::new();
-    buffer.try_reserve_exact(BUFFER).ok()?;
-    buffer.resize(BUFFER, 0);
+    buffer.try_reserve_exact(bytes).ok()?;
+    buffer.resize(bytes, 0);
     Some(buffer)
 }
 

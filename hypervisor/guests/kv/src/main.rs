@@ -45,6 +45,7 @@ fn main(boot: &'static Boot) -> Outcome {
         Config {
             seed: [random(), random()],
             maxmemory: words.number_or("maxmemory", free / 2)?,
+            maxclients: clients as u16,
             ..Config::default()
         },
         Now::from_micros(boot.wall_clock / 1000),

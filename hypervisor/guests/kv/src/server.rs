@@ -19,6 +19,9 @@ const TICK: Duration = Duration::from_millis(10);
 /// Keys expired in one tick at most: a hundred thousand a second, and under a millisecond at a time.
 const EXPIRE_BUDGET: usize = 1000;
 
+/// Connections beyond the limit that are told so at the same time. A client that comes when all of these are taken is refused.
+const TURNED_AWAY: u16 = 64;
+
 /// Where the server listens, and for how many.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -32,7 +35,7 @@ pub struct Settings {
     pub gateway: Option<[u8; 4]>,
     /// The TCP port.
     pub port: u16,
-    /// How many clients can be connected at once. A further one is refused.
+    /// How many clients can be connected at once, at most 10,000. A further one is told so and its connection closed.
     pub clients: u16,
     /// Seeds TCP's sequence numbers.
     pub seed: u64,
@@ -56,6 +59,9 @@ pub struct Server {
     address: Ipv4Address,
     port: u16,
     wall_clock: u64,
+    clients: usize,
+    /// How many of `connections` are being turned away.
+    turned_away: usize,
     connections: Vec<Option<Box<Connection>>>,
     /// Indices of `connections` that are free.
     free: Vec<u16>,
@@ -93,25 +99,27 @@ impl Server {
                 .routes_mut()
                 .add_default_ipv4_route(gateway.into());
         }
-        let clients = usize::from(settings.clients);
+        let slots = settings.clients + TURNED_AWAY;
         let indices = || {
             let mut list = Vec::<u16>::new();
-            list.try_reserve_exact(clients).map(|()| list)
+            list.try_reserve_exact(slots.into()).map(|()| list)
         };
         let mut connections = Vec::new();
-        connections.try_reserve_exact(clients)?;
-        connections.resize_with(clients, || None);
+        connections.try_reserve_exact(slots.into())?;
+        connections.resize_with(slots.into(), || None);
         let mut free = indices()?;
-        free.extend((0..settings.clients).rev());
+        free.extend((0..slots).rev());
         Ok(Self {
             interface,
             store,
             address,
             port: settings.port,
             wall_clock: settings.wall_clock,
+            clients: settings.clients.into(),
+            turned_away: 0,
             connections,
             free,
-            flows: Flows::with_capacity(clients)?,
+            flows: Flows::with_capacity(slots.into())?,
             work: indices()?,
             spare: indices()?,
             nobody: SocketSet::new(Vec::new()),
@@ -188,7 +196,12 @@ impl Server {
 
     fn accept(&mut self, flow: Flow) -> Option<u16> {
         let index = self.free.last().copied()?;
-        let connection = Connection::listen(flow, self.port)?;
+        let connection = if self.connections() - self.turned_away < self.clients {
+            Connection::listen(flow, self.port)?
+        } else {
+            Connection::turn_away(flow, self.port)?
+        };
+        self.turned_away += usize::from(connection.turned_away);
         self.free.pop();
         self.connections[usize::from(index)] = Some(Box::new(connection));
         self.flows.insert(flow, index);
@@ -233,6 +246,8 @@ impl Server {
             match connection.state() {
                 // A connection that still listens had a SYN that smoltcp refused.
                 tcp::State::Closed | tcp::State::Listen => self.remove(index),
+                // Stray segments can do no harm to a client that was never served, and its place is wanted.
+                tcp::State::TimeWait if connection.turned_away => self.remove(index),
                 _ if pace == Pace::More => self.queue(index),
                 _ => {}
             }
@@ -247,6 +262,7 @@ impl Server {
     fn remove(&mut self, index: u16) {
         if let Some(connection) = self.connections[usize::from(index)].take() {
             self.flows.remove(connection.flow);
+            self.turned_away -= usize::from(connection.turned_away);
             connection.close(&mut self.store);
             self.free.push(index);
         }

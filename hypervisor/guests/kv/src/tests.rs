@@ -250,6 +250,21 @@ fn a_request_costs_one_frame_each_way() {
 }
 
 #[test]
+fn opening_a_connection_costs_one_frame() {
+    let mut world = World::new(4);
+    let first = world.connect();
+    world.ask(first, b"PING\r\n", 7);
+    let before = world.server_end.sent;
+    let second = world.connect();
+    world.steps(100);
+    assert_eq!(world.socket(second).state(), tcp::State::Established);
+    assert_eq!(world.server_end.sent - before, 1, "SYN and ACK");
+    world.steps(70_000);
+    let asked = world.server_end.sent - before - 1;
+    assert_eq!(asked, 2, "both clients are asked for a sign of life after a minute");
+}
+
+#[test]
 fn many_requests_of_a_batch_share_frames() {
     let mut world = World::new(4);
     let client = world.connect();
@@ -314,15 +329,30 @@ fn a_client_that_does_not_read_is_held_back_and_loses_nothing() {
 }
 
 #[test]
-fn clients_beyond_the_limit_are_refused_until_one_leaves() {
+fn clients_beyond_the_limit_are_turned_away_until_one_leaves() {
     let mut world = World::new(40);
     let clients: Vec<_> = (0..40).map(|_| world.connect()).collect();
     for client in &clients {
         assert_eq!(world.ask(*client, b"PING\r\n", 7), b"+PONG\r\n");
     }
+    // As many are told why as there is room to tell; one more is refused without a word.
+    let told: Vec<_> = (0..64).map(|_| world.connect()).collect();
     let refused = world.connect();
+    let words = b"-ERR max number of clients reached\r\n";
+    for client in &told {
+        assert_eq!(world.ask(*client, b"PING\r\n", words.len()), words);
+    }
     world.steps(5);
     assert_eq!(world.socket(refused).state(), tcp::State::Closed);
+    for client in &told {
+        assert_eq!(world.socket(*client).state(), tcp::State::CloseWait);
+    }
+    assert_eq!(world.server.connections(), 104);
+    for client in told {
+        world.socket(client).close();
+    }
+    world.steps(5);
+    assert_eq!(world.server.connections(), 40);
     world.socket(clients[17]).close();
     world.steps(5);
     assert_eq!(world.server.connections(), 39);

@@ -108,7 +108,7 @@ fn clients(call: &mut Call<'_, '_>, text: &mut Text) -> Outcome {
         "# Clients";
         "connected_clients:{}", call.store.clients;
         "cluster_connections:0";
-        "maxclients:10000";
+        "maxclients:{}", call.store.settings.maxclients;
         "client_recent_max_input_buffer:0";
         "client_recent_max_output_buffer:0";
         "blocked_clients:0";
@@ -198,7 +198,7 @@ fn stats(call: &mut Call<'_, '_>, text: &mut Text) -> Outcome {
         "total_net_output_bytes:{}", stats.output_bytes;
         "instantaneous_input_kbps:0.00";
         "instantaneous_output_kbps:0.00";
-        "rejected_connections:0";
+        "rejected_connections:{}", stats.rejected;
         "sync_full:0";
         "sync_partial_ok:0";
         "sync_partial_err:0";

@@ -1,0 +1,76 @@
+//! What this host can do for a pair, and what to do about each lack.
+//!
+//! ```text
+//!  Host ──gather──▶ Facts ──judge──▶ Report (findings in plain words, the ways in which a pair can run)
+//!         reads /proc, /sys, /dev      pure
+//!         and tries things
+//! ```
+//! Gathering never fails: what cannot be found out is a fact as well. It needs neither root nor KVM.
+
+mod facts;
+mod judge;
+mod pmu;
+mod probe;
+
+pub use facts::{Facts, Host, KvmFacts, PmuFacts, RdmaDevice, StageFacts};
+pub use judge::judge;
+pub use probe::{KickTime, Measured, Probe, Rings};
+
+use serde::Serialize;
+
+/// How good a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Good,
+    /// It works, with less speed or fewer choices.
+    Limited,
+    /// It is not there; something does not work without it.
+    Missing,
+}
+
+/// One thing about this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What it is about.
+    pub area: &'static str,
+    /// How good it is.
+    pub level: Level,
+    /// What was found, in plain words.
+    pub found: String,
+    /// What to do about a lack.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+/// All that was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Whether a pair can run here.
+    pub can_run_a_pair: bool,
+    /// In which ways: transport and network.
+    pub ways: Vec<&'static str>,
+    /// The findings, by area.
+    pub findings: Vec<Finding>,
+    /// What they were made from.
+    pub facts: Facts,
+}
+
+/// Examines a host.
+///
+/// Call it while the process has one thread: only then can a user namespace be tried.
+#[must_use]
+pub fn examine(host: &Host) -> Report {
+    let facts = Facts::gather(host);
+    let (ways, findings) = judge(&facts);
+    Report {
+        can_run_a_pair: !ways.is_empty(),
+        ways,
+        findings,
+        facts,
+    }
+}
+
+#[cfg(test)]
+mod tests;

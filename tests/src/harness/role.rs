@@ -1,0 +1,170 @@
+//! One `doppel` process, its output and its messages.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::program;
+use super::signal::{Signal, send};
+
+/// A process of ours, killed when it is dropped.
+#[derive(Debug)]
+pub struct Role {
+    name: String,
+    child: Child,
+    output: PathBuf,
+    messages: PathBuf,
+}
+
+impl Role {
+    /// Starts `doppel` with these arguments in `directory`; `name` is for its files.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
+        let output = directory.join(format!("{name}.stdout"));
+        let messages = directory.join(format!("{name}.stderr"));
+        let child = Command::new(program::doppel()?)
+            .args(arguments)
+            .current_dir(directory)
+            .stdin(Stdio::null())
+            .stdout(File::create(&output).context("create a file for output")?)
+            .stderr(File::create(&messages).context("create a file for messages")?)
+            .spawn()
+            .context("start doppel")?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            output,
+            messages,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All that it has said, output and messages.
+    #[must_use]
+    pub fn said(&self) -> String {
+        [&self.output, &self.messages]
+            .map(|path| {
+                let bytes = std::fs::read(path).unwrap_or_default();
+                String::from_utf8_lossy(&bytes).into_owned()
+            })
+            .concat()
+    }
+
+    /// Waits until it has said `word`.
+    ///
+    /// # Errors
+    /// If it ends before, or does not say it in time.
+    pub fn until(&mut self, word: &str, longest: Duration) -> Result<()> {
+        let until = Instant::now() + longest;
+        while !self.said().contains(word) {
+            if let Some(status) = self.child.try_wait().context("look after a process")? {
+                // What it said last may have come between the two looks.
+                ensure!(
+                    self.said().contains(word),
+                    "{} ended by {status} before it said {word:?}: {}",
+                    self.name,
+                    self.said()
+                );
+                break;
+            }
+            if Instant::now() >= until {
+                bail!(
+                    "{} did not say {word:?} within {longest:?}: {}",
+                    self.name,
+                    self.said()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn runs(&mut self) -> Result<bool> {
+        Ok(self
+            .child
+            .try_wait()
+            .context("look after a process")?
+            .is_none())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it does not end in time.
+    pub fn end(&mut self, longest: Duration) -> Result<ExitStatus> {
+        let until = Instant::now() + longest;
+        loop {
+            if let Some(status) = self.child.try_wait().context("look after a process")? {
+                return Ok(status);
+            }
+            if Instant::now() >= until {
+                bail!(
+                    "{} has not ended within {longest:?}: {}",
+                    self.name,
+                    self.said()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for an end with a clear error: an exit code of its own, some words, and no panic.
+    ///
+    /// # Errors
+    /// What it was instead.
+    pub fn clear_error(&mut self, longest: Duration, codes: &[i32]) -> Result<String> {
+        let status = self.end(longest)?;
+        let said = self.said();
+        ensure!(!said.contains("panicked"), "{} panicked: {said}", self.name);
+        ensure!(
+            status.code().is_some_and(|code| codes.contains(&code)),
+            "{} ended by {status}, not with one of {codes:?}: {said}",
+            self.name
+        );
+        ensure!(
+            said.contains("doppel: "),
+            "{} gave no reason: {said}",
+            self.name
+        );
+        Ok(said)
+    }
+
+    /// SIGTERM, and a good end.
+    ///
+    /// # Errors
+    /// If it does not end well, or not in time.
+    pub fn stop(&mut self, longest: Duration) -> Result<()> {
+        send(self.pid(), Signal::Terminate)?;
+        let status = self.end(longest)?;
+        ensure!(
+            status.code() == Some(0),
+            "{} ended by {status}: {}",
+            self.name,
+            self.said()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        // It fails only for a child that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

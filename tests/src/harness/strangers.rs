@@ -1,0 +1,277 @@
+//! Peers that a role must survive: of another version or CPU, cut off, too long, silent, babbling, with descriptors that
+//! nobody asked for.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use hypervisor::handshake::{Hello, VERSION};
+use hypervisor::kvm::{CpuModel, KvmSource};
+use hypervisor::machine::MachineSpec;
+use rdma_log::fdpass::send_with_fds;
+use serde_json::{Value, json};
+
+use super::random::Random;
+
+/// Longer than a role waits for a peer's next message.
+const PATIENCE: Duration = Duration::from_secs(25);
+
+/// What a stranger does to a backup that listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stranger {
+    /// Says nothing and closes.
+    Closes,
+    /// Random bytes.
+    Garbage,
+    /// A length far beyond the limit.
+    TooLong,
+    /// A message that is cut off.
+    CutOff,
+    /// JSON that is no hello.
+    NoHello,
+    /// Another version.
+    Version,
+    /// Another CPU.
+    Cpu,
+    /// Another machine.
+    Name,
+    /// A description that is longer than any.
+    HugeSpec,
+    /// A description that is none.
+    BadSpec,
+    /// A description that ends too early.
+    CutSpec,
+    /// A good description of a machine whose image is no image.
+    BadImage,
+    /// Descriptors with its garbage.
+    Descriptors,
+    /// Says nothing and stays.
+    Silent,
+}
+
+/// Strangers that are over at once.
+pub const QUICK: [Stranger; 13] = [
+    Stranger::Closes,
+    Stranger::Garbage,
+    Stranger::TooLong,
+    Stranger::CutOff,
+    Stranger::NoHello,
+    Stranger::Version,
+    Stranger::Cpu,
+    Stranger::Name,
+    Stranger::HugeSpec,
+    Stranger::BadSpec,
+    Stranger::CutSpec,
+    Stranger::BadImage,
+    Stranger::Descriptors,
+];
+
+/// A hello that this host's backup of `name` would take.
+fn good_hello(name: &str, spec_bytes: usize) -> Result<Hello> {
+    Ok(Hello {
+        version: VERSION,
+        cpu: CpuModel::of_host(&KvmSource::default())?,
+        name: name.to_owned(),
+        identity: "0123456789abcdef0123456789abcdef".into(),
+        heartbeat: SocketAddr::from(([127, 0, 0, 1], 9)),
+        key: [7; 16],
+        spec_bytes: u32::try_from(spec_bytes)?,
+    })
+}
+
+fn framed(message: &Value) -> Vec<u8> {
+    let text = message.to_string();
+    let mut bytes = (text.len() as u32).to_le_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    bytes
+}
+
+fn garbage(random: &mut Random, length: usize) -> Vec<u8> {
+    (0..length).map(|_| random.next() as u8).collect()
+}
+
+impl Stranger {
+    /// Visits the backup that listens at `socket`. Returns what it answered: a refusal in words, or nothing.
+    ///
+    /// # Errors
+    /// If the backup cannot be reached, welcomes the stranger, or does not get rid of it in time.
+    pub fn visit(self, socket: &Path, name: &str, random: &mut Random) -> Result<Option<String>> {
+        let mut stream = UnixStream::connect(socket).context("reach the backup")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let bytes = self.words(name, random)?;
+        // A backup that has heard enough closes: what it does not read is not our matter.
+        if self == Self::Descriptors {
+            let file = File::open("/dev/null")?;
+            let _ = send_with_fds(&stream, &bytes, &[file.as_fd(); 4]);
+        } else {
+            let _ = stream.write_all(&bytes);
+        }
+        if self != Self::Silent {
+            stream.shutdown(std::net::Shutdown::Write)?;
+        }
+        let mut answer = Vec::new();
+        if let Err(error) = stream.read_to_end(&mut answer)
+            && error.kind() != std::io::ErrorKind::ConnectionReset
+        {
+            bail!("the backup did not get rid of {self:?}: {error}");
+        }
+        if answer.is_empty() {
+            return Ok(None);
+        }
+        let text = answer.get(4..).unwrap_or_default();
+        let answer: Value = serde_json::from_slice(text).context("the backup's answer")?;
+        ensure!(
+            answer.get("Welcome").is_none(),
+            "{self:?} was welcome: {answer}"
+        );
+        let why = answer["Refusal"]["why"]
+            .as_str()
+            .context("a refusal has a reason")?;
+        Ok(Some(why.to_owned()))
+    }
+
+    /// What a refusal must mention.
+    #[must_use]
+    pub fn reason(self) -> Option<&'static str> {
+        match self {
+            Self::Version => Some("version"),
+            Self::Cpu => Some("CPU"),
+            Self::Name => Some("--name"),
+            Self::TooLong | Self::NoHello | Self::HugeSpec => Some("same version"),
+            Self::BadSpec | Self::CutSpec => Some("description"),
+            Self::BadImage => Some("image"),
+            _ => None,
+        }
+    }
+
+    fn words(self, name: &str, random: &mut Random) -> Result<Vec<u8>> {
+        let spec = MachineSpec::new("irq", 8, "", 0)?.encode();
+        let hello = |change: &dyn Fn(&mut Hello)| -> Result<Vec<u8>> {
+            let mut hello = good_hello(name, spec.len())?;
+            change(&mut hello);
+            Ok(framed(&serde_json::to_value(&hello)?))
+        };
+        let with_spec = |mut hello: Vec<u8>| {
+            hello.extend_from_slice(&spec);
+            hello
+        };
+        Ok(match self {
+            Self::Closes | Self::Silent => Vec::new(),
+            Self::Garbage | Self::Descriptors => {
+                let length = 8 + random.below(4000) as usize;
+                garbage(random, length)
+            }
+            Self::TooLong => vec![0xff; 64],
+            Self::CutOff => {
+                let hello = hello(&|_| {})?;
+                let cut = 1 + random.below(hello.len() as u64 - 1) as usize;
+                hello[..cut].to_vec()
+            }
+            Self::NoHello => framed(&json!({"version": "one", "cpu": []})),
+            Self::Version => with_spec(hello(&|hello| hello.version += 1)?),
+            Self::Cpu => with_spec(hello(&|hello| hello.cpu.signature ^= 0x10)?),
+            Self::Name => with_spec(hello(&|hello| hello.name = "another".into())?),
+            Self::HugeSpec => with_spec(hello(&|hello| hello.spec_bytes = u32::MAX)?),
+            Self::BadSpec => {
+                let mut bytes = hello(&|_| {})?;
+                bytes.extend(garbage(random, spec.len()));
+                bytes
+            }
+            Self::BadImage => {
+                let mut bytes = hello(&|_| {})?;
+                let text = 4 + u32::from_le_bytes([spec[0], spec[1], spec[2], spec[3]]) as usize;
+                bytes.extend_from_slice(&spec[..text]);
+                bytes.extend(garbage(random, spec.len() - text));
+                bytes
+            }
+            Self::CutSpec => {
+                let mut bytes = hello(&|_| {})?;
+                bytes.extend_from_slice(&spec[..random.below(spec.len() as u64) as usize]);
+                bytes
+            }
+        })
+    }
+}
+
+/// What a false backup does to a primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Impostor {
+    /// Closes at once.
+    Closes,
+    /// Random bytes instead of a welcome.
+    Garbage,
+    /// A length far beyond the limit.
+    TooLong,
+    /// A welcome by a name that is no identity.
+    NoIdentity,
+    /// A refusal.
+    Refuses,
+    /// A welcome, and then nothing of the ring.
+    ClosesLater,
+    /// A welcome, and then garbage instead of the ring.
+    GarbageLater,
+}
+
+/// All of them.
+pub const IMPOSTORS: [Impostor; 7] = [
+    Impostor::Closes,
+    Impostor::Garbage,
+    Impostor::TooLong,
+    Impostor::NoIdentity,
+    Impostor::Refuses,
+    Impostor::ClosesLater,
+    Impostor::GarbageLater,
+];
+
+impl Impostor {
+    /// Waits at `listener` for a primary and plays its part.
+    ///
+    /// # Errors
+    /// If no primary says hello.
+    pub fn receive(self, listener: &UnixListener, random: &mut Random) -> Result<()> {
+        let (mut stream, _) = listener.accept().context("await the primary")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut length = [0; 4];
+        stream
+            .read_exact(&mut length)
+            .context("the primary's hello")?;
+        let mut text = vec![0; u32::from_le_bytes(length) as usize];
+        stream
+            .read_exact(&mut text)
+            .context("the primary's hello")?;
+        let hello: Hello = serde_json::from_slice(&text).context("the primary's hello")?;
+        let mut spec = vec![0; hello.spec_bytes as usize];
+        stream
+            .read_exact(&mut spec)
+            .context("the primary's machine")?;
+        let welcome = |identity: &str| {
+            framed(&json!({"Welcome": {"identity": identity, "heartbeat": "127.0.0.1:9"}}))
+        };
+        let good = "fedcba9876543210fedcba9876543210";
+        let mut answer = match self {
+            Self::Closes => return Ok(()),
+            Self::Garbage => garbage(random, 400),
+            Self::TooLong => vec![0xff; 64],
+            Self::NoIdentity => welcome("nobody"),
+            Self::Refuses => framed(&json!({"Refusal": {"why": "not today"}})),
+            Self::ClosesLater | Self::GarbageLater => welcome(good),
+        };
+        if self == Self::GarbageLater {
+            answer.extend(garbage(random, 4096));
+        }
+        // The primary may have heard enough.
+        let _ = stream.write_all(&answer);
+        if self == Self::ClosesLater {
+            // It says what was agreed; then nothing more comes.
+            let mut byte = [0];
+            let _ = stream.read(&mut byte);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,197 @@
+//! A backup whose memory is spoilt is found out, fenced and ended, and the primary serves on.
+#![forbid(unsafe_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hypervisor::demo::client::{self, Config};
+use hypervisor::demo::pair::Side;
+use hypervisor::session::report::Event;
+
+use crate::harness::random::Random;
+use crate::harness::stage::{GUEST, Stage, alone};
+use crate::promise::{Figures, Promise, Run};
+
+/// The promise.
+pub const PROMISE: Promise = Promise {
+    name: "divergence-caught",
+    line: "a running backup whose memory is spoilt is found out, fenced and ended, with the difference named; the primary loses nothing",
+    short: Duration::from_secs(15),
+    full: Duration::from_secs(120),
+    show,
+};
+
+/// Memory is compared every 100 ms; a bit that no register meets is found then.
+const FOUND_WITHIN: Duration = Duration::from_secs(3);
+
+/// Where the guest's own program has its stack. Memory is compared by what was written since the last time, so a bit is found
+/// once its page is written or its value used; the stack is always in use.
+const STACK: std::ops::Range<u64> = 0xf_0000..0x10_0000;
+
+/// What is spoilt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spoil {
+    /// One bit of one word: as a rule dead by now, and found by the comparison of memories.
+    OneBit,
+    /// One bit of every word: return addresses and live values among them, so that it shows in an exit.
+    EveryWord,
+}
+
+fn show(run: &Run) -> Result<Figures> {
+    let rounds = run.form.pick(4, 40);
+    let mut random = Random::new(run.seed);
+    let mut fields = std::collections::BTreeMap::<String, u64>::new();
+    for round in 0..rounds {
+        let seed = random.next();
+        let what = alone(|| {
+            one(
+                seed,
+                if round % 2 == 0 {
+                    Spoil::OneBit
+                } else {
+                    Spoil::EveryWord
+                },
+            )
+        })
+        .with_context(|| format!("round {round}, seed {seed}"))?;
+        run.say(&what);
+        let field = what
+            .split_once(": ")
+            .and_then(|(_, rest)| rest.split_once(" was "))
+            .map_or("?", |(field, _)| field);
+        *fields.entry(field.to_owned()).or_default() += 1;
+    }
+    ensure!(
+        !fields.contains_key("?"),
+        "a divergence was told without its field: {fields:?}"
+    );
+    let by_registers: u64 = fields
+        .iter()
+        .filter(|(field, _)| !["memory hash", "digest"].contains(&field.as_str()))
+        .map(|(_, count)| count)
+        .sum();
+    ensure!(
+        by_registers > 0,
+        "no divergence was named by an exit's own field: {fields:?}"
+    );
+    let mut figures = Figures::default();
+    figures.add("backups_spoilt", rounds);
+    figures.add("found", fields.values().sum::<u64>());
+    figures.add("named_by_an_exit", by_registers);
+    figures.add("fields", serde_json::to_value(&fields)?);
+    Ok(figures)
+}
+
+fn one(seed: u64, spoil: Spoil) -> Result<String> {
+    let mut random = Random::new(seed);
+    let stage = Stage::enter()?;
+    let mut pair = stage.pair("kv", "")?;
+    let client = client::start(Config::new(GUEST, seed)).context("start the client")?;
+    std::thread::park_timeout(
+        random.between(Duration::from_millis(100), Duration::from_millis(400)),
+    );
+
+    flip(&guest_memory(&pair.backup)?, spoil, &mut random)?;
+    let mut said = Vec::new();
+    let diverged = pair
+        .backup
+        .wait_for(
+            FOUND_WITHIN,
+            |event| matches!(event, Event::Diverged { .. }),
+            |event| said.push(event),
+        )
+        .with_context(|| format!("the spoilt memory was not found; the backup said {said:?}"))?;
+    let Event::Diverged { what } = diverged else {
+        unreachable!("that is what was waited for");
+    };
+    let status = pair.backup.wait(FOUND_WITHIN);
+    ensure!(
+        status.code() == Some(3),
+        "the backup ended with {status}: {}",
+        pair.backup.messages()
+    );
+    ensure!(
+        pair.backup.messages().contains("divergence at position"),
+        "its last words do not say why: {}",
+        pair.backup.messages()
+    );
+    let unprotected = |event: &Event| matches!(event, Event::Notice { text, loud: true } if text.contains("UNPROTECTED"));
+    ensure!(
+        pair.primary
+            .wait_for(FOUND_WITHIN, unprotected, drop)
+            .is_some(),
+        "the primary does not say that it runs unprotected"
+    );
+
+    let before = client.progress().completed;
+    std::thread::park_timeout(Duration::from_millis(300));
+    ensure!(
+        client.progress().completed > before,
+        "the primary does not serve any more"
+    );
+    let mut outcome = client.stop().context("stop the client")?;
+    let verified = outcome.verify_all(GUEST, Duration::from_secs(10));
+    ensure!(
+        verified.lost_acknowledged_writes == 0
+            && verified.broken_connections == 0
+            && outcome.wrong_replies == 0,
+        "the client noticed: {:?}",
+        verified.problems
+    );
+    pair.primary.stop(Duration::from_secs(10));
+    Ok(what)
+}
+
+/// The backup's guest memory, by the descriptor that it holds.
+fn guest_memory(side: &Side) -> Result<File> {
+    let directory = format!("/proc/{}/fd", side.pid());
+    for entry in fs::read_dir(&directory).context("look at the backup's descriptors")? {
+        let path = entry?.path();
+        let is_memory =
+            fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains("memfd:"));
+        if is_memory && fs::metadata(&path).is_ok_and(|found| found.len() == 64 << 20) {
+            return OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .context("open the backup's guest memory");
+        }
+    }
+    anyhow::bail!("the backup's guest memory was not found in {directory}")
+}
+
+/// Flips bits of words that are in use: not zero.
+fn flip(memory: &File, spoil: Spoil, random: &mut Random) -> Result<()> {
+    let mut stack = vec![0; (STACK.end - STACK.start) as usize];
+    memory
+        .read_exact_at(&mut stack, STACK.start)
+        .context("read the backup's guest memory")?;
+    let used: Vec<usize> = stack
+        .chunks_exact(8)
+        .enumerate()
+        .filter(|(_, word)| word.iter().any(|&byte| byte != 0))
+        .map(|(index, _)| index * 8)
+        .collect();
+    ensure!(!used.is_empty(), "the guest's stack is empty");
+    let chosen = match spoil {
+        Spoil::OneBit => vec![used[random.below(used.len() as u64) as usize]],
+        Spoil::EveryWord => used,
+    };
+    for word in chosen {
+        let byte = [stack[word] ^ 1 << random.below(8)];
+        memory
+            .write_all_at(&byte, STACK.start + word as u64)
+            .context("write the backup's guest memory")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn short() {
+        super::PROMISE.test();
+    }
+}
