@@ -30,10 +30,6 @@ pub struct Entry {
 
 /// What an entry says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly every entry is a step, and a box would cost each an allocation"
-)]
 pub enum Body {
     /// Inputs applied and outputs made at the sync point.
     Step(Step),

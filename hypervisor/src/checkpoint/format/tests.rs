@@ -1,3 +1,8 @@
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "a list of one run of pages is meant"
+)]
+
 use proptest::prelude::*;
 
 use super::*;
