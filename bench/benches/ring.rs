@@ -2,6 +2,8 @@
 //!
 //! `cargo bench -p doppel-bench`. What two cores pay between them is measured by `bench ring`.
 
+#![expect(missing_docs, reason = "criterion makes functions that cannot be documented")]
+
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

@@ -194,6 +194,7 @@ impl Guest {
         let running = match mode {
             Mode::Pair => {
                 let spec = PairSpec {
+                    transport: hypervisor::config::Transport::Shm,
                     doppel: doppel()?,
                     directory: directory.path().to_owned(),
                     guest: guest.to_owned(),

@@ -58,7 +58,11 @@ fn one(requests: u64, random: &mut Random) -> Result<usize> {
     kv_load::run(GUEST, 4, requests, random.next()).context("load after the kill")?;
     confined(pair.backup.pid())?;
     let status = pair.backup.stop(LONGEST);
-    ensure!(status.success(), "the backup ended by {status}: {}", pair.backup.messages());
+    ensure!(
+        status.success(),
+        "the backup ended by {status}: {}",
+        pair.backup.messages()
+    );
     Ok(threads)
 }
 
@@ -70,15 +74,26 @@ fn confined(process: u32) -> Result<usize> {
         let name = fs::read_to_string(path.join("comm")).context("a thread's name")?;
         let status = fs::read_to_string(path.join("status")).context("a thread's status")?;
         let field = |key: &str| -> Result<&str> {
-            let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
             Ok(line.with_context(|| format!("{key} of a thread"))?.trim())
         };
         let name = name.trim();
-        ensure!(field("Seccomp")? == "2", "thread {name} of {process} has no filter");
-        ensure!(field("NoNewPrivs")? == "1", "thread {name} of {process} may gain privileges");
+        ensure!(
+            field("Seccomp")? == "2",
+            "thread {name} of {process} has no filter"
+        );
+        ensure!(
+            field("NoNewPrivs")? == "1",
+            "thread {name} of {process} may gain privileges"
+        );
         let kept = u64::from_str_radix(field("CapPrm")?, 16).context("capabilities")?;
         let allowed = if name == "arbiter" { DAC_OVERRIDE } else { 0 };
-        ensure!(kept & !allowed == 0, "thread {name} of {process} keeps capabilities {kept:x}");
+        ensure!(
+            kept & !allowed == 0,
+            "thread {name} of {process} keeps capabilities {kept:x}"
+        );
         threads += 1;
     }
     ensure!(threads >= 3, "process {process} has {threads} threads");

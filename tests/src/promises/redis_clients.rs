@@ -209,10 +209,13 @@ fn live_through(
         connections.iter().all(|count| *count == connections[0]),
         "redis-benchmark's clients connected again: {connections:?} connections before, during and after the failover"
     );
-    let failover = during.failover.context("no failover")?;
+    let failover = during.failover.as_ref().context("no failover")?;
     let served = match failover.millis {
         Some(millis) => format!("served again after {millis:.1} ms"),
-        None => "which the backup had replaced before, unasked".to_owned(),
+        None => format!(
+            "which the backup had replaced before, unasked ({})",
+            failover.said
+        ),
     };
     run.say(format_args!(
         "primary killed at {:.0} % of the benchmark, {served}; longest waits: benchmark {:.1} ms, redis-cli {:.1} ms, \
@@ -300,12 +303,14 @@ struct Moment<'a> {
 }
 
 /// What a failover looked like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Failover {
     /// From the kill to the open gate; none if the backup had taken over before, on a false suspicion.
     millis: Option<f64>,
     /// The share of the benchmark's commands that had been executed.
     share: f64,
+    /// What the backup said of it.
+    said: String,
 }
 
 /// What the three programs did.
@@ -362,10 +367,13 @@ fn work(directory: &Path, load: Load, seed: u64, mut moment: Option<Moment<'_>>)
             pair.primary.kill();
             expect(&mut cli, increments)?;
             stall = stall.max(asked.elapsed());
-            let millis = live(&pair.backup)?
-                .checked_sub(killed)
-                .map(|nanos| nanos as f64 / 1e6);
-            failover = Some(Failover { millis, share });
+            let (open, said) = live(&pair.backup)?;
+            let millis = open.checked_sub(killed).map(|nanos| nanos as f64 / 1e6);
+            failover = Some(Failover {
+                millis,
+                share,
+                said,
+            });
         } else {
             expect(&mut cli, increments)?;
             stall = stall.max(asked.elapsed());
@@ -414,25 +422,21 @@ fn expect(cli: &mut Cli, increments: u64) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the backup serves; the time at which its gate opened.
-fn live(backup: &Side) -> Result<u64> {
-    let mut diverged = None;
+/// Waits until the backup serves; the time at which its gate opened, and what it said before.
+fn live(backup: &Side) -> Result<(u64, String)> {
+    let mut said = Vec::new();
     let found = backup.wait_for(
         FAILOVER_PATIENCE,
         |event| matches!(event, Event::Live { .. }),
-        |event| {
-            if let Event::Diverged { what } = event {
-                diverged = Some(what);
-            }
+        |event| match event {
+            Event::Notice { text, .. } | Event::Diverged { what: text } => said.push(text),
+            _ => {}
         },
     );
+    let said = said.join("; ");
     match found {
-        Some(Event::Live { at, .. }) => Ok(at.open),
-        _ => bail!(
-            "the backup does not serve: {} {}",
-            diverged.unwrap_or_default(),
-            backup.messages()
-        ),
+        Some(Event::Live { at, .. }) => Ok((at.open, said)),
+        _ => bail!("the backup does not serve: {said} {}", backup.messages()),
     }
 }
 
