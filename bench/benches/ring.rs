@@ -2,7 +2,10 @@
 //!
 //! `cargo bench -p doppel-bench`. What two cores pay between them is measured by `bench ring`.
 
-#![expect(missing_docs, reason = "criterion makes functions that cannot be documented")]
+#![expect(
+    missing_docs,
+    reason = "criterion makes functions that cannot be documented"
+)]
 
 use std::hint::black_box;
 

@@ -1,4 +1,13 @@
 //! Doppel: a fault-tolerant hypervisor on KVM.
+//!
+//! ```text
+//!  guest ──exit──▶ machine (kvm, memory, devices) ──▶ record ──▶ ring_log ══▶ replay ──▶ machine of the backup
+//!                     ▲                                 │  ▲                    │
+//!                   stage ◀── session's I/O thread      │  └── commit           └── outputs, until released
+//!                     ▲          (backends)             ▼
+//!                   world  ◀──────────────────── outlet, gate
+//! ```
+//! `docs/architecture.md` says what each module knows and which must not know which.
 
 pub mod arbiter;
 pub mod backends;
