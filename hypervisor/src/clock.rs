@@ -1,7 +1,7 @@
 //! The guest's clock on the host side: it is read here, logged, and handed to the guest as an input.
 #![forbid(unsafe_code)]
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::event::GuestTime;
 
@@ -20,6 +20,17 @@ impl GuestClock {
         Self { at, reads }
     }
 
+    /// The clock of a machine that begins, by whose description it reads 0 when the wall clock reads `wall_clock_ns`. A start
+    /// takes its time (a primary waits for its backup), and the guest takes the sum of both for the time of day.
+    #[must_use]
+    pub fn since(wall_clock_ns: u64) -> Self {
+        let age = SystemTime::now()
+            .duration_since(UNIX_EPOCH + Duration::from_nanos(wall_clock_ns))
+            // The wall clock was set back meanwhile.
+            .unwrap_or_default();
+        Self::starting(GuestTime(age.as_nanos() as u64), Instant::now())
+    }
+
     /// Guest time now.
     #[must_use]
     pub fn now(&self) -> GuestTime {
@@ -36,5 +47,24 @@ impl GuestClock {
     #[must_use]
     pub fn until(&self, then: GuestTime) -> Duration {
         Duration::from_nanos(then.0.saturating_sub(self.now().0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_start_does_not_make_the_guest_late() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let since = |wall: Duration| {
+            Duration::from_nanos(GuestClock::since(wall.as_nanos() as u64).now().0)
+        };
+        let waited = Duration::from_secs(5);
+        assert!(since(now - waited) >= waited);
+        assert!(
+            since(now + waited) < waited,
+            "a clock that was set back begins at 0"
+        );
     }
 }

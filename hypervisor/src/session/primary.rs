@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
 
 use super::beats::Beats;
 use super::clerk::{Clerk, NOT_CONFINED};
@@ -17,7 +16,6 @@ use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_bytes, rando
 use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::entry::Base;
-use crate::event::GuestTime;
 use crate::gate::Gate;
 use crate::handshake::{self, Channel, Hello, Welcomed};
 use crate::machine::{Machine, MachineSpec};
@@ -101,7 +99,8 @@ pub fn run(
         peer: welcomed.identity,
     };
     let protocol = Primary::protected(pair, record, protocol_timing(config), serve::now());
-    let vcpu = start(config, &io, machine, sink)?;
+    let clock = GuestClock::since(spec.wall_clock_ns);
+    let vcpu = start(config, &io, machine, clock, sink)?;
     io.reporter.say(&Said::Paired {
         epoch: record.epoch.0,
         peer: welcomed.identity.to_string(),
@@ -136,7 +135,13 @@ fn entitle(
     }
 }
 
-fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<Vcpu, SessionError> {
+fn start(
+    config: &Config,
+    io: &Io,
+    machine: Machine,
+    clock: GuestClock,
+    sink: RingSink,
+) -> Result<Vcpu, SessionError> {
     let parts = Parts {
         machine,
         sink,
@@ -145,7 +150,7 @@ fn start(config: &Config, io: &Io, machine: Machine, sink: RingSink) -> Result<V
         stage: Arc::clone(&io.stage),
         orders: Arc::clone(&io.orders),
         samples: Arc::clone(&io.samples),
-        clock: GuestClock::starting(GuestTime(0), Instant::now()),
+        clock,
         options: RecordOptions {
             every_exit: false,
             memory_check: config.timing.memory_check(),

@@ -18,7 +18,6 @@ use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::entry::Base;
-use crate::event::GuestTime;
 use crate::file_log::{FileRecorder, FileSource};
 use crate::gate::Gate;
 use crate::kvm::KvmSource;
@@ -71,7 +70,8 @@ pub fn run(
         preempt: config.preempt.by_checkpoint(),
         ..RecordOptions::default()
     };
-    let vcpu = solo.start(config, machine, NoLog::default(), options)?;
+    let clock = GuestClock::since(spec.wall_clock_ns);
+    let vcpu = solo.start(config, machine, clock, NoLog::default(), options)?;
     let (ended, _) = solo.serve(vcpu, None)?;
     Ok(ended)
 }
@@ -107,6 +107,7 @@ pub fn record(
     let vcpu = solo.start(
         config,
         machine,
+        GuestClock::since(spec.wall_clock_ns),
         RingSink::new(writer.events, epoch, committed),
         options,
     )?;
@@ -144,6 +145,7 @@ impl Solo {
         &self,
         config: &Config,
         machine: Machine,
+        clock: GuestClock,
         sink: S,
         options: RecordOptions,
     ) -> Result<Vcpu, SessionError> {
@@ -155,7 +157,7 @@ impl Solo {
             stage: Arc::clone(&self.io.stage),
             orders: Arc::clone(&self.io.orders),
             samples: Arc::clone(&self.io.samples),
-            clock: GuestClock::starting(GuestTime(0), Instant::now()),
+            clock,
             options,
             random: random_source()?,
         };

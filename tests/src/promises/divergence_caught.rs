@@ -30,6 +30,8 @@ const FOUND_WITHIN: Duration = Duration::from_secs(3);
 /// once its page is written or its value used; the stack is always in use.
 const STACK: std::ops::Range<u64> = 0xf_0000..0x10_0000;
 
+const PAGE: usize = 4096;
+
 /// What is spoilt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Spoil {
@@ -102,7 +104,12 @@ fn one(seed: u64, spoil: Spoil) -> Result<String> {
             |event| matches!(event, Event::Diverged { .. }),
             |event| said.push(event),
         )
-        .with_context(|| format!("the spoilt memory was not found; the backup said {said:?}"))?;
+        .with_context(|| {
+            format!(
+                "the spoilt memory was not found; the backup said {} things",
+                said.len()
+            )
+        })?;
     let Event::Diverged { what } = diverged else {
         unreachable!("that is what was waited for");
     };
@@ -162,30 +169,42 @@ fn guest_memory(side: &Side) -> Result<File> {
     anyhow::bail!("the backup's guest memory was not found in {directory}")
 }
 
-/// Flips bits of words that are in use: not zero.
+/// Flips bits of words that are in use: not zero. A single one is taken from a page that is being written, so that memory is
+/// compared there again, and from a word that is not, so that the guest does not mend it.
 fn flip(memory: &File, spoil: Spoil, random: &mut Random) -> Result<()> {
-    let mut stack = vec![0; (STACK.end - STACK.start) as usize];
-    memory
-        .read_exact_at(&mut stack, STACK.start)
-        .context("read the backup's guest memory")?;
-    let used: Vec<usize> = stack
-        .chunks_exact(8)
-        .enumerate()
-        .filter(|(_, word)| word.iter().any(|&byte| byte != 0))
-        .map(|(index, _)| index * 8)
+    let before = stack(memory)?;
+    std::thread::park_timeout(Duration::from_millis(100));
+    let now = stack(memory)?;
+    let is_live = |word: usize| {
+        let page = word / PAGE * PAGE;
+        before[page..page + PAGE] != now[page..page + PAGE]
+            && before[word..word + 8] == now[word..word + 8]
+    };
+    let chosen: Vec<usize> = (0..now.len())
+        .step_by(8)
+        .filter(|&word| now[word..word + 8] != [0; 8])
+        .filter(|&word| spoil == Spoil::EveryWord || is_live(word))
         .collect();
-    ensure!(!used.is_empty(), "the guest's stack is empty");
+    ensure!(!chosen.is_empty(), "nothing of the guest's stack is in use");
     let chosen = match spoil {
-        Spoil::OneBit => vec![used[random.below(used.len() as u64) as usize]],
-        Spoil::EveryWord => used,
+        Spoil::OneBit => vec![chosen[random.below(chosen.len() as u64) as usize]],
+        Spoil::EveryWord => chosen,
     };
     for word in chosen {
-        let byte = [stack[word] ^ 1 << random.below(8)];
+        let byte = [now[word] ^ 1 << random.below(8)];
         memory
             .write_all_at(&byte, STACK.start + word as u64)
             .context("write the backup's guest memory")?;
     }
     Ok(())
+}
+
+fn stack(memory: &File) -> Result<Vec<u8>> {
+    let mut stack = vec![0; (STACK.end - STACK.start) as usize];
+    memory
+        .read_exact_at(&mut stack, STACK.start)
+        .context("read the backup's guest memory")?;
+    Ok(stack)
 }
 
 #[cfg(test)]

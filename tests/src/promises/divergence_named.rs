@@ -24,7 +24,7 @@ pub const PROMISE: Promise = Promise {
     name: "divergence-named",
     line: "One flipped bit of an input is caught at the first exit it changes: position, field, expected, found",
     short: Duration::from_secs(30),
-    full: Duration::from_secs(400),
+    full: Duration::from_secs(150),
     show,
 };
 

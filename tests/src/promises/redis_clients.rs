@@ -45,6 +45,9 @@ const BENCHMARK_PATIENCE: Duration = Duration::from_secs(180);
 /// How long the backup may take to serve.
 const FAILOVER_PATIENCE: Duration = Duration::from_secs(20);
 
+/// How many pairs a round may take until a kill finds a living primary.
+const ATTEMPTS: usize = 3;
+
 /// What `redis-benchmark -t` is asked for in the issue.
 const ALL_TESTS: &str = "ping,set,get,incr,mset";
 
@@ -97,7 +100,7 @@ struct Totals {
     python_after: u64,
     cli: u64,
     failover_ms: Vec<f64>,
-    rounds: u64,
+    pairs: u64,
     unasked: u64,
     tcp_timeouts: u64,
     stall_ms: [f64; 3],
@@ -119,13 +122,27 @@ fn show(run: &Run) -> Result<Figures> {
             "round {}: -t {tests} -n {requests} -c {clients} -P {pipeline}",
             number + 1
         ));
-        let speeds =
-            alone(|| live_through(run, round, &mut random, &mut totals)).with_context(|| {
-                format!(
-                    "round {} (-t {tests} -c {clients} -P {pipeline})",
-                    number + 1
-                )
-            })?;
+        let killed = totals.failover_ms.len();
+        let mut speeds = Default::default();
+        // On a host that is too busy, the backup may take over before the kill. Its clients must not notice that either, so all
+        // that is judged is judged; but the kill is still to be shown, by another pair.
+        for attempt in 1..=ATTEMPTS {
+            speeds = alone(|| live_through(run, round, &mut random, &mut totals)).with_context(
+                || {
+                    format!(
+                        "round {} (-t {tests} -c {clients} -P {pipeline}), pair {attempt}",
+                        number + 1
+                    )
+                },
+            )?;
+            if totals.failover_ms.len() > killed {
+                break;
+            }
+        }
+        ensure!(
+            totals.failover_ms.len() > killed,
+            "none of {ATTEMPTS} primaries lived until it was to be killed: their backups took over on false suspicions"
+        );
         if number == 0 {
             for (phase, measured) in ["before", "during", "after"].iter().zip(speeds) {
                 for test in measured {
@@ -135,13 +152,9 @@ fn show(run: &Run) -> Result<Figures> {
         }
     }
     let failover_ms = &mut totals.failover_ms;
-    ensure!(
-        !failover_ms.is_empty(),
-        "in no round did the primary live until it was killed: the backup took over on a false suspicion"
-    );
     failover_ms.sort_by(f64::total_cmp);
     let tenths = |value: f64| (value * 10.0).round() / 10.0;
-    figures.add("rounds", totals.rounds);
+    figures.add("pairs", totals.pairs);
     figures.add("takeovers_before_the_kill", totals.unasked);
     figures.add(
         "failover_ms_median",
@@ -176,6 +189,33 @@ fn live_through(
     let mut spec = stage.spec("kv", "")?;
     spec.memory_mib = MEMORY_MIB;
     let mut pair = Pair::start(&spec, Some(stage.port()))?;
+    let outcome = judge(run, round, random, totals, &stage, &mut pair);
+    outcome.with_context(|| {
+        let words = [("primary", &pair.primary), ("backup", &pair.backup)]
+            .map(|(role, side)| format!("{role}: {}", notices(side.events()).join("; ")));
+        format!("the sides said last: {}", words.join(" | "))
+    })
+}
+
+/// What a side said for people.
+fn notices(events: Vec<Event>) -> Vec<String> {
+    let text = |event| match event {
+        Event::Notice { text, .. }
+        | Event::Diverged { what: text }
+        | Event::Ended { why: text } => Some(text),
+        _ => None,
+    };
+    events.into_iter().filter_map(text).collect()
+}
+
+fn judge(
+    run: &Run,
+    round: &Round,
+    random: &mut Random,
+    totals: &mut Totals,
+    stage: &Stage,
+    pair: &mut Pair,
+) -> Result<[Vec<Measured>; 3]> {
     let reference = Reference::start(stage.directory())?;
     let mut compare = |side: &str, seed: u64| -> Result<()> {
         if round.compare {
@@ -197,7 +237,7 @@ fn live_through(
     };
     let before = work(stage.directory(), quiet, random.next(), None)?;
     let moment = Moment {
-        pair: &mut pair,
+        pair,
         share: 0.1 + random.below(600) as f64 / 1000.0,
     };
     let during = work(stage.directory(), round.load, random.next(), Some(moment))?;
@@ -240,7 +280,7 @@ fn live_through(
     totals.python_before += marked;
     totals.python_after += during.python.operations - marked;
     totals.cli += during.increments;
-    totals.rounds += 1;
+    totals.pairs += 1;
     totals.unasked += u64::from(failover.millis.is_none());
     totals.failover_ms.extend(failover.millis);
     totals.tcp_timeouts += tcp_timeouts()?;
@@ -276,7 +316,7 @@ fn longest(measured: &[Measured]) -> f64 {
 }
 
 /// The survivor ends well when asked to, and neither side saw a divergence.
-fn end(mut pair: Pair) -> Result<()> {
+fn end(pair: &mut Pair) -> Result<()> {
     let status = pair.backup.stop(Duration::from_secs(10));
     ensure!(
         status.success(),
