@@ -213,6 +213,9 @@ fn fail_over(
 ) -> Result<FailedOver> {
     const PATIENCE: Duration = Duration::from_secs(10);
     std::fs::create_dir(directory).context("make a directory")?;
+    // What is shown here is preemption. Whether a side that gets no processor for a while is given up is shown elsewhere.
+    let config = directory.join("patient.toml");
+    std::fs::write(&config, "[timing]\nsilence_ms = 2000\n").context("write a configuration")?;
     let spec = PairSpec {
         doppel: doppel()?,
         directory: directory.to_owned(),
@@ -222,7 +225,12 @@ fn fail_over(
         command_line: WORDS.into(),
         memory_check_ms: 50,
         kvm: None,
-        more: vec!["--preempt".into(), "checkpoint".into()],
+        more: vec![
+            "--preempt".into(),
+            "checkpoint".into(),
+            "--config".into(),
+            config.display().to_string(),
+        ],
     };
     let mut pair = Pair::start(&spec, None)?;
     std::thread::sleep(Duration::from_micros(500_000 + random.next() % 700_000));
