@@ -97,6 +97,8 @@ pub struct Machine {
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
+    /// KVM notes the pages that the guest writes.
+    watched: bool,
     written: DirtyLedger,
 }
 
@@ -123,6 +125,7 @@ impl Machine {
             phase: Phase::Ready,
             injectable: false,
             memory_hash: None,
+            watched: false,
             written: DirtyLedger::default(),
         })
     }

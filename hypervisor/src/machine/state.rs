@@ -67,6 +67,20 @@ impl Machine {
         self.injectable = true;
     }
 
+    /// Has KVM note the pages that the guest writes; whoever needs them first would do it too. A machine that is replicated
+    /// does it before it runs: KVM waits for every CPU of the host to pass a quiet moment, which was seen to take more than
+    /// two seconds on a busy one, and meanwhile a guest stands still and a backup looks wedged.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn watch_memory(&mut self) -> Result<(), MachineError> {
+        if !self.watched {
+            self.vm.track_dirty(&self.ram, true)?;
+            self.watched = true;
+        }
+        Ok(())
+    }
+
     /// Begins to note the pages that are written, for checkpoints: what is written from now on is in the next
     /// [`Machine::take_changed`]. Does nothing if it has begun.
     ///
@@ -90,9 +104,7 @@ impl Machine {
 
     /// Tells this consumer what is written from now on.
     fn track(&mut self, consumer: Consumer) -> Result<(), MachineError> {
-        if self.written.is_idle() {
-            self.vm.track_dirty(&self.ram, true)?;
-        }
+        self.watch_memory()?;
         // What was written before belongs to the consumers before.
         self.harvest()?;
         self.written.open(consumer);
@@ -106,8 +118,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Hash of the whole memory now. The first call reads all of it and starts dirty tracking, later ones read what
-    /// changed since.
+    /// Hash of the whole memory now. The first call reads all of it, later ones read what changed since.
     ///
     /// # Errors
     /// [`MachineError::Kvm`].

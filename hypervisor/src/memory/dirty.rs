@@ -81,12 +81,6 @@ pub struct DirtyLedger {
 }
 
 impl DirtyLedger {
-    /// Whether nobody wants to know.
-    #[must_use]
-    pub fn is_idle(&self) -> bool {
-        self.owed.iter().all(Option::is_none)
-    }
-
     /// Whether this consumer is told.
     #[must_use]
     pub fn has(&self, consumer: Consumer) -> bool {
@@ -157,7 +151,6 @@ mod tests {
                 .collect::<DirtyPages>()
         };
         let mut ledger = DirtyLedger::default();
-        assert!(ledger.is_idle());
         ledger.note(&pages(&[1]));
         ledger.open(Consumer::Hash);
         ledger.note(&pages(&[2]));

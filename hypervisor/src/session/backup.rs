@@ -59,7 +59,10 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     let (stream, hello, machine) = loop {
         let stream = listener.accept(&common)?;
         let heard = handshake::listen_to(&stream, &cpu, &config.name).and_then(|(hello, spec)| {
-            let machine = Machine::new(&source, &spec);
+            let machine = Machine::new(&source, &spec).and_then(|mut machine| {
+                machine.watch_memory()?;
+                Ok(machine)
+            });
             Ok((
                 hello,
                 machine.map_err(|error| HandshakeError::Machine(error.to_string()))?,

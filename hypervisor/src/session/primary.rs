@@ -43,7 +43,8 @@ pub fn run(
     let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let found = arbiter.read()?;
     may_start(found.as_ref(), cold_start)?;
-    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
 
     let stream = meet::find_backup(&config.pair, &common)?;
