@@ -2,42 +2,49 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rdma_log::{Fenced, Fencer};
 
 use super::beats::Beats;
 use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
-use super::io::{Common, Io};
-use super::meet::Listener;
+use super::io::{Common, Io, Word};
+use super::meet::{Introduction, Listener};
+use super::recruit::Recruiter;
 use super::report::{Event as Said, Timeline};
-use super::serve::{self, Served, now};
-use super::{SessionError, protocol_timing};
+use super::serve::{self, Served, Staff, now};
+use super::{SessionError, protocol_timing, record_options};
 use crate::arbiter::{Arbiter, Claim, Durability, FileArbiter, random_identity};
 use crate::backends::NetPort;
-use crate::backends::wait::Wake;
+use crate::backends::wait::{Waiter, Wake};
+use crate::checkpoint::clone;
 use crate::clock::GuestClock;
 use crate::config::Config;
+use crate::desk::Desk;
 use crate::divergence::Divergence;
 use crate::gate::{Committed, Gate};
-use crate::handshake::{self, HandshakeError};
-use crate::kvm::CpuModel;
-use crate::machine::Machine;
+use crate::handshake::{self, Channel, HandshakeError};
+use crate::kvm::{CpuModel, KvmSource};
+use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Backup, Pair, Record, Unfit};
+use crate::protocol::{Backup, Identity, Pair, Record, State, Unfit};
 use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
-use crate::ring_log::RingSource;
+use crate::ring_log::{RingSink, RingSource};
 use crate::sandbox::Thread;
-use crate::sink::NoLog;
 use crate::stage::Stage;
+
+/// How often a backup that is ready asks the arbiter whether it is entitled, in case its primary cannot tell it any more.
+const ASK_EVERY: Duration = Duration::from_millis(50);
 
 /// Runs a backup until the protocol ends it, as a backup or later as the primary.
 ///
@@ -46,100 +53,249 @@ use crate::stage::Stage;
 pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
-
+    // A wrong place is told now, not when a primary has come.
+    FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),
         pid: std::process::id(),
         address: listener.address(),
     });
-    let (stream, hello, machine) = loop {
-        let stream = listener.accept(&common)?;
-        let heard = handshake::listen_to(&stream, &cpu, &config.name).and_then(|(hello, spec)| {
-            let machine = Machine::new(&source, &spec).and_then(|mut machine| {
-                machine.watch_memory()?;
-                Ok(machine)
-            });
-            Ok((
-                hello,
-                machine.map_err(|error| HandshakeError::Machine(error.to_string()))?,
-            ))
+    let meeting = Meeting {
+        config,
+        inherited,
+        json,
+        me,
+        source,
+        cpu,
+        listener,
+    };
+    loop {
+        let error = match meeting.meet(common.again(json)?) {
+            Ok(following) => {
+                // It takes its socket file with it, which a confined thread could not.
+                drop(meeting);
+                following.io.sandbox.confine(Thread::Io)?;
+                common.reporter.say(&following.paired);
+                return following.follow();
+            }
+            // This primary will not be followed; another may come.
+            Err(SessionError::Handshake(error)) => error,
+            Err(error) => return Err(error),
+        };
+        common.reporter.say(&Said::Notice {
+            text: format!("a primary was refused: {error}"),
+            loud: true,
         });
-        match heard {
-            Ok((hello, machine)) => break (stream, hello, machine),
-            Err(error) => {
-                handshake::refuse(&stream, &error);
-                common.reporter.say(&Said::Notice {
-                    text: format!("a primary was refused: {error}"),
-                    loud: true,
-                });
+    }
+}
+
+/// What it takes to meet a primary.
+struct Meeting<'a> {
+    config: &'a Config,
+    inherited: &'a Inherited,
+    json: bool,
+    me: Identity,
+    source: KvmSource,
+    cpu: CpuModel,
+    listener: Listener,
+}
+
+impl Meeting<'_> {
+    /// Waits for a primary, and becomes its backup: built as the machine is described, or copied from it if it runs.
+    fn meet(&self, common: Common) -> Result<Following, SessionError> {
+        let config = self.config;
+        let control = self.listener.accept(&common)?;
+        let heard = handshake::listen_to(&control, &self.cpu, &config.name);
+        let (hello, spec, mut machine) = heard
+            .and_then(|(hello, spec)| {
+                let machine = self.build(&spec)?;
+                Ok((hello, spec, machine))
+            })
+            .inspect_err(|error| handshake::refuse(&control, error))?;
+        let socket = Beats::bind(config.pair.heartbeat)?;
+        let address = socket
+            .local_addr()
+            .map_err(SessionError::host("read the heartbeat socket's address"))?;
+        let port = match handshake::welcome(&control, self.me, address)? {
+            Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
+            None if control.unix().is_some() => None,
+            // Over TCP nothing is shared: this side has a port of its own.
+            None => Io::port(config, self.inherited)?,
+        };
+        let (ring, link) = self.listener.accept_ring(&common, &control, config)?;
+        let mut copied = None;
+        if hello.running {
+            let reader = Attentive::new(&control, &common);
+            match clone::receive(reader, &mut machine) {
+                Ok((restored, _)) => copied = Some(restored),
+                Err(_) if common.is_told_to_stop() => return Err(SessionError::Interrupted),
+                Err(error) => return Err(HandshakeError::Copy(error).into()),
             }
         }
-    };
-    let socket = Beats::bind(config.pair.heartbeat)?;
-    let address = socket
-        .local_addr()
-        .map_err(SessionError::host("read the heartbeat socket's address"))?;
-    let (record, port) = handshake::welcome(&stream, me, address)?;
-    check_arbiter(&arbiter, &record)?;
-    let port = match port {
-        Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
-        None if stream.unix().is_some() => None,
-        // Over TCP nothing is shared: this side has a port of its own.
-        None => Io::port(config, inherited)?,
-    };
-    let (ring, link) = listener.accept_ring(&common, &stream, config)?;
-    drop(listener);
-    handshake::await_go(&stream)?;
-    stream
-        .set_nonblocking(true)
-        .map_err(SessionError::host("set up the control connection"))?;
 
-    let mut io = Io::new(common, config, json, port, None, Gate::new_shut())?;
-    io.beats = Some(Beats::connect(
-        socket,
-        hello.heartbeat,
-        handshake::key_of(&hello),
-    )?);
-    io.control = Some(stream);
-    io.link = link;
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
-    let pair = Pair {
-        machine: MachineId::of(&config.name),
-        me,
-        peer: handshake::identity_of(&hello)?,
-    };
-    let protocol = Backup::new(pair, record, protocol_timing(config), now())
-        .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
-    let fenced = Arc::new(OnceLock::new());
-    let log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
-    let replayer = Replayer::new(machine, log, Arc::clone(&io.orders), config.timing.spin());
-    let follower = Follower::start(config, &io, replayer)?;
-    io.reporter.say(&Said::Paired {
-        epoch: record.epoch.0,
-        peer: pair.peer.to_string(),
-    });
-    io.sandbox.confine(Thread::Io)?;
-    Following {
-        io,
-        clerk,
-        protocol,
-        follower,
-        fencer: Some((ring.fencer, fenced)),
-        claim: None,
-        drained: None,
-        arrived: 0,
-        at: Timeline::default(),
+        let introduction = Introduction::new(config, self.me, &machine, &spec, port.as_ref())?;
+        let mut io = Io::new(common, config, self.json, port, Gate::new_shut())?;
+        io.beats = Some(Beats::connect(
+            socket,
+            hello.heartbeat,
+            handshake::key_of(&hello),
+        )?);
+        io.link = link;
+        let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
+        let fenced = Arc::new(OnceLock::new());
+        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
+        let mut base = None;
+        if let Some(restored) = copied {
+            log = log.carrying(restored.staged);
+            base = Some(restored.base);
+        }
+        let spin = config.timing.spin();
+        let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin);
+        if let Some(base) = base {
+            replayer = replayer.from_copy(base);
+        }
+        let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
+        let follower = Follower::start(config, &io, replayer, desk)?;
+        let record = match self.entitled(&io, &control, &follower) {
+            Ok(record) => record,
+            Err(error) => {
+                io.order(Order::Stop);
+                follower.end();
+                return Err(error);
+            }
+        };
+        control
+            .set_nonblocking(true)
+            .map_err(SessionError::host("set up the control connection"))?;
+        io.control = Some(control);
+        let pair = Pair {
+            machine: MachineId::of(&config.name),
+            me: self.me,
+            peer: handshake::identity_of(&hello)?,
+        };
+        let protocol = Backup::new(pair, record, protocol_timing(config), now())
+            .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
+        let clerk = Clerk::start(
+            Box::new(self.arbiter()?),
+            Arc::clone(&io.wake),
+            io.sandbox.clone(),
+        )?;
+        Ok(Following {
+            io,
+            staff: Staff {
+                clerk,
+                recruiter,
+                machine: pair.machine,
+                me: pair.me,
+            },
+            paired: Said::Paired {
+                epoch: record.epoch.0,
+                peer: pair.peer.to_string(),
+            },
+            protocol,
+            follower,
+            fencer: Some((ring.fencer, fenced)),
+            claim: None,
+            drained: None,
+            arrived: 0,
+            at: Timeline::default(),
+        })
     }
-    .follow()
+
+    fn build(&self, spec: &MachineSpec) -> Result<Machine, HandshakeError> {
+        let build = || {
+            let mut machine = Machine::new(&self.source, spec)?;
+            machine.watch_memory()?;
+            Ok(machine)
+        };
+        build().map_err(|error: MachineError| HandshakeError::Machine(error.to_string()))
+    }
+
+    fn arbiter(&self) -> Result<FileArbiter, SessionError> {
+        let pair = &self.config.pair;
+        Ok(FileArbiter::open(
+            &pair.arbiter,
+            &self.config.name,
+            Durability::ProcessDeath,
+        )?)
+    }
+
+    /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
+    fn entitled(
+        &self,
+        io: &Io,
+        control: &Channel,
+        follower: &Follower,
+    ) -> Result<Record, SessionError> {
+        let arbiter = self.arbiter()?;
+        handshake::ready(control)?;
+        loop {
+            let told = io.await_word(control, ASK_EVERY)?;
+            if let Ok(Told::Failed(error)) = follower.told.try_recv() {
+                return Err(HandshakeError::Unfit(error.to_string()).into());
+            }
+            let word = match told {
+                Word::None => None,
+                Word::Signal => return Err(SessionError::Interrupted),
+                Word::Some => Some(handshake::hear_record(control, self.me)),
+            };
+            let found = arbiter.read()?;
+            let ours = found
+                .filter(|record| record.entitled == Some(self.me) && record.state == State::Live);
+            match (word, ours) {
+                (Some(Ok(told)), _) => {
+                    check_arbiter(found, &told)?;
+                    return Ok(told);
+                }
+                // Its primary swapped, and then could not say so.
+                (_, Some(record)) => return Ok(record),
+                (Some(Err(error)), None) => return Err(error.into()),
+                (None, None) => {}
+            }
+        }
+    }
+}
+
+/// Reads a copy, and stops when the process is told to end.
+struct Attentive<'a> {
+    from: &'a Channel,
+    common: &'a Common,
+    waiter: Waiter,
+}
+
+impl<'a> Attentive<'a> {
+    fn new(from: &'a Channel, common: &'a Common) -> Self {
+        Self {
+            from,
+            common,
+            waiter: Waiter::new(),
+        }
+    }
+}
+
+impl Read for Attentive<'_> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        self.waiter.clear();
+        let signals = self.waiter.add(&self.common.signals, true, false);
+        let stream = self.waiter.add(self.from, true, false);
+        self.waiter.wait(Some(handshake::PATIENCE))?;
+        if self.waiter.ready(signals).read {
+            return Err(io::Error::other("this process is told to end"));
+        }
+        if !self.waiter.ready(stream).read {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        let mut from = self.from;
+        from.read(to)
+    }
 }
 
 /// Two sides with different arbiters could both win: what the primary says must be what this side reads.
-fn check_arbiter(arbiter: &FileArbiter, told: &Record) -> Result<(), SessionError> {
-    match arbiter.read()? {
+fn check_arbiter(found: Option<Record>, told: &Record) -> Result<(), SessionError> {
+    match found {
         Some(record) if record == *told => Ok(()),
         found => Err(SessionError::NotOurs(format!(
             "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
@@ -183,13 +339,22 @@ struct Live {
     samples: Arc<crate::orders::Samples>,
     options: RecordOptions,
     random: File,
+    desk: Option<Arc<Desk<RingSink>>>,
 }
 
 impl Follower {
+    /// Waits for the thread, which was ordered to stop.
+    fn end(self) {
+        drop(self.claims);
+        // Whatever it came to is of no interest any more.
+        let _ = self.thread.join();
+    }
+
     fn start(
         config: &Config,
         io: &Io,
         mut replayer: Replayer<RingSource>,
+        desk: Option<Arc<Desk<RingSink>>>,
     ) -> Result<Self, SessionError> {
         let arrived = replayer.source().arrivals();
         let (tell, told) = channel();
@@ -199,12 +364,9 @@ impl Follower {
             stage: Arc::clone(&io.stage),
             orders: Arc::clone(&io.orders),
             samples: Arc::clone(&io.samples),
-            options: RecordOptions {
-                spin: config.timing.spin(),
-                preempt: config.preempt.by_checkpoint(),
-                ..RecordOptions::default()
-            },
+            options: record_options(config),
             random: random_source()?,
+            desk,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
         let sandbox = io.sandbox.clone();
@@ -282,7 +444,7 @@ fn follow(
 
 /// Makes the backup the primary. It takes the proof that the claim was won and the proof that nothing more can commit to the
 /// old log; without both there is no way to call it.
-fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<NoLog> {
+fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<RingSink> {
     for output in remains.unreleased {
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
@@ -292,7 +454,7 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
     live.outlet.release(Committed::EVERYTHING);
     Recorder::new(Parts {
         machine: remains.machine,
-        sink: NoLog::default(),
+        sink: RingSink::detached(),
         base: remains.base,
         outlet: live.outlet,
         stage: live.stage,
@@ -301,13 +463,16 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         clock: GuestClock::starting(remains.clock, remains.clock_came),
         options: live.options,
         random: live.random,
+        desk: live.desk,
     })
 }
 
 /// The I/O thread's loop of a backup.
 struct Following {
     io: Io,
-    clerk: Clerk,
+    staff: Staff,
+    /// What is said once this thread is confined.
+    paired: Said,
     protocol: Backup,
     follower: Follower,
     fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
@@ -341,7 +506,7 @@ impl Following {
             if found.signalled {
                 return self.leave();
             }
-            while let Some((answer, claim)) = self.clerk.answer() {
+            while let Some((answer, claim)) = self.staff.clerk.answer() {
                 if claim.is_some() {
                     self.at.claimed = Timeline::now();
                     self.claim = claim;
@@ -375,7 +540,7 @@ impl Following {
                         if self.at.suspected == 0 {
                             self.at.suspected = Timeline::now();
                         }
-                        self.clerk.ask(request);
+                        self.staff.clerk.ask(request);
                     }
                     Action::Fence => {
                         let event = self.fence();
@@ -403,8 +568,7 @@ impl Following {
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
                         self.io.order(Order::Stop);
-                        drop(self.follower.claims);
-                        let _ = self.follower.thread.join();
+                        self.follower.end();
                         return Ok(Served {
                             reason,
                             guest: None,
@@ -474,8 +638,7 @@ impl Following {
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.
     fn leave(self) -> Result<Served, SessionError> {
         self.io.order(Order::Stop);
-        drop(self.follower.claims);
-        let _ = self.follower.thread.join();
+        self.follower.end();
         Err(SessionError::Interrupted)
     }
 
@@ -504,6 +667,6 @@ impl Following {
             .protocol
             .into_primary(now())
             .expect("the gate opens only in phase live");
-        serve::serve(&mut self.io, &self.clerk, protocol, self.follower.thread)
+        serve::serve(self.io, self.staff, protocol, self.follower.thread)
     }
 }
