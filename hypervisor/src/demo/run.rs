@@ -359,6 +359,7 @@ impl Heard {
             Event::Ready { .. }
             | Event::Paired { .. }
             | Event::Preempted { .. }
+            | Event::Watched { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
             | Event::Ended { .. } => {}

@@ -106,7 +106,12 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     )?);
     io.control = Some(stream);
     io.link = link;
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
+    let clerk = Clerk::start(
+        Box::new(arbiter),
+        Arc::clone(&io.wake),
+        io.sandbox.clone(),
+        config.cpus.urgent,
+    )?;
     let pair = Pair {
         machine: MachineId::of(&config.name),
         me,
@@ -122,7 +127,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         epoch: record.epoch.0,
         peer: pair.peer.to_string(),
     });
-    io.sandbox.confine(Thread::Io)?;
+    io.settle()?;
     Following {
         io,
         clerk,
@@ -212,6 +217,7 @@ impl Follower {
             .name("vcpu".into())
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
+                live.orders.watch_this_thread();
                 sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
                 let outcome = follow(replayer, live, &tell, &claim, &wake);
                 wake.ring();
@@ -361,6 +367,7 @@ impl Following {
             let progress = self.io.orders.progress();
             self.protocol
                 .handle(now, Event::Tick(progress), &mut actions);
+            self.io.reporter.watched(|| self.protocol.take_watched());
             let mut at = 0;
             while at < actions.len() {
                 let action = actions[at].clone();

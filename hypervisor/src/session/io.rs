@@ -25,7 +25,8 @@ use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
 use crate::preempt;
 use crate::record::Outlet;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Thread};
+use crate::scheduling::Urgency;
 use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
@@ -53,6 +54,8 @@ pub(super) struct Io {
     replayed_before: u64,
     /// The backup asked for our recent exits.
     exits_wanted: bool,
+    /// How often heartbeats are due, if an urgent thread is to repeat those that this one is late with.
+    repeat_beats: Option<Duration>,
     signals: UnixStream,
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
@@ -137,6 +140,10 @@ impl Io {
             replayed: Arc::default(),
             replayed_before: 0,
             exits_wanted: false,
+            repeat_beats: config
+                .cpus
+                .urgent
+                .then(|| Duration::from_millis(config.timing.heartbeat_ms)),
             waiter: Waiter::new(),
             guest_watch: config.preempt.by_checkpoint().then(|| {
                 (
@@ -153,6 +160,27 @@ impl Io {
         inherited: &Inherited,
     ) -> Result<Option<NetPort>, SessionError> {
         host::open_port(config, inherited)
+    }
+
+    /// The last step before the rounds begin, on their thread: heartbeats get their urgent thread, and this one is confined.
+    pub(super) fn settle(&mut self) -> Result<(), SessionError> {
+        if let (Some(every), Some(beats)) = (self.repeat_beats, &mut self.beats) {
+            let text = match beats.repeat(every, &self.orders, &self.sandbox)? {
+                Urgency::RealTime => None,
+                Urgency::Nice => {
+                    Some("heartbeats have no real-time priority here, only a nice value")
+                }
+                Urgency::Usual => Some("heartbeats have no priority over other work here"),
+            };
+            if let Some(text) = text {
+                self.reporter.say(&Said::Notice {
+                    text: format!("{text}: on a busy host they may be late; doppel doctor says how to allow it"),
+                    loud: false,
+                });
+            }
+        }
+        self.sandbox.confine(Thread::Io)?;
+        Ok(())
     }
 
     /// Gives the vCPU thread an order, wherever it is.
@@ -196,6 +224,9 @@ impl Io {
         if self.waiter.ready(wake).read {
             self.wake.clear();
         }
+        // A full lane is tried again in the next round, not in this one: a thread that kept trying would take the core from
+        // the one that makes room.
+        self.stager.retry();
         // Outputs that have committed first; and after a fence no frame is to be read.
         let mut log_gone = self.turn_log() || self.link_is_broken();
         if port.is_some_and(|port| self.waiter.ready(port).read)
@@ -203,7 +234,6 @@ impl Io {
         {
             tracing::warn!("the guest's network port is closed: {error}");
         }
-        self.stager.retry();
         log_gone |= self.turn_log();
         self.watch_the_guest();
         if blocked {

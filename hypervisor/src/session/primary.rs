@@ -82,7 +82,12 @@ pub fn run(
         welcomed.heartbeat,
         handshake::key_of(&hello),
     )?);
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
+    let clerk = Clerk::start(
+        Box::new(arbiter),
+        Arc::clone(&io.wake),
+        io.sandbox.clone(),
+        config.cpus.urgent,
+    )?;
     let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
     let mut sink = RingSink::new(ring.events, epoch, committed).with_window(window);
     if let Some(watch) = &watch {
@@ -106,7 +111,7 @@ pub fn run(
         epoch: record.epoch.0,
         peer: welcomed.identity.to_string(),
     });
-    io.sandbox.confine(Thread::Io)?;
+    io.settle()?;
     serve::serve(&mut io, &clerk, protocol, vcpu)
 }
 
@@ -166,6 +171,7 @@ fn start(
         .name("vcpu".into())
         .spawn(move || {
             host::pin(&cpus, "vCPU");
+            parts.orders.watch_this_thread();
             sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
             let outcome = Recorder::new(parts).run();
             wake.ring();

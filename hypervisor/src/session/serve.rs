@@ -71,6 +71,7 @@ pub(super) fn serve(
             protocol.handle(now, Event::End, &mut actions);
         }
         protocol.handle(now, Event::Tick(io.orders.progress()), &mut actions);
+        io.reporter.watched(|| protocol.take_watched());
         for action in actions.drain(..) {
             match action {
                 Action::SendHeartbeat(beat) => {
