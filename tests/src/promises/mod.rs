@@ -11,6 +11,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod leaves_nothing;
 pub mod live_join;
+pub mod no_false_failover;
 pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
@@ -27,6 +28,7 @@ pub const ALL: &[Promise] = &[
     divergence_caught::PROMISE,
     output_rule::PROMISE,
     zombie::PROMISE,
+    no_false_failover::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,
