@@ -9,6 +9,7 @@ pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod lab_hosts;
 pub mod leaves_nothing;
 pub mod output_rule;
 pub mod preempts;
@@ -31,4 +32,5 @@ pub const ALL: &[Promise] = &[
     bad_input::PROMISE,
     confined::PROMISE,
     leaves_nothing::PROMISE,
+    lab_hosts::PROMISE,
 ];
