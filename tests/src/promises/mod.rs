@@ -9,6 +9,7 @@ pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod lab_hosts;
 pub mod leaves_nothing;
 pub mod live_join;
 pub mod no_false_failover;
@@ -35,4 +36,5 @@ pub const ALL: &[Promise] = &[
     confined::PROMISE,
     live_join::PROMISE,
     leaves_nothing::PROMISE,
+    lab_hosts::PROMISE,
 ];
