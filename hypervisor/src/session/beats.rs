@@ -7,6 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use super::SessionError;
 use crate::protocol::heartbeat::{Heartbeat, PairKey, SIZE};
 
+/// Datagrams of no use that are read at once: more may come than can be read, and the thread has other things to do.
+const STRAYS: usize = 64;
+
 /// The socket of one pair.
 #[derive(Debug)]
 pub(super) struct Beats {
@@ -44,16 +47,17 @@ impl Beats {
         let _ = self.socket.send(&beat.encode(self.key));
     }
 
-    /// The next heartbeat of this pair that has come.
+    /// The next heartbeat of this pair that has come. Behind many strays it comes with a later call.
     pub(super) fn receive(&self) -> Option<Heartbeat> {
         let mut datagram = [0; SIZE + 1];
-        loop {
+        for _ in 0..STRAYS {
             // An error is either "nothing there" or the peer's port being closed, which is no news of ours to act on.
             let length = self.socket.recv(&mut datagram).ok()?;
             if let Ok(beat) = Heartbeat::decode(&datagram[..length], self.key) {
                 return Some(beat);
             }
         }
+        None
     }
 }
 
