@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use rdma_log::{Fenced, Fencer};
 
 use super::beats::Beats;
-use super::clerk::{Clerk, NOT_CONFINED};
+use super::clerk::Clerk;
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet::Listener;
@@ -35,7 +35,7 @@ use crate::protocol::{Backup, Pair, Record, Unfit};
 use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSource;
-use crate::sandbox::Thread;
+use crate::sandbox::{NOT_CONFINED, Thread};
 use crate::sink::NoLog;
 use crate::stage::Stage;
 

@@ -9,10 +9,7 @@ use super::SessionError;
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::backends::wait::Wake;
 use crate::protocol::{Answer, Request};
-use crate::sandbox::{Sandbox, Thread};
-
-/// A thread that cannot be confined must not run: the panic ends it, and its process with it.
-pub(super) const NOT_CONFINED: &str = "the sandbox was prepared, so the kernel takes it";
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// Carries requests to the arbiter and answers back. Dropped, it ends its thread after the request under way.
 pub(super) struct Clerk {

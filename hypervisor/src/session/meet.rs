@@ -19,6 +19,7 @@ use crate::arbiter::random_bytes;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, Pair, Transport};
 use crate::handshake::{self, Channel, HandshakeError};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
@@ -157,7 +158,10 @@ impl Listener {
         // The thread that lands the log shares the I/O thread's CPU: both wait most of the time.
         host::pin(&config.cpus.io, "landing");
         let spin = config.timing.spin();
-        let (ring, link) = tcp::accept(stream, &sizes, spin).map_err(HandshakeError::from)?;
+        let sandbox = Sandbox::prepare(&config.sandbox)?;
+        let confine = move || sandbox.confine(Thread::Landing).expect(NOT_CONFINED);
+        let (ring, link) =
+            tcp::accept_with(stream, &sizes, spin, confine).map_err(HandshakeError::from)?;
         Ok((ring, Some(link)))
     }
 }

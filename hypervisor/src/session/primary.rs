@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::beats::Beats;
-use super::clerk::{Clerk, NOT_CONFINED};
+use super::clerk::Clerk;
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet;
@@ -23,7 +23,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Pair, Primary, Record, State};
 use crate::record::{Parts, RecordOptions, Recorder, random_source};
 use crate::ring_log::{RingSink, Window};
-use crate::sandbox::Thread;
+use crate::sandbox::{NOT_CONFINED, Thread};
 
 /// Runs a primary until the protocol ends it.
 ///
