@@ -1,6 +1,7 @@
 //! Starting the real program, and doing things to it.
 
 pub mod flips;
+pub mod forged;
 pub mod hostile;
 pub mod hostile_backup;
 pub mod hostile_capture;
@@ -23,4 +24,5 @@ pub mod scheduler;
 pub mod signal;
 pub mod stage;
 pub mod strangers;
+pub mod tcp_meddler;
 pub mod unprivileged;
