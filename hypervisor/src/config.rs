@@ -249,6 +249,9 @@ impl Preempt {
     }
 }
 
+/// The smallest lane: an entry, which is at most a quarter of its lane, must have room for a frame and for what one exit needs.
+const LANE_KIB_MIN: usize = 64;
+
 /// Sizes of the ring's lanes; powers of two.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -422,6 +425,18 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
+        for (field, kib) in [
+            ("ring.events_kib", self.ring.events_kib),
+            ("ring.inputs_kib", self.ring.inputs_kib),
+        ] {
+            if !kib.is_power_of_two() || !(LANE_KIB_MIN..=rdma_log::MAX_LANE >> 10).contains(&kib) {
+                return bad(
+                    field,
+                    kib.to_string(),
+                    "choose a power of two from 64 to 1048576",
+                );
+            }
+        }
         if self.net.backend == NetBackend::Tap && self.net.tap.is_none() {
             return bad(
                 "net.tap",
@@ -488,6 +503,8 @@ mod tests {
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
+            ("[ring]\nevents_kib = 32", "ring.events_kib"),
+            ("[ring]\ninputs_kib = 8191", "ring.inputs_kib"),
         ] {
             match Config::parse(text).unwrap().check() {
                 Err(ConfigError::Value { field: found, .. }) => assert_eq!(found, field),

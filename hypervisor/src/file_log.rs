@@ -19,6 +19,7 @@ use rdma_log::{
 
 use crate::machine::{MachineSpec, SpecError};
 use crate::replay::{Arrived, LogError, LogSource};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// Why a log file cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +63,7 @@ pub struct FileRecorder {
 }
 
 impl FileRecorder {
-    /// Starts to write what comes through `reader` to a new file.
+    /// Starts to write what comes through `reader` to a new file, in a thread that confines itself.
     ///
     /// # Errors
     /// [`FileLogError::Create`], [`FileLogError::File`].
@@ -70,6 +71,7 @@ impl FileRecorder {
         path: &Path,
         spec: &MachineSpec,
         reader: RingReader,
+        sandbox: Sandbox,
     ) -> Result<Self, FileLogError> {
         let shown = path.display().to_string();
         let file = File::create(path).map_err(|source| FileLogError::Create {
@@ -90,7 +92,10 @@ impl FileRecorder {
         let over = Arc::clone(&done);
         let thread = std::thread::Builder::new()
             .name("log-file".into())
-            .spawn(move || copy(reader, writer, &over, &wrap))
+            .spawn(move || {
+                sandbox.confine(Thread::LogFile).expect(NOT_CONFINED);
+                copy(reader, writer, &over, &wrap)
+            })
             .map_err(FileLogError::Thread)?;
         Ok(Self { done, thread })
     }

@@ -4,14 +4,23 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
 use crate::event::Output;
-use crate::gate::{Committed, Gate};
+use crate::gate::{Committed, Gate, Sent};
 use crate::orders::Samples;
 use crate::world::World;
+
+/// Bytes of frames that may wait to leave. Beyond it a new frame is lost, as in a network card whose queue is full: a guest that
+/// sends more than the way out takes must not use up the host's memory. It is two exits' worth of the most that a guest can send
+/// at one, and far more than a way out that works ever holds.
+pub(crate) const FRAMES_WAITING: usize = 32 << 20;
+
+/// How long the way out may be full before what waits for it is lost, as in a network card whose cable is stuck. It must not hold up
+/// the console and the power switch, which wait behind the frames, for ever; a peer that only pauses is no slower than this.
+const STUCK: Duration = Duration::from_secs(1);
 
 /// The gate, shared with the I/O thread, which opens it when a commit or a way out comes later.
 #[derive(Clone)]
@@ -23,6 +32,10 @@ struct OutletState {
     gate: Gate<Output>,
     world: Box<dyn World>,
     power_off: bool,
+    /// Bytes of the frames in the gate.
+    frame_bytes: usize,
+    /// Since when the way out is full.
+    full_since: Option<Instant>,
     committed: Committed,
     /// Entries with outputs that have not committed yet, and when those were made.
     made: VecDeque<(Committed, Instant)>,
@@ -45,6 +58,14 @@ impl OutletState {
     }
 }
 
+/// Bytes of a frame; 0 for what is none, which is never lost.
+pub(crate) fn frame_length(output: &Output) -> usize {
+    match output {
+        Output::Frame(bytes) => bytes.len(),
+        Output::Console(_) | Output::PowerOff(_) => 0,
+    }
+}
+
 impl Outlet {
     /// An outlet to this world, through this gate.
     #[must_use]
@@ -54,6 +75,8 @@ impl Outlet {
                 gate,
                 world,
                 power_off: false,
+                frame_bytes: 0,
+                full_since: None,
                 committed: Committed {
                     events: Seq::ZERO,
                     inputs: Seq::ZERO,
@@ -79,13 +102,24 @@ impl Outlet {
             gate,
             world,
             power_off,
+            frame_bytes,
+            full_since,
             committed,
             ..
         } = &mut *state;
         let committed = *committed;
         gate.release(committed, |output| {
             *power_off |= matches!(output, Output::PowerOff(_));
-            world.send(output)
+            match world.send(output) {
+                Sent::Done => *full_since = None,
+                Sent::Busy => {
+                    if full_since.get_or_insert_with(Instant::now).elapsed() < STUCK {
+                        return Sent::Busy;
+                    }
+                }
+            }
+            *frame_bytes -= frame_length(output);
+            Sent::Done
         });
         gate.released(committed.events)
     }
@@ -107,9 +141,15 @@ impl Outlet {
         self.release(committed);
     }
 
-    /// Holds an output for later.
+    /// Holds an output for later; a frame beyond [`FRAMES_WAITING`] is lost.
     pub fn hold(&self, events: Seq, inputs: Seq, output: Output) {
-        self.lock().gate.hold(events, inputs, output);
+        let mut state = self.lock();
+        let bytes = frame_length(&output);
+        if bytes > 0 && state.frame_bytes + bytes > FRAMES_WAITING {
+            return;
+        }
+        state.frame_bytes += bytes;
+        state.gate.hold(events, inputs, output);
     }
 
     /// From now on every entry's time from its making to its commit is taken.
@@ -178,6 +218,41 @@ mod tests {
             events: Seq(events),
             inputs: Seq(inputs),
         }
+    }
+
+    /// Takes nothing.
+    struct Full;
+
+    impl World for Full {
+        fn send(&mut self, output: &Output) -> Sent {
+            match output {
+                Output::Frame(_) => Sent::Busy,
+                Output::Console(_) | Output::PowerOff(_) => Sent::Done,
+            }
+        }
+    }
+
+    #[test]
+    fn frames_that_nobody_takes_use_bounded_memory_and_console_bytes_are_kept() {
+        let outlet = Outlet::new(Gate::new(), Box::new(Full));
+        let frame = || Output::Frame(vec![0; 1 << 20]);
+        for seq in 1..=100 {
+            outlet.hold(Seq(seq), Seq::ZERO, frame());
+            outlet.hold(Seq(seq), Seq::ZERO, Output::Console(vec![1]));
+            outlet.release(Committed::EVERYTHING);
+        }
+        assert_eq!(outlet.waiting(), 100 + (FRAMES_WAITING >> 20));
+        assert!(outlet.is_blocked());
+        // A way out that stays full loses frames, so that what stands behind them leaves.
+        outlet.lock().full_since = Instant::now().checked_sub(STUCK);
+        outlet.release(Committed::EVERYTHING);
+        assert_eq!(outlet.waiting(), 0);
+        outlet.hold(Seq(101), Seq::ZERO, frame());
+        // What has left makes room again.
+        outlet.lock().world = Box::new(Count(Arc::default()));
+        outlet.release(Committed::EVERYTHING);
+        outlet.hold(Seq(102), Seq::ZERO, frame());
+        assert_eq!((outlet.waiting(), outlet.lock().full_since), (1, None));
     }
 
     /// What commits later leaves later and is measured then; an older view of the commits takes nothing back.

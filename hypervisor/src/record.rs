@@ -30,6 +30,9 @@ use crate::stage::Stage;
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
 
+/// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
+const RANDOM_AT_ONCE: usize = 8 << 10;
+
 /// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
@@ -243,9 +246,7 @@ impl<S: Sink> Recorder<S> {
             Phase::Needs(need) => self.give(need)?,
             Phase::Ready | Phase::Halted | Phase::HltInstruction => {}
         }
-        while let Some(need) = self.machine.pending() {
-            self.give(need)?;
-        }
+        self.give_random()?;
         self.gather()?;
         if matches!(self.machine.phase(), Phase::Halted | Phase::HltInstruction) {
             if let Some(ended) = self.wait_awake()? {
@@ -330,6 +331,22 @@ impl<S: Sink> Recorder<S> {
             });
             orders.working(self.machine.position());
         }
+    }
+
+    /// Supplies what the entropy device waits for, in as many entries as it takes.
+    fn give_random(&mut self) -> Result<(), RecordError> {
+        let mut gathered = 0;
+        while let Some(need) = self.machine.pending() {
+            self.give(need)?;
+            if let Need::Random(count) = need {
+                gathered += count;
+            }
+            if gathered >= RANDOM_AT_ONCE {
+                gathered = 0;
+                self.post_step()?;
+            }
+        }
+        Ok(())
     }
 
     /// Supplies an input that the guest waits for.

@@ -20,6 +20,7 @@ use crate::entry::{
 use crate::event::{GuestTime, Input, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders};
+use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 
 /// Where a replayer gets its log.
@@ -124,6 +125,8 @@ pub struct Replayer<L> {
     orders: Arc<Orders>,
     /// Outputs that the primary may not have released yet: sent again if this side goes live.
     unreleased: VecDeque<(Seq, Output)>,
+    /// Bytes of the frames among them.
+    frame_bytes: usize,
     released: Seq,
     last_seq: Seq,
     last_digest_at: Position,
@@ -160,6 +163,7 @@ impl<L: LogSource> Replayer<L> {
             decoder: Decoder::default(),
             orders,
             unreleased: VecDeque::with_capacity(256),
+            frame_bytes: 0,
             released: Seq::ZERO,
             last_seq: Seq::ZERO,
             last_digest_at: Position(0),
@@ -228,12 +232,9 @@ impl<L: LogSource> Replayer<L> {
                 .decode(arrived.payload)
                 .map_err(|source| ReplayError::Entry { seq: seq.0, source })?;
             self.released = self.released.max(marks.released);
-            while self
-                .unreleased
-                .front()
-                .is_some_and(|(of, _)| *of <= self.released)
-            {
-                self.unreleased.pop_front();
+            let released = self.released;
+            while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
+                self.frame_bytes -= frame_length(&output);
             }
             self.last_seq = seq;
             let end = self.entry(entry)?;
@@ -383,7 +384,12 @@ impl<L: LogSource> Replayer<L> {
         let mut outputs = OutputsDigest::default();
         for output in self.machine.outputs() {
             outputs.add(&output);
-            self.unreleased.push_back((self.last_seq, output));
+            // The primary, whose way out may be full, loses frames by the same rule.
+            let bytes = frame_length(&output);
+            if bytes == 0 || self.frame_bytes + bytes <= FRAMES_WAITING {
+                self.frame_bytes += bytes;
+                self.unreleased.push_back((self.last_seq, output));
+            }
         }
         let expected = step.outputs.unwrap_or_default();
         if outputs != expected {

@@ -17,7 +17,8 @@
 //! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. The recruiter's may make sockets, as it calls new backups. The threads that write a recording and that land a log from TCP are started before and are not confined.
+//! directory that belongs to another user. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
+//! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -54,7 +55,16 @@ pub enum Thread {
     Arbiter,
     /// Finds a new backup and copies the machine to it.
     Recruiter,
+    /// Lands a log from TCP.
+    Landing,
+    /// Writes a recording.
+    LogFile,
+    /// Replays a log file.
+    Replay,
 }
+
+/// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
+pub const NOT_CONFINED: &str = "the sandbox was prepared, so the kernel takes it";
 
 /// Why there is no sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +102,9 @@ struct Filters {
     io: BpfProgram,
     arbiter: BpfProgram,
     recruiter: BpfProgram,
+    landing: BpfProgram,
+    log_file: BpfProgram,
+    replay: BpfProgram,
 }
 
 impl Sandbox {
@@ -111,6 +124,9 @@ impl Sandbox {
                 io: list(Thread::Io)?,
                 arbiter: list(Thread::Arbiter)?,
                 recruiter: list(Thread::Recruiter)?,
+                landing: list(Thread::Landing)?,
+                log_file: list(Thread::LogFile)?,
+                replay: list(Thread::Replay)?,
             })),
         })
     }
@@ -125,14 +141,17 @@ impl Sandbox {
         };
         no_core_dumps()?;
         keep_capabilities(match thread {
-            Thread::Vcpu | Thread::Io | Thread::Recruiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
+            _ => 0,
         })?;
         let list = match thread {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
             Thread::Arbiter => &filters.arbiter,
             Thread::Recruiter => &filters.recruiter,
+            Thread::Landing => &filters.landing,
+            Thread::LogFile => &filters.log_file,
+            Thread::Replay => &filters.replay,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -314,9 +333,10 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let more: &[&[libc::c_long]] = match thread {
         // A log over a stream is written by the vCPU thread.
-        Thread::Vcpu | Thread::Io => &[SOCKETS],
+        Thread::Vcpu | Thread::Io | Thread::Landing => &[SOCKETS],
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
+        Thread::LogFile | Thread::Replay => &[],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -329,9 +349,9 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         rules.insert(call, vec![argument(2, executable, 0)?]);
     }
     let ioctls = match thread {
-        Thread::Vcpu => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
+        Thread::Vcpu | Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
         Thread::Io | Thread::Recruiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
-        Thread::Arbiter => Vec::new(),
+        Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
     };
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);

@@ -112,6 +112,15 @@ impl FileArbiter {
             numbers.extend(entry.file_name().to_str().and_then(parse_number));
         }
         numbers.sort_unstable();
+        // Nobody counts so far: it is a stray file, and the next number might not exist.
+        if let Some(&number) = numbers.last()
+            && number > text::MAX_NUMBER
+        {
+            return Err(ArbiterError::Corrupt {
+                path: self.path(number),
+                problem: "no record ever has this number".into(),
+            });
+        }
         Ok(numbers)
     }
 

@@ -20,6 +20,7 @@ const BUILT_IN: &[(&str, &[u8])] = &[
     ("irq", include_bytes!(env!("GUEST_IRQ"))),
     ("clock", include_bytes!(env!("GUEST_CLOCK"))),
     ("memory", include_bytes!(env!("GUEST_MEMORY"))),
+    ("hostile", include_bytes!(env!("GUEST_HOSTILE"))),
 ];
 
 /// Why an image cannot be used.

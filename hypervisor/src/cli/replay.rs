@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use hypervisor::config;
 use hypervisor::kvm::KvmSource;
 use hypervisor::replay::ReplayError;
 use hypervisor::session::solo::{self, Replayed};
@@ -18,19 +19,26 @@ pub struct ReplayArgs {
     /// Where KVM is
     #[arg(long, value_name = "PATH", default_value = "/dev/kvm")]
     kvm: PathBuf,
+    /// Do not confine the process before it reads the log's entries: for a kernel without seccomp
+    #[arg(long)]
+    no_sandbox: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn replay(args: &ReplayArgs) -> Result<(), Failure> {
+    let sandbox = config::Sandbox {
+        enabled: !args.no_sandbox,
+        ..config::Sandbox::default()
+    };
     let Replayed {
         sync_points,
         recorded,
         replayed,
         log_bytes,
         outcome,
-    } = solo::replay(&args.log, &KvmSource::Path(args.kvm.clone()))?;
+    } = solo::replay(&args.log, &KvmSource::Path(args.kvm.clone()), &sandbox)?;
     // A log that is cut off or damaged is no mismatch: what it has was equal.
     let mismatches = u32::from(matches!(outcome, Err(ReplayError::Diverged(_))));
     let hex = |hash: Option<u64>| hash.map(|hash| format!("{hash:016x}"));

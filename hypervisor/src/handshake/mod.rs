@@ -214,7 +214,15 @@ fn receive<T: DeserializeOwned>(
     stream: &Channel,
     expected: &'static str,
 ) -> Result<T, HandshakeError> {
-    let mut stream = Hurried::new(stream, PATIENCE);
+    receive_within(stream, expected, PATIENCE)
+}
+
+fn receive_within<T: DeserializeOwned>(
+    stream: &Channel,
+    expected: &'static str,
+    longest: Duration,
+) -> Result<T, HandshakeError> {
+    let mut stream = Hurried::new(stream, longest);
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);
@@ -306,7 +314,7 @@ pub fn listen_to(
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
     stream.set_patience(Some(FIRST_WORDS))?;
-    let hello: Hello = receive(stream, "hello")?;
+    let hello: Hello = receive_within(stream, "hello", FIRST_WORDS)?;
     if hello.version != VERSION {
         return Err(HandshakeError::Version {
             theirs: hello.version,
@@ -435,10 +443,12 @@ pub fn open_ring(stream: &Channel) -> Result<TcpStream, HandshakeError> {
 
 /// Whether a new connection is the ring's: it must say so within `patience`.
 #[must_use]
-pub fn has_ticket(mut stream: &TcpStream, ticket: &Ticket, patience: Duration) -> bool {
+pub fn has_ticket(stream: &TcpStream, ticket: &Ticket, patience: Duration) -> bool {
     let mut bytes = [0; 24];
     stream.set_read_timeout(Some(patience)).is_ok()
-        && stream.read_exact(&mut bytes).is_ok()
+        && Hurried::new(stream, patience)
+            .read_exact(&mut bytes)
+            .is_ok()
         && bytes[..8] == RING
         && bytes[8..] == *ticket
         && stream.set_read_timeout(Some(PATIENCE)).is_ok()
@@ -485,6 +495,7 @@ pub fn ask_exits(mut stream: &Channel) -> Result<Vec<ExitRecord>, HandshakeError
     stream.set_nonblocking(false)?;
     stream.set_patience(Some(EXITS_WITHIN))?;
     stream.write_all(&[ASK_EXITS])?;
+    let mut stream = Hurried::new(stream, EXITS_WITHIN);
     let mut count = [0; 4];
     stream.read_exact(&mut count)?;
     let count = u32::from_le_bytes(count) as usize;

@@ -21,6 +21,9 @@ fn confined() {
     let thread = match thread {
         "vcpu" => Thread::Vcpu,
         "io" => Thread::Io,
+        "landing" => Thread::Landing,
+        "log-file" => Thread::LogFile,
+        "replay" => Thread::Replay,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -75,7 +78,7 @@ fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
 
 #[test]
 fn a_confined_thread_opens_and_starts_nothing() {
-    for thread in ["vcpu", "io"] {
+    for thread in ["vcpu", "io", "landing", "log-file", "replay"] {
         for action in ["open", "create", "socket", "thread", "execute"] {
             let status = try_it(thread, "lenient", action);
             assert_eq!(status.code(), Some(11), "{thread} {action}: {status}");
@@ -90,7 +93,7 @@ fn a_confined_thread_opens_and_starts_nothing() {
 
 #[test]
 fn what_a_thread_needs_stays() {
-    for thread in ["vcpu", "io", "arbiter"] {
+    for thread in ["vcpu", "io", "arbiter", "landing", "log-file", "replay"] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");
     }

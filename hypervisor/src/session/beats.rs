@@ -23,11 +23,10 @@ use std::time::{Duration, Instant};
 use rdma_log::LendingMutex;
 
 use super::SessionError;
-use super::clerk::NOT_CONFINED;
 use crate::orders::Orders;
 use crate::protocol::Moment;
 use crate::protocol::heartbeat::{Heartbeat, PairKey, SIZE};
-use crate::sandbox::{Sandbox, Thread};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::scheduling::{StandingInLine, Urgency, make_this_thread_urgent};
 use crate::session::report::Timeline;
 
@@ -37,6 +36,9 @@ const GRACE: Duration = Duration::from_millis(100);
 
 /// How long it may stand in line. A host that gives it no CPU for so long cannot serve a machine.
 const STARVED: Duration = Duration::from_secs(20);
+
+/// Datagrams of no use that are read at once: more may come than can be read, and the thread has other things to do.
+const STRAYS: usize = 64;
 
 /// The socket of one pair.
 #[derive(Debug)]
@@ -118,16 +120,17 @@ impl Beats {
         self.shared.send(&mut last, *beat, now);
     }
 
-    /// The next heartbeat of this pair that has come.
+    /// The next heartbeat of this pair that has come. Behind many strays it comes with a later call.
     pub(super) fn receive(&self) -> Option<Heartbeat> {
         let mut datagram = [0; SIZE + 1];
-        loop {
+        for _ in 0..STRAYS {
             // An error is either "nothing there" or the peer's port being closed, which is no news of ours to act on.
             let length = self.shared.socket.recv(&mut datagram).ok()?;
             if let Ok(beat) = Heartbeat::decode(&datagram[..length], self.shared.key) {
                 return Some(beat);
             }
         }
+        None
     }
 }
 

@@ -9,11 +9,8 @@ use super::SessionError;
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::backends::wait::Wake;
 use crate::protocol::{Answer, Request};
-use crate::sandbox::{Sandbox, Thread};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::scheduling::make_this_thread_urgent;
-
-/// A thread that cannot be confined must not run: the panic ends it, and its process with it.
-pub(super) const NOT_CONFINED: &str = "the sandbox was prepared, so the kernel takes it";
 
 /// Carries requests to the arbiter and answers back. Dropped, it ends its thread after the request under way.
 pub(super) struct Clerk {

@@ -26,6 +26,7 @@ use crate::kvm::CpuModel;
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
@@ -167,7 +168,10 @@ impl Listener {
         // The thread that lands the log shares the I/O thread's CPU: both wait most of the time.
         host::pin(&config.cpus.io, "landing");
         let spin = config.timing.spin();
-        let (ring, link) = tcp::accept(stream, &sizes, spin).map_err(HandshakeError::from)?;
+        let sandbox = Sandbox::prepare(&config.sandbox)?;
+        let confine = move || sandbox.confine(Thread::Landing).expect(NOT_CONFINED);
+        let (ring, link) =
+            tcp::accept_with(stream, &sizes, spin, confine).map_err(HandshakeError::from)?;
         Ok((ring, Some(link)))
     }
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::clerk::{Clerk, NOT_CONFINED};
+use super::clerk::Clerk;
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet::{self, Introduction};
@@ -23,7 +23,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Notice, Pair, Primary, Record, State};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
-use crate::sandbox::Thread;
+use crate::sandbox::{NOT_CONFINED, Thread};
 
 /// How a primary starts.
 #[derive(Clone, Copy, Debug, Default)]

@@ -20,7 +20,6 @@ use rdma_log::transport::tcp::Watch;
 
 use super::SessionError;
 use super::beats::Beats;
-use super::clerk::NOT_CONFINED;
 use super::io::{InputLane, Io};
 use super::meet::{self, Introduction};
 use crate::backends::wait::Wake;
@@ -33,7 +32,7 @@ use crate::memory::GuestRam;
 use crate::orders::{Order, Orders};
 use crate::protocol::Identity;
 use crate::ring_log::{RingSink, Window};
-use crate::sandbox::{Sandbox, Thread};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::stage::Stage;
 
 /// Between two looks for a backup that listens. Short against what a person or an agent takes to start one; a look at a

@@ -10,13 +10,12 @@ use std::time::{Duration, Instant};
 use rdma_log::{Epoch, RingConfig, transport::shm};
 
 use super::SessionError;
-use super::clerk::NOT_CONFINED;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::entry::Base;
 use crate::file_log::{FileRecorder, FileSource};
 use crate::gate::Gate;
@@ -26,7 +25,7 @@ use crate::orders::{Order, Orders};
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::replay::{ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSink;
-use crate::sandbox::Thread;
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::sink::{NoLog, Sink};
 
 /// How long a guest that does not exit may take to reach a sync point once its recording is to end.
@@ -92,7 +91,8 @@ pub fn record(
         inputs: config.ring.inputs_kib << 10,
     };
     let (writer, reader) = shm::pair(&ring).map_err(crate::handshake::HandshakeError::from)?;
-    let file = FileRecorder::start(what.out, spec, reader)?;
+    let sandbox = Sandbox::prepare(&config.sandbox)?;
+    let file = FileRecorder::start(what.out, spec, reader, sandbox)?;
     let committed = Arc::new(AtomicU64::new(0));
     let epoch = Epoch(1);
     let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
@@ -231,15 +231,20 @@ pub struct Replayed {
     pub outcome: Result<(), ReplayError>,
 }
 
-/// Replays a log file.
+/// Replays a log file. The calling thread is confined by it, for good.
 ///
 /// # Errors
 /// If there is no machine to replay it in. A divergence is no such error; it stands in the result.
-pub fn replay(log: &Path, kvm: &KvmSource) -> Result<Replayed, SessionError> {
+pub fn replay(
+    log: &Path,
+    kvm: &KvmSource,
+    sandbox: &config::Sandbox,
+) -> Result<Replayed, SessionError> {
     let (source, spec) = FileSource::open(log)?;
     let machine = Machine::new(kvm, &spec)?;
     let wake = Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?);
     let mut replayer = Replayer::new(machine, source, Arc::new(Orders::new(wake)), Duration::ZERO);
+    Sandbox::prepare(sandbox)?.confine(Thread::Replay)?;
     let ended = replayer.run();
     let (recorded, outcome) = match ended {
         Ok(ReplayEnd::Finished { memory_hash }) => (Some(memory_hash), Ok(())),

@@ -16,7 +16,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -62,6 +62,11 @@ pub enum StreamError {
         /// The value found.
         found: u64,
     },
+    /// What was sent is not answered, though the connection is open.
+    #[error(
+        "the peer has not answered what was sent for too long: something between us holds the stream up"
+    )]
+    Stalled,
     /// The socket failed.
     #[error("the socket failed: {0}")]
     Socket(String),
@@ -128,9 +133,9 @@ impl Message {
         stream.write_all(&b)
     }
 
-    fn receive(mut stream: &TcpStream, magic: [u8; 8]) -> Result<Message, ConnectError> {
+    fn receive(stream: &TcpStream, magic: [u8; 8]) -> Result<Message, ConnectError> {
         let mut b = [0; MESSAGE];
-        stream.read_exact(&mut b)?;
+        read_in_time(stream, &mut b)?;
         let other = |what| ConnectError::Protocol { what };
         if b[..8] != magic {
             return Err(other("the magic number"));
@@ -150,6 +155,25 @@ impl Message {
     }
 }
 
+/// Reads all of it within the stream's read time limit, which by itself is one for each piece that arrives: a peer that drips
+/// would hold us for as long as it likes.
+fn read_in_time(mut stream: &TcpStream, mut to: &mut [u8]) -> io::Result<()> {
+    let limit = stream.read_timeout()?;
+    let started = Instant::now();
+    while !to.is_empty() {
+        if limit.is_some_and(|limit| started.elapsed() >= limit) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match stream.read(to) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => to = &mut to[got..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Memory for both lanes, zeroed and left out of core dumps.
 fn lanes(config: &RingConfig) -> Result<Region, ConnectError> {
     let len = config.events + config.inputs;
@@ -158,6 +182,20 @@ fn lanes(config: &RingConfig) -> Result<Region, ConnectError> {
 }
 
 /// The reader's side: says how large the lanes are and starts to land what the writer at the other end sends.
+/// See [`accept_with`].
+///
+/// # Errors
+/// As for [`accept_with`].
+pub fn accept(
+    stream: TcpStream,
+    config: &RingConfig,
+    spin: Duration,
+) -> Result<(RingReader, Link), ConnectError> {
+    accept_with(stream, config, spin, || {})
+}
+
+/// The reader's side, with something that the landing thread does before anything else: confine itself, for instance. If that
+/// panics nothing lands.
 ///
 /// It waits for the answer, as long as the stream's read time limit says. Who the peer is must be settled before. The
 /// landing thread has the CPUs of the caller; it looks for more for `spin` after something came before it sleeps, which is
@@ -165,10 +203,11 @@ fn lanes(config: &RingConfig) -> Result<Region, ConnectError> {
 ///
 /// # Errors
 /// Bad sizes, memory that cannot be had, a peer that is gone, too slow, or speaks another version.
-pub fn accept(
+pub fn accept_with(
     stream: TcpStream,
     config: &RingConfig,
     spin: Duration,
+    at_start: impl FnOnce() + Send + 'static,
 ) -> Result<(RingReader, Link), ConnectError> {
     let geometries = config.geometries()?;
     let nonce = Nonce::random().map_err(memory("draw a random nonce"))?;
@@ -186,7 +225,8 @@ pub fn accept(
         });
     }
     let [events, inputs] = region.read_views(0, sizes);
-    let (landing, fence) = reader::start(stream, nonce, region.write_views(0, sizes), spin)?;
+    let views = region.write_views(0, sizes);
+    let (landing, fence) = reader::start(stream, nonce, views, spin, at_start)?;
     let acks = Acks::new(Arc::new(TcpAcks(landing.clone())));
     let lane = |lane: Lane, view| {
         LaneReader::new(ReaderParts {

@@ -2,6 +2,7 @@
 
 pub mod busy;
 pub mod flips;
+pub mod forged;
 pub mod hostile;
 pub mod hostile_backup;
 pub mod hostile_capture;
@@ -25,4 +26,5 @@ pub mod scheduler;
 pub mod signal;
 pub mod stage;
 pub mod strangers;
+pub mod tcp_meddler;
 pub mod unprivileged;

@@ -4,14 +4,14 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use hypervisor::handshake::{Hello, VERSION};
+use hypervisor::handshake::{Channel, Hello, VERSION};
 use hypervisor::kvm::{CpuModel, KvmSource};
 use hypervisor::machine::MachineSpec;
 use rdma_log::fdpass::send_with_fds;
@@ -103,18 +103,46 @@ impl Stranger {
     /// # Errors
     /// If the backup cannot be reached, welcomes the stranger, or does not get rid of it in time.
     pub fn visit(self, socket: &Path, name: &str, random: &mut Random) -> Result<Option<String>> {
-        let mut stream = UnixStream::connect(socket).context("reach the backup")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = UnixStream::connect(socket).context("reach the backup")?;
+        self.speak(&Channel::Unix(stream), name, random)
+    }
+
+    /// Visits the backup that listens at this TCP address, likewise.
+    ///
+    /// # Errors
+    /// As for [`visit`](Self::visit).
+    pub fn visit_over_tcp(
+        self,
+        address: SocketAddr,
+        name: &str,
+        random: &mut Random,
+    ) -> Result<Option<String>> {
+        let stream = TcpStream::connect(address).context("reach the backup")?;
+        self.speak(&Channel::Tcp(stream), name, random)
+    }
+
+    fn speak(
+        self,
+        mut stream: &Channel,
+        name: &str,
+        random: &mut Random,
+    ) -> Result<Option<String>> {
+        stream.set_patience(Some(PATIENCE))?;
         let bytes = self.words(name, random)?;
         // A backup that has heard enough closes: what it does not read is not our matter.
-        if self == Self::Descriptors {
-            let file = File::open("/dev/null")?;
-            let _ = send_with_fds(&stream, &bytes, &[file.as_fd(); 4]);
-        } else {
-            let _ = stream.write_all(&bytes);
+        match stream.unix() {
+            Some(socket) if self == Self::Descriptors => {
+                let file = File::open("/dev/null")?;
+                let _ = send_with_fds(socket, &bytes, &[file.as_fd(); 4]);
+            }
+            _ => drop(stream.write_all(&bytes)),
         }
         if self != Self::Silent {
-            stream.shutdown(std::net::Shutdown::Write)?;
+            // It may have closed already.
+            let _ = match stream {
+                Channel::Unix(stream) => stream.shutdown(Shutdown::Write),
+                Channel::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            };
         }
         let mut answer = Vec::new();
         if let Err(error) = stream.read_to_end(&mut answer)
@@ -236,8 +264,21 @@ impl Impostor {
     /// # Errors
     /// If no primary says hello.
     pub fn receive(self, listener: &UnixListener, random: &mut Random) -> Result<()> {
-        let (mut stream, _) = listener.accept().context("await the primary")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let (stream, _) = listener.accept().context("await the primary")?;
+        self.play(&Channel::Unix(stream), random)
+    }
+
+    /// The same over TCP.
+    ///
+    /// # Errors
+    /// As for [`receive`](Self::receive).
+    pub fn receive_over_tcp(self, listener: &TcpListener, random: &mut Random) -> Result<()> {
+        let (stream, _) = listener.accept().context("await the primary")?;
+        self.play(&Channel::Tcp(stream), random)
+    }
+
+    fn play(self, mut stream: &Channel, random: &mut Random) -> Result<()> {
+        stream.set_patience(Some(PATIENCE))?;
         let mut length = [0; 4];
         stream
             .read_exact(&mut length)
@@ -274,5 +315,72 @@ impl Impostor {
             let _ = stream.read(&mut byte);
         }
         Ok(())
+    }
+}
+
+/// What a false primary does to a backup that has welcomed it: its hello and its machine are as they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FalsePrimary {
+    /// Closes.
+    Closes,
+    /// Random bytes instead of the record.
+    Garbage,
+    /// The beginning of a record, and then nothing more.
+    Stalls,
+    /// A record that entitles somebody else.
+    NotEntitled,
+    /// A record that the backup's arbiter does not have.
+    NotInTheArbiter,
+}
+
+/// All of them.
+pub const FALSE_PRIMARIES: [FalsePrimary; 5] = [
+    FalsePrimary::Closes,
+    FalsePrimary::Garbage,
+    FalsePrimary::Stalls,
+    FalsePrimary::NotEntitled,
+    FalsePrimary::NotInTheArbiter,
+];
+
+impl FalsePrimary {
+    /// Deceives the backup that listens at this address; returns when it has closed the connection.
+    ///
+    /// # Errors
+    /// If it does not welcome us, or does not get rid of us in time.
+    pub fn deceive(self, address: SocketAddr, name: &str, random: &mut Random) -> Result<()> {
+        let mut stream = TcpStream::connect(address).context("reach the backup")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let spec = MachineSpec::new("irq", 8, "", 0)?.encode();
+        let hello = good_hello(name, spec.len())?;
+        stream.write_all(&framed(&serde_json::to_value(&hello)?))?;
+        stream.write_all(&spec)?;
+        let mut length = [0; 4];
+        stream.read_exact(&mut length).context("a welcome")?;
+        let mut text = vec![0; u32::from_le_bytes(length) as usize];
+        stream.read_exact(&mut text).context("a welcome")?;
+        let answer: Value = serde_json::from_slice(&text).context("a welcome")?;
+        let backup = answer["Welcome"]["identity"]
+            .as_str()
+            .with_context(|| format!("no welcome: {answer}"))?;
+        let record = |entitled: &str| {
+            framed(&json!({
+                "epoch": 1, "configuration": 1, "owner": hello.identity, "entitled": entitled, "has_port": false
+            }))
+        };
+        let said = match self {
+            Self::Closes => return Ok(()),
+            Self::Garbage => garbage(random, 400),
+            Self::Stalls => record(backup)[..20].to_vec(),
+            Self::NotEntitled => record("fedcba9876543210fedcba9876543210"),
+            Self::NotInTheArbiter => record(backup),
+        };
+        // It may have heard enough already.
+        let _ = stream.write_all(&said);
+        let mut rest = Vec::new();
+        match stream.read_to_end(&mut rest) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(()),
+            Err(error) => bail!("the backup did not get rid of {self:?}: {error}"),
+        }
     }
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hypervisor::config::Config;
 use tempfile::TempDir;
 
 use crate::harness::meddler;
@@ -32,7 +31,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
-    configurations(run, &mut random, &mut figures).context("configurations")?;
+    configurations(&mut figures).context("configurations")?;
     logs(run, &mut random, &mut figures).context("log files")?;
     strangers(run, &mut random, &mut figures).context("a backup and its strangers")?;
     impostors(run, &mut random, &mut figures).context("a primary and its impostors")?;
@@ -47,8 +46,8 @@ fn directory() -> Result<TempDir> {
         .context("make a directory")
 }
 
-/// Changes a few bytes: flips, cuts, repeats, insertions of what means something.
-fn mutate(bytes: &[u8], random: &mut Random, words: &[&str]) -> Vec<u8> {
+/// Changes a few bytes: flips, cuts, repeats, insertions.
+fn mutate(bytes: &[u8], random: &mut Random) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for _ in 0..=random.below(3) {
         let at = random.below(bytes.len() as u64 + 1) as usize;
@@ -61,81 +60,36 @@ fn mutate(bytes: &[u8], random: &mut Random, words: &[&str]) -> Vec<u8> {
                 bytes.splice(at..at, piece);
             }
             4 if at < bytes.len() => drop(bytes.drain(at..bytes.len().min(at + 9))),
-            _ if !words.is_empty() => {
-                let word = words[random.below(words.len() as u64) as usize];
-                bytes.splice(at..at, word.bytes());
-            }
             _ => bytes.insert(at, random.next() as u8),
         }
     }
     bytes
 }
 
-const CONFIGURATION: &str = "name = \"machine\"\nguest = \"kv\"\nmemory_mib = 64\ncommand_line = \"ip=10.77.0.2/24\"\n\
-    kvm = \"/dev/kvm\"\n[net]\nbackend = \"tap\"\ntap = \"t0\"\naddress = \"10.77.0.1/24\"\n[pair]\nsocket = \"s\"\n\
-    heartbeat = \"127.0.0.1:0\"\n[cpus]\nvcpu = [0]\n[timing]\nheartbeat_ms = 5\nspin_us = 0\nlag_ms = 5\n\
-    [ring]\nevents_kib = 1024\ninputs_kib = 4096\n";
-
-const WORDS: [&str; 12] = [
-    "18446744073709551615",
-    "-1",
-    "1e400",
-    "nan",
-    "[[",
-    "]",
-    "\"\"\"",
-    "=",
-    "\u{0}",
-    "[pair]\n",
-    "\u{fffd}\u{1f980}",
-    "9223372036854775808",
+/// Bad configurations, and what the message must mention.
+const CONFIGURATIONS: [(&str, &str); 5] = [
+    ("memory_mib = \"much\"\n", "line 1"),
+    ("\n\ncolour = 1\n", "line 3"),
+    ("[timing]\nheartbeat_ms = 0\n", "timing.heartbeat_ms"),
+    ("[ring]\nevents_kib = 4\n", "ring.events_kib"),
+    ("name = [", "line 1"),
 ];
 
-fn configurations(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
-    let cases = run.form.pick(20_000, 1_000_000);
-    let mut refused = 0u64;
-    for _ in 0..cases {
-        let bytes = mutate(CONFIGURATION.as_bytes(), random, &WORDS);
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        // A panic here ends the promise with the text in its message.
-        let outcome = std::panic::catch_unwind(|| match Config::parse(&text) {
-            Err(error) => Err(error.to_string()),
-            Ok(config) => config.check().map_err(|error| error.to_string()),
-        });
-        match outcome {
-            Ok(Ok(())) => {}
-            Ok(Err(words)) => {
-                ensure!(
-                    !words.trim().is_empty(),
-                    "an error without words for {text:?}"
-                );
-                refused += 1;
-            }
-            Err(_) => bail!("a panic for {text:?}"),
-        }
-    }
-    ensure!(
-        refused > cases / 10,
-        "only {refused} of {cases} mutations were refused: they do not bite"
-    );
+/// What the program says of a bad configuration. That none makes it panic is fuzzed (`scripts/fuzz config`).
+fn configurations(figures: &mut Figures) -> Result<()> {
     let work = directory()?;
-    for (text, words) in [
-        ("memory_mib = \"much\"\n", "line 1"),
-        ("\n\ncolour = 1\n", "line 3"),
-        ("[timing]\nheartbeat_ms = 0\n", "timing.heartbeat_ms"),
-        ("name = [", "line 1"),
-    ] {
+    for (text, words) in CONFIGURATIONS {
         fs::write(work.path().join("bad.toml"), text)?;
         let mut role = Role::start(work.path(), "configured", &["run", "--config", "bad.toml"])?;
         let said = role.clear_error(LONGEST, &[2])?;
         ensure!(said.contains(words), "{text:?} gave {said}");
     }
-    run.say(format!("{cases} configurations, {refused} refused"));
-    figures.add("configurations", cases);
-    figures.add("configurations_refused", refused);
+    figures.add("configurations", CONFIGURATIONS.len());
     Ok(())
 }
 
+/// Damaged logs through the real program and a real machine: what a fuzz target, which has none, cannot judge is whether the replay
+/// notices.
 fn logs(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     let work = directory()?;
     let cases = run.form.pick(30, 500);
@@ -156,14 +110,14 @@ fn logs(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
             if repaired {
                 let mut log = log.clone();
                 if random.below(8) == 0 {
-                    log.description = mutate(&log.description, random, &[]);
+                    log.description = mutate(&log.description, random);
                 } else {
                     let victim = random.below(log.items.len() as u64) as usize;
-                    log.items[victim].payload = mutate(&log.items[victim].payload, random, &[]);
+                    log.items[victim].payload = mutate(&log.items[victim].payload, random);
                 }
                 log.write(&path)?;
             } else {
-                fs::write(&path, mutate(&bytes, random, &[])).context("write a log")?;
+                fs::write(&path, mutate(&bytes, random)).context("write a log")?;
             }
             let mut role = Role::start(work.path(), "replay", &["replay", "bad.log"])?;
             let status = role

@@ -9,6 +9,8 @@ pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod hostile_guest;
+pub mod hostile_network;
 pub mod lab_hosts;
 pub mod leaves_nothing;
 pub mod live_join;
@@ -33,6 +35,8 @@ pub const ALL: &[Promise] = &[
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,
+    hostile_network::PROMISE,
+    hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
     leaves_nothing::PROMISE,

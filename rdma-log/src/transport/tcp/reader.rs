@@ -167,6 +167,7 @@ pub(super) fn start(
     nonce: Nonce,
     views: [WriteView; 2],
     spin: Duration,
+    at_start: impl FnOnce() + Send + 'static,
 ) -> io::Result<(Arc<Landing>, TcpFence)> {
     stream.set_nodelay(true)?;
     stream.set_nonblocking(true)?;
@@ -197,7 +198,10 @@ pub(super) fn start(
         spin,
     };
     let thread = std::thread::Builder::new().name("tcp-landing".into());
-    let thread = thread.spawn(move || receiver.run())?;
+    let thread = thread.spawn(move || {
+        at_start();
+        receiver.run();
+    })?;
     let fence = TcpFence {
         landing: landing.clone(),
         thread: Some(thread),

@@ -13,7 +13,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::StreamError;
 use super::frame::{ANSWER, Answer, Frame, HEADER, MAX_PIECE};
@@ -27,6 +27,15 @@ use crate::transport::{Counters, ProgressPort, Range, WritePort, WriteView};
 /// Bytes that gather before they are sent without a push: one system call's worth, so that gathering never costs latency to
 /// save calls that are amortised already.
 const GATHERED: usize = MAX_PIECE;
+
+/// How long entries may be under way with no answer to any of them. The reader's landing thread answers what it lands at once, so
+/// this is the network's: three retransmissions in a row of one segment (0.2 + 0.4 + 0.8 s) pass within it. Shorter, and a bad
+/// network costs the backup; longer, and whoever waits for an output waits longer for somebody to act. Whoever stands between the
+/// two sides can hold the stream open and pass nothing on, while heartbeats, which go another way, say that all is well.
+const STALLED: Duration = Duration::from_secs(2);
+
+/// A look that comes later than this after the one before is no witness: its own thread did not run.
+const ABSENT: Duration = Duration::from_millis(500);
 
 /// Why nothing more commits.
 #[derive(Clone, Debug)]
@@ -157,6 +166,35 @@ impl Outbox {
     }
 }
 
+/// Since when what is under way has not moved.
+#[derive(Debug)]
+struct Still {
+    received: [u64; 2],
+    since: Instant,
+    looked: Instant,
+}
+
+impl Still {
+    fn new(now: Instant) -> Still {
+        Still {
+            received: [0; 2],
+            since: now,
+            looked: now,
+        }
+    }
+
+    /// Whether nothing has moved for too long.
+    fn look(&mut self, now: Instant, received: [u64; 2], under_way: bool) -> bool {
+        let absent = now - self.looked > ABSENT;
+        self.looked = now;
+        if absent || !under_way || received != self.received {
+            self.received = received;
+            self.since = now;
+        }
+        now - self.since > STALLED
+    }
+}
+
 /// Answers on their way in.
 #[derive(Debug)]
 struct Inbox {
@@ -171,6 +209,7 @@ pub(super) struct Shared {
     outbox: Mutex<Outbox>,
     inbox: Mutex<Inbox>,
     lanes: [LaneState; 2],
+    still: Mutex<Still>,
     end: OnceLock<End>,
 }
 
@@ -340,6 +379,18 @@ impl Shared {
         Ok(())
     }
 
+    fn look_for_a_stall(&self) {
+        let received = |lane: &LaneState| lane.received.load(Ordering::Acquire);
+        let under_way = self
+            .lanes
+            .iter()
+            .any(|lane| received(lane) < lane.last.load(Ordering::Acquire));
+        let received = self.lanes.each_ref().map(received);
+        if lock(&self.still).look(Instant::now(), received, under_way) {
+            self.end(End::Stream(StreamError::Stalled));
+        }
+    }
+
     fn has_backlog(&self) -> bool {
         !lock(&self.outbox).is_empty()
     }
@@ -373,6 +424,7 @@ impl Writer {
                 have: 0,
             }),
             lanes: Default::default(),
+            still: Mutex::new(Still::new(Instant::now())),
             end: OnceLock::new(),
         });
         let mut writer = Writer {
@@ -433,6 +485,7 @@ impl Watch {
     pub fn turn(&self) -> Result<(), WriteError> {
         self.shared.take_answers();
         self.shared.flush();
+        self.shared.look_for_a_stall();
         self.shared.check(Lane::Events)
     }
 
@@ -455,6 +508,28 @@ impl Watch {
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.stream.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_stands_still_before_somebodys_eyes_is_stalled() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut still = Still::new(start);
+        let mut look = |ms, received, under_way| still.look(at(ms), [received, 0], under_way);
+        for ms in (0..5000).step_by(100) {
+            assert!(!look(ms, 0, false), "nothing is under way");
+        }
+        for ms in (5000..9000).step_by(100) {
+            assert!(!look(ms, ms / 1900, true), "it moves, though slowly");
+        }
+        assert!(!look(20_000, 4, true), "nobody looked");
+        let stalled = (20_000..30_000).step_by(100).find(|&ms| look(ms, 4, true));
+        assert_eq!(stalled, Some(22_100));
     }
 }
 
