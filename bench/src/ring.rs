@@ -273,8 +273,8 @@ impl Trips {
             unit: "ns".into(),
             bars,
         });
-        let why = "a bare ping moves one cache line; an entry moves two, its own and the tail that commits it, and its \
-                   checksum is computed and checked on the way";
+        let why = "both move one cache line each way; an entry's checksum is computed and checked as well \
+                   (docs/decisions/ring-latency.md)";
         sheet.aims.push(Aim::at_most(
             "written to visible / bare one way, p50",
             AIM,

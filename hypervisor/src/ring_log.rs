@@ -350,6 +350,11 @@ impl LogSource for RingSource {
         if let Some(frame) = self.carried.pop_front() {
             return Ok(frame);
         }
+        if let Some(entry) = self.inputs.next().map_err(log_error)? {
+            return Ok(frame_of(entry.payload())?.to_vec());
+        }
+        // It was there before the entry that applies it. The tail says whether it is damaged.
+        self.inputs.wait(Duration::ZERO).map_err(log_error)?;
         match self.inputs.next().map_err(log_error)? {
             Some(entry) => Ok(frame_of(entry.payload())?.to_vec()),
             None => Err(LogError(

@@ -58,14 +58,31 @@ pub(crate) struct LogWords {
     lanes: [LogLane; 2],
 }
 
+/// What the reader acknowledged, in one line. What counts is the larger of the two.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(crate) struct AckWords {
+    /// By the lane's reader, which is one thread and so stores without asking what was there.
+    pub(crate) lane: Acked,
+    /// By any other thread, by an exchange.
+    pub(crate) others: Acked,
+}
+
+/// Highest sequence numbers.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(crate) struct Acked {
+    pub(crate) received: AtomicU64,
+    pub(crate) replayed: AtomicU64,
+}
+
 /// One lane's words in the writer's memory.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub(crate) struct ReturnLane {
     /// Bytes that the reader has taken out since the start of the connection: the writer's credit.
     pub(crate) consumed: Apart<AtomicU64>,
-    /// Highest sequence number received, and replayed.
-    pub(crate) acks: Apart<[AtomicU64; 2]>,
+    pub(crate) acks: Apart<AckWords>,
     /// The writer sleeps on its word; its flag says that the reader waits for entries.
     pub(crate) bell: Apart<BellWords>,
 }
@@ -87,6 +104,8 @@ const _: () = {
     assert!(offset_of!(LogLane, bell) == 256);
     assert!(offset_of!(ReturnLane, consumed) == 0);
     assert!(offset_of!(ReturnLane, acks) == 128);
+    assert!(offset_of!(AckWords, others) == 16 && size_of::<AckWords>() == 32);
+    assert!(offset_of!(Acked, received) == 0 && offset_of!(Acked, replayed) == 8);
     assert!(offset_of!(ReturnLane, bell) == 256);
     assert!(offset_of!(BellWords, word) == 0 && offset_of!(BellWords, waiting) == 4);
     assert!(offset_of!(OpenSlot, at) == 0 && offset_of!(OpenSlot, len) == 8);

@@ -26,6 +26,8 @@ use std::mem::{offset_of, size_of};
 
 use thiserror::Error;
 
+use crate::crc;
+
 /// Size of a cache line in bytes: the alignment of every entry in a ring.
 pub const LINE: usize = 64;
 
@@ -140,8 +142,12 @@ pub struct Header {
     pub released_lag: u32,
 }
 
+/// Which of the header's words holds the stamp, in its lower half.
+pub(crate) const STAMP_WORD: usize = offset_of!(Header, stamp) / size_of::<u64>();
+
 const _: () = {
     assert!(size_of::<Header>() == 32);
+    assert!(STAMP_WORD == 2);
     assert!(size_of::<Header>() * 2 == LINE);
     assert!(offset_of!(Header, len) == 0);
     assert!(offset_of!(Header, crc) == 4);
@@ -156,28 +162,39 @@ impl Header {
     /// The bytes on the wire.
     pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
         let mut b = [0; HEADER_LEN];
-        b[0..4].copy_from_slice(&self.len.to_le_bytes());
-        b[4..8].copy_from_slice(&self.crc.to_le_bytes());
-        b[8..16].copy_from_slice(&self.seq.to_le_bytes());
-        b[16..20].copy_from_slice(&self.stamp.to_le_bytes());
-        b[20..24].copy_from_slice(&self.epoch.to_le_bytes());
-        b[24..28].copy_from_slice(&self.committed_lag.to_le_bytes());
-        b[28..32].copy_from_slice(&self.released_lag.to_le_bytes());
+        let (words, _) = b.as_chunks_mut::<8>();
+        for (to, word) in words.iter_mut().zip(self.words()) {
+            *to = word.to_le_bytes();
+        }
         b
     }
 
     /// Reads the bytes of the wire; every pattern is a header, its meaning is for [`Keys::check`].
     pub fn from_bytes(b: &[u8; HEADER_LEN]) -> Header {
-        let u32_at = |i: usize| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
+        let (words, _) = b.as_chunks::<8>();
+        let word = |i: usize| u64::from_le_bytes(words[i]);
+        let low = |i: usize| word(i) as u32;
+        let high = |i: usize| (word(i) >> 32) as u32;
         Header {
-            len: u32_at(0),
-            crc: u32_at(4),
-            seq: u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32,
-            stamp: u32_at(16),
-            epoch: u32_at(20),
-            committed_lag: u32_at(24),
-            released_lag: u32_at(28),
+            len: low(0),
+            crc: high(0),
+            seq: word(1),
+            stamp: low(STAMP_WORD),
+            epoch: high(STAMP_WORD),
+            committed_lag: low(3),
+            released_lag: high(3),
         }
+    }
+
+    /// The words on the wire, each to be laid down little-endian.
+    pub(crate) fn words(&self) -> [u64; 4] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        [
+            pair(self.len, self.crc),
+            self.seq,
+            pair(self.stamp, self.epoch),
+            pair(self.committed_lag, self.released_lag),
+        ]
     }
 }
 
@@ -349,12 +366,10 @@ impl Keys {
         }
     }
 
+    #[inline]
     fn checksum(&self, header: &Header, payload: &[&[u8]]) -> u32 {
         let bare = Header { crc: 0, ..*header };
-        let head = crc32c::crc32c_append(self.seed, &bare.to_bytes());
-        payload
-            .iter()
-            .fold(head, |crc, part| crc32c::crc32c_append(crc, part))
+        crc::checksum(self.seed, bare.words(), payload)
     }
 
     /// The header that goes before a payload given in pieces.
@@ -362,16 +377,20 @@ impl Keys {
     /// The watermarks are made lower bounds that a reader accepts: *committed* below the entry's own number,
     /// *released* not above *committed*.
     pub fn seal(&self, head: &Head, payload: &[&[u8]]) -> Header {
+        let (lane, lap) = (head.lane, head.lap);
+        let kind = Kind::Entry;
+        self.seal_stamped(head, self.stamp(Stamp { lane, lap, kind }), payload)
+    }
+
+    /// [`seal`](Keys::seal), for who has the stamp at hand: it is the same for a whole lap.
+    #[inline]
+    pub(crate) fn seal_stamped(&self, head: &Head, stamp: u32, payload: &[&[u8]]) -> Header {
         let (committed_lag, released_lag) = lags(head);
         let mut header = Header {
             len: payload.iter().map(|part| part.len()).sum::<usize>() as u32,
             crc: 0,
             seq: head.seq.0,
-            stamp: self.stamp(Stamp {
-                lane: head.lane,
-                lap: head.lap,
-                kind: Kind::Entry,
-            }),
+            stamp,
             epoch: head.marks.epoch.0,
             committed_lag,
             released_lag,
@@ -400,6 +419,7 @@ impl Keys {
     ///
     /// # Errors
     /// [`Field::Checksum`] when the bytes are not those that were sealed with this nonce.
+    #[inline]
     pub fn check(&self, header: &Header, payload: &[u8]) -> Result<(), Fault> {
         let expected = self.checksum(header, &[payload]);
         if header.crc == expected {
@@ -409,6 +429,7 @@ impl Keys {
     }
 }
 
+#[inline]
 fn lags(head: &Head) -> (u32, u32) {
     if head.lane == Lane::Inputs {
         return (u32::MAX, u32::MAX);
@@ -423,6 +444,7 @@ fn lags(head: &Head) -> (u32, u32) {
 /// # Errors
 /// A number that is not `expected`, or watermarks that no writer puts there: *committed* not below the entry's own
 /// number, *released* above *committed*, marks in the inputs lane.
+#[inline]
 pub fn head(header: &Header, stamp: Stamp, expected: Seq) -> Result<Head, Fault> {
     if header.seq != expected.0 {
         return Err(Fault::new(Field::Sequence, expected.0, header.seq));

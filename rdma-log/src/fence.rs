@@ -30,8 +30,10 @@ impl Fenced {
         self.nonce == *nonce
     }
 
-    /// Where the lane ends, in bytes since the start of the connection; `None` when the transport has no tail, and
-    /// the end is the first entry that is not whole.
+    /// Where what has committed ends in the lane, in bytes since the start of the connection; `None` when the transport
+    /// has no tail, and the end is the first entry that is not whole.
+    ///
+    /// The reader may have taken one entry beyond it, that had not committed yet: see the crate's text.
     pub fn end(&self, lane: Lane) -> Option<u64> {
         self.ends[lane.index()]
     }

@@ -10,6 +10,9 @@
 //!           │  is on its way back  │                             │  [pad] [entry being built]   │
 //! ```
 //!
+//! Over `shm` the reader's cursor may stand one entry beyond the tail for a moment: it takes an entry as soon as it is
+//! whole, and the writer moves the tail after that.
+//!
 //! The writer builds an entry beyond the tail and posts it; it never builds beyond `consumed + size`, so it never
 //! overruns what was not copied out. The reader copies an entry into a buffer of its own, checks the copy, moves its
 //! cursor and returns the credit. It believes nothing it has not copied: a peer that changes bytes meanwhile gets an

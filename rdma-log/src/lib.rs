@@ -14,8 +14,14 @@
 //!   transport [`shm`](transport::shm) an entry that was published has committed.
 //! - [`Fencer::fence`] ends it: when it has returned, no entry commits that had not committed before, whatever the
 //!   writer does and however long it was frozen. The writer is told [`WriteError::Fenced`]. An entry for which
-//!   publishing returned `Ok` on `shm`, or which `committed` covered, is read by the reader that drains; one that met
-//!   `Fenced` is not.
+//!   publishing returned `Ok` on `shm`, or which `committed` covered, is read by the reader that drains.
+//! - An entry that met `Fenced` has not committed, and its writer lets nothing out for it. **The reader may have taken it
+//!   all the same**, as may one whose writer died in between: a reader takes what is whole, and commit comes after that.
+//!   In a lane this is one entry, the last, and only if it was taken before the fence; none is taken after it that had not
+//!   committed. Whoever drained goes on from the state after that entry, which is one that the writer was in as well, and
+//!   as if the entry had committed and nobody had been told: no effect of it is out, so it is the reader's to let out.
+//!   A writer that goes on instead (the reader was given up, and lets nothing out) has the same entry in its own state.
+//!   On `shm` such an entry ends beyond [`Fenced::end`], which is where the *committed* ones end.
 //! - The [`Fenced`] that it returns is the proof, one per connection. With it a reader asks whether the end has been
 //!   reached ([`LaneReader::at_end`]) and for what died with the writer ([`LaneReader::salvage`]).
 //! - The two lanes commit apart from each other. A writer whose entry in one lane relies on one in the other
@@ -31,6 +37,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | [`entry`] | the framing: header, stamps, checksums; pure |
+//! | `crc` | the checksum of an entry, quick for a short one |
 //! | `lane` | one writer, one reader: cursors, pads, credits |
 //! | `ring` | both lanes, the handles of either side |
 //! | [`fence`] | the proof [`Fenced`] |
@@ -66,6 +73,7 @@
 #![deny(unsafe_code)]
 
 mod control;
+mod crc;
 pub mod entry;
 pub mod fdpass;
 pub mod fence;

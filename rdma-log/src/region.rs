@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Word, Ordering};
 
 use crate::control::{LogWords, PAGE, ReturnWords};
-use crate::entry::LINE;
+use crate::entry::{LINE, STAMP_WORD};
 
 /// The seals a memfd must carry: its size cannot change under a mapping.
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -157,6 +157,9 @@ struct Heap {
     layout: std::alloc::Layout,
     #[cfg(loom)]
     lines: Vec<loom::cell::UnsafeCell<()>>,
+    /// The words of the lines that are stored and loaded in an order: one a line.
+    #[cfg(loom)]
+    ordered: Vec<loom::sync::atomic::AtomicU64>,
 }
 
 // SAFETY: the memory belongs to no thread; what views do with it is their matter.
@@ -176,6 +179,10 @@ impl Heap {
             #[cfg(loom)]
             lines: (0..len / LINE)
                 .map(|_| loom::cell::UnsafeCell::new(()))
+                .collect(),
+            #[cfg(loom)]
+            ordered: (0..len / LINE)
+                .map(|_| loom::sync::atomic::AtomicU64::new(0))
                 .collect(),
         }
     }
@@ -262,9 +269,12 @@ impl Region {
             "views lie inside their region"
         );
         [(start, first), (start + first, second)].map(|(start, len)| Span {
-            owner: self.owner.clone(),
-            start,
+            // SAFETY: the span lies inside its owner.
+            base: unsafe { self.owner.base().add(start) },
             len,
+            #[cfg(loom)]
+            start,
+            _owner: self.owner.clone(),
         })
     }
 }
@@ -352,26 +362,35 @@ impl<T: ControlPage> Words<T> {
 }
 
 struct Span {
-    owner: Owner,
-    start: usize,
+    /// Where it starts: held here, not asked of the owner, because every access needs it.
+    base: NonNull<u8>,
     len: usize,
+    #[cfg(loom)]
+    start: usize,
+    _owner: Owner,
 }
+
+// SAFETY: the memory belongs to no thread, and its owner, which keeps it, may be held by any.
+unsafe impl Send for Span {}
+// SAFETY: as above.
+unsafe impl Sync for Span {}
 
 impl Span {
     /// The address of `len` bytes at `at`.
+    #[inline]
     fn address(&self, at: usize, len: usize) -> *mut u8 {
         assert!(
             at <= self.len && len <= self.len - at,
             "an access lies inside its view"
         );
         // SAFETY: the span lies inside its owner (checked when it was cut), the bytes inside the span.
-        unsafe { self.owner.base().as_ptr().add(self.start + at) }
+        unsafe { self.base.as_ptr().add(at) }
     }
 
     /// Tells loom of an access, so that it finds those that race.
     #[cfg(loom)]
     fn track(&self, at: usize, len: usize, write: bool) {
-        let Owner::Heap(heap) = &self.owner else {
+        let Owner::Heap(heap) = &self._owner else {
             return;
         };
         let first = self.start + at;
@@ -387,6 +406,15 @@ impl Span {
     #[cfg(not(loom))]
     #[inline(always)]
     fn track(&self, _: usize, _: usize, _: bool) {}
+
+    /// Loom's stand-in for the word of the line at `at` that is stored and loaded in an order.
+    #[cfg(loom)]
+    fn ordered(&self, at: usize) -> &loom::sync::atomic::AtomicU64 {
+        let Owner::Heap(heap) = &self._owner else {
+            unreachable!("the models map no memory")
+        };
+        &heap.ordered[(self.start + at) / LINE]
+    }
 }
 
 /// Memory that is copied out before it is believed.
@@ -395,6 +423,21 @@ pub(crate) struct ReadView {
 }
 
 impl ReadView {
+    /// The little-endian word at `at`, a multiple of 8. What was stored before it by [`WriteView::publish`] can then be
+    /// copied out.
+    #[inline]
+    pub(crate) fn load(&self, at: usize) -> u64 {
+        assert!(at.is_multiple_of(size_of::<Word>()));
+        #[cfg(loom)]
+        return self.span.ordered(at).load(Ordering::Acquire);
+        #[cfg(not(loom))]
+        {
+            let from = self.span.address(at, size_of::<Word>()).cast::<u64>();
+            // SAFETY: inside the view and aligned, as in `copy_out`.
+            u64::from_le(unsafe { Word::from_ptr(from) }.load(Ordering::Acquire))
+        }
+    }
+
     /// Copies out `to.len()` bytes from `at`, a multiple of 8.
     pub(crate) fn copy_out(&self, at: usize, to: &mut [u8]) {
         const WORD: usize = size_of::<Word>();
@@ -407,6 +450,12 @@ impl ReadView {
         // SAFETY: the words lie inside the view and are aligned (views start on cache lines); a peer may change them
         // meanwhile, which an atomic load allows. They are only loaded, so the mapping may be read-only.
         let load = |i: usize| unsafe { Word::from_ptr(from.add(i)) }.load(Ordering::Relaxed);
+        // A line, as most are, without a loop.
+        if let Ok(line) = <&mut [u8; LINE]>::try_from(&mut *to) {
+            let (words, _) = line.as_chunks_mut::<WORD>();
+            (0..LINE / WORD).for_each(|i| words[i] = load(i).to_ne_bytes());
+            return;
+        }
         let (words, rest) = to.as_chunks_mut::<WORD>();
         let whole = words.len();
         for (i, word) in words.iter_mut().enumerate() {
@@ -456,6 +505,40 @@ impl WriteView {
         self.span.track(at, len, true);
         // SAFETY: inside the view, writable, and the view is borrowed alone. For the peer see the module's text.
         unsafe { std::slice::from_raw_parts_mut(from, len) }
+    }
+
+    /// Has the processor fetch the line at `at` for writing. To be said at the start of work that ends, within the time
+    /// that the fetch takes, with stores to that line: then the two overlap. Said earlier, a reader that polls the line takes it back.
+    #[inline(always)]
+    pub(crate) fn claim(&self, at: usize) {
+        let line = self.span.address(at, 1);
+        // SAFETY: a hint, which changes neither memory nor flags nor the stack; the address is inside the view.
+        #[cfg(all(target_arch = "x86_64", not(loom)))]
+        unsafe {
+            std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly));
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+        let _ = line;
+    }
+
+    /// Stores the words of a header at `at`, the start of a line, the one with the stamp last: whoever
+    /// [loads](ReadView::load) that sees everything that was written through this view before, and the other words.
+    pub(crate) fn publish(&mut self, at: usize, words: [u64; 4]) {
+        assert!(at.is_multiple_of(LINE));
+        let to = self.span.address(at, size_of_val(&words)).cast::<u64>();
+        self.span.track(at, size_of_val(&words), true);
+        let store = |i: usize, order| {
+            // SAFETY: the words lie inside the view and are aligned; atomics allow concurrent loads.
+            unsafe { Word::from_ptr(to.add(i)) }.store(words[i].to_le(), order);
+        };
+        (0..words.len())
+            .filter(|i| *i != STAMP_WORD)
+            .for_each(|i| store(i, Ordering::Relaxed));
+        store(STAMP_WORD, Ordering::Release);
+        #[cfg(loom)]
+        let ordered = self.span.ordered(at);
+        #[cfg(loom)]
+        ordered.store(words[STAMP_WORD], Ordering::Release);
     }
 
     /// Stores whole words the way a network card does: while someone may be loading them, in no promised order.

@@ -320,7 +320,10 @@ fn a_frozen_writer_that_thaws_after_the_fence_has_committed_what_was_drained() {
         }
         writer.signal(libc::SIGCONT);
         let last = writer.last_told().expect("it ends by itself");
-        assert_eq!(last, [reader.events.last().0, reader.inputs.last().0]);
+        for (published, half) in last.into_iter().zip([&reader.events, &reader.inputs]) {
+            // Frozen between an entry's last byte and its commit: a quick reader has taken it, and it met the fence.
+            assert!((published..=published + 1).contains(&half.last().0));
+        }
         assert!(writer.child.wait().expect("a process").success());
         assert_eq!(reader.events.at_end(&proof), Ok(true));
     }

@@ -6,13 +6,17 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::entry::{
-    self, Entry, Fault, Field, HEADER_LEN, Head, Header, Keys, Kind, LINE, Lane, Marks, Nonce, Seq,
-    Stamp,
+    self, Entry, Fault, Field, HEADER_LEN, Head, Header, Keys, Kind, LINE, Lane, Marks, Nonce,
+    STAMP_WORD, Seq, Stamp,
 };
 use crate::fence::Fenced;
 use crate::lane::Geometry;
 use crate::ring::Acks;
 use crate::transport::{Limit, OpenSlot, ReadPort};
+
+/// Of so many looks in a row that find nothing one asks for the tail: some microseconds of a reader that spins. It finds
+/// what has committed and yet is not whole; whatever is whole is found without it.
+const LOOK_AT_TAIL: u32 = if cfg!(loom) { 2 } else { 64 };
 
 /// Why a lane cannot be read on.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -88,10 +92,38 @@ pub struct LaneReader {
     port: Box<dyn ReadPort>,
     acks: Acks,
     cursor: u64,
+    /// The tail as it was seen last: all before it has committed.
+    certain: u64,
+    /// Where the range starts whose entry was taken last, or whose pad was.
+    range: u64,
+    /// The pad of a range was taken, and its entry is next.
+    past_pad: bool,
+    /// Looks in a row that found nothing.
+    idle: u32,
+    stamps: Stamps,
     last: Seq,
     marks: Marks,
     /// The entry in hand: copied here first, then checked.
     copy: Vec<u8>,
+}
+
+/// The stamps of one lap, which are compared with every time that the reader looks.
+#[derive(Clone, Copy, Debug)]
+struct Stamps {
+    lap: u32,
+    entry: u32,
+    pad: u32,
+}
+
+impl Stamps {
+    fn new(keys: &Keys, lane: Lane, lap: u32) -> Stamps {
+        let of = |kind| keys.stamp(Stamp { lane, lap, kind });
+        Stamps {
+            lap,
+            entry: of(Kind::Entry),
+            pad: of(Kind::Pad),
+        }
+    }
 }
 
 /// An entry that lies, checked, in the private copy and was not taken yet.
@@ -101,11 +133,15 @@ struct Found {
     len: usize,
 }
 
-/// What stands at a position.
+/// What stands at the cursor.
 enum At {
     Entry(Found),
     /// A pad, of so many bytes with its header.
     Pad(u64),
+    /// No whole entry, or not yet.
+    Nothing(Fault),
+    /// An entry that is whole, sealed with this connection's nonce, and yet wrong.
+    Wrong(Fault),
 }
 
 impl LaneReader {
@@ -118,6 +154,11 @@ impl LaneReader {
             port: parts.port,
             acks: parts.acks,
             cursor: 0,
+            certain: 0,
+            range: 0,
+            past_pad: false,
+            idle: 0,
+            stamps: Stamps::new(&Keys::new(&parts.nonce), parts.lane, 0),
             last: Seq::ZERO,
             marks: Marks::default(),
             copy: vec![0; HEADER_LEN + parts.geometry.max_payload()],
@@ -148,6 +189,10 @@ impl LaneReader {
     /// The next entry, copied out and checked; `None` when nothing more has arrived, and after the fence when nothing
     /// more will.
     ///
+    /// Over `shm` it comes as soon as it is whole, which may be just before it commits. There, `None` also stands for an
+    /// entry that has committed and is damaged, until a few dozen calls have found nothing, or one after
+    /// [`wait`](LaneReader::wait), which asks, or after the fence.
+    ///
     /// The credit for the entry's bytes goes back at once.
     ///
     /// # Errors
@@ -160,6 +205,11 @@ impl LaneReader {
         let Some(found) = self.look()? else {
             return Ok(None);
         };
+        if !self.past_pad {
+            self.range = self.cursor;
+        }
+        self.past_pad = false;
+        self.idle = 0;
         self.cursor += Geometry::span(found.len);
         self.last = found.head.seq;
         self.marks = found.head.marks;
@@ -170,7 +220,7 @@ impl LaneReader {
         }))
     }
 
-    /// Whether a fenced lane was read to its end.
+    /// Whether a fenced lane was read to its end: every entry that has committed, and perhaps one more.
     ///
     /// # Errors
     /// [`ReadError::ForeignProof`]; [`ReadError::Corrupt`] also when the end is not one: on a transport without a tail
@@ -180,10 +230,10 @@ impl LaneReader {
             return Err(ReadError::ForeignProof);
         }
         match proof.end(self.lane) {
-            Some(end) if self.cursor > end => {
+            Some(end) if self.cursor > end && !self.is_before_last(end) => {
                 Err(self.corrupt(Fault::new(Field::Tail, end, self.cursor)))
             }
-            Some(end) => Ok(self.cursor == end),
+            Some(end) => Ok(self.cursor >= end),
             None if self.look()?.is_some() => Ok(false),
             None => self.refuse_committed_gap().map(|()| true),
         }
@@ -279,7 +329,10 @@ impl LaneReader {
 
     fn has_something(&mut self) -> Result<bool, ReadError> {
         Ok(match self.port.limit()? {
-            Limit::Tail { at, fenced } => fenced || at != self.cursor,
+            Limit::Tail { at, fenced } => {
+                self.see(at)?;
+                fenced || at > self.cursor
+            }
             Limit::Unknown { fenced } => {
                 // The header is enough: the rest is on its way, and whoever waits spins again.
                 fenced || self.stamp(self.header_at(self.cursor)).is_some()
@@ -288,53 +341,99 @@ impl LaneReader {
     }
 
     /// The next entry, copied and checked but not taken. Goes past a pad before it.
+    #[inline(always)]
     fn look(&mut self) -> Result<Option<Found>, ReadError> {
-        let limit = self.port.limit()?;
-        let mut padded = false;
         loop {
-            let (available, certain) = self.available(limit)?;
-            if available == 0 {
-                return Ok(None);
-            }
-            let pad = match self.look_at(available, padded) {
-                Ok(Ok(At::Entry(found))) => return Ok(Some(found)),
-                Ok(Ok(At::Pad(len))) => len,
-                Ok(Err(_)) if !certain => return Ok(None),
-                Ok(Err(fault)) | Err(fault) => return Err(self.corrupt(fault)),
+            let limit = if self.certain > self.cursor {
+                None
+            } else {
+                Some(self.port.known()?)
             };
+            let (available, certain) = match limit {
+                None => (self.certain - self.cursor, true),
+                Some(Limit::Unknown { .. }) => (self.geometry.size(), false),
+                Some(Limit::Tail { at, .. }) => {
+                    self.see(at)?;
+                    if at <= self.cursor {
+                        return Ok(None);
+                    }
+                    continue;
+                }
+            };
+            let pad = match self.look_at(available) {
+                At::Entry(found) => return Ok(Some(found)),
+                At::Pad(len) => len,
+                At::Nothing(_) if !certain && !self.is_overdue()? => return Ok(None),
+                At::Nothing(_) if !certain => continue,
+                At::Nothing(fault) | At::Wrong(fault) => return Err(self.corrupt(fault)),
+            };
+            self.range = self.cursor;
+            self.past_pad = true;
             self.cursor += pad;
             self.port.release(self.cursor);
-            padded = true;
         }
     }
 
-    /// Bytes that may be looked at, and whether they are certain to be whole.
-    fn available(&self, limit: Limit) -> Result<(u64, bool), ReadError> {
-        match limit {
-            Limit::Unknown { .. } => Ok((self.geometry.size(), false)),
-            Limit::Tail { at, .. } => {
-                let most = self.cursor + self.geometry.size();
-                if at < self.cursor || at > most || !at.is_multiple_of(LINE as u64) {
-                    return Err(self.corrupt(Fault::new(Field::Tail, self.cursor, at)));
-                }
-                Ok((at - self.cursor, true))
-            }
+    /// Whether what is not there has committed all the same. Asks now and then: to look at the tail takes its line from
+    /// the writer, which then pays for it in the next commit.
+    #[inline(never)]
+    fn is_overdue(&mut self) -> Result<bool, ReadError> {
+        self.idle = self.idle.wrapping_add(1);
+        if !self.idle.is_multiple_of(LOOK_AT_TAIL) {
+            return Ok(false);
+        }
+        match self.port.limit()? {
+            Limit::Unknown { .. } => Ok(false),
+            Limit::Tail { at, .. } => self.see(at).map(|()| at > self.cursor),
         }
     }
 
-    /// What stands at the cursor. The inner error says that it is no whole entry, or not yet; the outer one that it
-    /// is one, sealed with this connection's nonce, and yet wrong.
-    fn look_at(&mut self, available: u64, padded: bool) -> Result<Result<At, Fault>, Fault> {
+    /// Takes note of a tail, if it is one that can be.
+    ///
+    /// A writer moves it over a range after the range is whole, and begins the next one after that. So it may stand
+    /// before the last range that was taken, and not before any other, and where it has been it does not go back.
+    #[inline(never)]
+    fn see(&mut self, tail: u64) -> Result<(), ReadError> {
+        let least = self.certain.max(self.cursor);
+        let most = self.cursor + self.geometry.size();
+        let can_be = (least..=most).contains(&tail) && tail.is_multiple_of(LINE as u64);
+        if can_be {
+            self.certain = tail;
+        } else if !self.is_before_last(tail) {
+            return Err(self.corrupt(Fault::new(Field::Tail, least, tail)));
+        }
+        Ok(())
+    }
+
+    /// Whether the tail stands before the last range that was taken: that was read before it committed.
+    fn is_before_last(&self, tail: u64) -> bool {
+        tail == self.range && tail >= self.certain
+    }
+
+    /// Looks at what stands at the cursor.
+    #[inline(always)]
+    fn look_at(&mut self, available: u64) -> At {
         let at = self.cursor;
-        let header = self.header_at(at);
-        let Some(stamp) = self.stamp(header) else {
-            let expected = self.keys.stamp(self.expected(Kind::Entry));
-            return Ok(Err(Fault::new(Field::Stamp, expected, header.stamp)));
+        let offset = self.geometry.offset(at);
+        let lap = self.geometry.lap(at);
+        if self.stamps.lap != lap {
+            self.stamps = Stamps::new(&self.keys, self.lane, lap);
+        }
+        let Stamps { entry, pad, .. } = self.stamps;
+        let stamp = self.port.word(offset + STAMP_WORD * size_of::<u64>()) as u32;
+        let kind = match stamp {
+            stamp if stamp == entry => Kind::Entry,
+            stamp if stamp == pad => Kind::Pad,
+            _ => return At::Nothing(Fault::new(Field::Stamp, entry, stamp)),
         };
+        let header = self.copy_line(offset);
+        if header.stamp != stamp {
+            return At::Nothing(Fault::new(Field::Stamp, stamp, header.stamp));
+        }
         let len = u64::from(header.len);
         let to_end = self.geometry.to_end(at);
         let room = available.min(to_end) - HEADER_LEN as u64;
-        let (most, wrong) = match stamp.kind {
+        let (most, wrong) = match kind {
             Kind::Entry => {
                 let most = room.min(self.geometry.max_payload() as u64);
                 (most, len > most)
@@ -342,33 +441,51 @@ impl LaneReader {
             // A pad fills its lap exactly, and an entry follows it.
             Kind::Pad => {
                 let exactly = to_end - HEADER_LEN as u64;
-                (exactly, padded || len != exactly || len > room)
+                (exactly, self.past_pad || len != exactly || len > room)
             }
         };
         if wrong {
-            return Ok(Err(Fault::new(Field::Length, most, len)));
+            return At::Nothing(Fault::new(Field::Length, most, len));
         }
-        let payload = match stamp.kind {
+        let payload = match kind {
             Kind::Entry => header.len as usize,
             Kind::Pad => 0,
         };
-        if let Err(fault) = self.copy_and_check(at, header, payload) {
-            return Ok(Err(fault));
+        if let Err(fault) = self.copy_and_check(offset, header, payload) {
+            return At::Nothing(fault);
         }
-        if stamp.kind == Kind::Pad {
-            return Ok(Ok(At::Pad(len + HEADER_LEN as u64)));
+        if kind == Kind::Pad {
+            return At::Pad(len + HEADER_LEN as u64);
         }
-        let head = entry::head(&header, stamp, self.last.next())?;
-        Ok(Ok(At::Entry(Found { head, len: payload })))
+        let stamp = Stamp {
+            lane: self.lane,
+            lap,
+            kind,
+        };
+        match entry::head(&header, stamp, self.last.next()) {
+            Ok(head) => At::Entry(Found { head, len: payload }),
+            Err(fault) => At::Wrong(fault),
+        }
     }
 
-    /// Copies the payload to where it cannot change and checks it together with the header, a copy already.
-    fn copy_and_check(&mut self, at: u64, header: Header, len: usize) -> Result<(), Fault> {
-        let from = self.geometry.offset(at) + HEADER_LEN;
-        let (head, payload) = self.copy.split_at_mut(HEADER_LEN);
-        head.copy_from_slice(&header.to_bytes());
-        self.port.copy_out(from, &mut payload[..len]);
-        self.keys.check(&header, &payload[..len])
+    /// Copies the line at this offset to where it cannot change; the header in it.
+    #[inline(always)]
+    fn copy_line(&mut self, offset: usize) -> Header {
+        let (line, _) = self.copy.split_at_mut(LINE);
+        self.port.copy_out(offset, line);
+        let (header, _) = line.split_first_chunk().expect("a line has a header");
+        Header::from_bytes(header)
+    }
+
+    /// Copies the rest of an entry whose first line was copied, and checks it.
+    #[inline(always)]
+    fn copy_and_check(&mut self, offset: usize, header: Header, len: usize) -> Result<(), Fault> {
+        let whole = HEADER_LEN + len;
+        if whole > LINE {
+            self.port
+                .copy_out(offset + LINE, &mut self.copy[LINE..whole]);
+        }
+        self.keys.check(&header, &self.copy[HEADER_LEN..whole])
     }
 
     fn header_at(&self, at: u64) -> Header {
@@ -408,7 +525,8 @@ impl LaneReader {
 
     /// The number of a whole entry at this position that says `missing` has committed.
     fn covered_by(&mut self, at: u64, missing: Seq) -> Option<Seq> {
-        let header = self.header_at(at);
+        let offset = self.geometry.offset(at);
+        let header = self.copy_line(offset);
         let stamp = self.keys.unstamp(header.stamp);
         let wanted = Stamp {
             lane: self.lane,
@@ -422,11 +540,12 @@ impl LaneReader {
         {
             return None;
         }
-        self.copy_and_check(at, header, len).ok()?;
+        self.copy_and_check(offset, header, len).ok()?;
         let head = entry::head(&header, stamp, Seq(header.seq)).ok()?;
         (head.marks.committed >= missing).then_some(head.seq)
     }
 
+    #[cold]
     fn corrupt(&self, fault: Fault) -> ReadError {
         ReadError::Corrupt {
             lane: self.lane,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::entry::{HEADER_LEN, Head, Header, Keys, LINE, Lane, Marks, Seq};
+use crate::entry::{HEADER_LEN, Head, Header, Keys, Kind, LINE, Lane, Marks, Seq, Stamp};
 use crate::lane::Geometry;
 use crate::sync::{AtomicU64, Ordering};
 use crate::transport::{OpenSlot, Range, WritePort, WriteView};
@@ -151,6 +151,8 @@ pub struct LaneWriter {
     cursor: u64,
     seq: Seq,
     consumed: u64,
+    /// The lap of the last entry, and the stamp of its entries.
+    lap: (u32, u32),
     broken: Option<WriteError>,
 }
 
@@ -166,8 +168,10 @@ struct Place {
 impl LaneWriter {
     pub(crate) fn new(parts: WriterParts) -> LaneWriter {
         assert_eq!(parts.view.len() as u64, parts.geometry.size());
+        let (lane, lap, kind) = (parts.lane, 0, Kind::Entry);
         LaneWriter {
-            lane: parts.lane,
+            lane,
+            lap: (lap, parts.keys.stamp(Stamp { lane, lap, kind })),
             keys: parts.keys,
             geometry: parts.geometry,
             view: parts.view,
@@ -245,6 +249,8 @@ impl LaneWriter {
     /// # Errors
     /// As for [`reserve`](LaneWriter::reserve) and [`Slot::publish`].
     pub fn append_gather(&mut self, pieces: &[&[u8]], marks: Marks) -> Result<Seq, WriteError> {
+        // The reader polls this line, so to get it takes as long as all that is to be done before it is stored to.
+        self.view.claim(self.geometry.offset(self.cursor));
         let len = pieces.iter().map(|piece| piece.len()).sum();
         let place = self.place(len)?;
         self.check_marks(marks)?;
@@ -254,7 +260,9 @@ impl LaneWriter {
             self.view.bytes_mut(to, piece.len()).copy_from_slice(piece);
             to += piece.len();
         }
-        let header = self.keys.seal(&self.head(place, marks), pieces);
+        let head = self.head(place, marks);
+        let stamp = self.stamp(head.lap);
+        let header = self.keys.seal_stamped(&head, stamp, pieces);
         self.post(place, header)
     }
 
@@ -314,6 +322,7 @@ impl LaneWriter {
     }
 
     /// Finds the place for an entry, if there is credit for it.
+    #[inline(always)]
     fn place(&mut self, max_payload: usize) -> Result<Place, WriteError> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
@@ -346,6 +355,7 @@ impl LaneWriter {
         self.consumed + self.geometry.size() - self.cursor
     }
 
+    #[cold]
     fn take_credit(&mut self) -> Result<(), WriteError> {
         let found = self.port.consumed()?;
         let (least, most) = (self.consumed, self.cursor);
@@ -362,6 +372,7 @@ impl LaneWriter {
         Ok(())
     }
 
+    #[inline(always)]
     fn head(&self, place: Place, marks: Marks) -> Head {
         Head {
             lane: self.lane,
@@ -371,6 +382,16 @@ impl LaneWriter {
         }
     }
 
+    #[inline(always)]
+    fn stamp(&mut self, lap: u32) -> u32 {
+        if self.lap.0 != lap {
+            let (lane, kind) = (self.lane, Kind::Entry);
+            self.lap = (lap, self.keys.stamp(Stamp { lane, lap, kind }));
+        }
+        self.lap.1
+    }
+
+    #[inline]
     fn check_marks(&self, marks: Marks) -> Result<(), WriteError> {
         let seq = self.seq.next();
         if self.lane == Lane::Events && marks.committed >= seq {
@@ -381,22 +402,26 @@ impl LaneWriter {
     }
 
     /// Posts the entry whose payload lies in place.
+    ///
+    /// A reader that looks at the ring itself may take the range as soon as its first header is there, so that one is
+    /// stored last.
+    #[inline(always)]
     fn post(&mut self, place: Place, header: Header) -> Result<Seq, WriteError> {
         let seq = self.seq.next();
+        // Before the entry can be seen, so that a reader's answer never passes what is known as posted.
+        self.posted.store(seq.0, Ordering::Relaxed);
+        self.put(place.at, &header);
         if place.pad > 0 {
             let lap = self.geometry.lap(self.cursor);
             let len = place.pad as usize - HEADER_LEN;
             let pad = self.keys.pad(self.lane, lap, seq, len as u32);
             self.put(self.cursor, &pad);
         }
-        self.put(place.at, &header);
         let range = Range {
             from: self.cursor,
             to: place.at + Geometry::span(header.len as usize),
             seq,
         };
-        // Before the entry can be seen, so that a reader's answer never passes what is known as posted.
-        self.posted.store(seq.0, Ordering::Relaxed);
         let posted = self.port.post(&self.view, range);
         self.remember(posted)?;
         self.cursor = range.to;
@@ -404,10 +429,9 @@ impl LaneWriter {
         Ok(seq)
     }
 
+    #[inline(always)]
     fn put(&mut self, at: u64, header: &Header) {
-        self.view
-            .bytes_mut(self.geometry.offset(at), HEADER_LEN)
-            .copy_from_slice(&header.to_bytes());
+        self.view.publish(self.geometry.offset(at), header.words());
     }
 
     fn remember<T>(&mut self, result: Result<T, WriteError>) -> Result<T, WriteError> {
@@ -460,10 +484,9 @@ impl Slot<'_> {
         self.writer.check_marks(marks)?;
         let at = self.writer.geometry.offset(self.place.at) + HEADER_LEN;
         let head = self.writer.head(self.place, marks);
-        let header = self
-            .writer
-            .keys
-            .seal(&head, &[self.writer.view.bytes(at, len)]);
+        let stamp = self.writer.stamp(head.lap);
+        let payload = self.writer.view.bytes(at, len);
+        let header = self.writer.keys.seal_stamped(&head, stamp, &[payload]);
         // Published, the note is behind the tail and says nothing.
         self.open = false;
         self.writer.post(self.place, header)

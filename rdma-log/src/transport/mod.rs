@@ -10,6 +10,7 @@
 //! | [`post`](WritePort::post) | moves the tail | queues for the socket | posts a WRITE, one request for the range |
 //! | [`push`](WritePort::push) | wakes a sleeping reader | writes what gathered | rings the card's doorbell |
 //! | [`committed`](ProgressPort::poll) | all that was posted | *received* | completions, or *received* |
+//! | [`known`](ReadPort::known) | [`Limit::Unknown`] until the fence | as `limit` | as `limit` |
 //! | [`limit`](ReadPort::limit) | the tail | bytes taken from the socket | none: [`Limit::Unknown`] |
 //! | [`fence`](FencePort::fence) | a bit in both tails | ends the thread that lands | deregisters, destroys the queue pair |
 //!
@@ -159,6 +160,25 @@ pub trait ReadPort: Send + fmt::Debug {
     /// # Errors
     /// When the transport cannot go on; bytes that are merely not there yet are no error.
     fn limit(&mut self) -> Result<Limit, ReadError>;
+
+    /// [`limit`](ReadPort::limit), as far as it is known without looking at what the writer writes.
+    ///
+    /// Where the tail costs a transfer between processors and an entry shows by itself that it is whole, this is
+    /// [`Limit::Unknown`] until the fence, and the reader asks for the limit when it has found nothing for a while.
+    ///
+    /// # Errors
+    /// As for [`limit`](ReadPort::limit).
+    fn known(&mut self) -> Result<Limit, ReadError> {
+        self.limit()
+    }
+
+    /// The little-endian word at `at`, a multiple of 8. Where the writer stores into this memory itself, everything that
+    /// it stored before this word can be copied out after it.
+    fn word(&self, at: usize) -> u64 {
+        let mut bytes = [0; size_of::<u64>()];
+        self.copy_out(at, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
 
     /// Copies out of the reader's memory from `at`, a multiple of 8 and less than its length. Never beyond its end.
     fn copy_out(&self, at: usize, to: &mut [u8]);

@@ -8,6 +8,25 @@
 //! is in memory of the reader's that outlives the writer. The fence sets a bit in the tail, so that the next exchange,
 //! which expects the bit to be clear, fails: an entry is either before the fence and will be read, or its writer is
 //! told that it never committed.
+//!
+//! # Who looks at what
+//!
+//! A cache line that one processor writes and another reads costs a transfer each time, some tens to hundreds of
+//! nanoseconds. So an entry of one line crosses in one transfer, and its answer in one:
+//!
+//! - The reader polls the stamp of the entry that is to come, not the tail. The writer stores the word with the stamp
+//!   last, with release order, after everything else of the range; the reader loads it with acquire order, and copies
+//!   the rest after that. So an entry whose stamp is there is whole, by the memory model alone, and the checksum stands
+//!   against damage and hostile peers, as it did.
+//! - Old bytes pass for an entry only if they hold the stamp of this lap (32 bits, scrambled by the nonce), the
+//!   very number that is next (64 bits) and the checksum seeded by the nonce (32 bits). Memory starts zeroed; what a lap
+//!   leaves behind has the stamps of that lap. Payload that somebody outside chose (frames) can stand where a header
+//!   will be looked for, but he does not know the nonce, and has one chance in 2^64 with each.
+//! - The tail stays in the writer's cache, where the exchange is cheap. The reader asks for it before it sleeps, after the
+//!   fence, and once in a while when it finds nothing: what has committed by the tail and is not whole is corrupt, and that
+//!   shows nowhere else. The tail may stand before the last range that the reader took, and before no other: the writer
+//!   begins a range when the one before has committed.
+//! - What the lane's reader acknowledges is stored, not exchanged, in one line that the writer polls.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -17,7 +36,9 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::control::{FENCE, LogLane, LogWords, ReturnLane, ReturnWords, data_bell, room_bell};
+use crate::control::{
+    AckWords, Acked, FENCE, LogLane, LogWords, ReturnLane, ReturnWords, data_bell, room_bell,
+};
 use crate::entry::{Keys, Lane, Nonce, Seq};
 use crate::fdpass::FdPassError;
 use crate::fence::{FenceError, Fenced};
@@ -168,7 +189,11 @@ fn reader(
                 view,
                 ends: ends.clone(),
             }),
-            acks: acks.clone(),
+            // Not shared with anyone.
+            acks: Acks::new(Arc::new(ShmLaneAcks {
+                words: words.clone(),
+                said: Acked::default(),
+            })),
         })
     };
     RingReader {
@@ -266,12 +291,18 @@ impl ProgressPort for ShmProgress {
     fn poll(&mut self) -> Result<[Counters; 2], WriteError> {
         Ok(Lane::ALL.map(|lane| {
             let (log, back) = self.words.lane(lane);
-            let [received, replayed] = &back.acks.0;
+            let AckWords {
+                lane: by_lane,
+                others,
+            } = &back.acks.0;
+            let most = |a: &AtomicU64, b: &AtomicU64| {
+                Seq(a.load(Ordering::Acquire).max(b.load(Ordering::Acquire)))
+            };
             Counters {
                 fenced: log.tail.0.load(Ordering::Acquire) & FENCE != 0,
                 committed: Seq(self.committed[lane.index()].load(Ordering::Acquire)),
-                received: Seq(received.load(Ordering::Acquire)),
-                replayed: Seq(replayed.load(Ordering::Acquire)),
+                received: most(&by_lane.received, &others.received),
+                replayed: most(&by_lane.replayed, &others.replayed),
             }
         }))
     }
@@ -309,6 +340,17 @@ impl ReadPort for ShmReader {
             at: tail & !FENCE,
             fenced: tail & FENCE != 0,
         })
+    }
+
+    fn known(&mut self) -> Result<Limit, ReadError> {
+        Ok(match self.ends[self.lane.index()].load(Ordering::Acquire) {
+            OPEN => Limit::Unknown { fenced: false },
+            at => Limit::Tail { at, fenced: true },
+        })
+    }
+
+    fn word(&self, at: usize) -> u64 {
+        self.view.load(at)
     }
 
     fn copy_out(&self, at: usize, to: &mut [u8]) {
@@ -350,18 +392,55 @@ impl ReadPort for ShmReader {
     }
 }
 
+/// For any thread.
 #[derive(Debug)]
 struct ShmAcks {
     words: Shared,
 }
 
+impl ShmAcks {
+    fn words(&self, lane: Lane) -> &Acked {
+        &self.words.back.lane(lane).acks.0.others
+    }
+}
+
 impl AckPort for ShmAcks {
     fn received(&self, lane: Lane, seq: Seq) {
-        self.words.back.lane(lane).acks.0[0].fetch_max(seq.0, Ordering::AcqRel);
+        self.words(lane).received.fetch_max(seq.0, Ordering::AcqRel);
     }
 
     fn replayed(&self, lane: Lane, seq: Seq) {
-        self.words.back.lane(lane).acks.0[1].fetch_max(seq.0, Ordering::AcqRel);
+        self.words(lane).replayed.fetch_max(seq.0, Ordering::AcqRel);
+    }
+}
+
+/// For the lane's reader alone: one thread, so a store will do, and what it stored last is known here.
+///
+/// An exchange reads the line before it writes it, and the writer, which polls it, has it: one more way between the cores.
+#[derive(Debug)]
+struct ShmLaneAcks {
+    words: Shared,
+    said: Acked,
+}
+
+impl ShmLaneAcks {
+    fn say(said: &AtomicU64, word: &AtomicU64, seq: Seq) {
+        if seq.0 > said.load(Ordering::Relaxed) {
+            said.store(seq.0, Ordering::Relaxed);
+            word.store(seq.0, Ordering::Release);
+        }
+    }
+}
+
+impl AckPort for ShmLaneAcks {
+    fn received(&self, lane: Lane, seq: Seq) {
+        let words = &self.words.back.lane(lane).acks.0.lane;
+        ShmLaneAcks::say(&self.said.received, &words.received, seq);
+    }
+
+    fn replayed(&self, lane: Lane, seq: Seq) {
+        let words = &self.words.back.lane(lane).acks.0.lane;
+        ShmLaneAcks::say(&self.said.replayed, &words.replayed, seq);
     }
 }
 

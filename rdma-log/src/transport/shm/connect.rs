@@ -18,8 +18,9 @@ use crate::fdpass::{recv_with_fds, send_with_fds};
 use crate::region::{Access, Region, Words, check_memfd, memfd};
 use crate::ring::{RingConfig, RingReader, RingWriter};
 
-/// Version of the messages and of the layout of the memory.
-const VERSION: u32 = 1;
+/// Version of the messages, of the layout of the memory and of the order in which it is written. Since 2 the header that
+/// a reader looks at is stored last, and there are two pairs of acknowledgements.
+const VERSION: u32 = 2;
 const OFFER: [u8; 8] = *b"rdmalogO";
 const ANSWER: [u8; 8] = *b"rdmalogA";
 /// Either message: magic, version, reserved, nonce, the two sizes.
