@@ -17,8 +17,8 @@
 //! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. The thread that lands a log from TCP has the open sockets, the one that writes a
-//! recording its open file, and a replay, which has one thread, KVM's ioctls.
+//! directory that belongs to another user. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
+//! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -53,6 +53,8 @@ pub enum Thread {
     Io,
     /// Asks the arbiter.
     Arbiter,
+    /// Finds a new backup and copies the machine to it.
+    Recruiter,
     /// Lands a log from TCP.
     Landing,
     /// Writes a recording.
@@ -99,6 +101,7 @@ struct Filters {
     vcpu: BpfProgram,
     io: BpfProgram,
     arbiter: BpfProgram,
+    recruiter: BpfProgram,
     landing: BpfProgram,
     log_file: BpfProgram,
     replay: BpfProgram,
@@ -120,6 +123,7 @@ impl Sandbox {
                 vcpu: list(Thread::Vcpu)?,
                 io: list(Thread::Io)?,
                 arbiter: list(Thread::Arbiter)?,
+                recruiter: list(Thread::Recruiter)?,
                 landing: list(Thread::Landing)?,
                 log_file: list(Thread::LogFile)?,
                 replay: list(Thread::Replay)?,
@@ -144,6 +148,7 @@ impl Sandbox {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
             Thread::Arbiter => &filters.arbiter,
+            Thread::Recruiter => &filters.recruiter,
             Thread::Landing => &filters.landing,
             Thread::LogFile => &filters.log_file,
             Thread::Replay => &filters.replay,
@@ -292,6 +297,9 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_setsockopt,
 ];
 
+/// Sockets that are made: to a backup that listens.
+const CALLS: &[libc::c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
+
 /// Records that are read, written aside, linked into place, synced and removed.
 const FILES: &[libc::c_long] = &[
     libc::SYS_open,
@@ -323,15 +331,16 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 }
 
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
-    let more: &[libc::c_long] = match thread {
+    let more: &[&[libc::c_long]] = match thread {
         // A log over a stream is written by the vCPU thread.
-        Thread::Vcpu | Thread::Io | Thread::Landing => SOCKETS,
-        Thread::Arbiter => FILES,
+        Thread::Vcpu | Thread::Io | Thread::Landing => &[SOCKETS],
+        Thread::Arbiter => &[FILES],
+        Thread::Recruiter => &[SOCKETS, CALLS],
         Thread::LogFile | Thread::Replay => &[],
     };
     let mut rules: Rules = COMMON
         .iter()
-        .chain(more)
+        .chain(more.iter().copied().flatten())
         .map(|call| (*call, Vec::new()))
         .collect();
     // Memory, but none that can be executed.
@@ -341,7 +350,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
     }
     let ioctls = match thread {
         Thread::Vcpu | Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Io => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Io | Thread::Recruiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
         Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
     };
     if !ioctls.is_empty() {

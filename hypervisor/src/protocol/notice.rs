@@ -10,7 +10,8 @@ use super::record::{Epoch, Identity, Record};
 pub enum Evidence {
     /// Nothing was heard for this long.
     Silence(Duration),
-    /// Its heartbeats come, but its vCPU thread has made no progress for this long.
+    /// Its heartbeats come, but its vCPU thread has work in hand and has made no progress for this long. Time in line for a CPU
+    /// does not count, up to a bound.
     Wedged(Duration),
     /// The control connection closed: its process is gone.
     Death,
@@ -142,6 +143,10 @@ pub enum Notice {
     BackupLost(Evidence),
     /// The machine runs with nobody to take over.
     Unprotected(Record),
+    /// A backup that joined is entitled now.
+    Protected(Record),
+    /// A backup that was joining is lost; the machine goes on without.
+    JoinFailed(Evidence),
     /// The backup has claimed the machine; this primary keeps its state and waits for the outcome.
     Frozen(Record),
     /// The claim came to nothing; this primary asks to go on.
@@ -211,6 +216,11 @@ impl fmt::Display for Notice {
                     "UNPROTECTED: the machine runs without a backup ({record})"
                 )
             }
+            Self::Protected(record) => write!(f, "protected again: {record}"),
+            Self::JoinFailed(evidence) => write!(
+                f,
+                "UNPROTECTED still: the backup that was joining is lost ({evidence})"
+            ),
             Self::Frozen(record) => {
                 write!(
                     f,

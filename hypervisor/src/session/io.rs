@@ -11,8 +11,9 @@ use rdma_log::WriteError;
 use rdma_log::transport::tcp::{Link, StreamError, Watch};
 
 use super::SessionError;
-use super::beats::Beats;
+use super::beats::{Beats, Repeater};
 use super::host::{self, Inherited};
+use super::recruit::Taken;
 use super::report::{Event as Said, Reporter};
 use super::stager::Stager;
 use super::world::HostWorld;
@@ -25,7 +26,8 @@ use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
 use crate::preempt;
 use crate::record::Outlet;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Thread};
+use crate::scheduling::Urgency;
 use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
@@ -41,6 +43,8 @@ pub(super) struct Io {
     pub(super) outlet: Outlet,
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
+    /// Repeats our heartbeats when this thread is late with them.
+    repeater: Option<Repeater>,
     /// For the threads that are still to be confined.
     pub(super) sandbox: Sandbox,
     pub(super) control: Option<Channel>,
@@ -53,6 +57,8 @@ pub(super) struct Io {
     replayed_before: u64,
     /// The backup asked for our recent exits.
     exits_wanted: bool,
+    /// How often heartbeats are due, if an urgent thread is to repeat those that this one is late with.
+    repeat_beats: Option<Duration>,
     signals: UnixStream,
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
@@ -71,6 +77,7 @@ pub(super) struct Found {
 }
 
 /// What is made before there is a port or a lane.
+#[derive(Debug)]
 pub(super) struct Common {
     pub(super) wake: Arc<Wake>,
     pub(super) signals: UnixStream,
@@ -78,6 +85,23 @@ pub(super) struct Common {
 }
 
 impl Common {
+    /// Whether SIGTERM or SIGINT came.
+    pub(super) fn is_told_to_stop(&self) -> bool {
+        let mut waiter = Waiter::new();
+        let signals = waiter.add(&self.signals, true, false);
+        waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read
+    }
+
+    /// The same once more, for a role that may have to start over.
+    pub(super) fn again(&self, json: bool) -> Result<Self, SessionError> {
+        let signals = self.signals.try_clone();
+        Ok(Self {
+            wake: Arc::clone(&self.wake),
+            signals: signals.map_err(SessionError::host("share a socket"))?,
+            reporter: Reporter::new(json),
+        })
+    }
+
     pub(super) fn new(json: bool) -> Result<Self, SessionError> {
         Ok(Self {
             wake: Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?),
@@ -85,6 +109,17 @@ impl Common {
             reporter: Reporter::new(json),
         })
     }
+}
+
+/// What came while a backup waits to be entitled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    /// Nothing.
+    None,
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// The control connection has something to read, or is at its end.
+    Some,
 }
 
 /// The lane and reign that a stager writes to.
@@ -101,7 +136,6 @@ impl Io {
         config: &Config,
         json: bool,
         port: Option<NetPort>,
-        lane: Option<InputLane>,
         gate: Gate<Output>,
     ) -> Result<Self, SessionError> {
         let out = match &port {
@@ -112,10 +146,6 @@ impl Io {
             None => None,
         };
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
-        let (lane, committed) = match lane {
-            Some((lane, epoch, committed)) => (Some((lane, epoch)), committed),
-            None => (None, None),
-        };
         host::pin(&config.cpus.io, "I/O");
         Ok(Self {
             orders: Arc::new(Orders::new(Arc::clone(&common.wake))),
@@ -124,12 +154,13 @@ impl Io {
                 gate,
                 Box::new(HostWorld::new(out, host::open_console(config, json)?)),
             ),
-            stager: Stager::new(port, lane, committed, Arc::clone(&stage)),
+            stager: Stager::new(port, Arc::clone(&stage)),
             reporter: common.reporter,
             stage,
             wake: common.wake,
             signals: common.signals,
             beats: None,
+            repeater: None,
             control: None,
             sandbox: Sandbox::prepare(&config.sandbox)?,
             watch: None,
@@ -137,6 +168,10 @@ impl Io {
             replayed: Arc::default(),
             replayed_before: 0,
             exits_wanted: false,
+            repeat_beats: config
+                .cpus
+                .urgent
+                .then(|| Duration::from_millis(config.timing.heartbeat_ms)),
             waiter: Waiter::new(),
             guest_watch: config.preempt.by_checkpoint().then(|| {
                 (
@@ -147,12 +182,87 @@ impl Io {
         })
     }
 
+    /// Waits for a word on a control connection, at most `longest`.
+    pub(super) fn await_word(
+        &self,
+        control: &Channel,
+        longest: Duration,
+    ) -> Result<Word, SessionError> {
+        let mut waiter = Waiter::new();
+        let wake = waiter.add(&*self.wake, true, false);
+        let signals = waiter.add(&self.signals, true, false);
+        let control = waiter.add(control, true, false);
+        waiter
+            .wait(Some(longest))
+            .map_err(SessionError::host("wait for events"))?;
+        if waiter.ready(wake).read {
+            self.wake.clear();
+        }
+        Ok(if waiter.ready(signals).read {
+            Word::Signal
+        } else if waiter.ready(control).read {
+            Word::Some
+        } else {
+            Word::None
+        })
+    }
+
+    /// The guest logs to a new ring from here on: what is read goes there, too.
+    pub(super) fn join_log(&mut self, taken: Taken) {
+        self.orders.forget_fence();
+        self.exits_wanted = false;
+        self.stager.attach(taken.lane);
+        self.watch = taken.watch;
+        self.replayed = taken.replayed;
+        self.replayed_before = 0;
+    }
+
+    /// There is no backup any more: what led to it is closed.
+    pub(super) fn leave_log(&mut self) {
+        self.stager.detach();
+        self.listen_to(None);
+        self.control = None;
+        self.watch = None;
+    }
+
     /// Opens the port that the configuration names.
     pub(super) fn port(
         config: &Config,
         inherited: &Inherited,
     ) -> Result<Option<NetPort>, SessionError> {
         host::open_port(config, inherited)
+    }
+
+    /// The last step before the rounds begin, on their thread: heartbeats get their urgent thread, and this one is confined.
+    pub(super) fn settle(&mut self) -> Result<(), SessionError> {
+        if let Some(every) = self.repeat_beats {
+            let (repeater, urgency) = Repeater::start(every, &self.orders, &self.sandbox)?;
+            repeater.repeat(self.beats.as_ref());
+            self.repeater = Some(repeater);
+            let text = match urgency {
+                Urgency::RealTime => None,
+                Urgency::Nice => {
+                    Some("heartbeats have no real-time priority here, only a nice value")
+                }
+                Urgency::Usual => Some("heartbeats have no priority over other work here"),
+            };
+            if let Some(text) = text {
+                self.reporter.say(&Said::Notice {
+                    text: format!("{text}: on a busy host they may be late; doppel doctor says how to allow it"),
+                    loud: false,
+                });
+            }
+        }
+        self.sandbox.confine(Thread::Io)?;
+        Ok(())
+    }
+
+    /// From now on this peer's heartbeats are heard, and ours go to it; or nobody's.
+    pub(super) fn listen_to(&mut self, beats: Option<Beats>) {
+        if let Some(repeater) = &self.repeater {
+            repeater.repeat(beats.as_ref());
+        }
+        self.beats = beats;
     }
 
     /// Gives the vCPU thread an order, wherever it is.
@@ -196,6 +306,9 @@ impl Io {
         if self.waiter.ready(wake).read {
             self.wake.clear();
         }
+        // A full lane is tried again in the next round, not in this one: a thread that kept trying would take the core from
+        // the one that makes room.
+        self.stager.retry();
         // Outputs that have committed first; and after a fence no frame is to be read.
         let mut log_gone = self.turn_log() || self.link_is_broken();
         if port.is_some_and(|port| self.waiter.ready(port).read)
@@ -203,7 +316,6 @@ impl Io {
         {
             tracing::warn!("the guest's network port is closed: {error}");
         }
-        self.stager.retry();
         log_gone |= self.turn_log();
         self.watch_the_guest();
         if blocked {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backends::wait::Moment;
 use crate::orders::Samples;
+use crate::protocol::detector::Watched;
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +32,19 @@ pub enum Event {
         /// The other process's identity.
         peer: String,
     },
+    /// A new backup holds a copy of the running machine and follows its log.
+    Joined {
+        /// Its identity.
+        peer: String,
+        /// How long the guest stood for it, in microseconds.
+        stopped_us: u64,
+        /// From the first page to its word that the copy is whole, in microseconds.
+        took_us: u64,
+        /// Bytes that went over.
+        bytes: u64,
+        /// Rounds, the first one with everything.
+        rounds: u32,
+    },
     /// Commit latencies since the last such event: (upper bound of the bucket in ns, count).
     Commits {
         /// The buckets.
@@ -44,6 +58,13 @@ pub enum Event {
         checkpoints_us: Vec<u64>,
         /// Bytes of these checkpoints together.
         checkpoint_bytes: u64,
+    },
+    /// What this side saw of the other's signs of life, since the last such event.
+    Watched {
+        /// The longest time in which nothing was heard, in microseconds.
+        silence_us: u64,
+        /// The longest gap between two looks of its own, in microseconds.
+        own_gap_us: u64,
     },
     /// How far this side is.
     Progress {
@@ -120,10 +141,14 @@ impl Timeline {
 pub struct Reporter {
     json: bool,
     commits_due: Instant,
+    watched_due: Instant,
 }
 
 /// Often enough that little is lost with a process that is killed, rare enough to cost nothing.
 const COMMITS_EVERY: Duration = Duration::from_millis(50);
+
+/// As often as somebody would look.
+const WATCHED_EVERY: Duration = Duration::from_secs(1);
 
 impl Reporter {
     /// A reporter; `json` writes every event to standard output.
@@ -132,6 +157,7 @@ impl Reporter {
         Self {
             json,
             commits_due: Instant::now() + COMMITS_EVERY,
+            watched_due: Instant::now() + WATCHED_EVERY,
         }
     }
 
@@ -151,6 +177,18 @@ impl Reporter {
             Event::Paired { epoch, .. } => {
                 tracing::info!("protected: both sides run, epoch {epoch}")
             }
+            Event::Joined {
+                stopped_us,
+                took_us,
+                bytes,
+                rounds,
+                ..
+            } => tracing::info!(
+                "a new backup has a copy: {:.1} MiB in {rounds} rounds, {:.1} ms; the guest stood {:.2} ms",
+                *bytes as f64 / f64::from(1 << 20),
+                *took_us as f64 / 1e3,
+                *stopped_us as f64 / 1e3
+            ),
             Event::Live {
                 epoch,
                 position,
@@ -162,7 +200,10 @@ impl Reporter {
             ),
             Event::Diverged { what } => tracing::error!("{what}"),
             Event::Ended { why } => tracing::info!("{why}"),
-            Event::Commits { .. } | Event::Preempted { .. } | Event::Progress { .. } => {}
+            Event::Commits { .. }
+            | Event::Preempted { .. }
+            | Event::Watched { .. }
+            | Event::Progress { .. } => {}
         }
     }
 
@@ -170,6 +211,20 @@ impl Reporter {
     #[must_use]
     pub fn commits_due(&self) -> bool {
         self.json && Instant::now() >= self.commits_due
+    }
+
+    /// Hands on what was seen of the other side's signs of life, when it is due.
+    pub fn watched(&mut self, take: impl FnOnce() -> Option<Watched>) {
+        if !self.json || Instant::now() < self.watched_due {
+            return;
+        }
+        self.watched_due = Instant::now() + WATCHED_EVERY;
+        if let Some(watched) = take() {
+            self.say(&Event::Watched {
+                silence_us: watched.silence.as_micros() as u64,
+                own_gap_us: watched.own_gap.as_micros() as u64,
+            });
+        }
     }
 
     /// Hands on the commit latencies that have gathered.

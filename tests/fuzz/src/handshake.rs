@@ -36,7 +36,7 @@ fn me() -> Identity {
 /// A byte chooses who listens, another whether each piece is framed; then pieces: length, bytes.
 fn run(bytes: &[u8]) {
     let mut source = Source::new(bytes);
-    let (who, framed) = (source.u8() % 6, source.u8() & 1 == 0);
+    let (who, framed) = (source.u8() % 7, source.u8() & 1 == 0);
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     // All that is said fits the socket's buffer, and then the peer is gone: nobody waits.
     let mut said = Vec::new();
@@ -74,10 +74,14 @@ fn run(bytes: &[u8]) {
             let introduced = handshake::introduce(&channel, &hello, &[]);
             introduced.err().map(|error| error.to_string())
         }
-        3 => handshake::await_go(&channel)
+        3 => handshake::await_ready(&channel)
             .err()
             .map(|error| error.to_string()),
         4 => {
+            let record = handshake::hear_record(&channel, me());
+            record.err().map(|error| error.to_string())
+        }
+        5 => {
             let exits = handshake::ask_exits(&channel);
             exits.err().map(|error| error.to_string())
         }
@@ -96,6 +100,7 @@ fn hello(spec_bytes: usize) -> Hello {
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],
+        running: false,
         spec_bytes: spec_bytes as u32,
     }
 }
@@ -126,11 +131,10 @@ fn seeds() -> Vec<Vec<u8>> {
     let id = me().to_string();
     let mut seeds = vec![seed];
     for (who, text) in [
+        (1, "{\"has_port\":false}".into()),
         (
-            1,
-            format!(
-                "{{\"epoch\":1,\"configuration\":1,\"owner\":\"{id}\",\"entitled\":\"{id}\",\"has_port\":false}}"
-            ),
+            4,
+            format!("{{\"epoch\":1,\"configuration\":1,\"owner\":\"{id}\",\"entitled\":\"{id}\"}}"),
         ),
         (
             2,
@@ -142,8 +146,8 @@ fn seeds() -> Vec<Vec<u8>> {
         piece(&mut seed, text.as_bytes());
         seeds.push(seed);
     }
-    seeds.push(vec![3, 1, 1, 0, b'g']);
-    let mut exits = vec![4, 1];
+    seeds.push(vec![3, 1, 1, 0, b'r']);
+    let mut exits = vec![5, 1];
     let mut answer = 2u32.to_le_bytes().to_vec();
     answer.extend([0; 2 * hypervisor::digest::ExitRecord::SIZE]);
     piece(&mut exits, &answer);

@@ -61,6 +61,7 @@ fn progress(source: &mut Source<'_>) -> Progress {
         position: Position(source.u64()),
         turns: source.u64(),
         owes: source.u8() & 1 != 0,
+        stood: Duration::from_micros(u64::from(source.u16())),
     }
 }
 
@@ -162,9 +163,9 @@ fn seeds() -> Vec<Vec<u8>> {
     for sequence in 1..20u64 {
         story.extend_from_slice(&[2, 0x88, 0x13]);
         story.extend_from_slice(&sequence.to_le_bytes());
-        story.extend_from_slice(&[0; 25]);
+        story.extend_from_slice(&[0; 27]);
         story.extend_from_slice(&[0, 0x88, 0x13]);
-        story.extend_from_slice(&[0; 17]);
+        story.extend_from_slice(&[0; 19]);
     }
     vec![datagram.to_vec(), story, vec![0xff; SIZE]]
 }

@@ -1,5 +1,6 @@
 //! Starting the real program, and doing things to it.
 
+pub mod busy;
 pub mod flips;
 pub mod forged;
 pub mod hostile;
@@ -19,6 +20,7 @@ pub mod program;
 pub mod random;
 pub mod recording;
 pub mod redis;
+pub mod relay;
 pub mod role;
 pub mod scheduler;
 pub mod signal;
