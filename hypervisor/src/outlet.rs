@@ -111,7 +111,9 @@ impl Outlet {
         gate.release(committed, |output| {
             *power_off |= matches!(output, Output::PowerOff(_));
             match world.send(output) {
-                Sent::Done => *full_since = None,
+                // The console's way out is another.
+                Sent::Done if frame_length(output) > 0 => *full_since = None,
+                Sent::Done => {}
                 Sent::Busy => {
                     if full_since.get_or_insert_with(Instant::now).elapsed() < STUCK {
                         return Sent::Busy;

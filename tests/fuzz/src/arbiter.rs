@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use hypervisor::arbiter::{Arbiter, Durability, FileArbiter};
-use hypervisor::protocol::record::{Identity, Record};
+use hypervisor::protocol::record::{Identity, Record, State};
 
 use super::Target;
 use super::source::Source;
@@ -53,7 +53,9 @@ fn run(bytes: &[u8]) {
             assert!(text.starts_with(b"doppel arbiter record 1\n"));
             // The next steps from any record that can be read can be counted.
             let _ = record.entitled.and_then(|backup| record.claimed_by(backup));
-            let _ = (record.detached(), record.ended());
+            if record.state == State::Live {
+                let _ = (record.detached(), record.ended());
+            }
             let _ = Record::cold_start(Some(&record), owner(), None);
             drop(arbiter.swap(Some(&record), &to));
         }
