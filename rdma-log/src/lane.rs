@@ -86,4 +86,4 @@ impl Geometry {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests;
+pub(crate) mod tests;
