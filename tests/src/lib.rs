@@ -4,6 +4,7 @@
 //! figures. The promises drive the real program, real KVM and real clients; the harness starts, kills and freezes them.
 
 pub mod harness;
+pub mod lab;
 pub mod promise;
 pub mod promises;
 pub mod redis_compat;

@@ -1,0 +1,250 @@
+//! The switch's sockets and its thread.
+//!
+//! Unsafe code lives here for `poll(2)`, which the standard library does not have.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::switch::{Card, MAX_FRAME, QUEUE, Switch};
+
+/// The switch and the thread that serves it.
+#[derive(Clone, Debug)]
+pub struct Cables {
+    switch: Arc<Mutex<Switch>>,
+    /// A byte on it makes the thread look at what is wrong anew.
+    bell: Arc<UnixStream>,
+}
+
+impl Cables {
+    /// Listens for the cards of hosts on these sockets, in a thread.
+    ///
+    /// # Errors
+    /// If there is no thread or no socket to wake it.
+    pub fn start(listeners: Vec<(Card, UnixListener)>) -> Result<Self> {
+        let cards = listeners.iter().map(|&(card, _)| card).collect();
+        let switch = Arc::new(Mutex::new(Switch::new(cards)));
+        let (bell, heard) = UnixStream::pair().context("make a pair of sockets")?;
+        let mut thread = Thread {
+            switch: Arc::clone(&switch),
+            heard,
+            ports: BTreeMap::new(),
+        };
+        for (card, listener) in listeners {
+            listener
+                .set_nonblocking(true)
+                .context("prepare a listener")?;
+            thread.ports.insert(card, Port::new(listener));
+        }
+        thread
+            .heard
+            .set_nonblocking(true)
+            .context("prepare a socket")?;
+        std::thread::Builder::new()
+            .name("switch".into())
+            .spawn(move || thread.serve())
+            .context("start the switch's thread")?;
+        Ok(Self {
+            switch,
+            bell: Arc::new(bell),
+        })
+    }
+
+    /// Looks at the switch or changes it.
+    pub fn with<T>(&self, work: impl FnOnce(&mut Switch) -> T) -> T {
+        let outcome = work(&mut locked(&self.switch));
+        // A full socket has woken the thread already.
+        let _ = (&*self.bell).write(&[0]);
+        outcome
+    }
+}
+
+fn locked(switch: &Mutex<Switch>) -> MutexGuard<'_, Switch> {
+    switch.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One card: where its host's QEMU connects, and the connection.
+#[derive(Debug)]
+struct Port {
+    listener: UnixListener,
+    stream: Option<UnixStream>,
+    read: Vec<u8>,
+    unsent: VecDeque<u8>,
+}
+
+impl Port {
+    fn new(listener: UnixListener) -> Self {
+        Self {
+            listener,
+            stream: None,
+            read: Vec::new(),
+            unsent: VecDeque::new(),
+        }
+    }
+
+    fn hang_up(&mut self) {
+        self.stream = None;
+        self.read.clear();
+        self.unsent.clear();
+    }
+
+    /// Sends a frame, now or later; drops it when too much waits.
+    fn send(&mut self, frame: &[u8]) {
+        if self.stream.is_none() || self.unsent.len() + frame.len() > QUEUE {
+            return;
+        }
+        self.unsent.extend((frame.len() as u32).to_be_bytes());
+        self.unsent.extend(frame);
+    }
+
+    fn flush(&mut self) {
+        while let Some(stream) = &mut self.stream
+            && !self.unsent.is_empty()
+        {
+            match stream.write(self.unsent.as_slices().0) {
+                Ok(sent) => drop(self.unsent.drain(..sent)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => self.hang_up(),
+            }
+        }
+    }
+
+    /// Reads what is there; whole frames go to `take`.
+    fn receive(&mut self, mut take: impl FnMut(&[u8])) {
+        let mut buffer = [0; 64 * 1024];
+        let Some(stream) = &mut self.stream else {
+            return;
+        };
+        match stream.read(&mut buffer) {
+            Ok(0) => self.hang_up(),
+            Ok(more) => {
+                self.read.extend(&buffer[..more]);
+                let mut rest = self.read.as_slice();
+                while let Some((length, behind)) = rest.split_first_chunk::<4>() {
+                    let length = u32::from_be_bytes(*length) as usize;
+                    if length > MAX_FRAME {
+                        eprintln!(
+                            "lab: a card sent a frame of {length} bytes, its cable is unplugged"
+                        );
+                        self.hang_up();
+                        return;
+                    }
+                    let Some((frame, after)) = behind.split_at_checked(length) else {
+                        break;
+                    };
+                    take(frame);
+                    rest = after;
+                }
+                let used = self.read.len() - rest.len();
+                self.read.drain(..used);
+            }
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
+            Err(_) => self.hang_up(),
+        }
+    }
+}
+
+struct Thread {
+    switch: Arc<Mutex<Switch>>,
+    heard: UnixStream,
+    ports: BTreeMap<Card, Port>,
+}
+
+impl Thread {
+    fn serve(mut self) {
+        loop {
+            if let Err(error) = self.wait() {
+                eprintln!("lab: the switch cannot wait for frames ({error}) and ends");
+                return;
+            }
+            let mut bell = [0; 64];
+            while matches!(self.heard.read(&mut bell), Ok(1..)) {}
+            let mut arrived = Vec::new();
+            for (&card, port) in &mut self.ports {
+                if let Ok((stream, _)) = port.listener.accept() {
+                    // A host that was started again takes its cable back.
+                    port.hang_up();
+                    port.stream = stream.set_nonblocking(true).is_ok().then_some(stream);
+                }
+                port.receive(|frame| arrived.push((card, frame.to_vec())));
+            }
+            let now = Instant::now();
+            let ports = &mut self.ports;
+            let mut deliver = |to: Card, frame: &[u8]| {
+                if let Some(port) = ports.get_mut(&to) {
+                    port.send(frame);
+                }
+            };
+            let mut switch = locked(&self.switch);
+            switch.due(now, &mut deliver);
+            for (from, frame) in arrived {
+                switch.frame(from, &frame, now, &mut deliver);
+            }
+            drop(switch);
+            for port in ports.values_mut() {
+                port.flush();
+            }
+        }
+    }
+
+    /// Waits until a card has something, can take something, or something is due.
+    fn wait(&self) -> io::Result<()> {
+        let mut waited = vec![libc::pollfd {
+            fd: self.heard.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        for port in self.ports.values() {
+            waited.push(libc::pollfd {
+                fd: port.listener.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            });
+            if let Some(stream) = &port.stream {
+                let out = if port.unsent.is_empty() {
+                    0
+                } else {
+                    libc::POLLOUT
+                };
+                waited.push(libc::pollfd {
+                    fd: stream.as_raw_fd(),
+                    events: libc::POLLIN | out,
+                    revents: 0,
+                });
+            }
+        }
+        let due = locked(&self.switch).next_due();
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| libc::timespec {
+            tv_sec: left.as_secs() as libc::time_t,
+            tv_nsec: libc::c_long::from(left.subsec_nanos() as i32),
+        });
+        let left = left.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the array and the time live until the call returns, and the length is the array's.
+        let ready = unsafe {
+            libc::ppoll(
+                waited.as_mut_ptr(),
+                waited.len() as libc::nfds_t,
+                left,
+                std::ptr::null(),
+            )
+        };
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}

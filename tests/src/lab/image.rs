@@ -1,0 +1,317 @@
+//! What a host boots: the stock kernel, and an archive that holds its whole root file system.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{BufWriter, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::cpio::Cpio;
+use super::modules::{self, Modules};
+use super::packages::{self, listing};
+
+/// What a host boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The archive of its root file system.
+    pub initramfs: PathBuf,
+}
+
+/// The first process of a host.
+const INIT: &str = include_str!("host/init");
+
+/// The directories of Debian whose contents a host gets, whole.
+const WHOLE: &[&str] = &["usr/bin", "usr/sbin", "bin", "sbin", "etc"];
+
+/// Where programs that are looked up by name at run time find their plug-ins.
+const PLUGINS: &str = "usr/lib/x86_64-linux-gnu/libibverbs";
+
+/// Libraries that programs built by Rust or C need, whether or not a packaged program does.
+const LIBRARIES: &[&str] = &[
+    "/lib/x86_64-linux-gnu/libc.so.6",
+    "/lib/x86_64-linux-gnu/libdl.so.2",
+    "/lib/x86_64-linux-gnu/libgcc_s.so.1",
+    "/lib/x86_64-linux-gnu/libm.so.6",
+    "/lib/x86_64-linux-gnu/libpthread.so.0",
+    "/lib/x86_64-linux-gnu/librt.so.1",
+    "/lib64/ld-linux-x86-64.so.2",
+];
+
+const PASSWD: &str =
+    "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n";
+const GROUP: &str = "root:x:0:\nnogroup:x:65534:\n";
+
+/// Makes the image below `cache`, or finds it there: it is made anew when what it is made of has changed.
+///
+/// # Errors
+/// If a package cannot be had, or the archive not be written.
+pub fn image(cache: &Path, agent: &Path) -> Result<Image> {
+    let _alone = packages::lock(cache)?;
+    let mut names: Vec<String> = packages::BASE.iter().map(|&name| name.to_owned()).collect();
+    let complete = cache.join("complete");
+    // apt is asked for the name of today's kernel only when there is none: what is there does for offline use too.
+    let had = fs::read_to_string(&complete).unwrap_or_default();
+    let kernel = match had.lines().find(|name| name.starts_with("linux-image-")) {
+        Some(name) => name.to_owned(),
+        None => packages::kernel()?,
+    };
+    names.push(kernel);
+    let root = packages::unpack(&names, cache)?;
+    let kernel = listing(&root.join("boot"))?
+        .into_iter()
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        })
+        .context("the kernel's package has no vmlinuz")?;
+
+    let made_of = made_of(&names, agent)?;
+    let initramfs = cache.join("initramfs.cpio");
+    let note = cache.join("initramfs.made-of");
+    if !(initramfs.exists() && fs::read_to_string(&note).is_ok_and(|have| have == made_of)) {
+        let _ = fs::remove_file(&note);
+        let fresh = cache.join("initramfs.new");
+        write(&root, agent, &fresh)?;
+        fs::rename(&fresh, &initramfs).context("put the archive in place")?;
+        fs::write(&note, made_of).context("note what the archive is made of")?;
+    }
+    Ok(Image { kernel, initramfs })
+}
+
+/// What must be the same for an archive to be used again.
+fn made_of(names: &[String], agent: &Path) -> Result<String> {
+    let mut hash = DefaultHasher::new();
+    names.hash(&mut hash);
+    (INIT, WHOLE, LIBRARIES, modules::LOADED, modules::AT_HAND).hash(&mut hash);
+    fs::read(agent)
+        .with_context(|| format!("read {}", agent.display()))?
+        .hash(&mut hash);
+    for library in LIBRARIES {
+        let facts = fs::metadata(library).with_context(|| {
+            format!("look at {library}: the lab needs this machine to be Debian's amd64")
+        })?;
+        (facts.len(), facts.modified().ok()).hash(&mut hash);
+    }
+    Ok(format!("{:016x}", hash.finish()))
+}
+
+fn write(root: &Path, agent: &Path, to: &Path) -> Result<()> {
+    let file = File::create(to).with_context(|| format!("make {}", to.display()))?;
+    let mut archive = Cpio::new(BufWriter::new(file));
+    for directory in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64"] {
+        archive.directory(directory)?;
+        let short = &directory["usr/".len()..];
+        archive.link(short, directory)?;
+    }
+    for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var/log"] {
+        archive.directory(directory)?;
+    }
+    // The console must be there before /dev is.
+    archive.device("dev/console", 0o600, 5, 1)?;
+    archive.device("dev/null", 0o666, 1, 3)?;
+    archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.link("etc/mtab", "/proc/self/mounts")?;
+    archive.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
+    archive.file("etc/group", 0o644, GROUP.as_bytes())?;
+    archive.file("etc/hosts", 0o644, hosts().as_bytes())?;
+
+    let mut programs = vec![agent.to_owned()];
+    archive.file("usr/sbin/lab", 0o755, &loaded(read(agent)?))?;
+    for directory in WHOLE {
+        tree(&mut archive, root, directory, &mut programs)?;
+    }
+    tree(&mut archive, root, PLUGINS, &mut programs)?;
+    for library in LIBRARIES
+        .iter()
+        .map(PathBuf::from)
+        .chain(needed(root, &programs)?)
+    {
+        let name = merged(library.strip_prefix(root).unwrap_or(&library));
+        if !archive.has(&name) {
+            archive.file(&name, 0o755, &read(&library)?)?;
+        }
+    }
+    busybox(&mut archive, root)?;
+    kernel_modules(&mut archive, root)?;
+    archive.finish().context("end the archive")?;
+    Ok(())
+}
+
+/// Every host knows the others by name.
+fn hosts() -> String {
+    let mut text = String::from("127.0.0.1 localhost\n");
+    for number in 1..=super::MOST_HOSTS {
+        text += &format!("10.88.0.{number} h{number}\n10.88.1.{number} h{number}-1\n");
+    }
+    text
+}
+
+/// A path of the packages as it is in a host, where /bin and its like are links into /usr.
+fn merged(path: &Path) -> String {
+    let name = path.display().to_string();
+    let name = name.trim_start_matches('/');
+    match name.split('/').next() {
+        Some("bin" | "sbin" | "lib" | "lib64") => format!("usr/{name}"),
+        _ => name.to_owned(),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("read {}", path.display()))
+}
+
+/// Puts a directory of the packages into the archive, and notes which programs were in it.
+fn tree<W: std::io::Write>(
+    archive: &mut Cpio<W>,
+    root: &Path,
+    directory: &str,
+    programs: &mut Vec<PathBuf>,
+) -> Result<()> {
+    let from = root.join(directory);
+    if !from.exists() {
+        return Ok(());
+    }
+    for path in listing(&from)? {
+        let below = path.strip_prefix(root).context("a path of the packages")?;
+        let name = merged(below);
+        let facts =
+            fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
+        // libibverbs complains of each driver that it is told of and does not find.
+        let stranger = name.contains("libibverbs") && path.is_file() && !name.contains("rxe");
+        if archive.has(&name) || stranger {
+            continue;
+        }
+        if facts.is_symlink() {
+            let target = fs::read_link(&path).context("read a link")?;
+            archive.link(&name, &target.display().to_string())?;
+        } else if facts.is_dir() {
+            tree(archive, root, &below.display().to_string(), programs)?;
+        } else {
+            archive.file(&name, facts.permissions().mode(), &read(&path)?)?;
+            if is_elf(&path) {
+                programs.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_elf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    File::open(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok())
+        && magic == *b"\x7fELF"
+}
+
+/// A program without what is never loaded of it: symbols and what debuggers want lie behind its last segment.
+fn loaded(mut program: Vec<u8>) -> Vec<u8> {
+    // Offsets in the header of a 64-bit ELF file and in its program headers (System V gABI, chapter 4 and 5).
+    let number = |at: usize, bytes: usize| -> Option<usize> {
+        let mut value = [0; 8];
+        value[..bytes].copy_from_slice(program.get(at..at + bytes)?);
+        usize::try_from(u64::from_le_bytes(value)).ok()
+    };
+    let end = || -> Option<usize> {
+        let (headers, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        let mut end = headers.checked_add(size * count)?;
+        for at in (0..count).map(|index| headers + index * size) {
+            end = end.max(number(at + 8, 8)?.checked_add(number(at + 32, 8)?)?);
+        }
+        Some(end)
+    };
+    if let Some(end) = end()
+        && end < program.len()
+    {
+        program.truncate(end);
+        // There are no sections any more: their table's offset, the size and number of its entries, and of their names.
+        program[40..48].fill(0);
+        program[58..64].fill(0);
+    }
+    program
+}
+
+/// The libraries that these programs need: the packages' own before this machine's.
+fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
+    let path = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
+        .map(|directory| root.join(directory).display().to_string())
+        .join(":");
+    let output = Command::new("ldd")
+        .args(programs)
+        .env("LD_LIBRARY_PATH", path)
+        .output()
+        .context("run ldd")?;
+    let mut libraries = BTreeSet::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let Some((name, found)) = line.trim().split_once(" => ") else {
+            continue;
+        };
+        ensure!(
+            found != "not found",
+            "the lab's programs need {name}, which neither its packages nor this machine have"
+        );
+        if let Some(path) = found.split(" (").next() {
+            libraries.insert(PathBuf::from(path));
+        }
+    }
+    Ok(libraries)
+}
+
+/// A link for everything that busybox can be and no package is.
+fn busybox<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
+    let output = Command::new(root.join("bin/busybox"))
+        .arg("--list")
+        .output()
+        .context("ask busybox what it can be")?;
+    let list = String::from_utf8_lossy(&output.stdout);
+    ensure!(list.contains("insmod"), "busybox cannot be insmod");
+    for applet in list.lines() {
+        let places = ["usr/bin", "usr/sbin"].map(|place| format!("{place}/{applet}"));
+        if !places.iter().any(|place| archive.has(place)) {
+            archive.link(&places[0], "/usr/bin/busybox")?;
+        }
+    }
+    // The kernel asks for modules by this path.
+    if !archive.has("usr/sbin/modprobe") {
+        archive.link("usr/sbin/modprobe", "/usr/bin/busybox")?;
+    }
+    Ok(())
+}
+
+fn kernel_modules<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
+    let trees = listing(&root.join("lib/modules"))?;
+    let tree = trees
+        .first()
+        .context("the kernel's package has no modules")?;
+    let version = tree
+        .file_name()
+        .context("a directory of modules")?
+        .to_string_lossy();
+    let place = format!("usr/lib/modules/{version}");
+    let all = Modules::below(tree)?;
+    let loaded = all.in_order(modules::LOADED)?;
+    let names = [modules::LOADED, modules::AT_HAND].concat();
+    let modules = all.in_order(&names)?;
+    for module in &modules {
+        archive.file(&format!("{place}/{}", module.path), 0o644, &module.bytes)?;
+    }
+    let dependencies = modules::dependencies(&modules);
+    archive.file(
+        &format!("{place}/modules.dep"),
+        0o644,
+        dependencies.as_bytes(),
+    )?;
+    let aliases = modules::aliases(&modules);
+    archive.file(&format!("{place}/modules.alias"), 0o644, aliases.as_bytes())?;
+    let order: String = loaded
+        .iter()
+        .map(|module| format!("/{place}/{}\n", module.path))
+        .collect();
+    archive.file("etc/lab/modules", 0o644, order.as_bytes())?;
+    Ok(())
+}
