@@ -15,6 +15,8 @@ mod load;
 
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod tests;
 
 pub use error::{RdmaError, Status};
 

@@ -47,8 +47,14 @@ pub(super) fn table() -> Result<&'static Table, RdmaError> {
     if let Some(table) = *loaded {
         return Ok(table);
     }
+    let table = find(places())?;
+    *loaded = Some(table);
+    Ok(table)
+}
+
+fn find(places: Vec<PathBuf>) -> Result<&'static Table, RdmaError> {
     let mut tried = Vec::new();
-    for path in places() {
+    for path in places {
         let alone = path.components().count() == 1;
         if !alone && !path.exists() {
             tried.push(format!("{} does not exist", path.display()));
@@ -73,8 +79,7 @@ pub(super) fn table() -> Result<&'static Table, RdmaError> {
         };
         // SAFETY: the function takes nothing and returns its table, or any that it has.
         let table = unsafe { entry() };
-        *loaded = Some(check(table, &path.display().to_string())?);
-        return Ok(loaded.expect("set above"));
+        return check(table, &path.display().to_string());
     }
     let reason = tried.join("; ");
     Err(RdmaError::Library { reason })
@@ -99,4 +104,41 @@ fn check(table: *const Table, path: &str) -> Result<&'static Table, RdmaError> {
     }
     // SAFETY: of this version and size, so it is the table that this file knows.
     Ok(unsafe { &*table })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_missing_or_something_else_is_named_with_what_to_do() {
+        let error = find(vec![
+            "/nowhere/libdoppel_verbs.so".into(),
+            "libc.so.6".into(),
+        ]);
+        let text = error.unwrap_err().to_string();
+        for part in [
+            "/nowhere/libdoppel_verbs.so does not exist",
+            "libc.so.6: ",
+            "libibverbs1",
+            "DOPPEL_VERBS",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_table_of_another_version_is_refused_before_it_is_used() {
+        for (numbers, ours) in [
+            ([ABI + 1, size_of::<Table>() as u32], false),
+            ([ABI, size_of::<Table>() as u32 + 8], false),
+            ([0, 0], false),
+        ] {
+            let numbers: &'static [u32; 2] = Box::leak(Box::new(numbers));
+            let found = check(numbers.as_ptr().cast(), "a library");
+            assert_eq!(found.is_ok(), ours);
+        }
+        let refused = check(std::ptr::null(), "a library");
+        assert!(matches!(refused, Err(RdmaError::Version { found: 0, .. })));
+    }
 }
