@@ -73,8 +73,8 @@ fn memory_that_was_taken_back_does_not_change() {
                             .unwrap();
                         posted += 1;
                     }
-                    for completion in 0..from.poll(&mut completions).unwrap() {
-                        let completion = completions[completion];
+                    let got = from.poll(&mut completions).unwrap();
+                    for completion in &completions[..got] {
                         if completion.status != 0 {
                             return RdmaError::of_status(completion.status, 0);
                         }

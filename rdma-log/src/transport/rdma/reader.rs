@@ -11,27 +11,31 @@
 //! two sees the other.
 #![forbid(unsafe_code)]
 
+mod ports;
+
+use ports::{Finder, Nobody};
+
+pub use ports::Link;
+pub(super) use ports::{RdmaAcks, RdmaFence, RdmaReader};
+
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::block::{Alarm, BLOCK, Block, From, LaneWords};
 use super::hello::Mode;
 use super::pipe::{Pipe, Slots};
 use super::writer::BEAT;
-use crate::entry::{HEADER_LEN, Header, Keys, Lane, Nonce, Seq, Stamp};
-use crate::fence::{FenceError, Fenced};
+use crate::entry::{HEADER_LEN, Header, Keys, Lane, Nonce, Stamp};
 use crate::futex::{Bell, FutexWord};
-use crate::lane::{Geometry, LaneReader, ReadError, ReaderParts};
+use crate::lane::{Geometry, LaneReader, ReaderParts};
 use crate::poll::wait;
 use crate::region::{ReadView, Region};
 use crate::ring::{Acks, RingConfig};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
-use crate::transport::{AckPort, FenceKey, FencePort, Limit, ReadPort};
 use crate::verbs::RdmaError;
 use crate::verbs::{Device, Registered};
 
@@ -145,21 +149,6 @@ impl Shared {
         for lane in &self.lanes {
             lane.bell().ring();
         }
-    }
-}
-
-/// The state of a connection's reading end.
-#[derive(Clone, Debug)]
-pub struct Link(Arc<Shared>);
-
-impl Link {
-    pub(super) fn of(shared: &Arc<Shared>) -> Link {
-        Link(shared.clone())
-    }
-
-    /// Why nothing more comes, if that is known. What had arrived stays to be read.
-    pub fn broken(&self) -> Option<RdmaError> {
-        self.0.broken.get().cloned()
     }
 }
 
@@ -517,177 +506,4 @@ fn walk_on(state: &LaneState, walk: &mut Option<Box<LaneReader>>) -> bool {
         state.bell().ring();
     }
     last > before || ended
-}
-
-/// The port of the reader that walks along behind the device: it says how far it got, and nothing else.
-#[derive(Debug)]
-struct Finder {
-    lane: Lane,
-    shared: Arc<Shared>,
-    view: ReadView,
-}
-
-impl ReadPort for Finder {
-    fn limit(&mut self) -> Result<Limit, ReadError> {
-        Ok(Limit::Unknown { fenced: false })
-    }
-
-    fn copy_out(&self, at: usize, to: &mut [u8]) {
-        self.view.copy_out(at, to);
-    }
-
-    fn release(&mut self, consumed: u64) {
-        let state = self.shared.lane(self.lane);
-        state.found.store(consumed, Ordering::Release);
-    }
-
-    fn push(&mut self) -> Result<(), ReadError> {
-        Ok(())
-    }
-
-    fn arm(&mut self) -> u32 {
-        0
-    }
-
-    fn sleep(&mut self, _: u32, _: Duration) -> bool {
-        false
-    }
-
-    fn disarm(&mut self) {}
-}
-
-/// Where its acknowledgements would go, if it made any.
-#[derive(Debug)]
-struct Nobody;
-
-impl AckPort for Nobody {
-    fn received(&self, _: Lane, _: Seq) {}
-
-    fn replayed(&self, _: Lane, _: Seq) {}
-}
-
-/// One lane, for its reader.
-#[derive(Debug)]
-pub(super) struct RdmaReader {
-    pub(super) lane: Lane,
-    pub(super) shared: Arc<Shared>,
-    pub(super) view: ReadView,
-}
-
-impl RdmaReader {
-    fn state(&self) -> &LaneState {
-        self.shared.lane(self.lane)
-    }
-}
-
-impl ReadPort for RdmaReader {
-    /// A broken connection is no error here: what has arrived is still to be read.
-    fn limit(&mut self) -> Result<Limit, ReadError> {
-        // Acquire: whoever sees the fence sees every byte that came before it.
-        let fenced = self.shared.fenced.load(Ordering::Acquire);
-        Ok(Limit::Unknown { fenced })
-    }
-
-    fn copy_out(&self, at: usize, to: &mut [u8]) {
-        self.view.copy_out(at, to);
-    }
-
-    fn release(&mut self, consumed: u64) {
-        // Release: the loads of these bytes are over.
-        self.state().consumed.store(consumed, Ordering::Release);
-    }
-
-    fn push(&mut self) -> Result<(), ReadError> {
-        self.shared.attend();
-        Ok(())
-    }
-
-    fn arm(&mut self) -> u32 {
-        let armed = self.state().bell().arm();
-        self.shared.attend();
-        armed
-    }
-
-    fn sleep(&mut self, armed: u32, limit: Duration) -> bool {
-        self.state().bell().sleep(armed, limit)
-    }
-
-    fn disarm(&mut self) {
-        self.state().bell().disarm();
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct RdmaAcks(pub(super) Arc<Shared>);
-
-impl AckPort for RdmaAcks {
-    /// In mode `ack` it was acknowledged when it was found.
-    fn received(&self, lane: Lane, seq: Seq) {
-        if self.0.mode == Mode::Nic {
-            let before = self
-                .0
-                .lane(lane)
-                .received
-                .fetch_max(seq.0, Ordering::AcqRel);
-            if seq.0 > before {
-                self.0.attend();
-            }
-        }
-    }
-
-    fn replayed(&self, lane: Lane, seq: Seq) {
-        let state = self.0.lane(lane);
-        state.replayed.fetch_max(seq.0, Ordering::AcqRel);
-    }
-}
-
-/// Takes the registration of the ring back; when that is done nothing arrives any more. Dropped, it does so as well.
-#[derive(Debug)]
-pub(super) struct RdmaFence {
-    shared: Arc<Shared>,
-    ring: Registered,
-    thread: Option<JoinHandle<[Pipe<()>; 2]>>,
-}
-
-impl RdmaFence {
-    /// The other way: without its queue pairs nothing arrives either.
-    fn destroy(&mut self) -> Result<(), RdmaError> {
-        self.shared.retired.store(true, Ordering::SeqCst);
-        self.shared.wake();
-        let Some(thread) = self.thread.take() else {
-            return Ok(());
-        };
-        // A thread that panicked has dropped them.
-        if let Ok(pipes) = thread.join() {
-            for mut pipe in pipes {
-                pipe.queue.destroy()?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl FencePort for RdmaFence {
-    fn fence(&mut self) -> Result<Fenced, FenceError> {
-        if let Err(first) = self.ring.deregister() {
-            self.destroy().map_err(|second| FenceError::Transport {
-                reason: format!("{first}; and {second}"),
-            })?;
-        }
-        self.shared.fenced.store(true, Ordering::Release);
-        self.shared.retired.store(true, Ordering::SeqCst);
-        self.shared.wake();
-        for lane in &self.shared.lanes {
-            lane.data.bump();
-        }
-        Ok(Fenced::attest(FenceKey(()), self.shared.nonce, [None; 2]))
-    }
-}
-
-impl Drop for RdmaFence {
-    fn drop(&mut self) {
-        // What the writer hears first is that it may not write, not that nobody is there. Errors have nobody to hear them.
-        let _ = self.ring.deregister();
-        let _ = self.destroy();
-    }
 }
