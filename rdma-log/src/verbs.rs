@@ -10,6 +10,7 @@
 #![allow(unsafe_code)]
 
 pub mod abi;
+mod bare;
 mod error;
 mod load;
 
@@ -18,6 +19,7 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod tests;
 
+pub use bare::Bare;
 pub use error::{RdmaError, Status};
 
 use std::fmt;
