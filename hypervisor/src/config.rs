@@ -80,6 +80,8 @@ pub struct Pair {
     pub listen: Option<SocketAddr>,
     /// Address of the backup, to which the primary connects (transport `tcp`).
     pub connect: Option<SocketAddr>,
+    /// Addresses at which a machine that runs without a backup looks for a new one, beside `connect` (transport `tcp`).
+    pub standbys: Vec<SocketAddr>,
     /// Directory of the file arbiter, which both sides see.
     pub arbiter: PathBuf,
     /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
@@ -114,6 +116,7 @@ impl Default for Pair {
             transport: Transport::default(),
             listen: None,
             connect: None,
+            standbys: Vec::new(),
             socket: PathBuf::from("doppel.sock"),
             arbiter: PathBuf::from("doppel.arbiter"),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),

@@ -299,6 +299,12 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// A decoder that goes on where a machine was copied.
+    #[must_use]
+    pub fn from_base(base: Base) -> Self {
+        Self { base }
+    }
+
     /// What the next entry's distances are counted from.
     #[must_use]
     pub fn base(&self) -> Base {

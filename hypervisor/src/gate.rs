@@ -93,6 +93,15 @@ impl<T> Gate<T> {
         });
     }
 
+    /// A new log begins. What waits here was made before it and needs no entry of its own.
+    pub fn begin_log(&mut self) {
+        for held in &mut self.held {
+            held.events = Seq::ZERO;
+            held.inputs = Seq::ZERO;
+        }
+        self.released = Seq::ZERO;
+    }
+
     /// How many outputs wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -202,6 +211,22 @@ mod tests {
         assert_eq!(gate.released(Seq(9)), Seq(3));
         assert_eq!(release(&mut gate, committed(9, 9)), [2]);
         assert_eq!(gate.released(Seq(9)), Seq(9));
+    }
+
+    #[test]
+    fn a_new_log_starts_from_nothing() {
+        let mut gate = Gate::new();
+        gate.hold(Seq(70), Seq(9), 1);
+        gate.hold(Seq(71), Seq(9), 2);
+        let busy = |_: &u32| Sent::Busy;
+        gate.release(committed(70, 9), busy);
+        gate.begin_log();
+        gate.hold(Seq(1), Seq(1), 3);
+        assert_eq!(gate.released(Seq(0)), Seq(0));
+        assert_eq!(release(&mut gate, committed(0, 0)), [1, 2]);
+        assert_eq!(gate.released(Seq(1)), Seq(0));
+        assert_eq!(release(&mut gate, committed(1, 1)), [3]);
+        assert_eq!(gate.released(Seq(1)), Seq(1));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod demo;
+pub mod desk;
 pub mod devices;
 pub mod digest;
 pub mod divergence;

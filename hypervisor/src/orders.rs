@@ -26,6 +26,8 @@ pub enum Order {
     RunUnprotected,
     /// Stand still and let nothing out, until another order comes.
     Freeze,
+    /// Something lies on the desk.
+    Attend,
 }
 
 /// The queue of orders and what the vCPU thread reports back.
@@ -122,7 +124,8 @@ impl Orders {
     pub fn wait_out_freeze(&self) -> Order {
         loop {
             match self.take() {
-                Some(Order::Freeze) => {}
+                // A machine that is frozen is not copied: who asked gives up.
+                Some(Order::Freeze | Order::Attend) => {}
                 Some(order) => return order,
                 None => {
                     let queue = self.lock();
@@ -142,6 +145,11 @@ impl Orders {
     pub fn report_fenced(&self) {
         self.fenced.store(true, Ordering::SeqCst);
         self.reports.ring();
+    }
+
+    /// A new log begins, which nobody has fenced.
+    pub fn forget_fence(&self) {
+        self.fenced.store(false, Ordering::SeqCst);
     }
 
     /// The vCPU thread leaves its recent exits, as it freezes.

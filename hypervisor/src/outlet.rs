@@ -90,6 +90,17 @@ impl Outlet {
         gate.released(committed.events)
     }
 
+    /// A new log begins, and nothing of it has committed.
+    pub fn begin_log(&self) {
+        let mut state = self.lock();
+        state.gate.begin_log();
+        state.made.clear();
+        state.committed = Committed {
+            events: Seq::ZERO,
+            inputs: Seq::ZERO,
+        };
+    }
+
     /// Tries again what had committed at the last release and found the way out full.
     pub fn release_again(&self) {
         let committed = self.lock().committed;

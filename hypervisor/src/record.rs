@@ -5,6 +5,7 @@
 //! outputs before it waits.
 #![forbid(unsafe_code)]
 
+mod copying;
 mod preempting;
 
 use std::fs::File;
@@ -16,6 +17,7 @@ use rdma_log::Seq;
 
 use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
+use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
 use crate::gate::Committed;
@@ -98,6 +100,10 @@ pub struct Recorder<S> {
     taken: Vec<Output>,
     /// The guest has run on from its sync point and was kicked: its state is no state that a replay could stop at.
     mid_run: bool,
+    /// Where the thread asks that copies this machine.
+    desk: Option<Arc<Desk<S>>>,
+    /// The log that is to begin at the next place.
+    cut: Option<Box<S>>,
 }
 
 /// Everything a recorder is made of.
@@ -122,6 +128,8 @@ pub struct Parts<S> {
     pub options: RecordOptions,
     /// The host's random source, open.
     pub random: File,
+    /// Where the thread asks that copies this machine to a new backup, if there is one.
+    pub desk: Option<Arc<Desk<S>>>,
 }
 
 /// Opens the host's random source.
@@ -137,6 +145,7 @@ impl<S: Sink> Recorder<S> {
     #[must_use]
     pub fn new(parts: Parts<S>) -> Self {
         parts.outlet.measure(Arc::clone(&parts.samples));
+        let keeps = parts.sink.keeps();
         Self {
             machine: parts.machine,
             sink: parts.sink,
@@ -151,11 +160,14 @@ impl<S: Sink> Recorder<S> {
             next_memory_check: parts
                 .options
                 .memory_check
+                .filter(|_| keeps)
                 .map(|every| Instant::now() + every),
             applied: Seq::ZERO,
             step: Step::default(),
             taken: Vec::new(),
             mid_run: false,
+            desk: parts.desk,
+            cut: None,
         }
     }
 
@@ -189,6 +201,9 @@ impl<S: Sink> Recorder<S> {
                 && let Some(ended) = self.obey()?
             {
                 return Ok(ended);
+            }
+            if self.wants_cut() {
+                self.cut_if_wanted()?;
             }
             if self.wants_place() {
                 if let Some(ended) = self.make_place()? {
@@ -279,6 +294,15 @@ impl<S: Sink> Recorder<S> {
             self.gather()?;
             if self.machine.awake() {
                 return Ok(None);
+            }
+            if self.wants_cut() {
+                if self.machine.phase() == Phase::Halted {
+                    return Ok(None);
+                }
+                if !self.step.inputs.is_empty() {
+                    self.post_step()?;
+                }
+                self.cut_if_wanted()?;
             }
             if !self.step.inputs.is_empty() {
                 // It changed the machine but did not wake it: the log must say so before the next round.
@@ -514,8 +538,13 @@ impl<S: Sink> Recorder<S> {
     fn obey_one(&mut self, order: Order) -> bool {
         match order {
             Order::Stop | Order::StopAtSyncPoint => false,
+            Order::Attend => {
+                self.attend();
+                true
+            }
             Order::RunUnprotected => {
                 self.sink.detach();
+                self.next_memory_check = None;
                 self.outlet.open();
                 self.outlet.release(Committed::EVERYTHING);
                 true

@@ -171,6 +171,14 @@ impl<L: LogSource> Replayer<L> {
         }
     }
 
+    /// Goes on from where a copy of a running machine was made: what the log's next entry counts from.
+    #[must_use]
+    pub fn from_copy(mut self, base: Base) -> Self {
+        self.decoder = Decoder::from_base(base);
+        self.last_digest_at = self.machine.position();
+        self
+    }
+
     /// The machine.
     #[must_use]
     pub fn machine(&self) -> &Machine {

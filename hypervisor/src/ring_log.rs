@@ -48,9 +48,20 @@ impl RingSink {
                 epoch,
                 ..Marks::default()
             },
+            inputs,
+            ..Self::detached()
+        }
+    }
+
+    /// No log yet: everything counts as committed. A new one takes its place when a backup joins.
+    #[must_use]
+    pub fn detached() -> Self {
+        Self {
+            lane: None,
+            marks: Marks::default(),
             last: Seq::ZERO,
             refused: 0,
-            inputs,
+            inputs: Arc::default(),
             window: None,
             watch: None,
             gathering: None,
@@ -237,6 +248,8 @@ pub struct RingSource {
     /// Set by the thread that fences, when the fence has returned.
     fenced: Arc<OnceLock<Fenced>>,
     arrived: Arc<AtomicU64>,
+    /// Frames that came with a copy of the running machine: staged there before this log began.
+    carried: VecDeque<Vec<u8>>,
 }
 
 fn log_error(error: ReadError) -> LogError {
@@ -252,7 +265,15 @@ impl RingSource {
             inputs,
             fenced,
             arrived: Arc::default(),
+            carried: VecDeque::new(),
         }
+    }
+
+    /// These frames come before those of the lane.
+    #[must_use]
+    pub fn carrying(mut self, frames: Vec<Vec<u8>>) -> Self {
+        self.carried = frames.into();
+        self
     }
 
     /// The number of the last entry that came, for whoever listens for signs of life.
@@ -273,7 +294,7 @@ impl RingSource {
     /// # Errors
     /// [`LogError`] before the fence, or for a corrupt lane.
     pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
-        let mut frames = Vec::new();
+        let mut frames: Vec<_> = self.carried.drain(..).collect();
         while let Some(entry) = self.inputs.next().map_err(log_error)? {
             frames.push(frame_of(entry.payload())?.to_vec());
         }
@@ -326,6 +347,9 @@ impl LogSource for RingSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
+        if let Some(frame) = self.carried.pop_front() {
+            return Ok(frame);
+        }
         match self.inputs.next().map_err(log_error)? {
             Some(entry) => Ok(frame_of(entry.payload())?.to_vec()),
             None => Err(LogError(

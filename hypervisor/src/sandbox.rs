@@ -17,7 +17,7 @@
 //! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. The threads that write a recording and that land a log from TCP are started before and are not confined.
+//! directory that belongs to another user. The recruiter's may make sockets, as it calls new backups. The threads that write a recording and that land a log from TCP are started before and are not confined.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -52,6 +52,8 @@ pub enum Thread {
     Io,
     /// Asks the arbiter.
     Arbiter,
+    /// Finds a new backup and copies the machine to it.
+    Recruiter,
 }
 
 /// Why there is no sandbox.
@@ -89,6 +91,7 @@ struct Filters {
     vcpu: BpfProgram,
     io: BpfProgram,
     arbiter: BpfProgram,
+    recruiter: BpfProgram,
 }
 
 impl Sandbox {
@@ -107,6 +110,7 @@ impl Sandbox {
                 vcpu: list(Thread::Vcpu)?,
                 io: list(Thread::Io)?,
                 arbiter: list(Thread::Arbiter)?,
+                recruiter: list(Thread::Recruiter)?,
             })),
         })
     }
@@ -121,13 +125,14 @@ impl Sandbox {
         };
         no_core_dumps()?;
         keep_capabilities(match thread {
-            Thread::Vcpu | Thread::Io => 0,
+            Thread::Vcpu | Thread::Io | Thread::Recruiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
         })?;
         let list = match thread {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
             Thread::Arbiter => &filters.arbiter,
+            Thread::Recruiter => &filters.recruiter,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -273,6 +278,9 @@ const SOCKETS: &[libc::c_long] = &[
     libc::SYS_setsockopt,
 ];
 
+/// Sockets that are made: to a backup that listens.
+const CALLS: &[libc::c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
+
 /// Records that are read, written aside, linked into place, synced and removed.
 const FILES: &[libc::c_long] = &[
     libc::SYS_open,
@@ -304,14 +312,15 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 }
 
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
-    let more: &[libc::c_long] = match thread {
+    let more: &[&[libc::c_long]] = match thread {
         // A log over a stream is written by the vCPU thread.
-        Thread::Vcpu | Thread::Io => SOCKETS,
-        Thread::Arbiter => FILES,
+        Thread::Vcpu | Thread::Io => &[SOCKETS],
+        Thread::Arbiter => &[FILES],
+        Thread::Recruiter => &[SOCKETS, CALLS],
     };
     let mut rules: Rules = COMMON
         .iter()
-        .chain(more)
+        .chain(more.iter().copied().flatten())
         .map(|call| (*call, Vec::new()))
         .collect();
     // Memory, but none that can be executed.
@@ -321,7 +330,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
     }
     let ioctls = match thread {
         Thread::Vcpu => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Io => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Io | Thread::Recruiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
         Thread::Arbiter => Vec::new(),
     };
     if !ioctls.is_empty() {

@@ -83,6 +83,11 @@ impl Stage {
         frame
     }
 
+    /// Takes every frame that waits.
+    pub fn take_all(&self) -> Vec<Vec<u8>> {
+        std::iter::from_fn(|| self.pop().map(|frame| frame.bytes)).collect()
+    }
+
     /// Whether a frame waits.
     #[must_use]
     pub fn has_frames(&self) -> bool {

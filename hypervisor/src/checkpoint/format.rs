@@ -1,7 +1,7 @@
-//! The bytes of a checkpoint, version 1. All numbers are little-endian.
+//! The bytes of a checkpoint, version 2. All numbers are little-endian.
 //!
 //! ```text
-//!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  bit 0: inputs may be handed in
+//!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  1: inputs may be handed in, 2: halted
 //!   8 version (u32)            40 digest                68 bytes of the CPU's state (u32)
 //!  12 scope (u32)              48 log base: position    72 bytes of the devices' state (u32)
 //!  16 bytes in all             56 log base: clock       76 staged frames (u32)
@@ -24,10 +24,11 @@ use crate::position::Position;
 
 const MAGIC: [u8; 8] = *b"DOPLCKPT";
 /// Grows with every change of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 pub(super) const HEADER: usize = 96;
 const CHECKSUM: usize = 4;
 const INJECTABLE: u32 = 1;
+const HALTED: u32 = 2;
 
 /// Room for the CPU's state: some 1.6 KiB today.
 const CPU_MAX: u64 = 16 << 10;
@@ -54,6 +55,8 @@ pub struct State {
     pub digest: Digest,
     /// Whether inputs that nobody asked for may be handed in.
     pub injectable: bool,
+    /// Whether the guest waits in HLT for an interrupt.
+    pub halted: bool,
     /// What the log's next entry counts from.
     pub base: Base,
     /// The CPU's state.
@@ -169,7 +172,9 @@ impl Writer {
         word(&mut bytes, state.digest.0);
         word(&mut bytes, state.base.position().0);
         word(&mut bytes, state.base.clock().0);
-        word32(&mut bytes, if state.injectable { INJECTABLE } else { 0 });
+        let injectable = if state.injectable { INJECTABLE } else { 0 };
+        let halted = if state.halted { HALTED } else { 0 };
+        word32(&mut bytes, injectable | halted);
         word32(&mut bytes, state.cpu.len() as u32);
         word32(&mut bytes, state.devices.len() as u32);
         word32(&mut bytes, state.staged.len() as u32);
@@ -318,7 +323,7 @@ impl<'a> Image<'a> {
         let position = Position(rest.word()?);
         let digest = Digest(rest.word()?);
         let base = Base::new(Position(rest.word()?), GuestTime(rest.word()?));
-        let flags = bounded("flags", rest.word32()?.into(), INJECTABLE.into())?;
+        let flags = bounded("flags", rest.word32()?.into(), (INJECTABLE | HALTED).into())?;
         let cpu = bounded("CPU state", rest.word32()?.into(), CPU_MAX)?;
         let devices = bounded("device state", rest.word32()?.into(), DEVICES_MAX)?;
         let frames = bounded("number of staged frames", rest.word32()?.into(), STAGED_MAX)?;
@@ -346,6 +351,7 @@ impl<'a> Image<'a> {
                 position,
                 digest,
                 injectable: flags & u64::from(INJECTABLE) != 0,
+                halted: flags & u64::from(HALTED) != 0,
                 base,
                 cpu,
                 devices,

@@ -9,11 +9,14 @@
 //! needs of the machine it is put into: the same RAM size and devices, and for a delta every page that differs from the
 //! saved machine's among those that the delta names. A superset of the pages that changed is right.
 //!
+//! A machine that runs is copied in rounds, by [`clone`]; the checkpoint at their end is a delta.
+//!
 //! It is taken where the vCPU is between two instructions: at a sync point at which the guest could run on (KVM
 //! completes the exit's instruction first), or after a kick, anywhere. At a kick it takes a place between two sync points:
 //! its position is that of the last one, and what it says holds after that one's inputs.
 #![forbid(unsafe_code)]
 
+pub mod clone;
 mod format;
 mod restore;
 mod save;

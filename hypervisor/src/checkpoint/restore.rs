@@ -45,7 +45,13 @@ impl Machine {
             Scope::Delta => patch(ram, &image)?,
         }
         let state = image.state;
-        self.restore_rest(state.position, state.digest, state.injectable, devices);
+        self.restore_rest(
+            state.position,
+            state.digest,
+            state.injectable,
+            state.halted,
+            devices,
+        );
         Ok(Restored {
             base: state.base,
             staged: state.staged,

@@ -21,7 +21,7 @@ pub enum Pages {
 }
 
 impl Machine {
-    /// Takes a checkpoint here: at a sync point at which the guest could run on, or after a kick.
+    /// Takes a checkpoint here: at a sync point at which the guest could run on or waits in HLT, or after a kick.
     ///
     /// `base` is where the log stands, and `staged` what was read from the world and not given to the guest.
     ///
@@ -34,7 +34,7 @@ impl Machine {
         base: Base,
         staged: Vec<Vec<u8>>,
     ) -> Result<Vec<u8>, CheckpointError> {
-        if self.phase() != Phase::Ready {
+        if !matches!(self.phase(), Phase::Ready | Phase::HltInstruction) {
             return Err(CheckpointError::NotReady {
                 phase: self.phase(),
             });
@@ -47,6 +47,7 @@ impl Machine {
             position: self.position(),
             digest: self.digest(),
             injectable: self.injectable(),
+            halted: self.phase() == Phase::HltInstruction,
             base,
             cpu,
             devices: self.save_devices(),

@@ -101,6 +101,7 @@ mod tests {
             position: Position(1),
             digest: Digest(2),
             injectable: false,
+            halted: false,
             base: Base::default(),
             cpu: vec![7; 3000],
             devices: Vec::new(),

@@ -25,7 +25,7 @@ enum Net {
 /// Show a machine surviving the loss of its host process, with clients that notice nothing
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --json | jq .failover_ms\n  \
+    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
                   doppel demo --serve 6379      then, elsewhere: redis-cli -p 6379, and kill either side"
 )]
 pub struct DemoArgs {
@@ -47,6 +47,12 @@ pub struct DemoArgs {
     /// TCP connections of the client
     #[arg(long, value_name = "N", default_value_t = 8)]
     connections: usize,
+    /// Kill so many times; after each but the last a new backup joins the running machine
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    kills: u32,
+    /// Let the clients work so long before the first kill; one to three seconds if not given
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=3600))]
+    load: Option<u64>,
     /// Chooses the moment of the kill and the requests; random if not given
     #[arg(long)]
     seed: Option<u64>,
@@ -85,6 +91,8 @@ impl DemoArgs {
             },
             transport: self.transport.into(),
             connections: self.connections,
+            kills: self.kills,
+            before: self.load.map(std::time::Duration::from_secs),
             seed: self.seed.unwrap_or_else(random),
             kvm: self.kvm_fd,
             kvm_path: self.kvm.clone(),

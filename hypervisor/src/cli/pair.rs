@@ -40,6 +40,9 @@ struct PairArgs {
     /// Address of the backup, to which a primary connects (transport tcp)
     #[arg(long, value_name = "ADDRESS:PORT")]
     connect: Option<SocketAddr>,
+    /// Address at which a machine that runs without a backup looks for a new one (transport tcp); can be repeated
+    #[arg(long = "standby", value_name = "ADDRESS:PORT")]
+    standbys: Vec<SocketAddr>,
     /// Unix socket at which the backup listens and to which the primary connects
     #[arg(long, value_name = "SOCKET")]
     socket: Option<PathBuf>,
@@ -61,6 +64,7 @@ impl PairArgs {
         }
         config.pair.listen = self.listen.or(config.pair.listen);
         config.pair.connect = self.connect.or(config.pair.connect);
+        config.pair.standbys.extend(&self.standbys);
         if let Some(socket) = &self.socket {
             config.pair.socket.clone_from(socket);
         }
@@ -90,6 +94,9 @@ pub struct PrimaryArgs {
     /// Start although the arbiter's record says that the machine may run elsewhere: you know that it does not
     #[arg(long)]
     cold_start: bool,
+    /// Start without a backup; one that listens later is taken, while the guest runs
+    #[arg(long)]
+    alone: bool,
 }
 
 /// Run a machine's backup: it listens for its primary, follows it, and takes over when it is gone
@@ -112,7 +119,10 @@ pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
         &args.machine.inherited(),
         &spec(&config)?,
         args.machine.json,
-        args.cold_start,
+        primary_session::Start {
+            cold: args.cold_start,
+            alone: args.alone,
+        },
     )?;
     super::served(&served)
 }

@@ -4,6 +4,7 @@
 //! so that a demo that is killed leaves nothing running.
 
 use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -128,10 +129,11 @@ impl Side {
     fn spawn(
         spec: &PairSpec,
         role: &'static str,
+        name: &str,
         cpus: [usize; 2],
         arguments: &[String],
     ) -> Result<Self, PairError> {
-        let errors = spec.directory.join(format!("{role}.stderr"));
+        let errors = spec.directory.join(format!("{name}.stderr"));
         let stderr =
             std::fs::File::create(&errors).map_err(host("create a file for a side's messages"))?;
         let mut command = Command::new(&spec.doppel);
@@ -144,7 +146,8 @@ impl Side {
             .arg("--arbiter")
             .arg(spec.directory.join("arbiter"))
             .arg("--console")
-            .arg(spec.directory.join(format!("{role}.console")))
+            .arg(spec.directory.join(format!("{name}.console")))
+            .args(["--memory-check-ms", &spec.memory_check_ms.to_string()])
             .args([
                 "--vcpu-cpus",
                 &cpus[0].to_string(),
@@ -298,6 +301,23 @@ pub struct Pair {
     pub primary: Side,
     /// The side that follows.
     pub backup: Side,
+    /// Where backups listen in turn, over TCP.
+    listen: Vec<SocketAddr>,
+    /// Backups that joined.
+    joined: usize,
+}
+
+/// What a backup that joined cost, as the side says that it joined.
+#[derive(Clone, Copy, Debug)]
+pub struct Join {
+    /// How long the guest stood, in microseconds.
+    pub stopped_us: u64,
+    /// From the first page to a whole copy, in microseconds.
+    pub took_us: u64,
+    /// Bytes that went over.
+    pub bytes: u64,
+    /// Rounds, the first one with everything.
+    pub rounds: u32,
 }
 
 impl Pair {
@@ -314,18 +334,14 @@ impl Pair {
             Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
             None => None,
         };
-        let net: Vec<String> = inheritable
-            .iter()
-            .flat_map(|fd| ["--net-fd".into(), fd.as_raw_fd().to_string()])
-            .collect();
-        let mut listen = Vec::new();
-        if spec.transport == Transport::Tcp {
-            // Over TCP the primary cannot hand its port on, so both sides get it here.
-            listen.extend(["--listen".to_owned(), "127.0.0.1:0".to_owned()]);
-            listen.extend(net.iter().cloned());
-        }
-        let backup = Side::spawn(spec, "backup", place.backup, &listen)?;
-        let ready = backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
+        let net = net_option(inheritable.as_ref());
+        let listen = match spec.transport {
+            Transport::Shm => Vec::new(),
+            Transport::Tcp => free_addresses().map_err(host("find free ports"))?,
+        };
+        let first = backup_options(&listen, 0, &net);
+        let backup = Side::spawn(spec, "backup", "backup", place.backup, &first)?;
+        backup.await_event("ready", |event| matches!(event, Event::Ready { .. }))?;
         let mut arguments = vec![
             "--guest".into(),
             spec.guest.clone(),
@@ -333,23 +349,104 @@ impl Pair {
             spec.memory_mib.to_string(),
             "--command-line".into(),
             spec.command_line.clone(),
-            "--memory-check-ms".into(),
-            spec.memory_check_ms.to_string(),
         ];
         arguments.extend(net);
-        if let Event::Ready {
-            address: Some(address),
-            ..
-        } = ready
-        {
-            arguments.extend(["--connect".to_owned(), address.to_string()]);
+        if let [first, next] = listen[..] {
+            arguments.extend(["--connect".to_owned(), first.to_string()]);
+            arguments.extend(["--standby".to_owned(), next.to_string()]);
         }
-        let primary = Side::spawn(spec, "primary", place.primary, &arguments)?;
+        let primary = Side::spawn(spec, "primary", "primary", place.primary, &arguments)?;
         drop(inheritable);
         primary.await_event("paired", |event| matches!(event, Event::Paired { .. }))?;
         backup.await_event("paired", |event| matches!(event, Event::Paired { .. }))?;
-        Ok(Self { primary, backup })
+        Ok(Self {
+            primary,
+            backup,
+            listen,
+            joined: 0,
+        })
     }
+
+    /// The backup has taken over from a primary that is gone: it is the primary from now on, and a new backup joins it. What
+    /// the old sides still said, and what the new primary says meanwhile, goes to `other`.
+    ///
+    /// # Errors
+    /// See [`PairError`].
+    pub fn replace_primary(
+        &mut self,
+        spec: &PairSpec,
+        port: Option<&NetPort>,
+        mut other: impl FnMut(Event),
+    ) -> Result<Join, PairError> {
+        self.joined += 1;
+        let place = Placement::of_this_machine();
+        let cpus = [place.primary, place.backup][(self.joined + 1) % 2];
+        let inheritable = match port {
+            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
+            None => None,
+        };
+        let options = backup_options(&self.listen, self.joined, &net_option(inheritable.as_ref()));
+        let name = format!("backup-{}", self.joined + 1);
+        let next = Side::spawn(spec, "backup", &name, cpus, &options)?;
+        drop(inheritable);
+        let before = std::mem::replace(&mut self.backup, next);
+        let gone = std::mem::replace(&mut self.primary, before);
+        gone.events().into_iter().for_each(&mut other);
+        drop(gone);
+        let joined = |event: &Event| matches!(event, Event::Joined { .. });
+        let said = self.primary.wait_for(WAIT, joined, &mut other);
+        let Some(Event::Joined {
+            stopped_us,
+            took_us,
+            bytes,
+            rounds,
+            ..
+        }) = said
+        else {
+            return Err(PairError::NotReady {
+                role: "new backup",
+                what: "joined",
+                last_words: format!("{}{}", self.primary.messages(), self.backup.messages()),
+            });
+        };
+        self.backup
+            .await_event("paired", |event| matches!(event, Event::Paired { .. }))?;
+        Ok(Join {
+            stopped_us,
+            took_us,
+            bytes,
+            rounds,
+        })
+    }
+}
+
+fn net_option<T: AsRawFd>(port: Option<&T>) -> Vec<String> {
+    port.iter()
+        .flat_map(|fd| ["--net-fd".into(), fd.as_raw_fd().to_string()])
+        .collect()
+}
+
+/// What the `number`th backup is told besides its role. Over TCP the primary cannot hand its port on, so each side gets it here.
+fn backup_options(listen: &[SocketAddr], number: usize, net: &[String]) -> Vec<String> {
+    let [first, second] = listen else {
+        return Vec::new();
+    };
+    let (own, other) = if number.is_multiple_of(2) {
+        (first, second)
+    } else {
+        (second, first)
+    };
+    let mut options = vec!["--listen".to_owned(), own.to_string()];
+    options.extend(["--standby".to_owned(), other.to_string()]);
+    options.extend(net.iter().cloned());
+    options
+}
+
+/// Two addresses of this machine that nobody listens at. Both are held until both are known, so they differ.
+fn free_addresses() -> std::io::Result<Vec<SocketAddr>> {
+    let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+    let addresses = listeners.map(|listener| listener.and_then(|listener| listener.local_addr()));
+    addresses.into_iter().collect()
 }
 
 /// This program's own file.

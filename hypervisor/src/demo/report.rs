@@ -128,6 +128,15 @@ impl Report {
         failures
     }
 
+    /// What the kills before the last one took, each followed by a new backup.
+    pub fn earlier(&self) -> impl Iterator<Item = &serde_json::Value> {
+        self.extra
+            .get("earlier")
+            .and_then(serde_json::Value::as_array)
+            .into_iter()
+            .flatten()
+    }
+
     /// What held, but slower than it should; it does not make the demo fail.
     pub fn shortfalls(&self) -> Vec<String> {
         let mut shortfalls = Vec::new();
@@ -283,6 +292,18 @@ impl fmt::Display for Table<'_> {
         };
         row(f, "guest memory", &memory)?;
         row(f, "epoch", &report.epoch.to_string())?;
+        for (number, round) in report.earlier().enumerate() {
+            let figure = |name: &str| round[name].as_f64().unwrap_or_default();
+            let text = format!(
+                "live after {:.1} ms; a new backup joined in {:.1} ms, {:.1} MiB, the guest stood {:.2} ms",
+                figure("failover_ms"),
+                figure("joined_ms"),
+                figure("bytes") / f64::from(1 << 20),
+                figure("stopped_ms"),
+            );
+            let name = format!("kill {}", number + 1);
+            writeln!(f, "  {name:<29}{text}")?;
+        }
 
         for failure in report.failures() {
             writeln!(f, "{} {failure}", paint.bad("FAILED"))?;

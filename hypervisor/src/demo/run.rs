@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::client::{self, Client, ClientError, Latency, Series};
 use super::gateway::{self, Gateway, GatewayError, LinkHost};
 use super::namespace::{self, Namespace};
-use super::pair::{Pair, PairError, PairSpec, this_program};
+use super::pair::{Join, Pair, PairError, PairSpec, this_program};
 use super::report::Report;
 use crate::backends::NetPort;
 use crate::backends::link::{self, LinkError};
@@ -75,6 +75,10 @@ pub struct Options {
     pub transport: Transport,
     /// TCP connections of the client.
     pub connections: usize,
+    /// Kills: after each but the last a new backup joins, and whoever serves then is killed next.
+    pub kills: u32,
+    /// How long the load runs before the first kill; one to three seconds, by the seed, if not given.
+    pub before: Option<Duration>,
     /// Chooses the moment of the kill and the client's requests.
     pub seed: u64,
     /// A descriptor of `/dev/kvm` from the parent process.
@@ -235,7 +239,7 @@ impl Stage {
         self.bar.set_message(text.into());
     }
 
-    fn start_pair(&self, options: &Options) -> Result<Pair, DemoError> {
+    fn start_pair(&self, options: &Options) -> Result<(Pair, PairSpec), DemoError> {
         self.say("starting a primary and a backup");
         let spec = PairSpec {
             doppel: this_program()?,
@@ -254,7 +258,7 @@ impl Stage {
             transport: options.transport,
             more: Vec::new(),
         };
-        Ok(Pair::start(&spec, Some(&self.port))?)
+        Ok((Pair::start(&spec, Some(&self.port))?, spec))
     }
 
     /// Waits, unless somebody ends the demo.
@@ -358,6 +362,7 @@ impl Heard {
             Event::Notice { text, loud: true } => self.notices.push(text),
             Event::Ready { .. }
             | Event::Paired { .. }
+            | Event::Joined { .. }
             | Event::Preempted { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
@@ -372,7 +377,7 @@ impl Heard {
 /// See [`DemoError`]; what was lost is not an error but stands in the report.
 pub fn run(options: &Options) -> Result<Finished, DemoError> {
     let stage = Stage::set_up(options, None)?;
-    let mut pair = stage.start_pair(options)?;
+    let (mut pair, spec) = stage.start_pair(options)?;
     let with_client = !WITHOUT_NETWORK.contains(&options.guest.as_str());
     let client = if with_client {
         stage.say("waiting for the guest to serve");
@@ -385,12 +390,14 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         None
     };
     let mut heard = Heard::new();
-    let before = Duration::from_millis(
-        BEFORE_MS.start
-            + options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (BEFORE_MS.end - BEFORE_MS.start),
-    );
+    let mut rounds = Vec::new();
+    for kill in 1..options.kills.max(1) {
+        stage.say("clients write and read; the primary will be killed at a random moment");
+        stage.wait(load_before(options, kill - 1))?;
+        rounds.push(lose_and_replace(&stage, &spec, &mut pair, &mut heard)?);
+    }
     stage.say("clients write and read; the primary will be killed at a random moment");
-    stage.wait(before)?;
+    stage.wait(load_before(options, options.kills.max(1) - 1))?;
 
     stage.say("the primary is killed");
     let killed = Moment::now();
@@ -443,6 +450,9 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         ("live_ms", json!(since_kill(live.at.open))),
         ("seed", json!(options.seed)),
     ];
+    if !rounds.is_empty() {
+        report.extra.insert("earlier".into(), Value::from(rounds));
+    }
     report
         .extra
         .extend(extra.map(|(name, value): (&str, Value)| (name.to_owned(), value)));
@@ -450,6 +460,43 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
     pair.backup.stop(STOP_WITHIN);
     stage.bar.finish_and_clear();
     Ok(Finished { report, series })
+}
+
+/// How long the load runs before this kill.
+fn load_before(options: &Options, kill: u32) -> Duration {
+    if let (Some(before), 0) = (options.before, kill) {
+        return before;
+    }
+    let random = (options.seed ^ u64::from(kill) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    Duration::from_millis(BEFORE_MS.start + random % (BEFORE_MS.end - BEFORE_MS.start))
+}
+
+/// Kills the primary, and gives its heir a new backup. What it took, for the report.
+fn lose_and_replace(
+    stage: &Stage,
+    spec: &PairSpec,
+    pair: &mut Pair,
+    heard: &mut Heard,
+) -> Result<Value, DemoError> {
+    stage.say("the primary is killed; the backup takes over, and a new backup joins it");
+    let killed = Moment::now();
+    pair.primary.kill();
+    await_live(pair, heard)?;
+    let live = heard.live.take().expect("it was awaited");
+    let Join {
+        stopped_us,
+        took_us,
+        bytes,
+        rounds,
+    } = pair.replace_primary(spec, Some(&stage.port), |event| heard.hear(event))?;
+    let failover = Moment::from_nanos(live.at.open).since(killed);
+    Ok(json!({
+        "failover_ms": failover.as_secs_f64() * 1e3,
+        "stopped_ms": stopped_us as f64 / 1e3,
+        "joined_ms": took_us as f64 / 1e3,
+        "bytes": bytes,
+        "rounds": rounds,
+    }))
 }
 
 fn await_live(pair: &Pair, heard: &mut Heard) -> Result<(), DemoError> {
@@ -507,7 +554,7 @@ pub fn serve(
     mut happened: impl FnMut(&'static str, &Event),
 ) -> Result<(), DemoError> {
     let stage = Stage::set_up(options, Some(port))?;
-    let mut pair = stage.start_pair(options)?;
+    let (mut pair, _) = stage.start_pair(options)?;
     stage.bar.finish_and_clear();
     let gateway = stage.gateway.as_ref().expect("serving has a gateway");
     let own = std::process::id();

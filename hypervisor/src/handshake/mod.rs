@@ -4,11 +4,15 @@
 //!  primary                                   backup (listens at a Unix socket)
 //!     │── hello: version, CPU, machine, identity, heartbeat address, key ──▶│ refuses, or builds the machine
 //!     │◀── welcome: identity, heartbeat address ── or refusal ─────────────│
-//!     │    (the primary swaps the pair's record into the arbiter)          │
-//!     │── record, the network port's descriptor ──────────────────────────▶│ checks that it is entitled
+//!     │── the network port's descriptor ──────────────────────────────────▶│
 //!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
-//!     │── go ─────────────────────────────────────────────────────────────▶│ follows
+//!     │══ a copy of the machine, if it runs already (`checkpoint::clone`) ═▶│ becomes it, and follows the log
+//!     │◀── ready ──────────────────────────────────────────────────────────│
+//!     │    (the primary swaps the pair's record into the arbiter)          │
+//!     │── record ─────────────────────────────────────────────────────────▶│ checks that it is entitled, and may claim
 //! ```
+//! The record is only a hint: a backup that is ready and does not get it asks the arbiter itself, for its primary may have died
+//! between the swap and the message.
 //! Over TCP no descriptor is passed: each side has a network port of its own, and the ring gets a stream of its own, a second
 //! connection to where the backup listens. A ticket that the backup gave over the first one says whose it is.
 //! Afterwards one thing may still be said: a backup that diverged asks for the primary's recent exits (`?`), and a primary
@@ -34,6 +38,7 @@ use rdma_log::transport::{shm, tcp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::clone::CloneError;
 use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
 use crate::machine::{MachineSpec, SpecError};
@@ -42,7 +47,7 @@ use crate::protocol::{Configuration, Epoch, Identity, Record, State};
 use hurried::Hurried;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
@@ -51,7 +56,7 @@ const MESSAGE_MAX: u32 = 64 << 10;
 const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a backup waits for the first words of whoever connects. A primary says them at once; a stranger that says nothing
 /// must not keep a primary, whose patience is [`PATIENCE`], from its turn.
@@ -125,6 +130,12 @@ pub enum HandshakeError {
     /// The ring over TCP.
     #[error("cannot set up the ring: {0}")]
     Stream(#[from] tcp::ConnectError),
+    /// The copy does not follow the log.
+    #[error("the copy that was made here is of no use: {0}")]
+    Unfit(String),
+    /// The copy of a machine that runs.
+    #[error("the machine could not be copied: {0}")]
+    Copy(#[from] CloneError),
     /// Descriptors cannot be passed over this connection.
     #[error("{what} needs a pair on one host: use pair.transport \"shm\"")]
     NotHere {
@@ -152,6 +163,8 @@ pub struct Hello {
     pub heartbeat: SocketAddr,
     /// The pair's key for heartbeats.
     pub key: [u8; 16],
+    /// The machine runs already: a copy of it follows.
+    pub running: bool,
     /// Bytes of the machine's description, which follows.
     pub spec_bytes: u32,
 }
@@ -175,6 +188,11 @@ struct Agreed {
     configuration: u64,
     owner: String,
     entitled: String,
+}
+
+/// The network port that both sides share, whose descriptor follows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Shared {
     has_port: bool,
 }
 
@@ -245,15 +263,24 @@ pub fn introduce(stream: &Channel, hello: &Hello, spec: &[u8]) -> Result<Welcome
     }
 }
 
-/// The primary's second half: what the arbiter holds now, and the network port that both share.
+/// The primary hands over the network port that both share, if they do.
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn agree(
-    stream: &Channel,
-    record: &Record,
-    port: Option<BorrowedFd<'_>>,
-) -> Result<(), HandshakeError> {
+pub fn share(stream: &Channel, port: Option<BorrowedFd<'_>>) -> Result<(), HandshakeError> {
+    let has_port = port.is_some();
+    send(stream, &Shared { has_port })?;
+    if let Some(port) = port {
+        fdpass::send_with_fds(unix(stream, "a shared network port")?, b"p", &[port])?;
+    }
+    Ok(())
+}
+
+/// The primary tells what the arbiter holds now: the backup may claim.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn agree(stream: &Channel, record: &Record) -> Result<(), HandshakeError> {
     let entitled = record
         .entitled
         .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
@@ -264,13 +291,8 @@ pub fn agree(
             configuration: record.configuration.0,
             owner: record.owner.to_string(),
             entitled: entitled.to_string(),
-            has_port: port.is_some(),
         },
-    )?;
-    if let Some(port) = port {
-        fdpass::send_with_fds(unix(stream, "a shared network port")?, b"p", &[port])?;
-    }
-    Ok(())
+    )
 }
 
 /// The backup's first half: reads who the primary is and what it runs.
@@ -332,8 +354,7 @@ pub fn refuse(stream: &Channel, error: &HandshakeError) {
     );
 }
 
-/// The backup's second half: welcomes the primary, and hears what was agreed with the arbiter. Also returns the network port,
-/// if there is one.
+/// The backup's second half: welcomes the primary, and takes the network port that both share, if they do.
 ///
 /// # Errors
 /// See [`HandshakeError`].
@@ -341,7 +362,7 @@ pub fn welcome(
     stream: &Channel,
     me: Identity,
     heartbeat: SocketAddr,
-) -> Result<(Record, Option<OwnedFd>), HandshakeError> {
+) -> Result<Option<OwnedFd>, HandshakeError> {
     send(
         stream,
         &Answer::Welcome {
@@ -349,6 +370,19 @@ pub fn welcome(
             heartbeat,
         },
     )?;
+    let Shared { has_port } = receive(stream, "word on its network port")?;
+    if !has_port {
+        return Ok(None);
+    }
+    let stream = unix(stream, "a shared network port")?;
+    Ok(fdpass::recv_with_fds(stream, &mut [0], 1)?.pop())
+}
+
+/// The backup hears what was agreed with the arbiter. It must entitle `me`.
+///
+/// # Errors
+/// See [`HandshakeError`].
+pub fn hear_record(stream: &Channel, me: Identity) -> Result<Record, HandshakeError> {
     let agreed: Agreed = receive(stream, "record")?;
     let record = Record {
         epoch: Epoch(agreed.epoch),
@@ -360,13 +394,7 @@ pub fn welcome(
     if record.entitled != Some(me) {
         return Err(HandshakeError::NotEntitled(record.to_string()));
     }
-    let mut byte = [0];
-    let mut port = None;
-    if agreed.has_port {
-        let stream = unix(stream, "a shared network port")?;
-        port = fdpass::recv_with_fds(stream, &mut byte, 1)?.pop();
-    }
-    Ok((record, port))
+    Ok(record)
 }
 
 /// What a ring's connection starts with: which pair's it is.
@@ -416,24 +444,24 @@ pub fn has_ticket(mut stream: &TcpStream, ticket: &Ticket, patience: Duration) -
         && stream.set_read_timeout(Some(PATIENCE)).is_ok()
 }
 
-/// The primary says that everything is set up: the guest starts.
+/// The backup says that its copy is whole and follows the log.
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn go(mut stream: &Channel) -> Result<(), HandshakeError> {
-    Ok(stream.write_all(b"g")?)
+pub fn ready(mut stream: &Channel) -> Result<(), HandshakeError> {
+    Ok(stream.write_all(b"r")?)
 }
 
-/// The backup waits for [`go`].
+/// The primary waits for [`ready`].
 ///
 /// # Errors
 /// See [`HandshakeError`].
-pub fn await_go(mut stream: &Channel) -> Result<(), HandshakeError> {
+pub fn await_ready(mut stream: &Channel) -> Result<(), HandshakeError> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;
-    if byte != *b"g" {
+    if byte != *b"r" {
         return Err(HandshakeError::Malformed {
-            expected: "go",
+            expected: "ready",
             why: format!("byte {:#x}", byte[0]),
         });
     }

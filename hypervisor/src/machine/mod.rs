@@ -25,6 +25,8 @@ use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, GuestRam, MemoryError, MemoryHash};
 use crate::position::Position;
 
+use std::sync::Arc;
+
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// What the machine waits for at a sync point.
@@ -87,7 +89,7 @@ pub struct Machine {
     // Dropped in this order: the vCPU and the VM before the memory they point into.
     vcpu: Vcpu,
     vm: Vm,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     devices: Devices,
     cpu_model: CpuModel,
     position: Position,
@@ -108,7 +110,7 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`].
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
-        let ram = GuestRam::new(spec.memory_mib)?;
+        let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let vm = Vm::new(source.open()?, &ram)?;
         let (vcpu, cpu_model) = vm.create_vcpu()?;
         let image = Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;

@@ -1,6 +1,8 @@
 //! The machine's parts as a checkpoint takes and puts them, and the log of the pages that were written.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::{Machine, MachineError, Phase};
 use crate::devices::{BadDevices, Devices};
 use crate::digest::Digest;
@@ -12,6 +14,12 @@ impl Machine {
     /// Guest memory.
     pub(crate) fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// Guest memory, for a thread that reads it while the guest runs: what it reads may be torn, and the dirty log says so.
+    #[must_use]
+    pub fn shared_ram(&self) -> Arc<GuestRam> {
+        Arc::clone(&self.ram)
     }
 
     /// Pages of guest memory.
@@ -43,11 +51,16 @@ impl Machine {
         position: Position,
         digest: Digest,
         injectable: bool,
+        halted: bool,
         devices: Devices,
     ) {
         self.position = position;
         self.digest = digest;
-        self.phase = Phase::Ready;
+        self.phase = if halted {
+            Phase::HltInstruction
+        } else {
+            Phase::Ready
+        };
         self.injectable = injectable;
         self.devices = devices;
     }
@@ -100,6 +113,29 @@ impl Machine {
     pub fn take_changed(&mut self) -> Result<DirtyPages, MachineError> {
         self.harvest()?;
         Ok(self.written.take(Consumer::Checkpoint))
+    }
+
+    /// Begins to note the pages that are written, for a copy of the running machine: what is written from now on is in the next
+    /// [`Machine::take_uncopied`].
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn track_for_copy(&mut self) -> Result<(), MachineError> {
+        self.track(Consumer::Copy)
+    }
+
+    /// The pages written since it was last asked or [`Machine::track_for_copy`] began.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn take_uncopied(&mut self) -> Result<DirtyPages, MachineError> {
+        self.harvest()?;
+        Ok(self.written.take(Consumer::Copy))
+    }
+
+    /// No copy is being made any more.
+    pub fn end_copy(&mut self) {
+        self.written.close(Consumer::Copy);
     }
 
     /// Tells this consumer what is written from now on.

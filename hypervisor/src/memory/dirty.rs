@@ -71,13 +71,15 @@ pub enum Consumer {
     Hash,
     /// Checkpoints.
     Checkpoint,
+    /// A copy of the running machine.
+    Copy,
 }
 
 /// The dirty log of several consumers. KVM's log and ours forget a page when they are read, so whatever one consumer
 /// reads is noted for the others as well.
 #[derive(Clone, Debug, Default)]
 pub struct DirtyLedger {
-    owed: [Option<DirtyPages>; 2],
+    owed: [Option<DirtyPages>; 3],
 }
 
 impl DirtyLedger {
@@ -90,6 +92,11 @@ impl DirtyLedger {
     /// From now on this consumer is told.
     pub fn open(&mut self, consumer: Consumer) {
         self.owed[consumer as usize] = Some(DirtyPages::default());
+    }
+
+    /// From now on this consumer is not told.
+    pub fn close(&mut self, consumer: Consumer) {
+        self.owed[consumer as usize] = None;
     }
 
     /// Notes pages for everybody.
@@ -161,6 +168,9 @@ mod tests {
         ledger.note(&pages(&[3]));
         assert_eq!(ledger.take(Consumer::Checkpoint), pages(&[3, 70]));
         assert_eq!(ledger.take(Consumer::Hash), pages(&[3]));
+        ledger.close(Consumer::Hash);
+        ledger.note(&pages(&[4]));
+        assert!(!ledger.has(Consumer::Hash) && ledger.take(Consumer::Hash).is_empty());
     }
 
     proptest! {

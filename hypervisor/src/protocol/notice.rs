@@ -142,6 +142,10 @@ pub enum Notice {
     BackupLost(Evidence),
     /// The machine runs with nobody to take over.
     Unprotected(Record),
+    /// A backup that joined is entitled now.
+    Protected(Record),
+    /// A backup that was joining is lost; the machine goes on without.
+    JoinFailed(Evidence),
     /// The backup has claimed the machine; this primary keeps its state and waits for the outcome.
     Frozen(Record),
     /// The claim came to nothing; this primary asks to go on.
@@ -211,6 +215,11 @@ impl fmt::Display for Notice {
                     "UNPROTECTED: the machine runs without a backup ({record})"
                 )
             }
+            Self::Protected(record) => write!(f, "protected again: {record}"),
+            Self::JoinFailed(evidence) => write!(
+                f,
+                "UNPROTECTED still: the backup that was joining is lost ({evidence})"
+            ),
             Self::Frozen(record) => {
                 write!(
                     f,

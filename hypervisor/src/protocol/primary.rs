@@ -13,7 +13,17 @@
 //!       └── End ──▶ Ending ────── swapped ──────┘       (lost: to Frozen)      │
 //!                     ▲                                                        │
 //!                     └────────────────────── End ─────────────────────────────┘
+//!
+//!   Unprotected ── Joining ──▶ Joining ── Joined ──▶ Entitling ── swapped ──▶ Protected
+//!        ▲                       │                       │ backup lost: swapped, then as from Protected
+//!        └────── backup lost ────┘                       ▼
+//!                                                   (lost: to Frozen)
 //! ```
+//!
+//! A backup that joins gets a copy of the running machine; from *Joining* on the log goes to it as well, and outputs wait for
+//! it. Nobody is entitled yet, so losing it costs nothing. Once it says that its copy is whole the arbiter is asked to
+//! entitle it; while that is under way the swap may have landed, so a backup that is lost then is only given up by the next
+//! swap.
 //!
 //! From Detaching on, the guest is frozen and this process sends no heartbeats: a machine that does not serve
 //! must not keep its backup waiting. Whoever reaches the arbiter first has the machine. An End that comes while
@@ -44,6 +54,10 @@ pub enum Event {
     PeerDied,
     /// The ring refused an entry: the backup has fenced this process.
     LogFenced,
+    /// The log goes to a new backup from here on, whose copy is not whole yet.
+    Joining,
+    /// The copy is whole and follows the log; the pair names the new backup.
+    Joined(Pair),
     /// The guest's power-off has committed, or the operator ends the machine: the reign ends with it.
     End,
     /// The arbiter answered.
@@ -62,6 +76,8 @@ pub enum Action {
     /// Let the vCPU run, without a log; all outputs held so far and all later ones go out at once. Close what leads to
     /// the backup.
     RunUnprotected(Record),
+    /// The backup that joined is entitled by this record: tell it.
+    Protect(Record),
     /// Tell people.
     Say(Notice),
     /// End the process, with this message. Nothing held may leave.
@@ -81,6 +97,10 @@ pub enum Phase {
     Reclaiming,
     /// Serving alone.
     Unprotected,
+    /// Serving; a new backup is being given a copy and the log.
+    Joining,
+    /// Serving; asking the arbiter to entitle the new backup.
+    Entitling,
     /// Asking the arbiter to end the reign.
     Ending,
     /// Over.
@@ -99,6 +119,8 @@ pub struct Primary {
     end_wanted: bool,
     errand: Option<Errand>,
     backup: Option<Peer>,
+    /// The new backup was lost while the arbiter was asked to entitle it.
+    lost: Option<Evidence>,
     /// The claim that froze us, and when it was first seen.
     claim: Option<(Record, Moment)>,
     reread_at: Moment,
@@ -114,6 +136,18 @@ struct Peer {
     doubted: bool,
 }
 
+impl Peer {
+    fn new(pair: Pair, timing: &Timing, now: Moment) -> Self {
+        Self {
+            pair,
+            detector: Detector::new(now, timing.detector),
+            beater: Beater::new(now, timing.heartbeat),
+            ear: Ear::new(),
+            doubted: false,
+        }
+    }
+}
+
 impl Primary {
     /// A primary whose backup, `pair.peer`, is entitled in `own`, the arbiter's record.
     ///
@@ -126,15 +160,8 @@ impl Primary {
             Some(pair.peer),
             "the record entitles another backup: {own}"
         );
-        let backup = Peer {
-            pair,
-            detector: Detector::new(now, timing.detector),
-            beater: Beater::new(now, timing.heartbeat),
-            ear: Ear::new(),
-            doubted: false,
-        };
         Self {
-            backup: Some(backup),
+            backup: Some(Peer::new(pair, &timing, now)),
             phase: Phase::Protected,
             ..Self::unprotected(pair.me, own, timing, now)
         }
@@ -158,6 +185,7 @@ impl Primary {
             end_wanted: false,
             errand: None,
             backup: None,
+            lost: None,
             claim: None,
             reread_at: now,
         }
@@ -203,6 +231,12 @@ impl Primary {
             }
             Event::PeerDied => self.backup_lost(now, Evidence::Death, actions),
             Event::LogFenced => self.backup_lost(now, Evidence::Fenced, actions),
+            Event::Joining => {
+                if self.phase == Phase::Unprotected {
+                    self.phase = Phase::Joining;
+                }
+            }
+            Event::Joined(pair) => self.joined(now, pair, actions),
             Event::End => self.end(now, actions),
             Event::Arbiter(answer) => self.answered(now, answer, actions),
         }
@@ -243,6 +277,10 @@ impl Primary {
     }
 
     fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
+        // A new backup may know that it is entitled before we do; its beats count once we know it too.
+        if self.phase != Phase::Protected {
+            return;
+        }
         let Some(peer) = &mut self.backup else { return };
         match peer.ear.hear(&peer.pair, &self.own, beat) {
             Heard::Stray => {}
@@ -253,8 +291,22 @@ impl Primary {
 
     /// Only the arbiter can tell whether it is the backup or this process that goes on.
     fn backup_lost(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
-        if self.phase != Phase::Protected {
-            return;
+        match self.phase {
+            Phase::Protected => {}
+            // It was entitled to nothing.
+            Phase::Joining => {
+                self.phase = Phase::Unprotected;
+                actions.push(Action::RunUnprotected(self.own));
+                actions.push(Action::Say(Notice::JoinFailed(evidence)));
+                return;
+            }
+            // It may be entitled by now: nothing leaves that it has not got.
+            Phase::Entitling if self.lost.is_none() => {
+                self.lost = Some(evidence);
+                actions.push(Action::Freeze);
+                return;
+            }
+            _ => return,
         }
         actions.push(Action::Freeze);
         actions.push(Action::Say(Notice::BackupLost(evidence)));
@@ -262,12 +314,44 @@ impl Primary {
         self.swap(now, self.own, self.own.detached(), actions);
     }
 
+    fn joined(&mut self, now: Moment, pair: Pair, actions: &mut Vec<Action>) {
+        if self.phase != Phase::Joining {
+            return;
+        }
+        self.phase = Phase::Entitling;
+        self.lost = None;
+        self.backup = Some(Peer::new(pair, &self.timing, now));
+        self.swap(now, self.own, self.own.entitling(pair.peer), actions);
+    }
+
+    /// The new backup may claim from now on.
+    fn entitled(&mut self, now: Moment, record: Record, actions: &mut Vec<Action>) {
+        self.own = record;
+        self.phase = Phase::Protected;
+        if let Some(peer) = &mut self.backup {
+            // It begins to beat when it hears of this.
+            peer.detector = Detector::new(now, self.timing.detector);
+        }
+        if let Some(evidence) = self.lost.take() {
+            self.backup_lost(now, evidence, actions);
+        } else if self.end_wanted {
+            self.end(now, actions);
+        } else {
+            actions.push(Action::Protect(record));
+            actions.push(Action::Say(Notice::Protected(record)));
+        }
+    }
+
     fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
         self.end_wanted = true;
-        if matches!(self.phase, Phase::Protected | Phase::Unprotected) {
-            actions.push(Action::Freeze);
-            self.phase = Phase::Ending;
-            self.swap(now, self.own, self.own.ended(), actions);
+        match self.phase {
+            Phase::Protected | Phase::Unprotected | Phase::Joining => {
+                actions.push(Action::Freeze);
+                self.phase = Phase::Ending;
+                self.swap(now, self.own, self.own.ended(), actions);
+            }
+            Phase::Entitling => actions.push(Action::Freeze),
+            _ => {}
         }
     }
 
@@ -287,6 +371,10 @@ impl Primary {
 
     /// The machine is this process's, by `record`.
     fn won(&mut self, now: Moment, record: Record, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Entitling {
+            self.entitled(now, record, actions);
+            return;
+        }
         self.own = record;
         self.claim = None;
         self.backup = None;
@@ -305,6 +393,10 @@ impl Primary {
 
     /// The record is not what this process wanted it to be, but `found`.
     fn found(&mut self, now: Moment, found: Record, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Entitling {
+            actions.push(Action::Freeze);
+            self.backup = None;
+        }
         if found == self.own {
             // It has been replaced, or we would not be here: the arbiter's view is out of date. Look again.
             self.phase = Phase::Frozen;

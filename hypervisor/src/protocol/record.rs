@@ -6,9 +6,9 @@
 //! that was delayed cannot succeed later.
 //!
 //! ```text
-//!                      ┌─ detached ─┐
-//!                      ▼            │
-//!  (none) ─cold start─▶ live ───────┘──── claimed_by ───▶ claimed ── gone_live ──▶ live
+//!                   ┌─ detached, entitling ─┐
+//!                   ▼                       │
+//!  (none) ─cold start─▶ live ───────────────┘ claimed_by ─▶ claimed ── gone_live ──▶ live
 //!                       │ ended                             │  │
 //!                       ▼                            reclaimed └── abandoned ──▶ abandoned
 //!                     ended                              ▼                          │ reclaimed
@@ -201,6 +201,17 @@ impl Record {
         Self {
             configuration: self.configuration.next(),
             entitled: None,
+            ..*self
+        }
+    }
+
+    /// The primary has a backup again: its copy is complete, and it may claim. Only for a `live` record that entitles nobody.
+    #[must_use]
+    pub fn entitling(&self, backup: Identity) -> Self {
+        debug_assert!(self.state == State::Live && self.entitled.is_none());
+        Self {
+            configuration: self.configuration.next(),
+            entitled: Some(backup),
             ..*self
         }
     }

@@ -1,43 +1,32 @@
 //! A backup: listens for its primary, follows it, and takes the machine over when the primary is gone.
 #![forbid(unsafe_code)]
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+mod follower;
+mod meeting;
+
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 
 use rdma_log::{Fenced, Fencer};
 
-use super::beats::Beats;
-use super::clerk::{Clerk, NOT_CONFINED};
-use super::host::{self, Inherited};
+use super::SessionError;
+use super::host::Inherited;
 use super::io::{Common, Io};
 use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
-use super::serve::{self, Served, now};
-use super::{SessionError, protocol_timing};
-use crate::arbiter::{Arbiter, Claim, Durability, FileArbiter, random_identity};
-use crate::backends::NetPort;
-use crate::backends::wait::Wake;
-use crate::clock::GuestClock;
+use super::serve::{self, Served, Staff, now};
+use crate::arbiter::{Claim, Durability, FileArbiter, random_identity};
 use crate::config::Config;
 use crate::divergence::Divergence;
-use crate::gate::{Committed, Gate};
-use crate::handshake::{self, HandshakeError};
+use crate::handshake;
 use crate::kvm::CpuModel;
-use crate::machine::Machine;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
-use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Backup, Pair, Record, Unfit};
-use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
-use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
-use crate::ring_log::RingSource;
+use crate::protocol::{Backup, Unfit};
+use crate::replay::ReplayError;
 use crate::sandbox::Thread;
-use crate::sink::NoLog;
-use crate::stage::Stage;
+use follower::{Drained, Follower, Told};
+use meeting::Meeting;
 
 /// Runs a backup until the protocol ends it, as a backup or later as the primary.
 ///
@@ -46,268 +35,51 @@ use crate::stage::Stage;
 pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
-
+    // A wrong place is told now, not when a primary has come.
+    FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),
         pid: std::process::id(),
         address: listener.address(),
     });
-    let (stream, hello, machine) = loop {
-        let stream = listener.accept(&common)?;
-        let heard = handshake::listen_to(&stream, &cpu, &config.name).and_then(|(hello, spec)| {
-            let machine = Machine::new(&source, &spec).and_then(|mut machine| {
-                machine.watch_memory()?;
-                Ok(machine)
-            });
-            Ok((
-                hello,
-                machine.map_err(|error| HandshakeError::Machine(error.to_string()))?,
-            ))
-        });
-        match heard {
-            Ok((hello, machine)) => break (stream, hello, machine),
-            Err(error) => {
-                handshake::refuse(&stream, &error);
-                common.reporter.say(&Said::Notice {
-                    text: format!("a primary was refused: {error}"),
-                    loud: true,
-                });
-            }
-        }
-    };
-    let socket = Beats::bind(config.pair.heartbeat)?;
-    let address = socket
-        .local_addr()
-        .map_err(SessionError::host("read the heartbeat socket's address"))?;
-    let (record, port) = handshake::welcome(&stream, me, address)?;
-    check_arbiter(&arbiter, &record)?;
-    let port = match port {
-        Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
-        None if stream.unix().is_some() => None,
-        // Over TCP nothing is shared: this side has a port of its own.
-        None => Io::port(config, inherited)?,
-    };
-    let (ring, link) = listener.accept_ring(&common, &stream, config)?;
-    drop(listener);
-    handshake::await_go(&stream)?;
-    stream
-        .set_nonblocking(true)
-        .map_err(SessionError::host("set up the control connection"))?;
-
-    let mut io = Io::new(common, config, json, port, None, Gate::new_shut())?;
-    io.beats = Some(Beats::connect(
-        socket,
-        hello.heartbeat,
-        handshake::key_of(&hello),
-    )?);
-    io.control = Some(stream);
-    io.link = link;
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
-    let pair = Pair {
-        machine: MachineId::of(&config.name),
+    let meeting = Meeting {
+        config,
+        inherited,
+        json,
         me,
-        peer: handshake::identity_of(&hello)?,
+        source,
+        cpu,
+        listener,
     };
-    let protocol = Backup::new(pair, record, protocol_timing(config), now())
-        .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
-    let fenced = Arc::new(OnceLock::new());
-    let log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
-    let replayer = Replayer::new(machine, log, Arc::clone(&io.orders), config.timing.spin());
-    let follower = Follower::start(config, &io, replayer)?;
-    io.reporter.say(&Said::Paired {
-        epoch: record.epoch.0,
-        peer: pair.peer.to_string(),
-    });
-    io.sandbox.confine(Thread::Io)?;
-    Following {
-        io,
-        clerk,
-        protocol,
-        follower,
-        fencer: Some((ring.fencer, fenced)),
-        claim: None,
-        drained: None,
-        arrived: 0,
-        at: Timeline::default(),
-    }
-    .follow()
-}
-
-/// Two sides with different arbiters could both win: what the primary says must be what this side reads.
-fn check_arbiter(arbiter: &FileArbiter, told: &Record) -> Result<(), SessionError> {
-    match arbiter.read()? {
-        Some(record) if record == *told => Ok(()),
-        found => Err(SessionError::NotOurs(format!(
-            "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
-            found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())
-        ))),
-    }
-}
-
-/// What the vCPU thread says.
-enum Told {
-    /// The log was replayed to its end after the fence.
-    Drained(Drained),
-    /// This copy is of no use.
-    Failed(ReplayError),
-}
-
-/// Facts about a drained log.
-#[derive(Clone, Copy, Debug)]
-struct Drained {
-    position: u64,
-    memory_checks: u64,
-    last_memory_check: Option<MemoryCheck>,
-    resent: usize,
-    inherited_frames: usize,
-}
-
-/// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
-struct Follower {
-    thread: JoinHandle<Result<Ended, RecordError>>,
-    told: Receiver<Told>,
-    claims: Sender<Claim>,
-    /// The number of the last entry that came.
-    arrived: Arc<AtomicU64>,
-}
-
-/// What going live needs besides the proofs.
-struct Live {
-    outlet: Outlet,
-    stage: Arc<Stage>,
-    orders: Arc<crate::orders::Orders>,
-    samples: Arc<crate::orders::Samples>,
-    options: RecordOptions,
-    random: File,
-}
-
-impl Follower {
-    fn start(
-        config: &Config,
-        io: &Io,
-        mut replayer: Replayer<RingSource>,
-    ) -> Result<Self, SessionError> {
-        let arrived = replayer.source().arrivals();
-        let (tell, told) = channel();
-        let (claims, claim) = channel();
-        let live = Live {
-            outlet: io.outlet.clone(),
-            stage: Arc::clone(&io.stage),
-            orders: Arc::clone(&io.orders),
-            samples: Arc::clone(&io.samples),
-            options: RecordOptions {
-                spin: config.timing.spin(),
-                preempt: config.preempt.by_checkpoint(),
-                ..RecordOptions::default()
-            },
-            random: random_source()?,
+    loop {
+        let error = match meeting.meet(common.again(json)?) {
+            Ok(following) => {
+                // It takes its socket file with it, which a confined thread could not.
+                drop(meeting);
+                following.io.sandbox.confine(Thread::Io)?;
+                common.reporter.say(&following.paired);
+                return following.follow();
+            }
+            // This primary will not be followed; another may come.
+            Err(SessionError::Handshake(error)) => error,
+            Err(error) => return Err(error),
         };
-        let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
-        let sandbox = io.sandbox.clone();
-        let thread = std::thread::Builder::new()
-            .name("vcpu".into())
-            .spawn(move || {
-                host::pin(&cpus, "vCPU");
-                sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
-                let outcome = follow(replayer, live, &tell, &claim, &wake);
-                wake.ring();
-                outcome
-            })
-            .map_err(SessionError::host("start the vCPU thread"))?;
-        Ok(Self {
-            thread,
-            told,
-            claims,
-            arrived,
-        })
+        common.reporter.say(&Said::Notice {
+            text: format!("a primary was refused: {error}"),
+            loud: true,
+        });
     }
-}
-
-fn follow(
-    mut replayer: Replayer<RingSource>,
-    live: Live,
-    tell: &Sender<Told>,
-    claim: &Receiver<Claim>,
-    wake: &Wake,
-) -> Result<Ended, RecordError> {
-    let say = |told| {
-        // If nobody listens the process is ending.
-        let _ = tell.send(told);
-        wake.ring();
-    };
-    match replayer.run() {
-        Ok(ReplayEnd::LogOver) => {}
-        Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
-        Err(error) => {
-            say(Told::Failed(error));
-            return Ok(Ended::Stopped);
-        }
-    }
-    let (memory_checks, last_memory_check) = replayer.memory_checks();
-    let (remains, mut log) = replayer.into_remains();
-    let frames = match log.leftover_frames() {
-        Ok(frames) => frames,
-        Err(error) => {
-            say(Told::Failed(error.into()));
-            return Ok(Ended::Stopped);
-        }
-    };
-    for frame in &frames {
-        // The stage is as large as the primary's was, so they fit.
-        let _ = live.stage.push(rdma_log::Seq::ZERO, frame);
-    }
-    let drained = Drained {
-        position: remains.machine.position().0,
-        memory_checks,
-        last_memory_check,
-        resent: remains.unreleased.len(),
-        inherited_frames: frames.len(),
-    };
-    let Some(fenced) = log.into_proof() else {
-        say(Told::Failed(ReplayError::Log(crate::replay::LogError(
-            "the log ended without a fence".into(),
-        ))));
-        return Ok(Ended::Stopped);
-    };
-    say(Told::Drained(drained));
-    let Ok(claim) = claim.recv() else {
-        return Ok(Ended::Stopped);
-    };
-    go_live(remains, claim, fenced, live).run()
-}
-
-/// Makes the backup the primary. It takes the proof that the claim was won and the proof that nothing more can commit to the
-/// old log; without both there is no way to call it.
-fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<NoLog> {
-    for output in remains.unreleased {
-        live.outlet
-            .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
-    }
-    // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
-    // something to log.
-    live.outlet.release(Committed::EVERYTHING);
-    Recorder::new(Parts {
-        machine: remains.machine,
-        sink: NoLog::default(),
-        base: remains.base,
-        outlet: live.outlet,
-        stage: live.stage,
-        orders: live.orders,
-        samples: live.samples,
-        clock: GuestClock::starting(remains.clock, remains.clock_came),
-        options: live.options,
-        random: live.random,
-    })
 }
 
 /// The I/O thread's loop of a backup.
 struct Following {
     io: Io,
-    clerk: Clerk,
+    staff: Staff,
+    /// What is said once this thread is confined.
+    paired: Said,
     protocol: Backup,
     follower: Follower,
     fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
@@ -341,7 +113,7 @@ impl Following {
             if found.signalled {
                 return self.leave();
             }
-            while let Some((answer, claim)) = self.clerk.answer() {
+            while let Some((answer, claim)) = self.staff.clerk.answer() {
                 if claim.is_some() {
                     self.at.claimed = Timeline::now();
                     self.claim = claim;
@@ -375,7 +147,7 @@ impl Following {
                         if self.at.suspected == 0 {
                             self.at.suspected = Timeline::now();
                         }
-                        self.clerk.ask(request);
+                        self.staff.clerk.ask(request);
                     }
                     Action::Fence => {
                         let event = self.fence();
@@ -403,8 +175,7 @@ impl Following {
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
                         self.io.order(Order::Stop);
-                        drop(self.follower.claims);
-                        let _ = self.follower.thread.join();
+                        self.follower.end();
                         return Ok(Served {
                             reason,
                             guest: None,
@@ -474,8 +245,7 @@ impl Following {
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.
     fn leave(self) -> Result<Served, SessionError> {
         self.io.order(Order::Stop);
-        drop(self.follower.claims);
-        let _ = self.follower.thread.join();
+        self.follower.end();
         Err(SessionError::Interrupted)
     }
 
@@ -504,6 +274,6 @@ impl Following {
             .protocol
             .into_primary(now())
             .expect("the gate opens only in phase live");
-        serve::serve(&mut self.io, &self.clerk, protocol, self.follower.thread)
+        serve::serve(self.io, self.staff, protocol, self.follower.thread)
     }
 }

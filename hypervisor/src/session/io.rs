@@ -13,6 +13,7 @@ use rdma_log::transport::tcp::{Link, StreamError, Watch};
 use super::SessionError;
 use super::beats::Beats;
 use super::host::{self, Inherited};
+use super::recruit::Taken;
 use super::report::{Event as Said, Reporter};
 use super::stager::Stager;
 use super::world::HostWorld;
@@ -71,6 +72,7 @@ pub(super) struct Found {
 }
 
 /// What is made before there is a port or a lane.
+#[derive(Debug)]
 pub(super) struct Common {
     pub(super) wake: Arc<Wake>,
     pub(super) signals: UnixStream,
@@ -78,6 +80,23 @@ pub(super) struct Common {
 }
 
 impl Common {
+    /// Whether SIGTERM or SIGINT came.
+    pub(super) fn is_told_to_stop(&self) -> bool {
+        let mut waiter = Waiter::new();
+        let signals = waiter.add(&self.signals, true, false);
+        waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read
+    }
+
+    /// The same once more, for a role that may have to start over.
+    pub(super) fn again(&self, json: bool) -> Result<Self, SessionError> {
+        let signals = self.signals.try_clone();
+        Ok(Self {
+            wake: Arc::clone(&self.wake),
+            signals: signals.map_err(SessionError::host("share a socket"))?,
+            reporter: Reporter::new(json),
+        })
+    }
+
     pub(super) fn new(json: bool) -> Result<Self, SessionError> {
         Ok(Self {
             wake: Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?),
@@ -85,6 +104,17 @@ impl Common {
             reporter: Reporter::new(json),
         })
     }
+}
+
+/// What came while a backup waits to be entitled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    /// Nothing.
+    None,
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// The control connection has something to read, or is at its end.
+    Some,
 }
 
 /// The lane and reign that a stager writes to.
@@ -101,7 +131,6 @@ impl Io {
         config: &Config,
         json: bool,
         port: Option<NetPort>,
-        lane: Option<InputLane>,
         gate: Gate<Output>,
     ) -> Result<Self, SessionError> {
         let out = match &port {
@@ -112,10 +141,6 @@ impl Io {
             None => None,
         };
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
-        let (lane, committed) = match lane {
-            Some((lane, epoch, committed)) => (Some((lane, epoch)), committed),
-            None => (None, None),
-        };
         host::pin(&config.cpus.io, "I/O");
         Ok(Self {
             orders: Arc::new(Orders::new(Arc::clone(&common.wake))),
@@ -124,7 +149,7 @@ impl Io {
                 gate,
                 Box::new(HostWorld::new(out, host::open_console(config, json)?)),
             ),
-            stager: Stager::new(port, lane, committed, Arc::clone(&stage)),
+            stager: Stager::new(port, Arc::clone(&stage)),
             reporter: common.reporter,
             stage,
             wake: common.wake,
@@ -145,6 +170,49 @@ impl Io {
                 )
             }),
         })
+    }
+
+    /// Waits for a word on a control connection, at most `longest`.
+    pub(super) fn await_word(
+        &self,
+        control: &Channel,
+        longest: Duration,
+    ) -> Result<Word, SessionError> {
+        let mut waiter = Waiter::new();
+        let wake = waiter.add(&*self.wake, true, false);
+        let signals = waiter.add(&self.signals, true, false);
+        let control = waiter.add(control, true, false);
+        waiter
+            .wait(Some(longest))
+            .map_err(SessionError::host("wait for events"))?;
+        if waiter.ready(wake).read {
+            self.wake.clear();
+        }
+        Ok(if waiter.ready(signals).read {
+            Word::Signal
+        } else if waiter.ready(control).read {
+            Word::Some
+        } else {
+            Word::None
+        })
+    }
+
+    /// The guest logs to a new ring from here on: what is read goes there, too.
+    pub(super) fn join_log(&mut self, taken: Taken) {
+        self.orders.forget_fence();
+        self.exits_wanted = false;
+        self.stager.attach(taken.lane);
+        self.watch = taken.watch;
+        self.replayed = taken.replayed;
+        self.replayed_before = 0;
+    }
+
+    /// There is no backup any more: what led to it is closed.
+    pub(super) fn leave_log(&mut self) {
+        self.stager.detach();
+        self.beats = None;
+        self.control = None;
+        self.watch = None;
     }
 
     /// Opens the port that the configuration names.

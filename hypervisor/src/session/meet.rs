@@ -1,7 +1,8 @@
 //! How the two sides of a pair find each other, and how their ring comes to be: over a Unix socket, or over TCP.
 #![forbid(unsafe_code)]
 
-use std::io::{self, ErrorKind};
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,16 +13,25 @@ use rdma_log::transport::{shm, tcp};
 use rdma_log::{RingConfig, RingReader, RingWriter};
 
 use super::SessionError;
+use super::beats::Beats;
 use super::host;
 use super::io::Common;
 use super::report::Event as Said;
 use crate::arbiter::random_bytes;
+use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, Pair, Transport};
-use crate::handshake::{self, Channel, HandshakeError};
+use crate::handshake::{self, Channel, HandshakeError, Hello};
+use crate::kvm::CpuModel;
+use crate::machine::{Machine, MachineSpec};
+use crate::protocol::Identity;
+use crate::record::random_source;
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
+
+/// How long a standby may take to answer a call: on a network of one site it does in a millisecond or not at all.
+const CALL_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long a backup that has met its primary waits for the ring's connection.
 const RING_WITHIN: Duration = Duration::from_secs(10);
@@ -181,9 +191,7 @@ impl Drop for Listener {
 }
 
 /// The primary's end of the ring with the backup at the other end of `control`.
-pub(super) fn connect_ring(
-    control: &Channel,
-) -> Result<(RingWriter, Option<tcp::Watch>), HandshakeError> {
+fn connect_ring(control: &Channel) -> Result<(RingWriter, Option<tcp::Watch>), HandshakeError> {
     match control {
         Channel::Unix(stream) => Ok((shm::connect(stream)?, None)),
         Channel::Tcp(_) => {
@@ -193,33 +201,144 @@ pub(super) fn connect_ring(
     }
 }
 
-fn dial(pair: &Pair) -> Result<io::Result<Channel>, SessionError> {
-    Ok(match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix),
-        Transport::Tcp => {
-            let address = pair.connect.ok_or_else(|| {
-                let needed = "with transport tcp a primary needs its backup's address";
-                setting("pair.connect", needed)
-            })?;
-            TcpStream::connect_timeout(&address, FIND_BACKUP).and_then(|stream| {
-                stream.set_nodelay(true)?;
-                Ok(Channel::Tcp(stream))
-            })
-        }
+/// What a primary tells every backup that it meets.
+pub(super) struct Introduction {
+    pub(super) name: String,
+    pub(super) me: Identity,
+    pub(super) cpu: CpuModel,
+    /// The machine's description.
+    pub(super) spec: Vec<u8>,
+    /// The network port, which both sides share where both are on one host.
+    pub(super) port: Option<NetPort>,
+    /// The host's random source, open.
+    pub(super) random: File,
+}
+
+impl Introduction {
+    pub(super) fn new(
+        config: &Config,
+        me: Identity,
+        machine: &Machine,
+        spec: &MachineSpec,
+        port: Option<&NetPort>,
+    ) -> Result<Self, SessionError> {
+        let port = port.map(NetPort::try_clone).transpose();
+        Ok(Self {
+            name: config.name.clone(),
+            me,
+            cpu: machine.cpu_model().clone(),
+            spec: spec.encode(),
+            port: port.map_err(SessionError::host("share the network port"))?,
+            random: random_source()?,
+        })
+    }
+}
+
+/// A backup that was met. It is not entitled yet.
+pub(super) struct Met {
+    pub(super) control: Channel,
+    pub(super) identity: Identity,
+    pub(super) beats: Beats,
+    pub(super) ring: RingWriter,
+    pub(super) watch: Option<tcp::Watch>,
+}
+
+/// Meets the backup at the other end: hello, welcome, port, ring. If the machine is `running`, a copy of it is due next.
+pub(super) fn introduce(
+    control: Channel,
+    pair: &Pair,
+    who: &Introduction,
+    running: bool,
+) -> Result<Met, SessionError> {
+    let socket = Beats::bind(pair.heartbeat)?;
+    let mut key = [0; 16];
+    let mut random = &who.random;
+    random
+        .read_exact(&mut key)
+        .map_err(SessionError::host("draw a key"))?;
+    let hello = Hello {
+        version: handshake::VERSION,
+        cpu: who.cpu.clone(),
+        name: who.name.clone(),
+        identity: who.me.to_string(),
+        heartbeat: socket
+            .local_addr()
+            .map_err(SessionError::host("read the heartbeat socket's address"))?,
+        key,
+        running,
+        spec_bytes: who.spec.len() as u32,
+    };
+    let welcomed = handshake::introduce(&control, &hello, &who.spec)?;
+    // On one host both sides share the port, so that the frames in its queue outlive either.
+    let shared = match &control {
+        Channel::Unix(_) => handshake::port_fd(who.port.as_ref()),
+        Channel::Tcp(_) => None,
+    };
+    handshake::share(&control, shared)?;
+    let (ring, watch) = connect_ring(&control)?;
+    let beats = Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?;
+    Ok(Met {
+        control,
+        identity: welcomed.identity,
+        beats,
+        ring,
+        watch,
     })
 }
 
-/// Connects to the backup, and waits for one to listen.
+fn dial(address: SocketAddr, longest: Duration) -> io::Result<Channel> {
+    let stream = TcpStream::connect_timeout(&address, longest)?;
+    stream.set_nodelay(true)?;
+    Ok(Channel::Tcp(stream))
+}
+
+/// Where a primary finds its backup, for people.
+fn place(pair: &Pair) -> Result<String, SessionError> {
+    Ok(match pair.transport {
+        Transport::Shm => pair.socket.display().to_string(),
+        Transport::Tcp => connect_address(pair)?.to_string(),
+    })
+}
+
+fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
+    pair.connect.ok_or_else(|| {
+        let needed = "with transport tcp a primary needs its backup's address";
+        setting("pair.connect", needed)
+    })
+}
+
+fn call(pair: &Pair) -> Result<io::Result<Channel>, SessionError> {
+    Ok(match pair.transport {
+        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix),
+        Transport::Tcp => dial(connect_address(pair)?, FIND_BACKUP),
+    })
+}
+
+/// Whether there is a place at which a new backup can be looked for.
+pub(super) fn can_recruit(pair: &Pair) -> bool {
+    pair.transport == Transport::Shm || pair.connect.is_some() || !pair.standbys.is_empty()
+}
+
+/// Calls every place at which a new backup may listen; the first that answers.
+pub(super) fn call_any(pair: &Pair) -> Option<Channel> {
+    match pair.transport {
+        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix).ok(),
+        Transport::Tcp => pair
+            .connect
+            .iter()
+            .chain(&pair.standbys)
+            .find_map(|&address| dial(address, CALL_WITHIN).ok()),
+    }
+}
+
+/// Connects to the backup that this primary starts with, and waits for one to listen.
 pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Channel, SessionError> {
     let until = Instant::now() + FIND_BACKUP;
     let mut said = false;
     let mut waiter = Waiter::new();
-    let place = match (pair.transport, pair.connect) {
-        (Transport::Tcp, Some(address)) => address.to_string(),
-        _ => pair.socket.display().to_string(),
-    };
+    let place = place(pair)?;
     loop {
-        match dial(pair)? {
+        match call(pair)? {
             Ok(stream) => return Ok(stream),
             Err(error)
                 if matches!(

@@ -20,6 +20,7 @@ pub mod host;
 mod io;
 mod meet;
 pub mod primary;
+mod recruit;
 pub mod report;
 pub mod serve;
 pub mod solo;
@@ -36,7 +37,7 @@ use crate::handshake::HandshakeError;
 use crate::machine::{MachineError, SpecError};
 use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
-use crate::record::RecordError;
+use crate::record::{RecordError, RecordOptions};
 use crate::replay::ReplayError;
 
 /// Why a role ended badly.
@@ -99,6 +100,9 @@ pub enum SessionError {
         /// How long it was tried.
         seconds: u64,
     },
+    /// The machine that runs could not be copied to a new backup.
+    #[error("no copy of the running machine could be made: {0}")]
+    NoCopy(String),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::SandboxError),
@@ -138,6 +142,16 @@ fn protocol_timing(config: &Config) -> Timing {
             ..limits
         },
         ..Timing::default()
+    }
+}
+
+/// How a machine of a pair is recorded, from its start or from its go-live.
+fn record_options(config: &Config) -> RecordOptions {
+    RecordOptions {
+        every_exit: false,
+        memory_check: config.timing.memory_check(),
+        spin: config.timing.spin(),
+        preempt: config.preempt.by_checkpoint(),
     }
 }
 

@@ -2,32 +2,39 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
-use super::beats::Beats;
 use super::clerk::{Clerk, NOT_CONFINED};
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
-use super::meet;
+use super::meet::{self, Introduction};
+use super::recruit::{Recruiter, log_to};
 use super::report::Event as Said;
-use super::serve::{self, Served, Vcpu};
-use super::{SessionError, protocol_timing};
-use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_bytes, random_identity};
+use super::serve::{self, Served, Staff, Vcpu};
+use super::{SessionError, protocol_timing, record_options};
+use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_identity};
 use crate::clock::GuestClock;
 use crate::config::Config;
+use crate::desk::Desk;
 use crate::entry::Base;
 use crate::gate::Gate;
-use crate::handshake::{self, Channel, Hello, Welcomed};
+use crate::handshake;
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Identity, Pair, Primary, Record, State};
-use crate::record::{Parts, RecordOptions, Recorder, random_source};
-use crate::ring_log::{RingSink, Window};
+use crate::protocol::{Identity, Notice, Pair, Primary, Record, State};
+use crate::record::{Parts, Recorder, random_source};
+use crate::ring_log::RingSink;
 use crate::sandbox::Thread;
 
+/// How a primary starts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Start {
+    /// No process of this machine runs any more, whatever the arbiter's record says.
+    pub cold: bool,
+    /// Without a backup; one that listens later is taken.
+    pub alone: bool,
+}
+
 /// Runs a primary until the protocol ends it.
-///
-/// `cold_start` says that no process of this machine runs any more, whatever the arbiter's record says.
 ///
 /// # Errors
 /// See [`SessionError`].
@@ -36,78 +43,87 @@ pub fn run(
     inherited: &Inherited,
     spec: &MachineSpec,
     json: bool,
-    cold_start: bool,
+    start: Start,
 ) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
     let found = arbiter.read()?;
-    may_start(found.as_ref(), cold_start)?;
+    may_start(found.as_ref(), start.cold)?;
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
+    let introduction = Introduction::new(config, me, &machine, spec, port.as_ref())?;
 
-    let stream = meet::find_backup(&config.pair, &common)?;
-    let socket = Beats::bind(config.pair.heartbeat)?;
-    let key = random_bytes().map_err(SessionError::host("draw a key"))?;
-    let spec_bytes = spec.encode();
-    let hello = Hello {
-        version: handshake::VERSION,
-        cpu: machine.cpu_model().clone(),
-        name: config.name.clone(),
-        identity: me.to_string(),
-        heartbeat: socket
-            .local_addr()
-            .map_err(SessionError::host("read the heartbeat socket's address"))?,
-        key,
-        spec_bytes: spec_bytes.len() as u32,
+    let met = if start.alone {
+        None
+    } else {
+        let control = meet::find_backup(&config.pair, &common)?;
+        let met = meet::introduce(control, &config.pair, &introduction, false)?;
+        handshake::await_ready(&met.control)?;
+        Some(met)
     };
-    let welcomed = handshake::introduce(&stream, &hello, &spec_bytes)?;
-    let record = entitle(&arbiter, found.as_ref(), me, &welcomed)?;
-    // On one host both sides share the port, so that the frames in its queue outlive either.
-    let shared = match &stream {
-        Channel::Unix(_) => handshake::port_fd(port.as_ref()),
-        Channel::Tcp(_) => None,
-    };
-    handshake::agree(&stream, &record, shared)?;
-    let (ring, watch) = meet::connect_ring(&stream)?;
-
-    let committed = Arc::new(AtomicU64::new(0));
-    let epoch = super::ring_epoch(record.epoch);
-    let told = watch.is_none().then(|| Arc::clone(&committed));
-    let lane = Some((ring.inputs, epoch, told));
-    let mut io = Io::new(common, config, json, port, lane, Gate::new())?;
-    io.beats = Some(Beats::connect(
-        socket,
-        welcomed.heartbeat,
-        handshake::key_of(&hello),
-    )?);
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
-    let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&io.replayed));
-    let mut sink = RingSink::new(ring.events, epoch, committed).with_window(window);
-    if let Some(watch) = &watch {
-        sink = sink.with_watch(watch.clone());
+    let peer = met.as_ref().map(|met| met.identity);
+    let record = begin(&arbiter, found.as_ref(), me, peer)?;
+    if let Some(met) = &met {
+        handshake::agree(&met.control, &record)?;
+        let control = met.control.set_nonblocking(true);
+        control.map_err(SessionError::host("set up the control connection"))?;
     }
-    io.watch = watch;
-    handshake::go(&stream)?;
-    stream
-        .set_nonblocking(true)
-        .map_err(SessionError::host("set up the control connection"))?;
-    io.control = Some(stream);
-    let pair = Pair {
+
+    let mut io = Io::new(common, config, json, port, Gate::new())?;
+    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
+    let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
+    let staff = Staff {
+        clerk,
+        recruiter,
         machine: MachineId::of(&config.name),
         me,
-        peer: welcomed.identity,
     };
-    let protocol = Primary::protected(pair, record, protocol_timing(config), serve::now());
+    let timing = protocol_timing(config);
+    let (sink, protocol) = match met {
+        Some(met) => {
+            let (sink, taken) =
+                log_to(config, super::ring_epoch(record.epoch), met.ring, met.watch);
+            io.join_log(taken);
+            io.beats = Some(met.beats);
+            io.control = Some(met.control);
+            let pair = Pair {
+                machine: staff.machine,
+                me,
+                peer: met.identity,
+            };
+            let protocol = Primary::protected(pair, record, timing, serve::now());
+            (sink, protocol)
+        }
+        None => {
+            let protocol = Primary::unprotected(me, record, timing, serve::now());
+            (RingSink::detached(), protocol)
+        }
+    };
     let clock = GuestClock::since(spec.wall_clock_ns);
-    let vcpu = start(config, &io, machine, clock, sink)?;
-    io.reporter.say(&Said::Paired {
-        epoch: record.epoch.0,
-        peer: welcomed.identity.to_string(),
-    });
+    let desk = staff.recruiter.as_ref().map(|r| Arc::clone(&r.desk));
+    let vcpu = start_vcpu(config, &io, machine, clock, sink, desk)?;
     io.sandbox.confine(Thread::Io)?;
-    serve::serve(&mut io, &clerk, protocol, vcpu)
+    match peer {
+        Some(peer) => io.reporter.say(&Said::Paired {
+            epoch: record.epoch.0,
+            peer: peer.to_string(),
+        }),
+        None => {
+            io.reporter.say(&Said::Ready {
+                role: "primary".into(),
+                pid: std::process::id(),
+                address: None,
+            });
+            let notice = Notice::Unprotected(record);
+            io.reporter.say(&Said::Notice {
+                text: notice.to_string(),
+                loud: notice.is_loud(),
+            });
+        }
+    }
+    serve::serve(io, staff, protocol, vcpu)
 }
 
 /// A machine may start from nothing, from the end of an earlier reign, or because its operator says so.
@@ -120,13 +136,14 @@ fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionErro
     }
 }
 
-fn entitle(
+/// Begins the reign, with this backup entitled.
+fn begin(
     arbiter: &FileArbiter,
     found: Option<&Record>,
     me: Identity,
-    welcomed: &Welcomed,
+    backup: Option<Identity>,
 ) -> Result<Record, SessionError> {
-    let record = Record::cold_start(found, me, Some(welcomed.identity));
+    let record = Record::cold_start(found, me, backup);
     match arbiter.swap(found, &record)? {
         Swap::Done => Ok(record),
         Swap::Lost(now) => Err(SessionError::NotOurs(match now {
@@ -136,12 +153,13 @@ fn entitle(
     }
 }
 
-fn start(
+fn start_vcpu(
     config: &Config,
     io: &Io,
     machine: Machine,
     clock: GuestClock,
     sink: RingSink,
+    desk: Option<Arc<Desk<RingSink>>>,
 ) -> Result<Vcpu, SessionError> {
     let parts = Parts {
         machine,
@@ -152,13 +170,9 @@ fn start(
         orders: Arc::clone(&io.orders),
         samples: Arc::clone(&io.samples),
         clock,
-        options: RecordOptions {
-            every_exit: false,
-            memory_check: config.timing.memory_check(),
-            spin: config.timing.spin(),
-            preempt: config.preempt.by_checkpoint(),
-        },
+        options: record_options(config),
         random: random_source()?,
+        desk,
     };
     let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
     let sandbox = io.sandbox.clone();

@@ -31,6 +31,19 @@ pub enum Event {
         /// The other process's identity.
         peer: String,
     },
+    /// A new backup holds a copy of the running machine and follows its log.
+    Joined {
+        /// Its identity.
+        peer: String,
+        /// How long the guest stood for it, in microseconds.
+        stopped_us: u64,
+        /// From the first page to its word that the copy is whole, in microseconds.
+        took_us: u64,
+        /// Bytes that went over.
+        bytes: u64,
+        /// Rounds, the first one with everything.
+        rounds: u32,
+    },
     /// Commit latencies since the last such event: (upper bound of the bucket in ns, count).
     Commits {
         /// The buckets.
@@ -151,6 +164,18 @@ impl Reporter {
             Event::Paired { epoch, .. } => {
                 tracing::info!("protected: both sides run, epoch {epoch}")
             }
+            Event::Joined {
+                stopped_us,
+                took_us,
+                bytes,
+                rounds,
+                ..
+            } => tracing::info!(
+                "a new backup has a copy: {:.1} MiB in {rounds} rounds, {:.1} ms; the guest stood {:.2} ms",
+                *bytes as f64 / f64::from(1 << 20),
+                *took_us as f64 / 1e3,
+                *stopped_us as f64 / 1e3
+            ),
             Event::Live {
                 epoch,
                 position,

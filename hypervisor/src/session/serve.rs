@@ -6,10 +6,14 @@ use std::thread::JoinHandle;
 use super::SessionError;
 use super::clerk::Clerk;
 use super::io::Io;
+use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
+use crate::desk::Ask;
+use crate::handshake;
 use crate::orders::Order;
-use crate::protocol::primary::{Action, Event};
-use crate::protocol::{Moment, Primary, Reason};
+use crate::protocol::heartbeat::MachineId;
+use crate::protocol::primary::{Action, Event, Phase};
+use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
 use crate::record::{Ended, RecordError};
 
 /// The thread that runs the guest.
@@ -29,83 +33,221 @@ pub struct Served {
     pub guest: Option<Ended>,
 }
 
+/// The threads that wait for others in place of the I/O thread, and in whose name.
+pub(super) struct Staff {
+    pub(super) clerk: Clerk,
+    /// None where there is no place to look for a backup.
+    pub(super) recruiter: Option<Recruiter>,
+    pub(super) machine: MachineId,
+    pub(super) me: Identity,
+}
+
+impl Staff {
+    /// Looks for a new backup from now on.
+    pub(super) fn look(&self, record: &Record) {
+        if let Some(recruiter) = &self.recruiter {
+            recruiter.look(super::ring_epoch(record.epoch));
+        }
+    }
+}
+
 /// Serves until the protocol ends this process.
 pub(super) fn serve(
-    io: &mut Io,
-    clerk: &Clerk,
-    mut protocol: Primary,
+    io: Io,
+    staff: Staff,
+    protocol: Primary,
     vcpu: Vcpu,
 ) -> Result<Served, SessionError> {
-    let mut vcpu = Some(vcpu);
-    let mut guest = None;
-    let mut fence_told = false;
-    let mut actions = Vec::new();
-    loop {
-        let longest = protocol.deadline().map(|deadline| deadline.since(now()));
-        let found = io.round(longest, true)?;
-        let now = now();
-        if let Some(beats) = &io.beats {
-            while let Some(beat) = beats.receive() {
-                protocol.handle(now, Event::Heartbeat(beat), &mut actions);
-            }
-        }
-        if found.log_traffic {
-            protocol.handle(now, Event::LogTraffic, &mut actions);
-        }
-        if found.peer_gone {
-            protocol.handle(now, Event::PeerDied, &mut actions);
-        }
-        io.answer_exits();
-        if io.orders.fenced() && !fence_told {
-            fence_told = true;
-            protocol.handle(now, Event::LogFenced, &mut actions);
-        }
-        while let Some((answer, _)) = clerk.answer() {
-            protocol.handle(now, Event::Arbiter(answer), &mut actions);
-        }
-        if vcpu.as_ref().is_some_and(JoinHandle::is_finished) {
-            guest = end_of(vcpu.take())?;
-            protocol.handle(now, Event::End, &mut actions);
-        }
-        if found.signalled {
-            protocol.handle(now, Event::End, &mut actions);
-        }
-        protocol.handle(now, Event::Tick(io.orders.progress()), &mut actions);
-        for action in actions.drain(..) {
-            match action {
-                Action::SendHeartbeat(beat) => {
-                    if let Some(beats) = &io.beats {
-                        beats.send(&beat);
-                    }
-                }
-                Action::Ask(request) => clerk.ask(request),
-                Action::Freeze => {
-                    io.outlet.shut();
-                    io.order(Order::Freeze);
-                }
-                Action::RunUnprotected(_) => {
-                    io.stager.detach();
-                    io.beats = None;
-                    io.control = None;
-                    io.watch = None;
-                    io.order(Order::RunUnprotected);
-                    if vcpu.is_none() {
-                        io.release_everything();
-                    }
-                }
-                Action::Say(notice) => io.reporter.say(&Said::Notice {
-                    text: notice.to_string(),
-                    loud: notice.is_loud(),
-                }),
-                Action::Die(reason) => {
-                    io.order(Order::Stop);
-                    // A recorder that stops in the middle of a post says so; that is how it was told to end.
-                    let _ = end_of(vcpu.take());
-                    io.last_words();
-                    return Ok(Served { reason, guest });
+    if protocol.phase() == Phase::Unprotected {
+        staff.look(protocol.record());
+    }
+    Serving {
+        looking: protocol.phase() == Phase::Unprotected,
+        io,
+        staff,
+        protocol,
+        vcpu: Some(vcpu),
+        guest: None,
+        fence_told: false,
+    }
+    .serve()
+}
+
+struct Serving {
+    io: Io,
+    staff: Staff,
+    protocol: Primary,
+    vcpu: Option<Vcpu>,
+    guest: Option<Ended>,
+    fence_told: bool,
+    /// The recruiter is at work.
+    looking: bool,
+}
+
+impl Serving {
+    fn serve(mut self) -> Result<Served, SessionError> {
+        let mut actions = Vec::new();
+        loop {
+            let longest = self
+                .protocol
+                .deadline()
+                .map(|deadline| deadline.since(now()));
+            let found = self.io.round(longest, true)?;
+            let now = now();
+            let mut handle = |event| self.protocol.handle(now, event, &mut actions);
+            if let Some(beats) = &self.io.beats {
+                while let Some(beat) = beats.receive() {
+                    handle(Event::Heartbeat(beat));
                 }
             }
+            if found.log_traffic {
+                handle(Event::LogTraffic);
+            }
+            if found.peer_gone {
+                handle(Event::PeerDied);
+            }
+            self.io.answer_exits();
+            if self.io.orders.fenced() && !self.fence_told {
+                self.fence_told = true;
+                handle(Event::LogFenced);
+            }
+            while let Some((answer, _)) = self.staff.clerk.answer() {
+                handle(Event::Arbiter(answer));
+            }
+            while let Some(news) = self.staff.recruiter.as_ref().and_then(Recruiter::news) {
+                self.hear(news, now, &mut actions);
+            }
+            let mut handle = |event| self.protocol.handle(now, event, &mut actions);
+            if self.vcpu.as_ref().is_some_and(JoinHandle::is_finished) {
+                self.guest = end_of(self.vcpu.take())?;
+                handle(Event::End);
+            }
+            if found.signalled {
+                handle(Event::End);
+            }
+            handle(Event::Tick(self.io.orders.progress()));
+            for action in actions.drain(..) {
+                if let Some(served) = self.act(action) {
+                    return Ok(served);
+                }
+            }
         }
+    }
+
+    fn hear(&mut self, news: News, now: Moment, actions: &mut Vec<Action>) {
+        match news {
+            News::Cut(sink) => {
+                self.io.stager.pause();
+                if let Some(recruiter) = &self.staff.recruiter {
+                    recruiter.desk.leave(Ask::Cut(sink));
+                }
+                self.io.order(Order::Attend);
+            }
+            News::Taken(taken) => {
+                self.fence_told = false;
+                self.io.join_log(*taken);
+                self.protocol.handle(now, Event::Joining, actions);
+            }
+            News::Ready(recruit) => self.welcome(*recruit, now, actions),
+            News::Failed(error) => {
+                self.io.reporter.say(&Said::Notice {
+                    text: format!("a backup that wanted to join is not taken: {error}"),
+                    loud: true,
+                });
+                match self.protocol.phase() {
+                    Phase::Joining => self.protocol.handle(now, Event::PeerDied, actions),
+                    // The cut did not come about.
+                    _ => self.io.stager.detach(),
+                }
+            }
+        }
+    }
+
+    /// A backup holds a copy and follows.
+    fn welcome(&mut self, recruit: Recruit, now: Moment, actions: &mut Vec<Action>) {
+        self.looking = false;
+        if self.protocol.phase() != Phase::Joining {
+            // It was lost again before its word came.
+            self.look_again();
+            return;
+        }
+        let figures = recruit.figures;
+        self.io.reporter.say(&Said::Joined {
+            peer: recruit.identity.to_string(),
+            stopped_us: figures.stopped.as_micros() as u64,
+            took_us: figures.took.as_micros() as u64,
+            bytes: figures.bytes,
+            rounds: figures.rounds,
+        });
+        let pair = Pair {
+            machine: self.staff.machine,
+            me: self.staff.me,
+            peer: recruit.identity,
+        };
+        self.io.beats = Some(recruit.beats);
+        self.io.control = Some(recruit.control);
+        self.protocol.handle(now, Event::Joined(pair), actions);
+    }
+
+    fn look_again(&mut self) {
+        if !self.looking {
+            self.looking = true;
+            self.staff.look(self.protocol.record());
+        }
+    }
+
+    /// Does what the protocol wants. Some: the process ends by it.
+    fn act(&mut self, action: Action) -> Option<Served> {
+        let io = &mut self.io;
+        match action {
+            Action::SendHeartbeat(beat) => {
+                if let Some(beats) = &io.beats {
+                    beats.send(&beat);
+                }
+            }
+            Action::Ask(request) => self.staff.clerk.ask(request),
+            Action::Freeze => {
+                io.outlet.shut();
+                io.order(Order::Freeze);
+            }
+            Action::RunUnprotected(_) => {
+                io.leave_log();
+                io.order(Order::RunUnprotected);
+                if self.vcpu.is_none() {
+                    io.release_everything();
+                }
+                self.look_again();
+            }
+            Action::Protect(record) => {
+                if let Some(control) = &io.control {
+                    // A backup that does not hear it asks the arbiter; one that is gone shows as that.
+                    let _ = handshake::agree(control, &record);
+                    let _ = control.set_nonblocking(true);
+                }
+                io.reporter.say(&Said::Paired {
+                    epoch: record.epoch.0,
+                    peer: record
+                        .entitled
+                        .map(|peer| peer.to_string())
+                        .unwrap_or_default(),
+                });
+            }
+            Action::Say(notice) => io.reporter.say(&Said::Notice {
+                text: notice.to_string(),
+                loud: notice.is_loud(),
+            }),
+            Action::Die(reason) => {
+                io.order(Order::Stop);
+                // A recorder that stops in the middle of a post says so; that is how it was told to end.
+                let _ = end_of(self.vcpu.take());
+                io.last_words();
+                return Some(Served {
+                    reason,
+                    guest: self.guest,
+                });
+            }
+        }
+        None
     }
 }
 

@@ -136,9 +136,11 @@ impl Solo {
     ) -> Result<Self, SessionError> {
         let port = host::open_port(config, inherited)?;
         let common = Common::new(json)?;
-        Ok(Self {
-            io: Io::new(common, config, json, port, lane, Gate::new())?,
-        })
+        let mut io = Io::new(common, config, json, port, Gate::new())?;
+        if let Some(lane) = lane {
+            io.stager.attach(lane);
+        }
+        Ok(Self { io })
     }
 
     fn start<S: Sink + Send + 'static>(
@@ -160,6 +162,7 @@ impl Solo {
             clock,
             options,
             random: random_source()?,
+            desk: None,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
         let sandbox = self.io.sandbox.clone();

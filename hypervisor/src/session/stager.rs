@@ -10,6 +10,7 @@ use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
 use crate::backends::{NetPort, longest_frame};
 use crate::ring_log::INPUT_FRAME;
 use crate::session::host::MTU;
+use crate::session::io::InputLane;
 use crate::stage::Stage;
 
 /// Frames read in one go, so that heartbeats are never late because of a busy port.
@@ -32,34 +33,29 @@ pub(super) struct Stager {
     /// The lane takes nothing more, and who goes on is being decided. Until then the port is left alone: a frame read here
     /// would be lost to the side that took over, and cost its sender a timeout.
     lane_over: bool,
+    /// A new log is about to begin: what is read now would be in neither.
+    paused: bool,
 }
 
 impl Stager {
     /// Without a lane, frames only go to the stage.
-    pub(super) fn new(
-        port: Option<NetPort>,
-        lane: Option<(LaneWriter, Epoch)>,
-        committed: Option<Arc<AtomicU64>>,
-        stage: Arc<Stage>,
-    ) -> Self {
-        let (lane, epoch) = lane.map_or((None, Epoch::default()), |(lane, epoch)| {
-            (Some(lane), epoch)
-        });
+    pub(super) fn new(port: Option<NetPort>, stage: Arc<Stage>) -> Self {
         Self {
             port,
-            lane,
-            epoch,
-            committed,
+            lane: None,
+            epoch: Epoch::default(),
+            committed: None,
             stage,
             buffer: vec![0; SLOT],
             lane_full: false,
             lane_over: false,
+            paused: false,
         }
     }
 
     /// The port, if frames should be read from it now.
     pub(super) fn wants(&self) -> Option<&NetPort> {
-        if self.lane_full || self.lane_over || !self.stage.has_room() {
+        if self.lane_full || self.lane_over || self.paused || !self.stage.has_room() {
             return None;
         }
         self.port.as_ref()
@@ -75,6 +71,20 @@ impl Stager {
         self.lane = None;
         self.lane_full = false;
         self.lane_over = false;
+        self.paused = false;
+    }
+
+    /// Reads nothing until there is a new lane, or none.
+    pub(super) fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    /// From now on what is read goes into this lane.
+    pub(super) fn attach(&mut self, (lane, epoch, committed): InputLane) {
+        self.detach();
+        self.lane = Some(lane);
+        self.epoch = epoch;
+        self.committed = committed;
     }
 
     /// The log is over: reads no more until it is given up.
@@ -93,7 +103,7 @@ impl Stager {
     /// The port's error; the port is then closed.
     pub(super) fn pump(&mut self) -> io::Result<()> {
         for _ in 0..AT_ONCE {
-            if self.lane_over || !self.stage.has_room() {
+            if self.lane_over || self.paused || !self.stage.has_room() {
                 break;
             }
             match self.read_one() {

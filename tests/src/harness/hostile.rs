@@ -358,6 +358,7 @@ impl Surroundings {
             clock: GuestClock::starting(GuestTime(0), Instant::now()),
             options: RecordOptions::default(),
             random: random_source()?,
+            desk: None,
         }))
     }
 }

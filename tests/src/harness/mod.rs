@@ -18,6 +18,7 @@ pub mod program;
 pub mod random;
 pub mod recording;
 pub mod redis;
+pub mod relay;
 pub mod role;
 pub mod scheduler;
 pub mod signal;

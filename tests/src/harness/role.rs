@@ -66,28 +66,36 @@ impl Role {
     /// # Errors
     /// If it ends before, or does not say it in time.
     pub fn until(&mut self, word: &str, longest: Duration) -> Result<()> {
+        self.until_one_of(&[word], longest).map(|_| ())
+    }
+
+    /// Waits until it has said one of these words; which one.
+    ///
+    /// # Errors
+    /// If it ends before, or says none in time.
+    pub fn until_one_of(&mut self, words: &[&str], longest: Duration) -> Result<usize> {
         let until = Instant::now() + longest;
-        while !self.said().contains(word) {
-            if let Some(status) = self.child.try_wait().context("look after a process")? {
-                // What it said last may have come between the two looks.
-                ensure!(
-                    self.said().contains(word),
-                    "{} ended by {status} before it said {word:?}: {}",
-                    self.name,
-                    self.said()
+        loop {
+            let ended = self.child.try_wait().context("look after a process")?;
+            // After the look: what it said last may have come between the two.
+            let said = self.said();
+            if let Some(which) = words.iter().position(|word| said.contains(word)) {
+                return Ok(which);
+            }
+            if let Some(status) = ended {
+                bail!(
+                    "{} ended by {status} before it said {words:?}: {said}",
+                    self.name
                 );
-                break;
             }
             if Instant::now() >= until {
                 bail!(
-                    "{} did not say {word:?} within {longest:?}: {}",
-                    self.name,
-                    self.said()
+                    "{} did not say {words:?} within {longest:?}: {said}",
+                    self.name
                 );
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(())
     }
 
     /// Whether it still runs.

@@ -15,6 +15,8 @@ pub enum Signal {
     Stop,
     /// SIGCONT.
     Continue,
+    /// SIGKILL.
+    Kill,
 }
 
 /// Sends it to a process that is a child of this one and was not waited for.
@@ -27,6 +29,7 @@ pub fn send(process: u32, signal: Signal) -> Result<()> {
         Signal::Interrupt => libc::SIGINT,
         Signal::Stop => libc::SIGSTOP,
         Signal::Continue => libc::SIGCONT,
+        Signal::Kill => libc::SIGKILL,
     };
     let process = libc::pid_t::try_from(process).context("a process id")?;
     ensure!(process > 1, "process {process} is none of ours");

@@ -10,6 +10,7 @@ pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod leaves_nothing;
+pub mod live_join;
 pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
@@ -30,5 +31,6 @@ pub const ALL: &[Promise] = &[
     commit_latency::PROMISE,
     bad_input::PROMISE,
     confined::PROMISE,
+    live_join::PROMISE,
     leaves_nothing::PROMISE,
 ];

@@ -14,6 +14,7 @@ fn state() -> State {
         position: Position(77),
         digest: Digest(0xabcd),
         injectable: true,
+        halted: false,
         base: Base::new(Position(76), GuestTime(1 << 40)),
         cpu: vec![1; 100],
         devices: b"{}".to_vec(),
@@ -83,8 +84,8 @@ fn bad_values_under_a_good_checksum_are_named() {
     let error = |bytes: &[u8]| Image::parse(bytes, RAM).unwrap_err();
     assert_eq!(error(&put(0, 1)), FormatError::Foreign);
     assert_eq!(
-        error(&changed(|bytes| bytes[8] = 2)),
-        FormatError::Version { found: 2 }
+        error(&changed(|bytes| bytes[8] = 1)),
+        FormatError::Version { found: 1 }
     );
     assert!(matches!(error(&put(16, 12)), FormatError::Length { .. }));
     assert!(matches!(

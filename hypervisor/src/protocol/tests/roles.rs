@@ -631,3 +631,129 @@ fn messages_say_what_to_do() {
             .contains("UNPROTECTED")
     );
 }
+
+const C: Identity = Identity::from_bytes([0xc; 16]);
+
+/// An unprotected primary whose new backup has a copy, with the record that would entitle it: being asked for at 3 ms.
+fn entitling() -> (P, Record, Record) {
+    let own = Record::cold_start(None, A, None);
+    let machine = Primary::unprotected(A, own, Timing::default(), at(0));
+    let mut p = P {
+        machine,
+        notices: Vec::new(),
+    };
+    assert_eq!(
+        p.on(1, primary::Event::Joined(pair(A, C))),
+        [],
+        "nobody has joined"
+    );
+    assert_eq!(p.on(2, primary::Event::Joining), []);
+    assert_eq!(p.machine.phase(), P_::Joining);
+    let to = own.entitling(C);
+    assert_eq!(
+        p.on(3, primary::Event::Joined(pair(A, C))),
+        [primary::Action::Ask(swap(own, to))]
+    );
+    assert_eq!(p.machine.phase(), P_::Entitling);
+    (p, own, to)
+}
+
+#[test]
+fn a_backup_that_joins_is_entitled_and_then_watched() {
+    let (mut p, _, to) = entitling();
+    assert_eq!((to.entitled, to.configuration), (Some(C), Configuration(2)));
+    // It may know before the primary does.
+    let early = primary::Event::Heartbeat(beat(C, to, 1));
+    assert_eq!(p.on(4, early), []);
+    // The arbiter is slow; nobody is suspected before its word.
+    assert_eq!(p.tick(900), []);
+    assert_eq!(
+        p.answer(901, Answer::Swapped),
+        [primary::Action::Protect(to)]
+    );
+    assert_eq!(p.notices, [Notice::Protected(to)]);
+    assert_eq!(
+        (p.machine.phase(), *p.machine.record()),
+        (P_::Protected, to)
+    );
+    p.on(902, primary::Event::Heartbeat(beat(C, to, 2)));
+    // Its loss is an ordinary one from now on.
+    let lost = p.on(903, primary::Event::PeerDied);
+    assert_eq!(
+        lost,
+        [
+            primary::Action::Freeze,
+            primary::Action::Ask(swap(to, to.detached()))
+        ]
+    );
+}
+
+#[test]
+fn a_backup_that_is_lost_while_it_joins_costs_nothing() {
+    let own = Record::cold_start(None, A, None);
+    let machine = Primary::unprotected(A, own, Timing::default(), at(0));
+    let mut p = P {
+        machine,
+        notices: Vec::new(),
+    };
+    p.on(1, primary::Event::Joining);
+    assert_eq!(
+        p.on(2, primary::Event::PeerDied),
+        [primary::Action::RunUnprotected(own)]
+    );
+    assert_eq!(p.notices, [Notice::JoinFailed(Evidence::Death)]);
+    assert_eq!(p.machine.phase(), P_::Unprotected);
+}
+
+#[test]
+fn a_backup_that_is_lost_while_it_is_entitled_is_given_up_by_the_next_swap() {
+    for again in [primary::Event::PeerDied, primary::Event::LogFenced] {
+        let (mut p, _, to) = entitling();
+        assert_eq!(p.on(4, primary::Event::PeerDied), [primary::Action::Freeze]);
+        assert_eq!(p.on(5, again), [], "told once");
+        // It was entitled in between, and may have claimed.
+        assert_eq!(
+            p.answer(6, Answer::Swapped),
+            [
+                primary::Action::Freeze,
+                primary::Action::Ask(swap(to, to.detached()))
+            ]
+        );
+        let claim = to.claimed_by(C).unwrap();
+        assert_eq!(p.answer(7, Answer::Lost(Some(claim))), []);
+        assert_eq!(p.machine.phase(), P_::Frozen);
+        let live = claim.gone_live();
+        p.tick(40);
+        assert!(matches!(
+            p.answer(41, Answer::Read(Some(live)))[..],
+            [primary::Action::Die(Reason::Replaced { .. })]
+        ));
+    }
+}
+
+#[test]
+fn a_machine_that_ends_while_a_backup_joins_ends() {
+    let (mut p, _, to) = entitling();
+    assert_eq!(p.on(4, primary::Event::End), [primary::Action::Freeze]);
+    assert_eq!(
+        p.answer(5, Answer::Swapped),
+        [
+            primary::Action::Freeze,
+            primary::Action::Ask(swap(to, to.ended()))
+        ]
+    );
+    assert_eq!(
+        p.answer(6, Answer::Swapped),
+        [primary::Action::Die(Reason::PoweredOff)]
+    );
+    // And one whose record another has taken meanwhile is replaced.
+    let (mut p, own, _) = entitling();
+    let other = Record::cold_start(Some(&own), B, None);
+    assert!(matches!(
+        p.answer(5, Answer::Lost(Some(other)))[..],
+        [
+            primary::Action::Freeze,
+            primary::Action::Die(Reason::Replaced { .. })
+        ]
+    ));
+}

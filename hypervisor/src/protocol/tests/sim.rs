@@ -577,6 +577,8 @@ impl World {
                     let side = &mut self.sides[index];
                     (side.runs, side.open, side.shut) = (false, false, true);
                 }
+                // Nobody joins in this world.
+                PrimaryDoes::Protect(_) => return Err("protected out of nothing".to_owned()),
                 PrimaryDoes::RunUnprotected(_) => {
                     self.hang_up(1 - index);
                     self.serve(index)?;

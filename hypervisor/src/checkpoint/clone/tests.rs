@@ -1,0 +1,130 @@
+use super::*;
+use crate::checkpoint::Pages;
+use crate::entry::Base;
+use crate::event::{GuestTime, Input, Need};
+use crate::kvm::KvmSource;
+use crate::machine::{MachineSpec, Phase};
+
+fn machine() -> Machine {
+    let spec = MachineSpec::new("memory", 16, "", 7).unwrap();
+    let mut machine = Machine::new(&KvmSource::default(), &spec).unwrap();
+    machine.watch_memory().unwrap();
+    machine
+}
+
+fn run(machine: &mut Machine, exits: usize) {
+    for _ in 0..exits {
+        machine.step().unwrap();
+        machine.outputs().for_each(drop);
+        let now = Input::Clock(GuestTime(machine.position().0 * 50_000));
+        match machine.phase() {
+            Phase::Ready => {}
+            Phase::Halted | Phase::Needs(Need::Clock) => machine.supply(&now).unwrap(),
+            Phase::Needs(Need::Random(count)) => {
+                machine.supply(&Input::Random(vec![5; count])).unwrap();
+            }
+            other => panic!("the guest is {other:?}"),
+        }
+    }
+}
+
+/// A machine that ran, copied in rounds with work between; and the bytes that went over.
+fn copied() -> (Machine, Vec<u8>) {
+    let mut machine = machine();
+    run(&mut machine, 20);
+    machine.track_for_copy().unwrap();
+    let mut stream = Vec::new();
+    let mut sender = Sender::new(&mut stream, machine.shared_ram());
+    assert!(sender.everything().unwrap() > 0);
+    run(&mut machine, 30);
+    let changed = machine.take_uncopied().unwrap();
+    assert!(sender.pages(&changed).unwrap() > 0);
+    run(&mut machine, 5);
+    let last = Pages::Only(machine.take_uncopied().unwrap());
+    let checkpoint = machine
+        .save(&last, Base::default(), vec![vec![1, 2, 3]])
+        .unwrap();
+    sender.checkpoint(&checkpoint).unwrap();
+    assert_eq!(sender.bytes(), stream.len() as u64);
+    (machine, stream)
+}
+
+#[test]
+fn a_copy_goes_on_as_the_machine_does() {
+    let (mut first, stream) = copied();
+    let mut second = machine();
+    let (restored, bytes) = receive(&stream[..], &mut second).unwrap();
+    assert_eq!(
+        (restored.staged, bytes),
+        (vec![vec![1, 2, 3]], stream.len() as u64)
+    );
+    assert_eq!(
+        first.memory_hash_full().unwrap(),
+        second.memory_hash_full().unwrap()
+    );
+    run(&mut first, 40);
+    run(&mut second, 40);
+    assert_eq!(first.digest(), second.digest());
+    assert_eq!(
+        first.memory_hash_full().unwrap(),
+        second.memory_hash_full().unwrap()
+    );
+}
+
+#[test]
+fn a_copy_that_is_cut_or_spoilt_anywhere_is_refused() {
+    let (_, stream) = copied();
+    let mut machine = machine();
+    for at in (0..stream.len()).step_by(stream.len() / 40) {
+        let error = receive(&stream[..at], &mut machine).unwrap_err();
+        assert!(matches!(error, CloneError::Stream { bytes, .. } if bytes <= at as u64));
+        let mut spoilt = stream.clone();
+        spoilt[at] ^= 0x20;
+        receive(&spoilt[..], &mut machine).unwrap_err();
+    }
+    assert_eq!(machine.position().0, 0, "nothing was put in place");
+}
+
+fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![tag];
+    bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+#[test]
+fn a_hostile_sender_reaches_nothing_outside() {
+    let mut machine = machine();
+    let pages = machine.pages();
+    let page = |number: u64| {
+        let mut body = number.to_le_bytes().to_vec();
+        body.extend_from_slice(&[7; PAGE_SIZE]);
+        message(PAGES, &body)
+    };
+    let run = |first: u64, count: u64| {
+        let mut body = first.to_le_bytes().to_vec();
+        body.extend_from_slice(&count.to_le_bytes());
+        message(ZEROS, &body)
+    };
+    for bad in [
+        page(pages),
+        page(u64::MAX),
+        run(0, pages + 1),
+        run(u64::MAX, 2),
+        run(pages, u64::MAX),
+        message(PAGES, &[0; 100]),
+        message(ZEROS, &[0; 17]),
+        message(PART, &[0; 3]),
+        message(PART, &[1, 0, 0, 0, 1, 9]),
+        message(PART, &[0, 0, 0, 0, 1]),
+        message(9, &[]),
+        [&[PAGES, 0xff, 0xff, 0xff, 0x7f][..], &[0; 64]].concat(),
+    ] {
+        let error = receive(&bad[..], &mut machine).unwrap_err();
+        assert!(
+            !matches!(error, CloneError::Stream { .. }),
+            "{error}: {bad:?}"
+        );
+    }
+}

@@ -1,0 +1,87 @@
+//! The desk between the thread that copies a running machine and the vCPU thread that runs it.
+//!
+//! ```text
+//!  copier ── ask: watch ──▶ vCPU    from here on it is noted what the guest writes
+//!         ── ask: changed ▶         what it has written since
+//!         ── ask: cut ────▶         the guest stops: a checkpoint of what was written last, and the log goes on into the new ring
+//! ```
+//! The copier leaves one question, has the vCPU thread told ([`Order::Attend`](crate::orders::Order::Attend)), and waits for the
+//! answer; meanwhile the guest runs.
+#![forbid(unsafe_code)]
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::memory::DirtyPages;
+
+/// What is asked of the vCPU thread.
+#[derive(Debug)]
+pub enum Ask<S> {
+    /// Note from now on what is written.
+    Watch,
+    /// Say what was written since.
+    Changed,
+    /// Stop, take a checkpoint of what was written since, and log to this from there on.
+    Cut(Box<S>),
+    /// There will be no copy after all.
+    Forget,
+}
+
+/// What the vCPU thread answers.
+#[derive(Debug)]
+pub enum Answer {
+    /// It notes.
+    Watching,
+    /// Written since it was last asked.
+    Changed(DirtyPages),
+    /// It has stopped and runs again.
+    Cut(Cut),
+    /// It could not.
+    Failed(String),
+}
+
+/// Where a copy and the log meet.
+#[derive(Debug)]
+pub struct Cut {
+    /// The checkpoint: all that was written since the last answer.
+    pub checkpoint: Vec<u8>,
+    /// How long the guest stood.
+    pub stopped: Duration,
+}
+
+/// One question at a time.
+#[derive(Debug)]
+pub struct Desk<S> {
+    ask: Mutex<Option<Ask<S>>>,
+    answers: Sender<Answer>,
+}
+
+impl<S> Desk<S> {
+    /// An empty desk, and where its answers come out.
+    #[must_use]
+    pub fn new() -> (Self, Receiver<Answer>) {
+        let (answers, out) = channel();
+        let ask = Mutex::new(None);
+        (Self { ask, answers }, out)
+    }
+
+    /// Leaves a question; one that was not taken yet is forgotten.
+    pub fn leave(&self, ask: Ask<S>) {
+        *self.ask.lock().unwrap_or_else(PoisonError::into_inner) = Some(ask);
+    }
+
+    /// Takes the question, on the vCPU thread.
+    pub fn take(&self) -> Option<Ask<S>> {
+        self.ask
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Answers it.
+    pub fn answer(&self, answer: Answer) {
+        // Whoever asked is gone only with the process.
+        let _ = self.answers.send(answer);
+    }
+}
