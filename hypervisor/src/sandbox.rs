@@ -42,6 +42,8 @@ const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// The type byte of KVM's ioctls, in its place.
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_TYPE: u64 = 0xff00;
+/// That of RDMA's: a log over RDMA is posted, and fenced, by these threads.
+const RDMA_IOCTLS: u64 = 0x1b00;
 
 /// A kind of thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,9 @@ pub enum Thread {
     Arbiter,
     /// Finds a new backup and copies the machine to it.
     Recruiter,
+    /// The same where the log goes over RDMA: it opens the device for the new backup. What else it may open is bounded by
+    /// the user's own rights, as for the arbiter's thread.
+    RdmaRecruiter,
 }
 
 /// Why there is no sandbox.
@@ -92,6 +97,7 @@ struct Filters {
     io: BpfProgram,
     arbiter: BpfProgram,
     recruiter: BpfProgram,
+    rdma_recruiter: BpfProgram,
 }
 
 impl Sandbox {
@@ -111,6 +117,7 @@ impl Sandbox {
                 io: list(Thread::Io)?,
                 arbiter: list(Thread::Arbiter)?,
                 recruiter: list(Thread::Recruiter)?,
+                rdma_recruiter: list(Thread::RdmaRecruiter)?,
             })),
         })
     }
@@ -125,7 +132,7 @@ impl Sandbox {
         };
         no_core_dumps()?;
         keep_capabilities(match thread {
-            Thread::Vcpu | Thread::Io | Thread::Recruiter => 0,
+            Thread::Vcpu | Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
         })?;
         let list = match thread {
@@ -133,6 +140,7 @@ impl Sandbox {
             Thread::Io => &filters.io,
             Thread::Arbiter => &filters.arbiter,
             Thread::Recruiter => &filters.recruiter,
+            Thread::RdmaRecruiter => &filters.rdma_recruiter,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -281,6 +289,15 @@ const SOCKETS: &[libc::c_long] = &[
 /// Sockets that are made: to a backup that listens.
 const CALLS: &[libc::c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
 
+/// Finding and opening an RDMA device whose library is loaded: its files below /sys and /dev/infiniband.
+const DEVICES: &[libc::c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_getdents64,
+    libc::SYS_prlimit64,
+];
+
 /// Records that are read, written aside, linked into place, synced and removed.
 const FILES: &[libc::c_long] = &[
     libc::SYS_open,
@@ -317,6 +334,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Vcpu | Thread::Io => &[SOCKETS],
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
+        Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -329,8 +347,14 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         rules.insert(call, vec![argument(2, executable, 0)?]);
     }
     let ioctls = match thread {
-        Thread::Vcpu => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Io | Thread::Recruiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Vcpu => vec![
+            argument(1, IOCTL_TYPE, KVM_IOCTLS)?,
+            argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
+        ],
+        Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => vec![
+            argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
+            argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
+        ],
         Thread::Arbiter => Vec::new(),
     };
     if !ioctls.is_empty() {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_log::WriteError;
-use rdma_log::transport::tcp::{Link, StreamError, Watch};
+use rdma_log::transport::network::{Link, Watch};
 
 use super::SessionError;
 use super::beats::Beats;
@@ -329,11 +329,11 @@ impl Io {
 
     /// Whether nothing more of the log comes; told once.
     fn link_is_broken(&mut self) -> bool {
-        let Some(error) = self.link.as_ref().and_then(Link::broken) else {
+        let Some(broken) = self.link.as_ref().and_then(Link::broken) else {
             return false;
         };
         self.link = None;
-        self.log_ended(&error, error == StreamError::Closed);
+        self.log_ended(&broken.reason, broken.gone);
         true
     }
 

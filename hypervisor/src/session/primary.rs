@@ -59,7 +59,7 @@ pub fn run(
         None
     } else {
         let control = meet::find_backup(&config.pair, &common)?;
-        let met = meet::introduce(control, &config.pair, &introduction, false)?;
+        let met = meet::introduce(control, config, &introduction, false)?;
         handshake::await_ready(&met.control)?;
         Some(met)
     };

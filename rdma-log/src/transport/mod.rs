@@ -33,6 +33,8 @@ pub use crate::region::WriteView;
 mod suite;
 
 #[cfg(not(loom))]
+pub mod network;
+#[cfg(not(loom))]
 pub mod rdma;
 pub mod shm;
 pub mod sim;

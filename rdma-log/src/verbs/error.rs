@@ -193,6 +193,19 @@ fn os(errno: i32) -> io::Error {
 }
 
 impl RdmaError {
+    /// Whether it says only that the other side is not there any more: its queue pair does not answer, or was in the middle
+    /// of being taken down.
+    pub fn is_peer_gone(&self) -> bool {
+        matches!(
+            self,
+            RdmaError::PeerGone { .. }
+                | RdmaError::Request {
+                    status: Status::Flushed,
+                    ..
+                }
+        )
+    }
+
     /// What a request's failure means.
     pub(crate) fn of_status(number: u32, vendor: u32) -> RdmaError {
         match Status::of(number) {
