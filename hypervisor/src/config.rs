@@ -175,13 +175,26 @@ impl Rdma {
 }
 
 /// CPU lists; an empty one leaves the thread to the scheduler.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Cpus {
     /// Where the vCPU thread may run.
     pub vcpu: Vec<usize>,
     /// Where the I/O thread may run.
     pub io: Vec<usize>,
+    /// Real-time priority, or the nearest that the host permits, for the threads that repeat late heartbeats and ask the arbiter.
+    /// They sleep nearly always; without it a busy host makes heartbeats late, and a healthy side may be given up.
+    pub urgent: bool,
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self {
+            vcpu: Vec::new(),
+            io: Vec::new(),
+            urgent: true,
+        }
+    }
 }
 
 /// Times, in the units that their names say.
@@ -190,10 +203,9 @@ pub struct Cpus {
 pub struct Timing {
     /// Between two heartbeats.
     pub heartbeat_ms: u64,
-    /// How long the other side must be silent, at the least, before it is given up. Between two processes of one host a death is
-    /// told by the control connection at once; silence means that a process is frozen or starved, and giving it up for
-    /// nothing costs the protection. So this is long against what a busy host does to a process.
-    pub silence_ms: u64,
+    /// How long the other side must be silent, at the least, before it is given up; none chooses by the transport, see
+    /// [`Config::silence_ms`].
+    pub silence_ms: Option<u64>,
     /// How long a thread without work looks for some before it sleeps. Only worth it on a core of its own.
     pub spin_us: u64,
     /// How often whole memories are compared; 0 is never.
@@ -207,7 +219,7 @@ impl Default for Timing {
     fn default() -> Self {
         Self {
             heartbeat_ms: 5,
-            silence_ms: 150,
+            silence_ms: None,
             spin_us: 0,
             memory_check_ms: 0,
             lag_ms: 5,
@@ -382,6 +394,23 @@ impl Config {
         toml::from_str(text)
     }
 
+    /// How long the other side must be silent, at the least, before it is given up, in milliseconds.
+    ///
+    /// Between two processes of one host (`shm`) a death is told by the control connection at once, and the host cannot be lost
+    /// without both; silence means that a process is frozen or starved, and giving it up for nothing costs the protection.
+    /// So this is long against what a busy host does to a process. Between hosts (`tcp`) silence is all that tells of a lost one:
+    /// eight heartbeats, so that the loss is noticed and taken over within 60 ms. Too short shows as sides that are given up in
+    /// health; the remedy is to set it.
+    #[must_use]
+    pub fn silence_ms(&self) -> u64 {
+        let by_transport = match self.pair.transport {
+            Transport::Shm => 150,
+            Transport::Tcp => 40,
+        };
+        let least = 4 * self.timing.heartbeat_ms;
+        self.timing.silence_ms.unwrap_or(by_transport.max(least))
+    }
+
     /// Checks what the types cannot.
     ///
     /// # Errors
@@ -421,11 +450,12 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        if self.timing.silence_ms < 4 * self.timing.heartbeat_ms || self.timing.silence_ms > 10_000
+        if let Some(silence) = self.timing.silence_ms
+            && (silence < 4 * self.timing.heartbeat_ms || silence > 10_000)
         {
             return bad(
                 "timing.silence_ms",
-                self.timing.silence_ms.to_string(),
+                silence.to_string(),
                 "choose four heartbeats or more, up to 10000",
             );
         }
@@ -508,6 +538,7 @@ mod tests {
             ("[net]\nbackend = \"tap\"", "net.tap"),
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
+            ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
         ] {
             match Config::parse(text).unwrap().check() {
                 Err(ConfigError::Value { field: found, .. }) => assert_eq!(found, field),

@@ -38,6 +38,7 @@ pub mod record;
 pub mod replay;
 pub mod ring_log;
 pub mod sandbox;
+pub mod scheduling;
 pub mod session;
 pub mod sink;
 pub mod stage;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
+use rdma_log::LendingMutex;
 
 use crate::backends::wait::Wake;
 use crate::digest::ExitRecord;
@@ -14,6 +15,7 @@ use crate::kvm::Kick;
 use crate::position::Position;
 use crate::preempt::Running;
 use crate::protocol::heartbeat::Progress;
+use crate::scheduling::StandingInLine;
 
 /// An order to the vCPU thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct Orders {
     kick: OnceLock<Kick>,
     reports: Arc<Wake>,
     pulse: Pulse,
+    /// Of the vCPU thread. Those who ask for progress share it, and one of them may be more urgent than the other.
+    standing: LendingMutex<StandingInLine>,
     /// The exits before a freeze, for a backup that wants to name a divergence.
     exits: Mutex<Vec<ExitRecord>>,
     /// What instants are counted from.
@@ -74,6 +78,7 @@ impl Orders {
             kick: OnceLock::new(),
             reports,
             pulse: Pulse::default(),
+            standing: LendingMutex::new(StandingInLine::of_nobody()),
             exits: Mutex::default(),
             epoch: Instant::now(),
             inside: AtomicU64::new(OUTSIDE),
@@ -88,6 +93,12 @@ impl Orders {
     /// Names the vCPU thread that obeys.
     pub fn attach(&self, kick: Kick) {
         let _ = self.kick.set(kick);
+    }
+
+    /// Names the calling thread as the one whose waits for a CPU are told with its progress. Before it is confined.
+    pub fn watch_this_thread(&self) {
+        let standing = StandingInLine::of_this_thread();
+        *self.standing.lock() = standing;
     }
 
     /// Gives an order. The caller also rings the thread's bell, in case the guest halts.
@@ -215,10 +226,18 @@ impl Orders {
     /// What heartbeats say of the vCPU thread.
     #[must_use]
     pub fn progress(&self) -> Progress {
+        let turns = self.pulse.turns.load(Ordering::Relaxed);
+        let owes = self.pulse.owes.load(Ordering::Relaxed);
+        let stood = if owes {
+            self.standing.lock().told(turns, Instant::now())
+        } else {
+            Duration::ZERO
+        };
         Progress {
             position: Position(self.pulse.position.load(Ordering::Relaxed)),
-            turns: self.pulse.turns.load(Ordering::Relaxed),
-            owes: self.pulse.owes.load(Ordering::Relaxed),
+            turns,
+            owes,
+            stood,
         }
     }
 

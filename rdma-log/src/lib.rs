@@ -74,6 +74,8 @@ pub mod file;
 mod futex;
 mod lane;
 #[cfg(not(loom))]
+mod lend;
+#[cfg(not(loom))]
 mod poll;
 #[cfg_attr(loom, allow(dead_code, reason = "the models map no memory"))]
 mod region;
@@ -87,6 +89,8 @@ pub use entry::{Entry, Epoch, Head, Lane, Marks, Nonce, Seq};
 pub use fence::{FenceError, Fenced};
 pub use file::{FileEntry, LogFileError, LogFileReader, LogFileWriter};
 pub use lane::{Counter, LaneReader, LaneWriter, MAX_LANE, MIN_LANE, ReadError, Slot, WriteError};
+#[cfg(not(loom))]
+pub use lend::{LendingMutex, Lent};
 pub use ring::{
     Acks, BadSize, EVENTS_LANE, Fencer, INPUTS_LANE, LaneProgress, Progress, RingConfig,
     RingReader, RingWriter,

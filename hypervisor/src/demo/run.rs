@@ -364,6 +364,7 @@ impl Heard {
             | Event::Paired { .. }
             | Event::Joined { .. }
             | Event::Preempted { .. }
+            | Event::Watched { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
             | Event::Ended { .. } => {}

@@ -13,6 +13,7 @@ use super::probe::{self, Probe};
 use crate::backends::tap::{Ipv4Network, TapConfig};
 use crate::demo::namespace;
 use crate::kvm::{Capabilities, CpuModel, KvmError, KvmSource};
+use crate::scheduling::{Urgency, permitted_urgency};
 
 /// CAP_IPC_LOCK: memory may be locked without a limit.
 const CAP_IPC_LOCK: u64 = 1 << 14;
@@ -160,6 +161,8 @@ pub struct Facts {
     pub clock_source: Option<String>,
     /// What a reading of the clock costs, in nanoseconds.
     pub clock_read_ns: u64,
+    /// How urgent the threads that send heartbeats may be; none if it was not tried.
+    pub urgency: Option<Urgency>,
 }
 
 impl Facts {
@@ -195,6 +198,7 @@ impl Facts {
             clock_source: host
                 .text("sys/devices/system/clocksource/clocksource0/current_clocksource"),
             clock_read_ns: clock_read(),
+            urgency: host.try_things.then(permitted_urgency),
         }
     }
 }

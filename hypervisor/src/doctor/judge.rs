@@ -4,6 +4,7 @@
 use super::facts::{Facts, KvmFacts, PmuFacts, StageFacts};
 use super::probe::{Measured, Probe};
 use super::{Finding, Level};
+use crate::scheduling::Urgency;
 
 /// An instruction in ring 0 that takes this much longer than in ring 3 is emulated. Emulation costs about a microsecond, a
 /// thousand times as much, and a real CPU runs both alike; so any factor in between tells them apart.
@@ -48,6 +49,7 @@ pub fn judge(facts: &Facts) -> (Vec<&'static str>, Vec<Finding>) {
     rdma(facts, &mut findings);
     pmu(facts, &mut findings);
     clock(facts, &mut findings);
+    urgency(facts, &mut findings);
     let ways = match (kvm, tap) {
         (false, _) => vec![],
         (true, true) => vec!["shm+tap", "shm+link"],
@@ -497,6 +499,36 @@ fn pmu(facts: &Facts, findings: &mut Findings) {
         PmuFacts::NotTried => {
             findings.add(AREA, Level::Limited, "performance counters were not tried");
         }
+    }
+}
+
+fn urgency(facts: &Facts, findings: &mut Findings) {
+    const AREA: &str = "scheduling";
+    const ALLOW: &str = "give the user RLIMIT_RTPRIO of 1 or more (`LimitRTPRIO=1` in a unit, `rtprio 1` in limits.conf), \
+                         or CAP_SYS_NICE";
+    match facts.urgency {
+        Some(Urgency::RealTime) => {
+            findings.add(
+                AREA,
+                Level::Good,
+                "heartbeats may have real-time priority: a busy host does not make them late",
+            );
+        }
+        Some(Urgency::Nice) => findings
+            .add(
+                AREA,
+                Level::Limited,
+                "heartbeats may have a nice value but no real-time priority: a very busy host makes them late",
+            )
+            .advise(ALLOW),
+        Some(Urgency::Usual) => findings
+            .add(
+                AREA,
+                Level::Limited,
+                "heartbeats have no priority over other work: on a busy host they are late, and a healthy side may be given up",
+            )
+            .advise(ALLOW),
+        None => {}
     }
 }
 

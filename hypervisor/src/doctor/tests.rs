@@ -5,6 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::kvm::{Capabilities, CpuModel, KvmSource};
+use crate::scheduling::Urgency;
 
 /// A root with these files.
 fn root(files: &[(&str, &str)]) -> TempDir {
@@ -92,6 +93,7 @@ fn best() -> Facts {
         pmu: PmuFacts::Works,
         clock_source: Some("tsc".into()),
         clock_read_ns: 25,
+        urgency: Some(Urgency::RealTime),
     }
 }
 
@@ -238,6 +240,16 @@ fn each_lack_is_named_with_its_remedy() {
             "acpi_pm",
         ),
         (set(|f| f.clock_read_ns = 4000), Level::Limited, "4000 ns"),
+        (
+            set(|f| f.urgency = Some(Urgency::Nice)),
+            Level::Limited,
+            "no real-time priority",
+        ),
+        (
+            set(|f| f.urgency = Some(Urgency::Usual)),
+            Level::Limited,
+            "no priority over other work",
+        ),
     ];
     for (facts, level, words) in cases {
         let (ways, findings) = judge(&facts);

@@ -303,10 +303,32 @@ fn set_fpu(fd: &VcpuFd, fpu: &kvm_fpu) -> Result<(), KvmError> {
     unsafe { fd.set_xsave(&area) }.map_err(KvmError::call("KVM_SET_XSAVE"))
 }
 
+/// Sets the system registers.
+///
+/// A task segment that is in use is *busy*, and KVM always reports it so. QEMU's software emulation honours a task's I/O
+/// permissions only where it is *available* (`check_io` in its `target/i386/tcg`), and would answer every port access from
+/// ring 3 with #GP. VMRUN takes either, so on that processor, and only there, it is set as available.
+pub(super) fn set_sregs(fd: &VcpuFd, sregs: &kvm_sregs) -> Result<(), KvmError> {
+    const BUSY: u8 = 11;
+    const AVAILABLE: u8 = 9;
+    let mut sregs = *sregs;
+    if sregs.tr.type_ == BUSY && is_emulated() {
+        sregs.tr.type_ = AVAILABLE;
+    }
+    fd.set_sregs(&sregs)
+        .map_err(KvmError::call("KVM_SET_SREGS"))
+}
+
+/// Whether this host's processor is QEMU's software emulation: it says so in the leaf that is kept for hypervisors.
+fn is_emulated() -> bool {
+    let said = std::arch::x86_64::__cpuid(0x4000_0000);
+    let name = [said.ebx, said.ecx, said.edx].map(u32::to_le_bytes);
+    name.as_flattened() == b"TCGTCGTCGTCG"
+}
+
 /// Sets everything. Events come last: setting registers forgets pending exceptions.
 pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
-    fd.set_sregs(&state.sregs)
-        .map_err(KvmError::call("KVM_SET_SREGS"))?;
+    set_sregs(fd, &state.sregs)?;
     fd.set_regs(&state.regs)
         .map_err(KvmError::call("KVM_SET_REGS"))?;
     set_fpu(fd, &state.fpu)?;

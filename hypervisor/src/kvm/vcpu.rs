@@ -351,9 +351,7 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn set(&self, regs: &kvm_regs, sregs: &kvm_sregs, fpu: &kvm_fpu) -> Result<(), KvmError> {
-        self.fd
-            .set_sregs(sregs)
-            .map_err(KvmError::call("KVM_SET_SREGS"))?;
+        state::set_sregs(&self.fd, sregs)?;
         self.fd
             .set_regs(regs)
             .map_err(KvmError::call("KVM_SET_REGS"))?;

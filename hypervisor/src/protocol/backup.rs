@@ -22,7 +22,7 @@
 //! Unfit (diverged, corrupt, broken) at any time before going live: first the fence, so that nothing more commits
 //! to a copy that cannot serve; then the report; then, if the machine was claimed, `abandoned`.
 
-use super::detector::{Detector, Trust};
+use super::detector::{Detector, Trust, Watched};
 use super::errand::{Answer, Errand, Outcome, Request};
 use super::heartbeat::{Heartbeat, Progress};
 use super::notice::{Evidence, Notice, Reason, Unfit};
@@ -165,12 +165,19 @@ impl Backup {
             .then(|| Primary::unprotected(self.pair.me, self.claim.gone_live(), self.timing, now))
     }
 
+    /// What was seen of the primary since the last call, while it is followed.
+    pub fn take_watched(&mut self) -> Option<Watched> {
+        self.is_following().then(|| self.detector.take_watched())
+    }
+
     /// When the next tick is due at the latest. `None`: nothing is awaited.
     #[must_use]
     pub fn deadline(&self) -> Option<Moment> {
-        let beat = self
-            .is_following()
-            .then(|| self.beater.due.min(self.detector.deadline()));
+        let beat = self.is_following().then(|| match self.phase {
+            // Given up already: its deadline is over, and to wait for that would be no wait at all.
+            Phase::Claiming => self.beater.due,
+            _ => self.beater.due.min(self.detector.deadline()),
+        });
         let errand = self
             .errand
             .as_ref()

@@ -3,7 +3,9 @@
 //! The timeout adapts to what the peer's heartbeats have looked like: mean distance plus eight mean deviations (as
 //! TCP's retransmission timer, RFC 6298, but with more slack, since a false take-over costs more than a
 //! repeated segment), and never less than twice the worst distance of the last seconds, so that a loaded host which
-//! hiccups regularly is not given up at the next hiccup. A floor and a ceiling bound it.
+//! hiccups regularly is not given up at the next hiccup. Nor is it less than twice the worst lateness of this process's own
+//! polls: a host that keeps one process waiting keeps the other waiting too, where both are on it, and a silence that a late
+//! listener measured is uncertain by that much where they are not. A floor and a ceiling bound it.
 //!
 //! Log traffic is a sign of life too, but only heartbeats are measured: the log comes in bursts, and a thousand
 //! entries a microsecond apart would teach that a millisecond of silence is death.
@@ -26,9 +28,11 @@ pub struct Limits {
     /// A gap between two of the detector's own polls from which it counts as not having been scheduled. Half the
     /// floor: a shorter gap cannot by itself use up a timeout.
     pub nap: Duration,
-    /// How long a vCPU thread that owes work may make no progress. Generous, since one page fault of a host that swaps
-    /// can take long, and only wedged threads are meant.
+    /// How long a vCPU thread that owes work may make no progress, not counting the time that it has certainly stood in
+    /// line for a CPU. Generous, since one page fault of a host that swaps can take long, and only wedged threads are meant.
     pub wedged: Duration,
+    /// How long it may make no progress at all. A host that gives it no CPU for so long cannot run the machine.
+    pub starved: Duration,
 }
 
 impl Default for Limits {
@@ -38,6 +42,7 @@ impl Default for Limits {
             ceiling: Duration::from_millis(300),
             nap: Duration::from_millis(15),
             wedged: Duration::from_secs(2),
+            starved: Duration::from_secs(20),
         }
     }
 }
@@ -49,6 +54,10 @@ const LEARNING: u32 = 64;
 /// poll in time never notice anything; from then on the silence is counted through.
 const FRESH_STARTS: u32 = 3;
 
+/// How long the worst lateness of this process's own polls is remembered: it fades by a factor of e in this time, as the worst
+/// distance of the peer's heartbeats does in about as long.
+const OWN_MEMORY: Duration = Duration::from_secs(2);
+
 /// What to think of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
@@ -58,6 +67,15 @@ pub enum Trust {
     Doubted(Duration),
     /// It is given up.
     Suspected(Evidence),
+}
+
+/// What a detector saw since it was last asked, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Watched {
+    /// The longest time in which nothing was heard.
+    pub silence: Duration,
+    /// The longest gap between two of its own polls.
+    pub own_gap: Duration,
 }
 
 /// Watches one peer.
@@ -72,7 +90,10 @@ pub struct Detector {
     mean: u64,
     deviation: u64,
     worst: u64,
+    /// The longest gap between two polls of our own, fading.
+    own_worst: u64,
     progress: Option<(Progress, Moment)>,
+    watched: Watched,
 }
 
 impl Detector {
@@ -89,12 +110,15 @@ impl Detector {
             mean: 0,
             deviation: 0,
             worst: 0,
+            own_worst: 0,
             progress: None,
+            watched: Watched::default(),
         }
     }
 
     /// Something of the peer's log arrived.
     pub fn heard_log(&mut self, now: Moment) {
+        self.note_silence(now);
         self.counting_from = self.counting_from.max(now);
         self.fresh_starts = 0;
     }
@@ -137,7 +161,9 @@ impl Detector {
         if self.beats < LEARNING {
             return self.limits.ceiling;
         }
-        let wanted = (self.mean + 8 * self.deviation).max(2 * self.worst);
+        let wanted = (self.mean + 8 * self.deviation)
+            .max(2 * self.worst)
+            .max(2 * self.own_worst);
         Duration::from_nanos(wanted).clamp(self.limits.floor, self.limits.ceiling)
     }
 
@@ -146,6 +172,9 @@ impl Detector {
         let gap = now.since(self.last_poll);
         self.last_poll = self.last_poll.max(now);
         let napped = gap > self.limits.nap;
+        self.watched.own_gap = self.watched.own_gap.max(gap);
+        self.note_silence(now);
+        self.note_own(gap);
         if napped {
             self.last_beat = None;
             if self.fresh_starts < FRESH_STARTS {
@@ -159,6 +188,24 @@ impl Detector {
         (self.judge(now), napped.then_some(gap))
     }
 
+    fn note_silence(&mut self, now: Moment) {
+        self.watched.silence = self.watched.silence.max(now.since(self.counting_from));
+    }
+
+    /// What was seen since the last call.
+    pub fn take_watched(&mut self) -> Watched {
+        std::mem::take(&mut self.watched)
+    }
+
+    /// How late this process is itself. A gap longer than any timeout is no lateness: it was stopped, or its host was.
+    fn note_own(&mut self, gap: Duration) {
+        let faded = u128::from(self.own_worst) * gap.min(OWN_MEMORY).as_nanos();
+        self.own_worst -= u64::try_from(faded / OWN_MEMORY.as_nanos()).unwrap_or(self.own_worst);
+        if gap <= self.limits.ceiling {
+            self.own_worst = self.own_worst.max(as_nanos(gap));
+        }
+    }
+
     fn judge(&self, now: Moment) -> Trust {
         let silence = now.since(self.counting_from);
         if silence >= self.timeout() {
@@ -166,7 +213,8 @@ impl Detector {
         }
         if let Some((progress, since)) = self.progress {
             let still = now.since(since);
-            if progress.owes && still >= self.limits.wedged {
+            let working = still.saturating_sub(progress.stood);
+            if progress.owes && (working >= self.limits.wedged || still >= self.limits.starved) {
                 return Trust::Suspected(Evidence::Wedged(still));
             }
         }
@@ -192,6 +240,7 @@ fn as_nanos(span: Duration) -> u64 {
 mod tests {
     use super::*;
     use crate::position::Position;
+    use proptest::prelude::*;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -200,6 +249,7 @@ mod tests {
             position: Position(turns),
             turns,
             owes: true,
+            stood: Duration::ZERO,
         }
     }
 
@@ -388,5 +438,123 @@ mod tests {
             silence_until_suspected(&mut detector, now),
             Limits::default().floor
         );
+    }
+
+    #[test]
+    fn a_vcpu_that_stands_in_line_for_a_cpu_is_not_wedged_but_not_trusted_for_ever() {
+        let (mut detector, mut now) = trained(5);
+        let start = now;
+        let verdict = loop {
+            now = now + 5 * MS;
+            let stood = now.since(start).saturating_sub(50 * MS);
+            detector.heard_beat(now, Progress { stood, ..busy(7) });
+            match detector.poll(now).0 {
+                Trust::Trusted => assert!(now.since(start) < Duration::from_secs(30)),
+                other => break other,
+            }
+        };
+        assert!(
+            matches!(verdict, Trust::Suspected(Evidence::Wedged(_))),
+            "{verdict:?}"
+        );
+        assert!(now.since(start) >= Limits::default().starved);
+    }
+
+    #[test]
+    fn a_late_listener_allows_as_much_to_the_other_side() {
+        // Both are on one busy host: this side has just been 14 ms late itself, which is no nap.
+        let (mut detector, mut now) = trained(5);
+        now = now + 14 * MS;
+        detector.poll(now);
+        detector.heard_beat(now, busy(0));
+        let wide = Limits {
+            floor: 20 * MS,
+            ..Limits::default()
+        };
+        detector.limits = wide;
+        assert!(detector.timeout() >= 28 * MS, "{:?}", detector.timeout());
+        // It is forgotten within seconds of polls in time.
+        for _ in 0..8000 {
+            now = now + MS;
+            detector.heard_log(now);
+            detector.poll(now);
+        }
+        assert!(detector.own_worst < 2 * as_nanos(MS));
+    }
+
+    /// What happens to a pair's link and hosts: (gap to the next heartbeat, in ms; how late this side polls after it, in ms).
+    fn histories() -> impl Strategy<Value = Vec<(u64, u64)>> {
+        prop::collection::vec((1..400_u64, 0..60_u64), 1..300)
+    }
+
+    fn live_through(detector: &mut Detector, history: &[(u64, u64)]) -> Moment {
+        let mut now = Moment(0);
+        for (turn, (gap, late)) in history.iter().enumerate() {
+            for _ in 0..*gap {
+                now = now + MS;
+                detector.poll(now);
+            }
+            now = now + Duration::from_millis(*late);
+            detector.heard_beat(now, busy(turn as u64));
+            detector.poll(now);
+        }
+        now
+    }
+
+    proptest! {
+        #[test]
+        fn the_timeout_keeps_its_bounds(history in histories()) {
+            let mut detector = Detector::new(Moment(0), Limits::default());
+            live_through(&mut detector, &history);
+            let timeout = detector.timeout();
+            prop_assert!(timeout >= Limits::default().floor && timeout <= Limits::default().ceiling);
+        }
+
+        /// Whatever came before, a peer that falls silent is given up within the ceiling of a side that polls in time.
+        #[test]
+        fn a_silent_peer_is_always_given_up(history in histories()) {
+            let mut detector = Detector::new(Moment(0), Limits::default());
+            let now = live_through(&mut detector, &history);
+            let took = silence_until_suspected(&mut detector, now);
+            prop_assert!(took <= Limits::default().ceiling, "{took:?}");
+        }
+
+        /// Whatever came before, a peer whose heartbeats come within the floor is not given up.
+        #[test]
+        fn a_peer_that_is_heard_within_the_floor_is_never_given_up(
+            history in histories(),
+            gaps in prop::collection::vec(1..30_u64, 1..300),
+        ) {
+            let mut detector = Detector::new(Moment(0), Limits::default());
+            let mut now = live_through(&mut detector, &history);
+            for (turn, gap) in gaps.into_iter().enumerate() {
+                for _ in 1..gap {
+                    now = now + MS;
+                    let trust = detector.poll(now).0;
+                    prop_assert!(!matches!(trust, Trust::Suspected(_)), "{trust:?}");
+                }
+                now = now + MS;
+                detector.heard_beat(now, busy(1000 + turn as u64));
+                let trust = detector.poll(now).0;
+                prop_assert!(!matches!(trust, Trust::Suspected(_)), "{trust:?}");
+            }
+        }
+
+        /// A peer that was silent for some time and came back is not given up the next time that it is silent for as long.
+        #[test]
+        fn a_hiccup_that_was_survived_once_is_survived_again(hiccup in 6..149_u64) {
+            let (mut detector, mut now) = trained(5);
+            detector.limits.floor = 150 * MS;
+            for round in 0..2 {
+                for _ in 0..hiccup {
+                    now = now + MS;
+                    let trust = detector.poll(now).0;
+                    prop_assert!(!matches!(trust, Trust::Suspected(_)), "{round}: {trust:?}");
+                }
+                detector.heard_beat(now, busy(3000 + round));
+                // From here on even with a floor far below.
+                detector.limits.floor = 5 * MS;
+            }
+        }
     }
 }

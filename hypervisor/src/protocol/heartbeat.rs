@@ -1,13 +1,16 @@
-//! The heartbeat on the wire: one UDP datagram of 88 bytes, little-endian.
+//! The heartbeat on the wire: one UDP datagram of 96 bytes, little-endian.
 //!
 //! ```text
 //!  0 magic "DPHB"   4 version   6 flags        8 machine        16 epoch     24 configuration
-//! 32 sender (16 bytes)         48 sequence    56 sender's clock 64 position  72 vCPU turns     80 checksum
+//! 32 sender (16 bytes)         48 sequence    56 sender's clock 64 position  72 vCPU turns
+//! 80 time stood in line (ns)    88 checksum
 //! ```
 //!
 //! The checksum is XXH3-64 keyed with a secret that the pair agreed on in its handshake. It keeps strays, other
 //! pairs and a former life's packets out; it is no cryptographic signature, and a forged heartbeat can delay a
 //! take-over but never make two machines live (the arbiter and the fence decide that).
+
+use std::time::Duration;
 
 use super::record::{Configuration, Epoch, Identity};
 use super::time::Moment;
@@ -15,10 +18,10 @@ use crate::position::Position;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// The length of every heartbeat, in bytes.
-pub const SIZE: usize = 88;
+pub const SIZE: usize = 96;
 
 const MAGIC: [u8; 4] = *b"DPHB";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const FLAG_OWES: u16 = 1;
 
 const AT_MAGIC: usize = 0;
@@ -32,10 +35,11 @@ const AT_SEQUENCE: usize = AT_SENDER + 16;
 const AT_CLOCK: usize = AT_SEQUENCE + 8;
 const AT_POSITION: usize = AT_CLOCK + 8;
 const AT_TURNS: usize = AT_POSITION + 8;
-const AT_CHECKSUM: usize = AT_TURNS + 8;
+const AT_STOOD: usize = AT_TURNS + 8;
+const AT_CHECKSUM: usize = AT_STOOD + 8;
 
 const _: () = {
-    assert!(AT_MACHINE == 8 && AT_SENDER == 32 && AT_SEQUENCE == 48 && AT_CHECKSUM == 80);
+    assert!(AT_MACHINE == 8 && AT_SENDER == 32 && AT_SEQUENCE == 48 && AT_CHECKSUM == 88);
     assert!(AT_CHECKSUM + 8 == SIZE);
 };
 
@@ -92,6 +96,8 @@ pub struct Progress {
     /// The vCPU thread has work in hand outside the guest (an exit to serve, an entry to apply). While this is
     /// set, `turns` must move, or the thread is wedged. Clear while the guest computes, halts, or waits for the log.
     pub owes: bool,
+    /// How long of the piece of work in hand that thread has certainly been runnable without a CPU: such a one is not wedged.
+    pub stood: Duration,
 }
 
 /// One heartbeat.
@@ -158,6 +164,8 @@ impl Heartbeat {
             self.progress.position.0.to_le_bytes(),
         );
         put(&mut out, AT_TURNS, self.progress.turns.to_le_bytes());
+        let stood = u64::try_from(self.progress.stood.as_nanos()).unwrap_or(u64::MAX);
+        put(&mut out, AT_STOOD, stood.to_le_bytes());
         let checksum = key.checksum(&out[..AT_CHECKSUM]);
         put(&mut out, AT_CHECKSUM, checksum.to_le_bytes());
         out
@@ -198,6 +206,7 @@ impl Heartbeat {
                 position: Position(u64_at(bytes, AT_POSITION)),
                 turns: u64_at(bytes, AT_TURNS),
                 owes: flags & FLAG_OWES != 0,
+                stood: Duration::from_nanos(u64_at(bytes, AT_STOOD)),
             },
         })
     }
@@ -235,6 +244,7 @@ mod tests {
                 position: Position(77),
                 turns: 5,
                 owes: true,
+                stood: Duration::from_nanos(987_654),
             },
         }
     }
@@ -284,7 +294,7 @@ mod tests {
     #[test]
     fn the_bytes_on_the_wire_do_not_change_unnoticed() {
         let wire = sample().encode(KEY);
-        assert_eq!(&wire[..8], b"DPHB\x01\0\x01\0");
+        assert_eq!(&wire[..8], b"DPHB\x02\0\x01\0");
         assert_eq!(wire[AT_EPOCH], 3);
         assert_eq!(wire[AT_CONFIGURATION], 4);
         assert_eq!(&wire[32..48], &[9; 16]);

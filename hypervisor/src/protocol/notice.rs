@@ -10,7 +10,8 @@ use super::record::{Epoch, Identity, Record};
 pub enum Evidence {
     /// Nothing was heard for this long.
     Silence(Duration),
-    /// Its heartbeats come, but its vCPU thread has made no progress for this long.
+    /// Its heartbeats come, but its vCPU thread has work in hand and has made no progress for this long. Time in line for a CPU
+    /// does not count, up to a bound.
     Wedged(Duration),
     /// The control connection closed: its process is gone.
     Death,

@@ -33,7 +33,7 @@
 //! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct
 //! claim on its own record; a claim of a later reign means that somebody was live in between.
 
-use super::detector::{Detector, Trust};
+use super::detector::{Detector, Trust, Watched};
 use super::errand::{Answer, Errand, Outcome, Request};
 use super::heartbeat::{Heartbeat, Progress};
 use super::notice::{Evidence, Notice, Reason};
@@ -201,6 +201,13 @@ impl Primary {
     #[must_use]
     pub fn record(&self) -> &Record {
         &self.own
+    }
+
+    /// What was seen of the backup since the last call, while there is one.
+    pub fn take_watched(&mut self) -> Option<Watched> {
+        self.backup
+            .as_mut()
+            .map(|peer| peer.detector.take_watched())
     }
 
     /// When the next tick is due at the latest. `None`: nothing is awaited.

@@ -24,7 +24,6 @@ use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Unfit};
 use crate::replay::ReplayError;
-use crate::sandbox::Thread;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
 
@@ -56,10 +55,10 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     };
     loop {
         let error = match meeting.meet(common.again(json)?) {
-            Ok(following) => {
+            Ok(mut following) => {
                 // It takes its socket file with it, which a confined thread could not.
                 drop(meeting);
-                following.io.sandbox.confine(Thread::Io)?;
+                following.io.settle()?;
                 common.reporter.say(&following.paired);
                 return following.follow();
             }
@@ -133,6 +132,7 @@ impl Following {
             let progress = self.io.orders.progress();
             self.protocol
                 .handle(now, Event::Tick(progress), &mut actions);
+            self.io.reporter.watched(|| self.protocol.take_watched());
             let mut at = 0;
             while at < actions.len() {
                 let action = actions[at].clone();
@@ -267,7 +267,7 @@ impl Following {
             inherited_frames: drained.inherited_frames,
             at: self.at,
         });
-        self.io.beats = None;
+        self.io.listen_to(None);
         self.io.control = None;
         self.io.link = None;
         let protocol = self

@@ -10,6 +10,7 @@ use crate::arbiter::{self, Arbiter, Claim};
 use crate::backends::wait::Wake;
 use crate::protocol::{Answer, Request};
 use crate::sandbox::{Sandbox, Thread};
+use crate::scheduling::make_this_thread_urgent;
 
 /// A thread that cannot be confined must not run: the panic ends it, and its process with it.
 pub(super) const NOT_CONFINED: &str = "the sandbox was prepared, so the kernel takes it";
@@ -21,17 +22,22 @@ pub(super) struct Clerk {
 }
 
 impl Clerk {
-    /// Starts the thread, which confines itself; `wake` is rung for every answer.
+    /// Starts the thread, which confines itself; `wake` is rung for every answer. `urgent`: while it is asked, nobody serves the
+    /// machine, so it should not stand in line for a CPU.
     pub(super) fn start(
         arbiter: Box<dyn Arbiter>,
         wake: Arc<Wake>,
         sandbox: Sandbox,
+        urgent: bool,
     ) -> Result<Self, SessionError> {
         let (requests, incoming) = channel::<Request>();
         let (outgoing, answers) = channel();
         thread::Builder::new()
             .name("arbiter".into())
             .spawn(move || {
+                if urgent {
+                    make_this_thread_urgent();
+                }
                 let confined = sandbox.confine(Thread::Arbiter);
                 confined.expect(NOT_CONFINED);
                 for request in incoming {

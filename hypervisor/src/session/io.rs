@@ -11,7 +11,7 @@ use rdma_log::WriteError;
 use rdma_log::transport::network::{Link, Watch};
 
 use super::SessionError;
-use super::beats::Beats;
+use super::beats::{Beats, Repeater};
 use super::host::{self, Inherited};
 use super::recruit::Taken;
 use super::report::{Event as Said, Reporter};
@@ -26,7 +26,8 @@ use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Samples};
 use crate::preempt;
 use crate::record::Outlet;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Thread};
+use crate::scheduling::Urgency;
 use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
@@ -42,6 +43,8 @@ pub(super) struct Io {
     pub(super) outlet: Outlet,
     pub(super) stager: Stager,
     pub(super) beats: Option<Beats>,
+    /// Repeats our heartbeats when this thread is late with them.
+    repeater: Option<Repeater>,
     /// For the threads that are still to be confined.
     pub(super) sandbox: Sandbox,
     pub(super) control: Option<Channel>,
@@ -54,6 +57,8 @@ pub(super) struct Io {
     replayed_before: u64,
     /// The backup asked for our recent exits.
     exits_wanted: bool,
+    /// How often heartbeats are due, if an urgent thread is to repeat those that this one is late with.
+    repeat_beats: Option<Duration>,
     signals: UnixStream,
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
@@ -155,6 +160,7 @@ impl Io {
             wake: common.wake,
             signals: common.signals,
             beats: None,
+            repeater: None,
             control: None,
             sandbox: Sandbox::prepare(&config.sandbox)?,
             watch: None,
@@ -162,6 +168,10 @@ impl Io {
             replayed: Arc::default(),
             replayed_before: 0,
             exits_wanted: false,
+            repeat_beats: config
+                .cpus
+                .urgent
+                .then(|| Duration::from_millis(config.timing.heartbeat_ms)),
             waiter: Waiter::new(),
             guest_watch: config.preempt.by_checkpoint().then(|| {
                 (
@@ -210,7 +220,7 @@ impl Io {
     /// There is no backup any more: what led to it is closed.
     pub(super) fn leave_log(&mut self) {
         self.stager.detach();
-        self.beats = None;
+        self.listen_to(None);
         self.control = None;
         self.watch = None;
     }
@@ -221,6 +231,38 @@ impl Io {
         inherited: &Inherited,
     ) -> Result<Option<NetPort>, SessionError> {
         host::open_port(config, inherited)
+    }
+
+    /// The last step before the rounds begin, on their thread: heartbeats get their urgent thread, and this one is confined.
+    pub(super) fn settle(&mut self) -> Result<(), SessionError> {
+        if let Some(every) = self.repeat_beats {
+            let (repeater, urgency) = Repeater::start(every, &self.orders, &self.sandbox)?;
+            repeater.repeat(self.beats.as_ref());
+            self.repeater = Some(repeater);
+            let text = match urgency {
+                Urgency::RealTime => None,
+                Urgency::Nice => {
+                    Some("heartbeats have no real-time priority here, only a nice value")
+                }
+                Urgency::Usual => Some("heartbeats have no priority over other work here"),
+            };
+            if let Some(text) = text {
+                self.reporter.say(&Said::Notice {
+                    text: format!("{text}: on a busy host they may be late; doppel doctor says how to allow it"),
+                    loud: false,
+                });
+            }
+        }
+        self.sandbox.confine(Thread::Io)?;
+        Ok(())
+    }
+
+    /// From now on this peer's heartbeats are heard, and ours go to it; or nobody's.
+    pub(super) fn listen_to(&mut self, beats: Option<Beats>) {
+        if let Some(repeater) = &self.repeater {
+            repeater.repeat(beats.as_ref());
+        }
+        self.beats = beats;
     }
 
     /// Gives the vCPU thread an order, wherever it is.
@@ -264,6 +306,9 @@ impl Io {
         if self.waiter.ready(wake).read {
             self.wake.clear();
         }
+        // A full lane is tried again in the next round, not in this one: a thread that kept trying would take the core from
+        // the one that makes room.
+        self.stager.retry();
         // Outputs that have committed first; and after a fence no frame is to be read.
         let mut log_gone = self.turn_log() || self.link_is_broken();
         if port.is_some_and(|port| self.waiter.ready(port).read)
@@ -271,7 +316,6 @@ impl Io {
         {
             tracing::warn!("the guest's network port is closed: {error}");
         }
-        self.stager.retry();
         log_gone |= self.turn_log();
         self.watch_the_guest();
         if blocked {

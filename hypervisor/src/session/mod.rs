@@ -131,7 +131,7 @@ impl SessionError {
 /// The protocol's times, as configured.
 fn protocol_timing(config: &Config) -> Timing {
     use std::time::Duration;
-    let floor = Duration::from_millis(config.timing.silence_ms);
+    let floor = Duration::from_millis(config.silence_ms());
     let limits = Limits::default();
     Timing {
         heartbeat: Duration::from_millis(config.timing.heartbeat_ms),

@@ -72,7 +72,12 @@ pub fn run(
     }
 
     let mut io = Io::new(common, config, json, port, Gate::new())?;
-    let clerk = Clerk::start(Box::new(arbiter), Arc::clone(&io.wake), io.sandbox.clone())?;
+    let clerk = Clerk::start(
+        Box::new(arbiter),
+        Arc::clone(&io.wake),
+        io.sandbox.clone(),
+        config.cpus.urgent,
+    )?;
     let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
     let staff = Staff {
         clerk,
@@ -86,7 +91,7 @@ pub fn run(
             let (sink, taken) =
                 log_to(config, super::ring_epoch(record.epoch), met.ring, met.watch);
             io.join_log(taken);
-            io.beats = Some(met.beats);
+            io.listen_to(Some(met.beats));
             io.control = Some(met.control);
             let pair = Pair {
                 machine: staff.machine,
@@ -104,7 +109,7 @@ pub fn run(
     let clock = GuestClock::since(spec.wall_clock_ns);
     let desk = staff.recruiter.as_ref().map(|r| Arc::clone(&r.desk));
     let vcpu = start_vcpu(config, &io, machine, clock, sink, desk)?;
-    io.sandbox.confine(Thread::Io)?;
+    io.settle()?;
     match peer {
         Some(peer) => io.reporter.say(&Said::Paired {
             epoch: record.epoch.0,
@@ -180,6 +185,7 @@ fn start_vcpu(
         .name("vcpu".into())
         .spawn(move || {
             host::pin(&cpus, "vCPU");
+            parts.orders.watch_this_thread();
             sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
             let outcome = Recorder::new(parts).run();
             wake.ring();

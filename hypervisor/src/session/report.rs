@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backends::wait::Moment;
 use crate::orders::Samples;
+use crate::protocol::detector::Watched;
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +58,13 @@ pub enum Event {
         checkpoints_us: Vec<u64>,
         /// Bytes of these checkpoints together.
         checkpoint_bytes: u64,
+    },
+    /// What this side saw of the other's signs of life, since the last such event.
+    Watched {
+        /// The longest time in which nothing was heard, in microseconds.
+        silence_us: u64,
+        /// The longest gap between two looks of its own, in microseconds.
+        own_gap_us: u64,
     },
     /// How far this side is.
     Progress {
@@ -133,10 +141,14 @@ impl Timeline {
 pub struct Reporter {
     json: bool,
     commits_due: Instant,
+    watched_due: Instant,
 }
 
 /// Often enough that little is lost with a process that is killed, rare enough to cost nothing.
 const COMMITS_EVERY: Duration = Duration::from_millis(50);
+
+/// As often as somebody would look.
+const WATCHED_EVERY: Duration = Duration::from_secs(1);
 
 impl Reporter {
     /// A reporter; `json` writes every event to standard output.
@@ -145,6 +157,7 @@ impl Reporter {
         Self {
             json,
             commits_due: Instant::now() + COMMITS_EVERY,
+            watched_due: Instant::now() + WATCHED_EVERY,
         }
     }
 
@@ -187,7 +200,10 @@ impl Reporter {
             ),
             Event::Diverged { what } => tracing::error!("{what}"),
             Event::Ended { why } => tracing::info!("{why}"),
-            Event::Commits { .. } | Event::Preempted { .. } | Event::Progress { .. } => {}
+            Event::Commits { .. }
+            | Event::Preempted { .. }
+            | Event::Watched { .. }
+            | Event::Progress { .. } => {}
         }
     }
 
@@ -195,6 +211,20 @@ impl Reporter {
     #[must_use]
     pub fn commits_due(&self) -> bool {
         self.json && Instant::now() >= self.commits_due
+    }
+
+    /// Hands on what was seen of the other side's signs of life, when it is due.
+    pub fn watched(&mut self, take: impl FnOnce() -> Option<Watched>) {
+        if !self.json || Instant::now() < self.watched_due {
+            return;
+        }
+        self.watched_due = Instant::now() + WATCHED_EVERY;
+        if let Some(watched) = take() {
+            self.say(&Event::Watched {
+                silence_us: watched.silence.as_micros() as u64,
+                own_gap_us: watched.own_gap.as_micros() as u64,
+            });
+        }
     }
 
     /// Hands on the commit latencies that have gathered.

@@ -126,6 +126,7 @@ impl Serving {
                 handle(Event::End);
             }
             handle(Event::Tick(self.io.orders.progress()));
+            self.io.reporter.watched(|| self.protocol.take_watched());
             for action in actions.drain(..) {
                 if let Some(served) = self.act(action) {
                     return Ok(served);
@@ -184,7 +185,7 @@ impl Serving {
             me: self.staff.me,
             peer: recruit.identity,
         };
-        self.io.beats = Some(recruit.beats);
+        self.io.listen_to(Some(recruit.beats));
         self.io.control = Some(recruit.control);
         self.protocol.handle(now, Event::Joined(pair), actions);
     }

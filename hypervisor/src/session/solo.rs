@@ -192,7 +192,7 @@ impl Solo {
         vcpu: Vcpu,
         length: Option<Duration>,
     ) -> Result<(Ended, Option<Finished>), SessionError> {
-        self.io.sandbox.confine(Thread::Io)?;
+        self.io.settle()?;
         let mut end_at = length.map(|length| Instant::now() + length);
         let mut give_up_at: Option<Instant> = None;
         while !vcpu.is_finished() {

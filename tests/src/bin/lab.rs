@@ -14,7 +14,7 @@ use doppel_tests::lab::session::{Happening, TimeUp};
 use doppel_tests::lab::supervisor::{self, Plan};
 use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
-use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory};
+use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, remove_remains};
 
 /// The code when the time was up, as timeout(1) has it.
 const TIME_UP: u8 = 124;
@@ -264,7 +264,7 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
         Verb::Status { json } => status(&lab()?, *json)?,
         Verb::Down => match lab() {
             Ok(lab) => lab.down()?,
-            Err(_) => remains(&directory(name)?)?,
+            Err(_) => remove_remains(&directory(name)?)?,
         },
         Verb::Supervise { owned } => {
             let plan = fs::read_to_string(PLAN).context("read the plan")?;
@@ -299,15 +299,6 @@ fn bring_up(name: &str, up: &Up) -> Result<()> {
     Ok(())
 }
 
-/// What a supervisor that was killed has left.
-fn remains(directory: &Path) -> Result<()> {
-    let Ok(plan) = fs::read_to_string(directory.join(PLAN)) else {
-        return Ok(());
-    };
-    let plan: Plan = serde_json::from_str(&plan).context("read the plan")?;
-    supervisor::tidy(&plan, directory)
-}
-
 fn execute(lab: &Lab, run: &Run) -> Result<ExitCode> {
     let command = match run.command.as_slice() {
         [line] if line.contains(char::is_whitespace) => {
@@ -334,7 +325,7 @@ fn execute(lab: &Lab, run: &Run) -> Result<ExitCode> {
     if run.input {
         session.feed(std::io::stdin());
     } else if run.detach.is_none() {
-        session.no_input()?;
+        session.no_input();
     }
     let code = session.follow(run.limit.span()?, |happening| match happening {
         Happening::Output(bytes) => {

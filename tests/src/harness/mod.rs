@@ -1,5 +1,6 @@
 //! Starting the real program, and doing things to it.
 
+pub mod busy;
 pub mod flips;
 pub mod hostile;
 pub mod hostile_backup;

@@ -133,6 +133,8 @@ pub struct CableState {
 /// A lab.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
+    /// The supervisor's process id.
+    pub supervisor: u32,
     /// Its hosts.
     pub hosts: Vec<HostState>,
     /// What is wrong with cables.

@@ -360,8 +360,21 @@ impl Drop for Lab {
             // Its emulators die with it.
             let _ = child.kill();
             let _ = child.wait();
+            let _ = remove_remains(&self.directory);
         }
     }
+}
+
+/// Removes what a supervisor that was killed has left in its lab's directory; nothing if it ended well.
+///
+/// # Errors
+/// If something cannot be removed.
+pub fn remove_remains(directory: &Path) -> Result<()> {
+    let Ok(plan) = fs::read_to_string(directory.join(PLAN)) else {
+        return Ok(());
+    };
+    let plan: Plan = serde_json::from_str(&plan).context("read the plan")?;
+    supervisor::tidy(&plan, directory)
 }
 
 fn say(stream: &mut UnixStream, request: &Request) -> Result<()> {

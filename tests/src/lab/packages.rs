@@ -36,6 +36,8 @@ pub const BASE: &[&str] = &[
     "perftest",
     "rdmacm-utils",
     "util-linux",
+    // Unpacks the kernel, and is in the hosts for whoever wants it.
+    "xz-utils",
 ];
 
 /// The package that names Debian's stock kernel.
@@ -74,7 +76,12 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
     remove(&root)?;
     let archives = cache.join("archives");
     remove(&archives)?;
-    let _ = fs::remove_file(&complete);
+    // What was made of other packages is not what is made of these.
+    for old in listing(cache)? {
+        if old.extension().is_none_or(|kind| kind != "lock") && old.is_file() {
+            fs::remove_file(&old).with_context(|| format!("remove {}", old.display()))?;
+        }
+    }
     fs::create_dir_all(&archives).with_context(|| format!("make {}", archives.display()))?;
     fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
     eprintln!("lab: fetching {} packages by apt", names.len());
@@ -114,7 +121,7 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
 /// If the directory cannot be made or written to.
 pub fn lock(cache: &Path) -> Result<File> {
     fs::create_dir_all(cache).with_context(|| format!("make {}", cache.display()))?;
-    let path = cache.join("lock");
+    let path = cache.join("cache.lock");
     let file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
     file.lock()
         .with_context(|| format!("lock {}", path.display()))?;

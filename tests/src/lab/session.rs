@@ -154,19 +154,15 @@ impl Session {
     }
 
     /// Its standard input is empty.
-    ///
-    /// # Errors
-    /// If the lab is gone.
-    pub fn no_input(&self) -> Result<()> {
-        self.tell(&Frame::new(0, Kind::Input, Vec::new()))
+    pub fn no_input(&self) {
+        // Who cannot be told is over, and what happened says how.
+        let _ = self.tell(&Frame::new(0, Kind::Input, Vec::new()));
     }
 
     /// Kills it. What it wrote before can still be read.
-    ///
-    /// # Errors
-    /// If the lab is gone.
-    pub fn kill(&self) -> Result<()> {
-        self.tell(&Frame::new(0, Kind::Kill, Vec::new()))
+    pub fn kill(&self) {
+        // As above.
+        let _ = self.tell(&Frame::new(0, Kind::Kill, Vec::new()));
     }
 
     /// What happens next; `None` when nothing does until then.
@@ -199,7 +195,7 @@ impl Session {
                 Some(happening) => output(happening)?,
                 None => {
                     // The connection's end kills it too, if the agent still hears.
-                    let _ = self.kill();
+                    self.kill();
                     return Err(TimeUp {
                         host: self.host.clone(),
                         limit,
@@ -215,7 +211,7 @@ impl Session {
     /// # Errors
     /// As [`Session::follow`].
     pub fn finish(self, limit: Duration) -> Result<Finished> {
-        self.no_input()?;
+        self.no_input();
         self.gather(limit)
     }
 
@@ -301,7 +297,7 @@ pub(super) fn get(host: &Host<'_>, from: &str, to: &Path, limit: Duration) -> Re
     let mode = String::from_utf8_lossy(&mode.stdout);
     let mode = u32::from_str_radix(mode.trim(), 8).with_context(what)?;
     let session = host.session(&Start::new(&["cat", "--", from]))?;
-    session.no_input()?;
+    session.no_input();
     let part = to.with_added_extension("part");
     let mut file = fs::OpenOptions::new()
         .create(true)

@@ -320,6 +320,7 @@ impl Lab {
     fn status(&self) -> Status {
         let name = |number: u8| format!("h{number}");
         self.cables.with(|switch| Status {
+            supervisor: std::process::id(),
             hosts: self
                 .hosts
                 .iter()

@@ -9,8 +9,10 @@ pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod lab_hosts;
 pub mod leaves_nothing;
 pub mod live_join;
+pub mod no_false_failover;
 pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
@@ -27,10 +29,12 @@ pub const ALL: &[Promise] = &[
     divergence_caught::PROMISE,
     output_rule::PROMISE,
     zombie::PROMISE,
+    no_false_failover::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
     leaves_nothing::PROMISE,
+    lab_hosts::PROMISE,
 ];

@@ -1,0 +1,189 @@
+//! The vCPU thread of a backup: replays, and goes live when it is handed the claim.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use rdma_log::Fenced;
+
+use crate::arbiter::Claim;
+use crate::backends::wait::Wake;
+use crate::clock::GuestClock;
+use crate::config::Config;
+use crate::desk::Desk;
+use crate::gate::Committed;
+use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
+use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
+use crate::ring_log::{RingSink, RingSource};
+use crate::sandbox::Thread;
+use crate::session::clerk::NOT_CONFINED;
+use crate::session::io::Io;
+use crate::session::{SessionError, host, record_options};
+use crate::stage::Stage;
+
+/// What the vCPU thread says.
+pub(super) enum Told {
+    /// The log was replayed to its end after the fence.
+    Drained(Drained),
+    /// This copy is of no use.
+    Failed(ReplayError),
+}
+
+/// Facts about a drained log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Drained {
+    pub(super) position: u64,
+    pub(super) memory_checks: u64,
+    pub(super) last_memory_check: Option<MemoryCheck>,
+    pub(super) resent: usize,
+    pub(super) inherited_frames: usize,
+}
+
+/// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
+pub(super) struct Follower {
+    pub(super) thread: JoinHandle<Result<Ended, RecordError>>,
+    pub(super) told: Receiver<Told>,
+    pub(super) claims: Sender<Claim>,
+    /// The number of the last entry that came.
+    pub(super) arrived: Arc<AtomicU64>,
+}
+
+/// What going live needs besides the proofs.
+struct Live {
+    outlet: Outlet,
+    stage: Arc<Stage>,
+    orders: Arc<crate::orders::Orders>,
+    samples: Arc<crate::orders::Samples>,
+    options: RecordOptions,
+    random: File,
+    desk: Option<Arc<Desk<RingSink>>>,
+}
+
+impl Follower {
+    /// Waits for the thread, which was ordered to stop.
+    pub(super) fn end(self) {
+        drop(self.claims);
+        // Whatever it came to is of no interest any more.
+        let _ = self.thread.join();
+    }
+
+    pub(super) fn start(
+        config: &Config,
+        io: &Io,
+        mut replayer: Replayer<RingSource>,
+        desk: Option<Arc<Desk<RingSink>>>,
+    ) -> Result<Self, SessionError> {
+        let arrived = replayer.source().arrivals();
+        let (tell, told) = channel();
+        let (claims, claim) = channel();
+        let live = Live {
+            outlet: io.outlet.clone(),
+            stage: Arc::clone(&io.stage),
+            orders: Arc::clone(&io.orders),
+            samples: Arc::clone(&io.samples),
+            options: record_options(config),
+            random: random_source()?,
+            desk,
+        };
+        let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
+        let sandbox = io.sandbox.clone();
+        let thread = std::thread::Builder::new()
+            .name("vcpu".into())
+            .spawn(move || {
+                host::pin(&cpus, "vCPU");
+                live.orders.watch_this_thread();
+                sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
+                let outcome = follow(replayer, live, &tell, &claim, &wake);
+                wake.ring();
+                outcome
+            })
+            .map_err(SessionError::host("start the vCPU thread"))?;
+        Ok(Self {
+            thread,
+            told,
+            claims,
+            arrived,
+        })
+    }
+}
+
+fn follow(
+    mut replayer: Replayer<RingSource>,
+    live: Live,
+    tell: &Sender<Told>,
+    claim: &Receiver<Claim>,
+    wake: &Wake,
+) -> Result<Ended, RecordError> {
+    let say = |told| {
+        // If nobody listens the process is ending.
+        let _ = tell.send(told);
+        wake.ring();
+    };
+    match replayer.run() {
+        Ok(ReplayEnd::LogOver) => {}
+        Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
+        Err(error) => {
+            say(Told::Failed(error));
+            return Ok(Ended::Stopped);
+        }
+    }
+    let (memory_checks, last_memory_check) = replayer.memory_checks();
+    let (remains, mut log) = replayer.into_remains();
+    let frames = match log.leftover_frames() {
+        Ok(frames) => frames,
+        Err(error) => {
+            say(Told::Failed(error.into()));
+            return Ok(Ended::Stopped);
+        }
+    };
+    for frame in &frames {
+        // The stage is as large as the primary's was, so they fit.
+        let _ = live.stage.push(rdma_log::Seq::ZERO, frame);
+    }
+    let drained = Drained {
+        position: remains.machine.position().0,
+        memory_checks,
+        last_memory_check,
+        resent: remains.unreleased.len(),
+        inherited_frames: frames.len(),
+    };
+    let Some(fenced) = log.into_proof() else {
+        say(Told::Failed(ReplayError::Log(crate::replay::LogError(
+            "the log ended without a fence".into(),
+        ))));
+        return Ok(Ended::Stopped);
+    };
+    say(Told::Drained(drained));
+    let Ok(claim) = claim.recv() else {
+        return Ok(Ended::Stopped);
+    };
+    go_live(remains, claim, fenced, live).run()
+}
+
+/// Makes the backup the primary. It takes the proof that the claim was won and the proof that nothing more can commit to the
+/// old log; without both there is no way to call it.
+fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Recorder<RingSink> {
+    for output in remains.unreleased {
+        live.outlet
+            .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
+    }
+    // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
+    // something to log.
+    live.outlet.release(Committed::EVERYTHING);
+    Recorder::new(Parts {
+        machine: remains.machine,
+        sink: RingSink::detached(),
+        base: remains.base,
+        outlet: live.outlet,
+        stage: live.stage,
+        orders: live.orders,
+        samples: live.samples,
+        clock: GuestClock::starting(remains.clock, remains.clock_came),
+        options: live.options,
+        random: live.random,
+        desk: live.desk,
+    })
+}
