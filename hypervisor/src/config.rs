@@ -398,14 +398,14 @@ impl Config {
     ///
     /// Between two processes of one host (`shm`) a death is told by the control connection at once, and the host cannot be lost
     /// without both; silence means that a process is frozen or starved, and giving it up for nothing costs the protection.
-    /// So this is long against what a busy host does to a process. Between hosts (`tcp`) silence is all that tells of a lost one:
+    /// So this is long against what a busy host does to a process. Between hosts (`tcp`, `rdma`) silence is all that tells of a lost one:
     /// eight heartbeats, so that the loss is noticed and taken over within 60 ms. Too short shows as sides that are given up in
     /// health; the remedy is to set it.
     #[must_use]
     pub fn silence_ms(&self) -> u64 {
         let by_transport = match self.pair.transport {
             Transport::Shm => 150,
-            Transport::Tcp => 40,
+            Transport::Tcp | Transport::Rdma => 40,
         };
         let least = 4 * self.timing.heartbeat_ms;
         self.timing.silence_ms.unwrap_or(by_transport.max(least))

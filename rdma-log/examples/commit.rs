@@ -48,12 +48,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let times = [
             block(|| bare.write(64).expect("a device")),
             block(|| {
-                writer.events.append(&[7; 32], Marks::default()).expect("room");
+                writer
+                    .events
+                    .append(&[7; 32], Marks::default())
+                    .expect("room");
                 writer.events.notify().expect("a connection");
                 while writer.events.committed().expect("a connection") < writer.events.last() {}
             }),
             block(|| {
-                writer.events.append(&[7; 32], Marks::default()).expect("room");
+                writer
+                    .events
+                    .append(&[7; 32], Marks::default())
+                    .expect("room");
                 writer.events.notify().expect("a connection");
                 while watch.committed()[0] < writer.events.last() {
                     watch.turn().expect("a connection");

@@ -60,7 +60,8 @@ impl Listener {
                 .map_err(SessionError::host("listen for a primary (pair.socket)")),
             Transport::Tcp | Transport::Rdma => {
                 let address = pair.listen.ok_or_else(|| {
-                    let needed = "with transports tcp and rdma a backup needs the address to listen at";
+                    let needed =
+                        "with transports tcp and rdma a backup needs the address to listen at";
                     setting("pair.listen", needed)
                 })?;
                 let bind = || {
