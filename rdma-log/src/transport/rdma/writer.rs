@@ -86,6 +86,8 @@ struct LaneState {
     posted: AtomicU64,
     /// There is something gathered that was not sent.
     pending: AtomicBool,
+    /// Completions were taken, so the queue is not armed any more.
+    fired: AtomicBool,
     /// All before was written to the reader's memory.
     complete: AtomicU64,
     /// The last entry that was.
@@ -165,8 +167,6 @@ pub(super) struct Shared {
     /// The alarm that the reader set last, and the one that was rung for last.
     reader_alarm: AtomicU64,
     rung: AtomicU64,
-    /// Completions were taken, so the queues are not armed any more.
-    fired: AtomicBool,
     /// The thread that takes in completions is to end.
     closing: AtomicBool,
     /// The reader rang.
@@ -371,7 +371,7 @@ impl Shared {
             }
         });
         if any {
-            self.fired.store(true, Ordering::Release);
+            state.fired.store(true, Ordering::Release);
         }
         if rung {
             self.was_rung.store(true, Ordering::Release);
@@ -447,17 +447,25 @@ impl Shared {
                     false
                 }
             };
-            let fired = self.fired.swap(false, Ordering::AcqRel);
-            if fired || told {
-                self.arm_queues();
+            let fired = self
+                .lanes
+                .each_ref()
+                .map(|lane| lane.fired.swap(false, Ordering::AcqRel));
+            // Each arming is a system call on some devices, so only where it is needed. Told of something that nobody has
+            // taken: by which queue, is not known.
+            let any = fired[0] || fired[1];
+            came |= any;
+            for lane in Lane::ALL {
+                if fired[lane.index()] || (told && !any) {
+                    self.arm(lane);
+                }
             }
-            came |= fired;
             // With the locks, not only if they are free: whoever took something that came before the arming has said so
             // by then, and what comes later makes the descriptor readable.
             for lane in Lane::ALL {
                 self.take_from(lane, &mut lock(&self.pipes[lane.index()]));
             }
-            if self.end.get().is_some() || !self.fired.load(Ordering::Acquire) {
+            if self.end.get().is_some() || !self.has_fired() {
                 break;
             }
         }
@@ -467,11 +475,15 @@ impl Shared {
         self.check(Lane::Events)
     }
 
-    fn arm_queues(&self) {
-        for pipe in &self.pipes {
-            if let Err(error) = lock(pipe).pipe.queue.arm() {
-                self.failed(error);
-            }
+    fn has_fired(&self) -> bool {
+        self.lanes
+            .iter()
+            .any(|lane| lane.fired.load(Ordering::Acquire))
+    }
+
+    fn arm(&self, lane: Lane) {
+        if let Err(error) = lock(&self.pipes[lane.index()]).pipe.queue.arm() {
+            self.failed(error);
         }
     }
 
@@ -558,7 +570,6 @@ impl Writer {
             closing: AtomicBool::new(false),
             reader_alarm: AtomicU64::new(0),
             rung: AtomicU64::new(0),
-            fired: AtomicBool::new(false),
             was_rung: AtomicBool::new(false),
             end: OnceLock::new(),
             _returned: parts.returned,
