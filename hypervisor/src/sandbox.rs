@@ -37,6 +37,10 @@ use crate::config;
 
 /// CAP_DAC_OVERRIDE: files may be opened whoever they belong to.
 const DAC_OVERRIDE: u32 = 1 << 1;
+const IPC_LOCK: u32 = 1 << 14;
+const SYS_NICE: u32 = 1 << 23;
+/// What is kept where a device is used: to lock its memory, for threads that are to be urgent, and for the arbiter's.
+const WITH_DEVICE: u32 = DAC_OVERRIDE | IPC_LOCK | SYS_NICE;
 /// `_LINUX_CAPABILITY_VERSION_3`: two words a set.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// The type byte of KVM's ioctls, in its place.
@@ -88,6 +92,8 @@ pub enum SandboxError {
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     filters: Option<Arc<Filters>>,
+    /// Threads keep the capabilities that [`shed`] left.
+    with_device: bool,
 }
 
 #[derive(Debug)]
@@ -107,7 +113,10 @@ impl Sandbox {
     /// [`SandboxError::Filter`].
     pub fn prepare(config: &config::Sandbox) -> Result<Self, SandboxError> {
         if !config.enabled {
-            return Ok(Self { filters: None });
+            return Ok(Self {
+                filters: None,
+                with_device: false,
+            });
         }
         let list = |thread| allow(thread, config.strict).map_err(SandboxError::Filter);
         Ok(Self {
@@ -119,7 +128,16 @@ impl Sandbox {
                 recruiter: list(Thread::Recruiter)?,
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
             })),
+            with_device: false,
         })
+    }
+
+    /// For threads that use an RDMA device which was opened after [`shed`]: they keep the credentials that opened it. What they
+    /// keep besides, they have no call to use.
+    #[must_use]
+    pub fn with_device(mut self, with_device: bool) -> Self {
+        self.with_device = with_device;
+        self
     }
 
     /// Confines the calling thread, for good. Once: the list has no call to confine again.
@@ -131,10 +149,12 @@ impl Sandbox {
             return Ok(());
         };
         no_core_dumps()?;
-        keep_capabilities(match thread {
-            Thread::Vcpu | Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => 0,
+        let kept = match thread {
             Thread::Arbiter => DAC_OVERRIDE,
-        })?;
+            _ if self.with_device => WITH_DEVICE,
+            Thread::Vcpu | Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => 0,
+        };
+        keep_capabilities(kept)?;
         let list = match thread {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
@@ -148,6 +168,21 @@ impl Sandbox {
         }
         Ok(())
     }
+}
+
+/// Gives away early what a confined thread that uses an RDMA device has no need of.
+///
+/// The kernel takes commands for a device that are written to its file, as those of soft-RoCE are, only from threads with the
+/// very credentials that opened it, and dropping capabilities makes new ones. So the thread that opens the device, and starts
+/// those that use it, drops them first.
+///
+/// # Errors
+/// [`SandboxError::Rights`].
+pub fn shed(config: &config::Sandbox) -> Result<(), SandboxError> {
+    if config.enabled {
+        keep_capabilities(WITH_DEVICE)?;
+    }
+    Ok(())
 }
 
 fn no_core_dumps() -> Result<(), SandboxError> {
@@ -180,6 +215,10 @@ fn keep_capabilities(kept: u32) -> Result<(), SandboxError> {
     };
     if got != 0 {
         return Err(refused("say what this thread may do")());
+    }
+    // Setting them makes new credentials even if they are equal.
+    if sets[0] == sets[1] && sets[1] & !kept == 0 && sets[2..] == [0; 4] {
+        return Ok(());
     }
     let kept = sets[1] & kept;
     let sets = [kept, kept, 0, 0, 0, 0];

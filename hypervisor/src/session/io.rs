@@ -19,7 +19,7 @@ use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
 use crate::backends::wait::{Waiter, Wake};
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
@@ -162,7 +162,8 @@ impl Io {
             beats: None,
             repeater: None,
             control: None,
-            sandbox: Sandbox::prepare(&config.sandbox)?,
+            sandbox: Sandbox::prepare(&config.sandbox)?
+                .with_device(config.pair.transport == Transport::Rdma),
             watch: None,
             link: None,
             replayed: Arc::default(),

@@ -28,6 +28,7 @@ use crate::kvm::CpuModel;
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
+use crate::sandbox;
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
@@ -171,6 +172,7 @@ impl Listener {
         host::pin(&config.cpus.io, "landing");
         let spin = config.timing.spin();
         if config.pair.transport == Transport::Rdma {
+            sandbox::shed(&config.sandbox)?;
             let ring = accept_rdma(&stream, &sizes, config).map_err(HandshakeError::from)?;
             return Ok(ring);
         }

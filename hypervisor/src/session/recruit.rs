@@ -34,7 +34,7 @@ use crate::memory::GuestRam;
 use crate::orders::{Order, Orders};
 use crate::protocol::Identity;
 use crate::ring_log::{RingSink, Window};
-use crate::sandbox::{Sandbox, Thread};
+use crate::sandbox::{self, Sandbox, Thread};
 use crate::stage::Stage;
 
 /// Between two looks for a backup that listens. Short against what a person or an agent takes to start one; a look at a
@@ -171,6 +171,7 @@ impl Recruiter {
         let confinement = match config.pair.transport {
             Transport::Shm | Transport::Tcp => Thread::Recruiter,
             Transport::Rdma => {
+                sandbox::shed(&config.sandbox)?;
                 // The libraries of the devices' makers are loaded now: a confined thread gets no memory that is executed.
                 if let Err(error) = Verbs::load().and_then(|verbs| verbs.devices()) {
                     tracing::warn!("a new backup cannot be joined over RDMA: {error}");
