@@ -4,6 +4,7 @@ mod draw;
 mod failover;
 mod host;
 mod log;
+mod rdma;
 mod request;
 mod ring;
 mod sheet;
@@ -34,6 +35,8 @@ struct Arguments {
 enum What {
     /// The ring between two cores: latency against a bare cache line, throughput against crossbeam and memcpy
     Ring(Form),
+    /// The ring over RDMA, against bare writes and perftest: on a machine with a device, as a host of the lab is
+    Rdma(Form),
     /// What protection adds to a request
     Request(Form),
     /// What protection leaves of a guest's pace
@@ -42,7 +45,7 @@ enum What {
     Log(Form),
     /// Failover and longest wait of a client, over many kills
     Failover(Form),
-    /// All of them, one after the other
+    /// All of them but `rdma`, one after the other
     All(Form),
 }
 
@@ -76,6 +79,14 @@ impl Form {
             bytes: self.pick(4 << 20, 512 << 20),
             entries: self.pick(20_000, 2_000_000),
             rounds: self.pick(1, 9),
+        })
+    }
+
+    fn rdma(&self) -> Result<Sheet> {
+        rdma::measure(rdma::Extent {
+            blocks: self.pick(3, 15),
+            block: self.pick(100, 400),
+            bytes: self.pick(16 << 20, 128 << 20),
         })
     }
 
@@ -139,6 +150,7 @@ fn finish(sheet: &Sheet, out: &Path) -> Result<()> {
 fn run(what: &What) -> Result<()> {
     match what {
         What::Ring(form) => finish(&form.ring()?, &form.out),
+        What::Rdma(form) => finish(&form.rdma()?, &form.out),
         What::Request(form) => finish(&form.request()?, &form.out),
         What::Throughput(form) => finish(&form.throughput()?, &form.out),
         What::Log(form) => finish(&form.log()?, &form.out),

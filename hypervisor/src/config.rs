@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rdma_log::transport::rdma;
 use serde::Deserialize;
 
 use crate::preempt::Strategy;
@@ -27,6 +28,8 @@ pub struct Config {
     pub net: Net,
     /// The other side.
     pub pair: Pair,
+    /// The RDMA device (transport `rdma`).
+    pub rdma: Rdma,
     /// Which CPUs the threads run on.
     pub cpus: Cpus,
     /// Times.
@@ -76,11 +79,12 @@ pub struct Pair {
     pub transport: Transport,
     /// Unix socket at which the backup listens and to which the primary connects (transport `shm`).
     pub socket: PathBuf,
-    /// Address at which the backup listens (transport `tcp`); port 0 takes a free one.
+    /// Address at which the backup listens (transports `tcp` and `rdma`); port 0 takes a free one.
     pub listen: Option<SocketAddr>,
-    /// Address of the backup, to which the primary connects (transport `tcp`).
+    /// Address of the backup, to which the primary connects (transports `tcp` and `rdma`).
     pub connect: Option<SocketAddr>,
-    /// Addresses at which a machine that runs without a backup looks for a new one, beside `connect` (transport `tcp`).
+    /// Addresses at which a machine that runs without a backup looks for a new one, beside `connect` (transports
+    /// `tcp` and `rdma`).
     pub standbys: Vec<SocketAddr>,
     /// Directory of the file arbiter, which both sides see.
     pub arbiter: PathBuf,
@@ -97,6 +101,8 @@ pub enum Transport {
     Shm,
     /// A TCP connection, between two hosts.
     Tcp,
+    /// RDMA, between two hosts; the set-up goes over TCP.
+    Rdma,
 }
 
 impl Transport {
@@ -106,6 +112,7 @@ impl Transport {
         match self {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Rdma => "rdma",
         }
     }
 }
@@ -120,6 +127,49 @@ impl Default for Pair {
             socket: PathBuf::from("doppel.sock"),
             arbiter: PathBuf::from("doppel.arbiter"),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+        }
+    }
+}
+
+/// How RDMA is used.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rdma {
+    /// The device's name, as `ibv_devices` shows it; none takes the first with an active port.
+    pub device: Option<String>,
+    /// The port's number; none takes the first that is active.
+    pub port: Option<u8>,
+    /// Index of the GID; none takes a RoCE v2 one, of an IPv4 address where there is one.
+    pub gid_index: Option<u8>,
+    /// When an entry counts as committed. The same on both sides.
+    pub mode: CommitMode,
+}
+
+/// When an entry of a log over RDMA counts as committed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommitMode {
+    /// When the device says that it was written.
+    #[default]
+    Nic,
+    /// When the backup says that it received it.
+    Ack,
+}
+
+impl Rdma {
+    /// As the ring takes it.
+    #[must_use]
+    pub fn ring(&self) -> rdma::Config {
+        rdma::Config {
+            choice: rdma_log::verbs::Choice {
+                device: self.device.clone(),
+                port: self.port,
+                gid_index: self.gid_index,
+            },
+            mode: match self.mode {
+                CommitMode::Nic => rdma::Mode::Nic,
+                CommitMode::Ack => rdma::Mode::Ack,
+            },
         }
     }
 }
@@ -281,6 +331,7 @@ impl Default for Config {
             kvm: PathBuf::from("/dev/kvm"),
             net: Net::default(),
             pair: Pair::default(),
+            rdma: Rdma::default(),
             cpus: Cpus::default(),
             timing: Timing::default(),
             preempt: Preempt::default(),
@@ -350,14 +401,14 @@ impl Config {
     ///
     /// Between two processes of one host (`shm`) a death is told by the control connection at once, and the host cannot be lost
     /// without both; silence means that a process is frozen or starved, and giving it up for nothing costs the protection.
-    /// So this is long against what a busy host does to a process. Between hosts (`tcp`) silence is all that tells of a lost one:
+    /// So this is long against what a busy host does to a process. Between hosts (`tcp`, `rdma`) silence is all that tells of a lost one:
     /// eight heartbeats, so that the loss is noticed and taken over within 60 ms. Too short shows as sides that are given up in
     /// health; the remedy is to set it.
     #[must_use]
     pub fn silence_ms(&self) -> u64 {
         let by_transport = match self.pair.transport {
             Transport::Shm => 150,
-            Transport::Tcp => 40,
+            Transport::Tcp | Transport::Rdma => 40,
         };
         let least = 4 * self.timing.heartbeat_ms;
         self.timing.silence_ms.unwrap_or(by_transport.max(least))

@@ -38,11 +38,17 @@ use crate::config;
 
 /// CAP_DAC_OVERRIDE: files may be opened whoever they belong to.
 const DAC_OVERRIDE: u32 = 1 << 1;
+const IPC_LOCK: u32 = 1 << 14;
+const SYS_NICE: u32 = 1 << 23;
+/// What is kept where a device is used: to lock its memory, for threads that are to be urgent, and for the arbiter's.
+const WITH_DEVICE: u32 = DAC_OVERRIDE | IPC_LOCK | SYS_NICE;
 /// `_LINUX_CAPABILITY_VERSION_3`: two words a set.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// The type byte of KVM's ioctls, in its place.
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_TYPE: u64 = 0xff00;
+/// That of RDMA's: a log over RDMA is posted, and fenced, by these threads.
+const RDMA_IOCTLS: u64 = 0x1b00;
 
 /// A kind of thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +67,9 @@ pub enum Thread {
     LogFile,
     /// Replays a log file.
     Replay,
+    /// The same where the log goes over RDMA: it opens the device for the new backup. What else it may open is bounded by
+    /// the user's own rights, as for the arbiter's thread.
+    RdmaRecruiter,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -93,6 +102,8 @@ pub enum SandboxError {
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     filters: Option<Arc<Filters>>,
+    /// Threads keep the capabilities that [`shed`] left.
+    with_device: bool,
 }
 
 #[derive(Debug)]
@@ -105,6 +116,7 @@ struct Filters {
     landing: BpfProgram,
     log_file: BpfProgram,
     replay: BpfProgram,
+    rdma_recruiter: BpfProgram,
 }
 
 impl Sandbox {
@@ -114,7 +126,10 @@ impl Sandbox {
     /// [`SandboxError::Filter`].
     pub fn prepare(config: &config::Sandbox) -> Result<Self, SandboxError> {
         if !config.enabled {
-            return Ok(Self { filters: None });
+            return Ok(Self {
+                filters: None,
+                with_device: false,
+            });
         }
         let list = |thread| allow(thread, config.strict).map_err(SandboxError::Filter);
         Ok(Self {
@@ -127,8 +142,18 @@ impl Sandbox {
                 landing: list(Thread::Landing)?,
                 log_file: list(Thread::LogFile)?,
                 replay: list(Thread::Replay)?,
+                rdma_recruiter: list(Thread::RdmaRecruiter)?,
             })),
+            with_device: false,
         })
+    }
+
+    /// For threads that use an RDMA device which was opened after [`shed`]: they keep the credentials that opened it. What they
+    /// keep besides, they have no call to use.
+    #[must_use]
+    pub fn with_device(mut self, with_device: bool) -> Self {
+        self.with_device = with_device;
+        self
     }
 
     /// Confines the calling thread, for good. Once: the list has no call to confine again.
@@ -140,10 +165,12 @@ impl Sandbox {
             return Ok(());
         };
         no_core_dumps()?;
-        keep_capabilities(match thread {
+        let kept = match thread {
             Thread::Arbiter => DAC_OVERRIDE,
+            _ if self.with_device => WITH_DEVICE,
             _ => 0,
-        })?;
+        };
+        keep_capabilities(kept)?;
         let list = match thread {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
@@ -152,6 +179,7 @@ impl Sandbox {
             Thread::Landing => &filters.landing,
             Thread::LogFile => &filters.log_file,
             Thread::Replay => &filters.replay,
+            Thread::RdmaRecruiter => &filters.rdma_recruiter,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -159,6 +187,21 @@ impl Sandbox {
         }
         Ok(())
     }
+}
+
+/// Gives away early what a confined thread that uses an RDMA device has no need of.
+///
+/// The kernel takes commands for a device that are written to its file, as those of soft-RoCE are, only from threads with the
+/// very credentials that opened it, and dropping capabilities makes new ones. So the thread that opens the device, and starts
+/// those that use it, drops them first.
+///
+/// # Errors
+/// [`SandboxError::Rights`].
+pub fn shed(config: &config::Sandbox) -> Result<(), SandboxError> {
+    if config.enabled {
+        keep_capabilities(WITH_DEVICE)?;
+    }
+    Ok(())
 }
 
 fn no_core_dumps() -> Result<(), SandboxError> {
@@ -191,6 +234,10 @@ fn keep_capabilities(kept: u32) -> Result<(), SandboxError> {
     };
     if got != 0 {
         return Err(refused("say what this thread may do")());
+    }
+    // Setting them makes new credentials even if they are equal.
+    if sets[0] == sets[1] && sets[1] & !kept == 0 && sets[2..] == [0; 4] {
+        return Ok(());
     }
     let kept = sets[1] & kept;
     let sets = [kept, kept, 0, 0, 0, 0];
@@ -300,6 +347,15 @@ const SOCKETS: &[libc::c_long] = &[
 /// Sockets that are made: to a backup that listens.
 const CALLS: &[libc::c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
 
+/// Finding and opening an RDMA device whose library is loaded: its files below /sys and /dev/infiniband.
+const DEVICES: &[libc::c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_getdents64,
+    libc::SYS_prlimit64,
+];
+
 /// Records that are read, written aside, linked into place, synced and removed.
 const FILES: &[libc::c_long] = &[
     libc::SYS_open,
@@ -337,6 +393,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
         Thread::LogFile | Thread::Replay => &[],
+        Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -349,8 +406,15 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         rules.insert(call, vec![argument(2, executable, 0)?]);
     }
     let ioctls = match thread {
-        Thread::Vcpu | Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Io | Thread::Recruiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Vcpu => vec![
+            argument(1, IOCTL_TYPE, KVM_IOCTLS)?,
+            argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
+        ],
+        Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
+        Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => vec![
+            argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
+            argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
+        ],
         Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
     };
     if !ioctls.is_empty() {

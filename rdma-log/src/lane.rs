@@ -89,4 +89,4 @@ impl Geometry {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests;
+pub(crate) mod tests;

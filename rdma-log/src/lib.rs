@@ -41,7 +41,8 @@
 //! | `lane` | one writer, one reader: cursors, pads, credits |
 //! | `ring` | both lanes, the handles of either side |
 //! | [`fence`] | the proof [`Fenced`] |
-//! | [`transport`] | the traits; `shm`, `tcp`, and `sim` for tests |
+//! | [`transport`] | the traits; `shm`, `tcp`, `rdma`, and `sim` for tests |
+//! | `verbs` | RDMA devices, by a library that is loaded at run time |
 //! | [`mod@file`] | a log file: the very entries of the wire |
 //! | [`fdpass`] | descriptors over a Unix socket |
 //! | `region`, `control`, `futex`, `poll` | the memory, the shared words in it, sleeping on them and on sockets |
@@ -89,6 +90,8 @@ mod region;
 mod ring;
 mod sync;
 pub mod transport;
+#[cfg(not(loom))]
+pub mod verbs;
 
 pub use entry::{Entry, Epoch, Head, Lane, Marks, Nonce, Seq};
 pub use fence::{FenceError, Fenced};

@@ -137,6 +137,11 @@ fn map(fd: BorrowedFd<'_>, offset: usize, len: usize, access: Access) -> io::Res
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
+    settle(base, len)
+}
+
+/// Takes over a mapping just made: out of core dumps, locked if that is allowed.
+fn settle(base: *mut libc::c_void, len: usize) -> io::Result<Mapping> {
     let base = NonNull::new(base.cast::<u8>())
         .ok_or_else(|| io::Error::other("the kernel mapped address zero"))?;
     let mapping = Mapping { base, len };
@@ -149,6 +154,37 @@ fn map(fd: BorrowedFd<'_>, offset: usize, len: usize, access: Access) -> io::Res
     // SAFETY: the range is the mapping just made; locking changes no contents.
     unsafe { libc::mlock(base.as_ptr().cast(), len) };
     Ok(mapping)
+}
+
+/// Maps `len` bytes of new memory, in huge pages if the system has them to give.
+///
+/// It is shared memory, though with nobody: a process that forks must not get its pages copied away from under a device.
+fn map_locked(len: usize) -> io::Result<Mapping> {
+    const HUGE: usize = 2 << 20;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    let tries = [
+        (libc::MAP_HUGETLB, len.next_multiple_of(HUGE)),
+        (0, len.next_multiple_of(PAGE)),
+    ];
+    // Huge pages for less than one would waste the most of it.
+    let tries = &tries[usize::from(len < HUGE)..];
+    for (huge, len) in tries {
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                *len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | huge,
+                -1,
+                0,
+            )
+        };
+        if base != libc::MAP_FAILED {
+            return settle(base, *len);
+        }
+    }
+    Err(io::Error::last_os_error())
 }
 
 /// Zeroed memory of this process, aligned to cache lines.
@@ -217,6 +253,21 @@ impl Owner {
     }
 }
 
+/// A share in a region's memory: it stays mapped for as long as this lives.
+#[derive(Clone)]
+pub(crate) struct Keep(Owner);
+
+impl Keep {
+    /// Where it starts. What may be done there is for the holder to show.
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.0.base().as_ptr()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 /// A piece of memory that is cut into views.
 pub(crate) struct Region {
     owner: Owner,
@@ -236,6 +287,21 @@ impl Region {
         Ok(Region {
             owner: Owner::Map(Arc::new(map(fd, offset, len, access)?)),
         })
+    }
+
+    /// At least `len` bytes of zeroed memory for a device that is to read and write it by itself.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn locked(len: usize) -> io::Result<Region> {
+        Ok(Region {
+            owner: Owner::Map(Arc::new(map_locked(len)?)),
+        })
+    }
+
+    /// What keeps the memory where it is, for whoever gave its address away.
+    pub(crate) fn keep(&self) -> Keep {
+        Keep(self.owner.clone())
     }
 
     /// Zeroed memory on the heap, for both sides in one process.

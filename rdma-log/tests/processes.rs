@@ -10,8 +10,10 @@ use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
 
+use rdma_log::transport::rdma::{self, Mode};
 use rdma_log::transport::{shm, tcp};
-use rdma_log::{LaneReader, LaneWriter, Marks, RingConfig, RingReader, WriteError};
+use rdma_log::verbs::Verbs;
+use rdma_log::{LaneReader, LaneWriter, Marks, RingConfig, RingReader, RingWriter, WriteError};
 
 /// Small lanes, which wrap and fill.
 const SMALL: RingConfig = RingConfig {
@@ -69,13 +71,36 @@ fn be_tcp_writer(socket: &str, port: &str) {
     let port = port.parse::<u16>().expect("a port");
     let ring = TcpStream::connect(("127.0.0.1", port)).expect("the parent listens");
     ring.set_read_timeout(Some(LONG)).expect("a socket");
-    let mut writer = tcp::connect(ring).expect("a ring");
+    be_network_writer(tcp::connect(ring).expect("a ring"), stream);
+}
+
+/// The same over RDMA; the set-up goes over the socket that the words go over afterwards.
+fn be_rdma_writer(socket: &str, mode: &str) {
+    let mut stream = UnixStream::connect(socket).expect("the parent listens");
+    stream.set_read_timeout(Some(LONG)).expect("a socket");
+    let config = rdma_config(mode);
+    let verbs = Verbs::load().expect("the library");
+    let writer = rdma::connect(&verbs, &mut stream, &config).expect("a ring");
+    be_network_writer(writer, stream);
+}
+
+fn rdma_config(mode: &str) -> rdma::Config {
+    rdma::Config {
+        mode: match mode {
+            "nic" => Mode::Nic,
+            _ => Mode::Ack,
+        },
+        ..rdma::Config::default()
+    }
+}
+
+fn be_network_writer(mut writer: RingWriter, stream: UnixStream) {
     let mut events = writer.events;
     let other = thread::spawn(move || {
-        let ended = hammer_tcp(&mut events, |_| {});
+        let ended = hammer_network(&mut events, |_| {});
         (events, ended)
     });
-    let ended = hammer_tcp(&mut writer.inputs, |committed| {
+    let ended = hammer_network(&mut writer.inputs, |committed| {
         tell(&stream, [0, committed])
     });
     let (mut events, other) = other.join().expect("no panic");
@@ -92,7 +117,7 @@ fn be_tcp_writer(socket: &str, port: &str) {
     );
 }
 
-fn hammer_tcp(half: &mut LaneWriter, mut committed: impl FnMut(u64)) -> WriteError {
+fn hammer_network(half: &mut LaneWriter, mut committed: impl FnMut(u64)) -> WriteError {
     loop {
         let bytes = frame(half.last().next().0);
         let published = half
@@ -188,6 +213,25 @@ impl Writer {
         let (ring, _) = listener.accept().expect("the child connects");
         ring.set_read_timeout(Some(LONG)).expect("a socket");
         let (reader, _) = tcp::accept(ring, config, Duration::ZERO).expect("a ring");
+        (Writer { child, stream }, reader)
+    }
+
+    fn start_rdma(mode: &str, config: &RingConfig) -> (Writer, RingReader) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("words");
+        let words = UnixListener::bind(&socket).expect("a socket");
+        let child = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--writer", "rdma"])
+            .arg(&socket)
+            .arg(mode)
+            .spawn()
+            .expect("a process");
+        let (mut stream, _) = words.accept().expect("the child connects");
+        stream.set_read_timeout(Some(LONG)).expect("a socket");
+        let verbs = Verbs::load().expect("the library");
+        let rdma = rdma_config(mode);
+        let made = rdma::accept(&verbs, &mut stream, config, &rdma, Duration::ZERO);
+        let (reader, _) = made.expect("a ring");
         (Writer { child, stream }, reader)
     }
 
@@ -329,14 +373,14 @@ fn a_frozen_writer_that_thaws_after_the_fence_has_committed_what_was_drained() {
     }
 }
 
-/// Killed or frozen in the middle, over TCP: what it saw commit is drained, and a thawed one commits nothing more.
-fn a_tcp_writer_leaves_what_it_saw_commit() {
-    for round in 0..40 {
+/// Killed or frozen in the middle, over a network: what it saw commit is drained, and a thawed one commits nothing more.
+fn leaves_what_it_saw_commit(rounds: u64, start: impl Fn(&RingConfig) -> (Writer, RingReader)) {
+    for round in 0..rounds {
         let config = match round % 2 {
             0 => SMALL,
             _ => RingConfig::default(),
         };
-        let (mut writer, mut reader) = Writer::start_tcp(&config);
+        let (mut writer, mut reader) = start(&config);
         read_for(&mut reader, 30 + round * 7);
         let freezes = round % 4 >= 2;
         if freezes {
@@ -368,20 +412,37 @@ fn a_tcp_writer_leaves_what_it_saw_commit() {
     }
 }
 
+fn a_tcp_writer_leaves_what_it_saw_commit() {
+    leaves_what_it_saw_commit(40, Writer::start_tcp);
+}
+
+/// On a machine with an RDMA device, whose library DOPPEL_VERBS names: the lab's hosts are.
+fn an_rdma_writer_leaves_what_it_saw_commit() {
+    if std::env::var_os("DOPPEL_VERBS").is_none() {
+        println!("no RDMA device here: DOPPEL_VERBS is not set");
+        return;
+    }
+    for mode in ["nic", "ack"] {
+        leaves_what_it_saw_commit(20, |config| Writer::start_rdma(mode, config));
+    }
+}
+
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     if let [_, flag, mode, socket, port] = &args[..]
         && flag == "--writer"
-        && mode == "tcp"
     {
-        return be_tcp_writer(socket, port);
+        return match &**mode {
+            "tcp" => be_tcp_writer(socket, port),
+            _ => be_rdma_writer(socket, port),
+        };
     }
     if let [_, flag, mode, socket] = &args[..]
         && flag == "--writer"
     {
         return be_writer(mode, socket);
     }
-    let tests: [(&str, fn()); 4] = [
+    let tests: [(&str, fn()); 5] = [
         (
             "a_killed_writer_leaves_all_it_had_published",
             a_killed_writer_leaves_all_it_had_published,
@@ -398,8 +459,17 @@ fn main() {
             "a_tcp_writer_leaves_what_it_saw_commit",
             a_tcp_writer_leaves_what_it_saw_commit,
         ),
+        (
+            "an_rdma_writer_leaves_what_it_saw_commit",
+            an_rdma_writer_leaves_what_it_saw_commit,
+        ),
     ];
+    // As with other tests: a part of a name runs those that have it.
+    let wanted = args.get(1).filter(|wanted| !wanted.starts_with('-'));
     for (name, test) in tests {
+        if wanted.is_some_and(|wanted| !name.contains(&**wanted)) {
+            continue;
+        }
         test();
         println!("test {name} ... ok");
     }

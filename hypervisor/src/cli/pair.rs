@@ -17,6 +17,8 @@ pub enum Carrier {
     Shm,
     /// A TCP connection
     Tcp,
+    /// RDMA, set up over TCP
+    Rdma,
 }
 
 impl From<Carrier> for Transport {
@@ -24,6 +26,7 @@ impl From<Carrier> for Transport {
         match carrier {
             Carrier::Shm => Self::Shm,
             Carrier::Tcp => Self::Tcp,
+            Carrier::Rdma => Self::Rdma,
         }
     }
 }
@@ -34,13 +37,13 @@ struct PairArgs {
     /// What carries the log
     #[arg(long, value_enum)]
     transport: Option<Carrier>,
-    /// Address at which a backup listens (transport tcp); port 0 takes a free one
+    /// Address at which a backup listens (transports tcp and rdma); port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
-    /// Address of the backup, to which a primary connects (transport tcp)
+    /// Address of the backup, to which a primary connects (transports tcp and rdma)
     #[arg(long, value_name = "ADDRESS:PORT")]
     connect: Option<SocketAddr>,
-    /// Address at which a machine that runs without a backup looks for a new one (transport tcp); can be repeated
+    /// Address at which a machine that runs without a backup looks for a new one (transports tcp and rdma); can be repeated
     #[arg(long = "standby", value_name = "ADDRESS:PORT")]
     standbys: Vec<SocketAddr>,
     /// Unix socket at which the backup listens and to which the primary connects

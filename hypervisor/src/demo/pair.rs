@@ -337,7 +337,9 @@ impl Pair {
         let net = net_option(inheritable.as_ref());
         let listen = match spec.transport {
             Transport::Shm => Vec::new(),
-            Transport::Tcp => free_addresses().map_err(host("find free ports"))?,
+            Transport::Tcp | Transport::Rdma => {
+                free_addresses().map_err(host("find free ports"))?
+            }
         };
         let first = backup_options(&listen, 0, &net);
         let backup = Side::spawn(spec, "backup", "backup", place.backup, &first)?;

@@ -34,7 +34,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rdma_log::fdpass::{self, FdPassError};
-use rdma_log::transport::{shm, tcp};
+use rdma_log::transport::{rdma, shm, tcp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -130,6 +130,9 @@ pub enum HandshakeError {
     /// The ring over TCP.
     #[error("cannot set up the ring: {0}")]
     Stream(#[from] tcp::ConnectError),
+    /// The ring over RDMA.
+    #[error("cannot set up the ring: {0}")]
+    Rdma(#[from] rdma::ConnectError),
     /// The copy does not follow the log.
     #[error("the copy that was made here is of no use: {0}")]
     Unfit(String),

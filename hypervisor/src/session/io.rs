@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_log::WriteError;
-use rdma_log::transport::tcp::{Link, StreamError, Watch};
+use rdma_log::transport::network::{Link, Watch};
 
 use super::SessionError;
 use super::beats::{Beats, Repeater};
@@ -19,7 +19,7 @@ use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
 use crate::backends::wait::{Waiter, Wake};
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
@@ -162,7 +162,8 @@ impl Io {
             beats: None,
             repeater: None,
             control: None,
-            sandbox: Sandbox::prepare(&config.sandbox)?,
+            sandbox: Sandbox::prepare(&config.sandbox)?
+                .with_device(config.pair.transport == Transport::Rdma),
             watch: None,
             link: None,
             replayed: Arc::default(),
@@ -373,11 +374,11 @@ impl Io {
 
     /// Whether nothing more of the log comes; told once.
     fn link_is_broken(&mut self) -> bool {
-        let Some(error) = self.link.as_ref().and_then(Link::broken) else {
+        let Some(broken) = self.link.as_ref().and_then(Link::broken) else {
             return false;
         };
         self.link = None;
-        self.log_ended(&error, error == StreamError::Closed);
+        self.log_ended(&broken.reason, broken.gone);
         true
     }
 

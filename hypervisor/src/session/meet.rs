@@ -9,7 +9,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rdma_log::transport::{shm, tcp};
+use rdma_log::transport::network::{Link, Watch};
+use rdma_log::transport::{rdma, shm, tcp};
+use rdma_log::verbs::Verbs;
 use rdma_log::{RingConfig, RingReader, RingWriter};
 
 use super::SessionError;
@@ -26,7 +28,7 @@ use crate::kvm::CpuModel;
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
-use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
+use crate::sandbox::{self, NOT_CONFINED, Sandbox, Thread};
 
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
@@ -57,9 +59,10 @@ impl Listener {
         match pair.transport {
             Transport::Shm => Self::at_path(&pair.socket)
                 .map_err(SessionError::host("listen for a primary (pair.socket)")),
-            Transport::Tcp => {
+            Transport::Tcp | Transport::Rdma => {
                 let address = pair.listen.ok_or_else(|| {
-                    let needed = "with transport tcp a backup needs the address to listen at";
+                    let needed =
+                        "with transports tcp and rdma a backup needs the address to listen at";
                     setting("pair.listen", needed)
                 })?;
                 let bind = || {
@@ -138,7 +141,7 @@ impl Listener {
         common: &Common,
         control: &Channel,
         config: &Config,
-    ) -> Result<(RingReader, Option<tcp::Link>), SessionError> {
+    ) -> Result<(RingReader, Option<Link>), SessionError> {
         let sizes = RingConfig {
             events: config.ring.events_kib << 10,
             inputs: config.ring.inputs_kib << 10,
@@ -168,11 +171,16 @@ impl Listener {
         // The thread that lands the log shares the I/O thread's CPU: both wait most of the time.
         host::pin(&config.cpus.io, "landing");
         let spin = config.timing.spin();
+        if config.pair.transport == Transport::Rdma {
+            sandbox::shed(&config.sandbox)?;
+            let ring = accept_rdma(&stream, &sizes, config).map_err(HandshakeError::from)?;
+            return Ok(ring);
+        }
         let sandbox = Sandbox::prepare(&config.sandbox)?;
         let confine = move || sandbox.confine(Thread::Landing).expect(NOT_CONFINED);
         let (ring, link) =
             tcp::accept_with(stream, &sizes, spin, confine).map_err(HandshakeError::from)?;
-        Ok((ring, Some(link)))
+        Ok((ring, Some(Link::Tcp(link))))
     }
 }
 
@@ -194,15 +202,34 @@ impl Drop for Listener {
     }
 }
 
+/// The set-up goes over the connection that otherwise would carry the log; then that is closed.
+fn accept_rdma(
+    mut stream: &TcpStream,
+    sizes: &RingConfig,
+    config: &Config,
+) -> Result<(RingReader, Option<Link>), rdma::ConnectError> {
+    let verbs = Verbs::load()?;
+    let spin = config.timing.spin();
+    let (ring, link) = rdma::accept(&verbs, &mut stream, sizes, &config.rdma.ring(), spin)?;
+    Ok((ring, Some(Link::Rdma(link))))
+}
+
 /// The primary's end of the ring with the backup at the other end of `control`.
-fn connect_ring(control: &Channel) -> Result<(RingWriter, Option<tcp::Watch>), HandshakeError> {
-    match control {
-        Channel::Unix(stream) => Ok((shm::connect(stream)?, None)),
-        Channel::Tcp(_) => {
-            let (ring, watch) = tcp::connect_watched(handshake::open_ring(control)?)?;
-            Ok((ring, Some(watch)))
-        }
+fn connect_ring(
+    control: &Channel,
+    config: &Config,
+) -> Result<(RingWriter, Option<Watch>), HandshakeError> {
+    if let Channel::Unix(stream) = control {
+        return Ok((shm::connect(stream)?, None));
     }
+    let stream = handshake::open_ring(control)?;
+    if config.pair.transport == Transport::Rdma {
+        let verbs = Verbs::load().map_err(rdma::ConnectError::from)?;
+        let (ring, watch) = rdma::connect_watched(&verbs, &mut &stream, &config.rdma.ring())?;
+        return Ok((ring, Some(Watch::Rdma(watch))));
+    }
+    let (ring, watch) = tcp::connect_watched(stream)?;
+    Ok((ring, Some(Watch::Tcp(watch))))
 }
 
 /// What a primary tells every backup that it meets.
@@ -244,17 +271,17 @@ pub(super) struct Met {
     pub(super) identity: Identity,
     pub(super) beats: Beats,
     pub(super) ring: RingWriter,
-    pub(super) watch: Option<tcp::Watch>,
+    pub(super) watch: Option<Watch>,
 }
 
 /// Meets the backup at the other end: hello, welcome, port, ring. If the machine is `running`, a copy of it is due next.
 pub(super) fn introduce(
     control: Channel,
-    pair: &Pair,
+    config: &Config,
     who: &Introduction,
     running: bool,
 ) -> Result<Met, SessionError> {
-    let socket = Beats::bind(pair.heartbeat)?;
+    let socket = Beats::bind(config.pair.heartbeat)?;
     let mut key = [0; 16];
     let mut random = &who.random;
     random
@@ -279,7 +306,7 @@ pub(super) fn introduce(
         Channel::Tcp(_) => None,
     };
     handshake::share(&control, shared)?;
-    let (ring, watch) = connect_ring(&control)?;
+    let (ring, watch) = connect_ring(&control, config)?;
     let beats = Beats::connect(socket, welcomed.heartbeat, handshake::key_of(&hello))?;
     Ok(Met {
         control,
@@ -300,13 +327,13 @@ fn dial(address: SocketAddr, longest: Duration) -> io::Result<Channel> {
 fn place(pair: &Pair) -> Result<String, SessionError> {
     Ok(match pair.transport {
         Transport::Shm => pair.socket.display().to_string(),
-        Transport::Tcp => connect_address(pair)?.to_string(),
+        Transport::Tcp | Transport::Rdma => connect_address(pair)?.to_string(),
     })
 }
 
 fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
     pair.connect.ok_or_else(|| {
-        let needed = "with transport tcp a primary needs its backup's address";
+        let needed = "with transports tcp and rdma a primary needs its backup's address";
         setting("pair.connect", needed)
     })
 }
@@ -314,7 +341,7 @@ fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
 fn call(pair: &Pair) -> Result<io::Result<Channel>, SessionError> {
     Ok(match pair.transport {
         Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix),
-        Transport::Tcp => dial(connect_address(pair)?, FIND_BACKUP),
+        Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, FIND_BACKUP),
     })
 }
 
@@ -327,7 +354,7 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
 pub(super) fn call_any(pair: &Pair) -> Option<Channel> {
     match pair.transport {
         Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix).ok(),
-        Transport::Tcp => pair
+        Transport::Tcp | Transport::Rdma => pair
             .connect
             .iter()
             .chain(&pair.standbys)

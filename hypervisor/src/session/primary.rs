@@ -13,7 +13,7 @@ use super::serve::{self, Served, Staff, Vcpu};
 use super::{SessionError, protocol_timing, record_options};
 use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_identity};
 use crate::clock::GuestClock;
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::desk::Desk;
 use crate::entry::Base;
 use crate::gate::Gate;
@@ -23,7 +23,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Notice, Pair, Primary, Record, State};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
-use crate::sandbox::{NOT_CONFINED, Thread};
+use crate::sandbox::{self, NOT_CONFINED, Thread};
 
 /// How a primary starts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,7 +59,10 @@ pub fn run(
         None
     } else {
         let control = meet::find_backup(&config.pair, &common)?;
-        let met = meet::introduce(control, &config.pair, &introduction, false)?;
+        if config.pair.transport == Transport::Rdma {
+            sandbox::shed(&config.sandbox)?;
+        }
+        let met = meet::introduce(control, config, &introduction, false)?;
         handshake::await_ready(&met.control)?;
         Some(met)
     };

@@ -16,7 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_log::RingWriter;
-use rdma_log::transport::tcp::Watch;
+use rdma_log::transport::network::Watch;
+use rdma_log::verbs::Verbs;
 
 use super::SessionError;
 use super::beats::Beats;
@@ -24,7 +25,7 @@ use super::io::{InputLane, Io};
 use super::meet::{self, Introduction};
 use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::desk::{Answer, Ask, Cut, Desk};
 use crate::handshake::{self, Channel, HandshakeError};
 use crate::machine::Machine;
@@ -32,7 +33,7 @@ use crate::memory::GuestRam;
 use crate::orders::{Order, Orders};
 use crate::protocol::Identity;
 use crate::ring_log::{RingSink, Window};
-use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
+use crate::sandbox::{self, NOT_CONFINED, Sandbox, Thread};
 use crate::stage::Stage;
 
 /// Between two looks for a backup that listens. Short against what a person or an agent takes to start one; a look at a
@@ -166,10 +167,21 @@ impl Recruiter {
             wake: Arc::clone(&io.wake),
         };
         let sandbox: Sandbox = io.sandbox.clone();
+        let confinement = match config.pair.transport {
+            Transport::Shm | Transport::Tcp => Thread::Recruiter,
+            Transport::Rdma => {
+                sandbox::shed(&config.sandbox)?;
+                // The libraries of the devices' makers are loaded now: a confined thread gets no memory that is executed.
+                if let Err(error) = Verbs::load().and_then(|verbs| verbs.devices()) {
+                    tracing::warn!("a new backup cannot be joined over RDMA: {error}");
+                }
+                Thread::RdmaRecruiter
+            }
+        };
         thread::Builder::new()
             .name("recruiter".into())
             .spawn(move || {
-                sandbox.confine(Thread::Recruiter).expect(NOT_CONFINED);
+                sandbox.confine(confinement).expect(NOT_CONFINED);
                 while let Ok(epoch) = wanted.recv() {
                     work.look(epoch);
                 }
@@ -246,7 +258,7 @@ impl Work {
 
     /// Meets the backup and makes it one: everything but the arbiter's word.
     fn copy_to(&self, stream: Channel, epoch: rdma_log::Epoch) -> Result<Recruit, SessionError> {
-        let met = meet::introduce(stream, &self.config.pair, &self.introduction, true)?;
+        let met = meet::introduce(stream, &self.config, &self.introduction, true)?;
         let started = Instant::now();
         let mut copier = Copier::new(&met.control, Arc::clone(&self.ram));
         let rounds = self.rounds(&mut copier)?;

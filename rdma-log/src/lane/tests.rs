@@ -72,7 +72,7 @@ fn every_length_at_every_place_of_the_lap() {
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     Append {
         lane: Lane,
         len: usize,
@@ -96,7 +96,7 @@ enum Op {
     },
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(crate) fn op() -> impl Strategy<Value = Op> {
     let lane = prop_oneof![Just(Lane::Events), Just(Lane::Inputs)];
     let len = || prop_oneof![0..40usize, 0..MIN_LANE / 4 - 31];
     (lane, 0..9, len(), len(), 0..12usize, any::<bool>()).prop_map(
@@ -116,7 +116,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// What was posted and not read, per lane.
-type Model = [VecDeque<(Seq, Vec<u8>)>; 2];
+pub(crate) type Model = [VecDeque<(Seq, Vec<u8>)>; 2];
 
 fn write(writer: &mut LaneWriter, model: &mut Model, op: &Op) -> Result<(), WriteError> {
     let seq = writer.last().next();
@@ -153,7 +153,7 @@ fn write(writer: &mut LaneWriter, model: &mut Model, op: &Op) -> Result<(), Writ
 }
 
 /// Reads up to `most` entries and compares; how many there were.
-fn read(reader: &mut LaneReader, model: &mut Model, most: usize) -> usize {
+pub(crate) fn read(reader: &mut LaneReader, model: &mut Model, most: usize) -> usize {
     let lane = reader.lane();
     for n in 0..most {
         let Some(entry) = reader.next().unwrap() else {
@@ -171,7 +171,7 @@ fn read(reader: &mut LaneReader, model: &mut Model, most: usize) -> usize {
 }
 
 /// Runs the operations; an entry that finds the lane full is not written.
-fn run(
+pub(crate) fn run(
     writer: &mut RingWriter,
     reader: &mut RingReader,
     card: Option<&sim::Card>,

@@ -29,6 +29,14 @@ use crate::fence::{FenceError, Fenced};
 use crate::lane::{ReadError, WriteError};
 pub use crate::region::WriteView;
 
+#[cfg(all(test, not(loom)))]
+#[macro_use]
+mod suite;
+
+#[cfg(not(loom))]
+pub mod network;
+#[cfg(not(loom))]
+pub mod rdma;
 pub mod shm;
 pub mod sim;
 #[cfg(not(loom))]

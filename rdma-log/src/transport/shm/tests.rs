@@ -23,6 +23,19 @@ const NONCE: Nonce = Nonce(*b"a nonce of tests");
 /// Far longer than anything waited for here takes; if it passes, a wake-up was lost.
 const LONG: Duration = Duration::from_secs(20);
 
+mod common {
+    use crate::transport::shm;
+
+    ring_suite!(|config| shm::pair(&config).unwrap(), 2.0,
+        both_lanes_carry_every_size_through_many_laps
+        what_is_written_is_read
+        sleepers_are_woken
+        a_writer_that_waits_for_room_is_woken
+        waiting_ends_with_its_time
+        progress_from_another_thread_is_never_ahead_of_what_is_posted
+    );
+}
+
 fn marks() -> Marks {
     Marks::default()
 }
@@ -587,110 +600,6 @@ fn what_was_published_before_the_fence_is_drained_and_nothing_else() {
 }
 
 #[test]
-fn progress_from_another_thread_is_never_ahead_of_what_is_posted() {
-    let (writer, mut reader) = pair(&SMALL).unwrap();
-    const LAST: Seq = Seq(20_000);
-    let mut progress = writer.progress;
-    let mut events = writer.events;
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            while events.last() < LAST {
-                match events.append(b"x", marks()) {
-                    Ok(_) => events.notify().unwrap(),
-                    // Early or not, it tries again.
-                    Err(WriteError::Full { .. }) => drop(events.wait_for_room(1, LONG).unwrap()),
-                    Err(error) => panic!("{error}"),
-                }
-            }
-        });
-        scope.spawn(move || {
-            while reader.events.last() < LAST {
-                if let Some(entry) = reader.events.next().unwrap() {
-                    let seq = entry.seq();
-                    reader.events.set_received(seq).unwrap();
-                    reader.acks.replayed(Lane::Events, seq);
-                    reader.events.notify().unwrap();
-                } else {
-                    reader.events.wait(LONG).unwrap();
-                }
-            }
-        });
-        loop {
-            let [seen, _] = progress.poll().unwrap();
-            if seen.replayed == LAST {
-                assert_eq!(
-                    (seen.committed, seen.received, seen.fenced),
-                    (LAST, LAST, false)
-                );
-                break;
-            }
-        }
-    });
-}
-
-/// Both sides sleep whenever they have nothing to do; a lost wake-up shows as a wait that ran out of time.
-#[test]
-fn sleepers_are_woken() {
-    const TURNS: u64 = 3000;
-    let (mut there, mut there_reader) = pair(&SMALL).unwrap();
-    let (mut back, mut back_reader) = pair(&SMALL).unwrap();
-    let next = |half: &mut LaneReader| {
-        loop {
-            if let Some(entry) = half.next().unwrap() {
-                return entry.seq().0;
-            }
-            assert!(half.wait(LONG).unwrap(), "a wake-up was lost");
-        }
-    };
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            for turn in 1..=TURNS {
-                assert_eq!(next(&mut there_reader.events), turn);
-                back.events.append(b"pong", marks()).unwrap();
-                back.events.notify().unwrap();
-            }
-        });
-        for turn in 1..=TURNS {
-            there.events.append(b"ping", marks()).unwrap();
-            there.events.notify().unwrap();
-            assert_eq!(next(&mut back_reader.events), turn);
-        }
-    });
-}
-
-#[test]
-fn a_writer_that_waits_for_room_is_woken() {
-    let (mut writer, mut reader) = pair(&SMALL).unwrap();
-    const LAST: u64 = 20_000;
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            while reader.inputs.last().0 < LAST {
-                let n = reader.inputs.last().0;
-                while reader.inputs.next().unwrap().is_some() {}
-                if reader.inputs.last().0 == n {
-                    assert!(reader.inputs.wait(LONG).unwrap(), "a wake-up was lost");
-                }
-                reader.inputs.notify().unwrap();
-            }
-        });
-        while writer.inputs.last().0 < LAST {
-            match writer.inputs.append(&[0; 300], marks()) {
-                Ok(_) => {}
-                Err(WriteError::Full { .. }) => {
-                    // True may come late: the reader can have rung for an earlier wait.
-                    let begun = std::time::Instant::now();
-                    while !writer.inputs.wait_for_room(300, LONG).unwrap() {
-                        assert!(begun.elapsed() < LONG, "a wake-up was lost");
-                    }
-                }
-                Err(error) => panic!("{error}"),
-            }
-            writer.inputs.notify().unwrap();
-        }
-    });
-}
-
-#[test]
 fn the_fence_wakes_who_sleeps() {
     let (mut writer, mut reader) = pair(&SMALL).unwrap();
     while writer.inputs.append(&[0; 32], marks()).is_ok() {}
@@ -712,18 +621,6 @@ fn the_fence_wakes_who_sleeps() {
         assert_eq!(sleeper.join().unwrap().at_end(&proof), Ok(true));
         assert_eq!(stuck.join().unwrap(), WriteError::Fenced);
     });
-}
-
-#[test]
-fn waiting_ends_with_its_time() {
-    let (mut writer, mut reader) = pair(&SMALL).unwrap();
-    assert_eq!(reader.events.wait(Duration::from_millis(1)), Ok(false));
-    while writer.events.append(&[], marks()).is_ok() {}
-    assert_eq!(
-        writer.events.wait_for_room(1, Duration::from_millis(1)),
-        Ok(false)
-    );
-    assert_eq!(reader.events.wait(Duration::ZERO), Ok(true));
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Streams that are cut, damaged, fenced and full; both sides are real sockets, the hostile one is made by hand.
 
 use std::net::{Shutdown, TcpListener};
-use std::sync::atomic::{AtomicU64 as Plain, Ordering::SeqCst};
 use std::thread;
 use std::time::Instant;
 
@@ -11,13 +10,9 @@ use super::frame::{ANSWER, Answer, Frame, HEADER, LaneAnswer, MAX_PIECE};
 use super::*;
 use crate::entry::{Head, Keys, LINE, Marks, Seq, encode};
 use crate::lane::{Counter, MIN_LANE, WriteError};
+use crate::transport::suite::{LONG, SMALL, await_committed, publish, read};
 
-const SMALL: RingConfig = RingConfig {
-    events: MIN_LANE,
-    inputs: 2 * MIN_LANE,
-};
-/// Far longer than anything waited for here takes; if it passes, something was lost.
-const LONG: Duration = Duration::from_secs(20);
+ring_suite!(pair, 1.0);
 
 fn streams() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -44,75 +39,6 @@ fn pair(config: RingConfig) -> (RingWriter, RingReader) {
     let (writer, reader) = streams();
     let (writer, reader, _) = over(writer, reader, config);
     (writer, reader)
-}
-
-/// A payload that follows from its number.
-fn payload(seq: u64, most: usize) -> Vec<u8> {
-    let len = (seq as usize).wrapping_mul(2_654_435_761) % (most + 1);
-    (0..len)
-        .map(|i| (seq as u8).wrapping_mul(31).wrapping_add(i as u8) ^ (i >> 8) as u8)
-        .collect()
-}
-
-/// Publishes entries until there are so many, pushing after every `push`th; the error that ended it early.
-fn publish(lane: &mut LaneWriter, count: u64, most: usize, push: u64) -> Result<(), WriteError> {
-    while lane.last().0 < count {
-        let bytes = payload(lane.last().next().0, most);
-        let until = Instant::now() + LONG;
-        while !lane.wait_for_room(bytes.len(), LONG)? {
-            assert!(Instant::now() < until, "room was not told of");
-        }
-        let seq = lane.append(&bytes, Marks::default())?;
-        if seq.0 % push == 0 {
-            lane.notify()?;
-        }
-    }
-    lane.notify()
-}
-
-/// Reads what is there; each entry is the next one, and whole.
-fn read(lane: &mut LaneReader, most: usize) -> u64 {
-    while let Some(entry) = lane.next().unwrap() {
-        assert_eq!(entry.payload(), payload(entry.seq().0, most));
-    }
-    lane.last().0
-}
-
-fn read_until(lane: &mut LaneReader, count: u64, most: usize) {
-    while read(lane, most) < count {
-        lane.notify().unwrap();
-        assert!(lane.wait(LONG).unwrap(), "a wake-up was lost");
-    }
-    lane.notify().unwrap();
-}
-
-fn await_committed(lane: &mut LaneWriter, seq: u64) {
-    let until = Instant::now() + LONG;
-    while lane.committed().unwrap().0 < seq {
-        assert!(Instant::now() < until, "entry {seq} does not commit");
-        thread::yield_now();
-    }
-}
-
-#[test]
-fn both_lanes_carry_every_size_through_many_laps() {
-    let large = RingConfig {
-        events: MIN_LANE,
-        inputs: 1 << 20,
-    };
-    for (config, count) in [(SMALL, 3000), (large, 600)] {
-        let (mut writer, mut reader) = pair(config);
-        let sizes = [writer.events.max_payload(), writer.inputs.max_payload()];
-        assert!(config != large || sizes[1] > 3 * MAX_PIECE);
-        thread::scope(|scope| {
-            scope.spawn(|| read_until(&mut reader.events, count, sizes[0]));
-            scope.spawn(|| read_until(&mut reader.inputs, count, sizes[1]));
-            scope.spawn(|| publish(&mut writer.inputs, count, sizes[1], 3).unwrap());
-            publish(&mut writer.events, count, sizes[0], 1).unwrap();
-        });
-        await_committed(&mut writer.events, count);
-        await_committed(&mut writer.inputs, count);
-    }
 }
 
 #[test]
@@ -169,115 +95,6 @@ fn a_watch_is_told_of_commits_by_its_descriptor() {
             watch.turn().unwrap();
         }
     }
-}
-
-#[test]
-fn the_fence_leaves_what_was_acknowledged_and_takes_nothing_more() {
-    for round in 0..60_u64 {
-        let (mut writer, mut reader) = pair(SMALL);
-        let sizes = [writer.events.max_payload(), writer.inputs.max_payload()];
-        let seen = [Plain::new(0), Plain::new(0)];
-        let hammer = |lane: &mut LaneWriter, most, seen: &Plain| {
-            let ended = loop {
-                if let Err(error) = publish(lane, lane.last().0 + 5, most, 2) {
-                    break error;
-                }
-                if let Ok(committed) = lane.committed() {
-                    seen.fetch_max(committed.0, SeqCst);
-                }
-            };
-            let fenced = matches!(ended, WriteError::Fenced | WriteError::Closed);
-            assert!(fenced, "{ended}");
-            assert!(lane.append(b"late", Marks::default()).is_err());
-        };
-        thread::scope(|scope| {
-            let (events, inputs) = (&mut writer.events, &mut writer.inputs);
-            scope.spawn(|| hammer(events, sizes[0], &seen[0]));
-            scope.spawn(|| hammer(inputs, sizes[1], &seen[1]));
-            read_until(&mut reader.events, 20 + round, sizes[0]);
-            let proof = reader.fencer.fence().unwrap();
-            for (lane, most) in [
-                (&mut reader.events, sizes[0]),
-                (&mut reader.inputs, sizes[1]),
-            ] {
-                read(lane, most);
-                assert_eq!(lane.at_end(&proof), Ok(true));
-                assert_eq!(lane.salvage(&proof), Ok(None));
-            }
-        });
-        // The writers ended after the fence, and whatever they saw commit, then or before, was there to be drained.
-        let last = [reader.events.last().0, reader.inputs.last().0];
-        for (seen, last) in seen.iter().zip(last) {
-            assert!(seen.load(SeqCst) <= last);
-        }
-        assert_eq!(reader.events.next(), Ok(None));
-    }
-}
-
-#[test]
-fn a_writer_that_meets_the_fence_is_told_so() {
-    let (mut writer, mut reader) = pair(SMALL);
-    let _proof = reader.fencer.fence().unwrap();
-    let until = Instant::now() + LONG;
-    let error = loop {
-        if let Err(error) = writer.events.append(b"late", Marks::default()) {
-            break error;
-        }
-        let _ = writer.events.notify();
-        assert!(Instant::now() < until);
-    };
-    assert_eq!(error, WriteError::Fenced);
-    assert!(writer.progress.poll().unwrap()[0].fenced);
-    assert!(reader.events.wait(LONG).unwrap(), "fenced is something");
-}
-
-#[test]
-fn sleepers_are_woken_by_entries_room_and_the_end() {
-    let (mut writer, mut reader) = pair(SMALL);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            for _ in 0..200 {
-                while reader.events.next().unwrap().is_none() {
-                    assert!(reader.events.wait(LONG).unwrap(), "no wake-up for an entry");
-                }
-            }
-        });
-        for seq in 0..200_u64 {
-            writer.events.append(&[], Marks::default()).unwrap();
-            writer.events.notify().unwrap();
-            if seq % 3 == 0 {
-                await_committed(&mut writer.events, seq + 1);
-            }
-            while !writer.events.wait_for_room(900, LONG).unwrap() {}
-        }
-    });
-    let (mut writer, reader) = pair(SMALL);
-    while writer.events.append(&[0; 900], Marks::default()).is_ok() {}
-    thread::scope(|scope| {
-        let waiting = scope.spawn(|| {
-            loop {
-                match writer.events.wait_for_room(900, LONG) {
-                    Ok(room) => assert!(!room),
-                    Err(error) => break error,
-                }
-            }
-        });
-        drop(reader);
-        let error = waiting.join().unwrap();
-        assert!(
-            matches!(error, WriteError::Closed | WriteError::Fenced),
-            "{error}"
-        );
-    });
-}
-
-#[test]
-fn waiting_ends_with_its_time() {
-    let (mut writer, mut reader) = pair(SMALL);
-    let short = Duration::from_millis(5);
-    assert_eq!(reader.events.wait(short), Ok(false));
-    while writer.events.append(&[0; 900], Marks::default()).is_ok() {}
-    assert_eq!(writer.events.wait_for_room(900, short), Ok(false));
 }
 
 /// Passes on `limit` bytes of what the writer sends, then ends both connections, abruptly or not.

@@ -1,0 +1,414 @@
+//! Transport `rdma`: one-sided writes straight into the reader's memory.
+//!
+//! The writer builds its entries in a copy of the ring and posts RDMA WRITEs of ranges of it, to the same places of the ring
+//! in the reader's registered memory. There is one reliable connection (a pair of queue pairs) for each lane, so that a
+//! small entry of the events lane never waits behind the bulk of the inputs. What the reader returns, credits and
+//! acknowledgements, goes the same way into a page of the writer's ([`mod@block`]).
+//!
+//! An entry is committed, by [`Mode`], when the device says that its write was completed, or when the reader says that
+//! it received it. The fence takes the registration of the ring back: when that has returned, the device writes no more to
+//! it, whatever the writer posts and however long it was frozen; the memory itself stays to be drained. The writer's next
+//! write fails, and says so.
+//!
+//! A thread on the reader's side sends what it returns, wakes readers that sleep, and in mode `ack` finds and checks what
+//! arrived. One on the writer's side, or whoever holds the [`Watch`], takes in completions. Both sides write a few bytes
+//! now and then when they have nothing to say, so that the death of the other is noticed by the queue pair.
+//!
+//! The library for it is loaded at run time ([`Verbs::load`]); without it, or without a device, there is an error that says
+//! what is missing. The keys of memory regions and the nonce go over the stream that [`accept`] and [`connect`] are
+//! given, which must be one that nobody else can read or write; the entries travel in clear.
+//!
+//! Nothing is assumed about the order in which a device places bytes, and no device is asked for relaxed ordering.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::control::PAGE;
+use crate::entry::{HEADER_LEN, Keys, Lane, Nonce};
+use crate::lane::{Geometry, LaneReader, LaneWriter, ReaderParts, WriterParts};
+use crate::region::Region;
+use crate::ring::{Acks, Fencer, Progress, RingConfig, RingReader, RingWriter};
+use crate::sync::AtomicU64;
+use crate::verbs::abi::Path;
+use crate::verbs::{Choice, Device, RdmaError, Registered, Remote, Verbs, Writes};
+
+mod block;
+mod error;
+mod flow;
+mod hello;
+mod pipe;
+mod reader;
+mod writer;
+
+pub use error::ConnectError;
+pub use hello::Mode;
+pub use reader::Link;
+pub use writer::Watch;
+
+use block::{BLOCK, From};
+use hello::{BITS24, HELLO, Hello, Side};
+use pipe::{Pipe, Slots, memory};
+use reader::{RdmaAcks, RdmaReader};
+use writer::{RdmaProgress, RdmaWriter, Writer};
+
+/// A packet without an answer is sent again after 4.096 µs times two to the power of this: 16.8 ms.
+///
+/// With [`RETRIES`] a peer that is gone is given up after about a tenth of a second; what decides over a failover before that
+/// is the heartbeat. Smaller, and a host whose processors are all busy for a while is taken for dead by its own card's
+/// emulation (soft-RoCE answers from a soft interrupt, which was seen to wait 4 ms and more); larger, and a writer learns
+/// late that nothing of what it posts can commit.
+const TIMEOUT: u8 = 12;
+/// How often a packet is sent again. 7 means for ever on some devices, and would hide a dead peer.
+const RETRIES: u8 = 6;
+
+/// How to use RDMA.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Which device.
+    pub choice: Choice,
+    /// When an entry counts as committed. The same on both sides.
+    pub mode: Mode,
+}
+
+/// A side's device and queue pairs, before the other side is known.
+struct Local<T> {
+    device: Arc<Device>,
+    pipes: [Pipe<T>; 2],
+    psns: [u32; 2],
+}
+
+impl<T> Local<T> {
+    fn open(verbs: &Verbs, config: &Config) -> Result<Local<T>, ConnectError> {
+        let device = Arc::new(verbs.open(&config.choice)?);
+        let pipes = [Pipe::new(&device)?, Pipe::new(&device)?];
+        let random = crate::region::random().map_err(|error| ConnectError::Memory {
+            what: "draw random numbers",
+            error,
+        })?;
+        // A queue pair's number may soon be used again; packets of its earlier life must not fit.
+        let psn = |at: usize| u32::from_le_bytes([random[at], random[at + 1], random[at + 2], 0]);
+        Ok(Local {
+            device,
+            pipes,
+            psns: [psn(0), psn(3)],
+        })
+    }
+
+    fn hello(&self, mode: Mode, nonce: Nonce, sizes: [u64; 2], memory: Remote) -> Hello {
+        let port = self.device.port();
+        Hello {
+            mode,
+            ethernet: port.ethernet == 1,
+            mtu: port.mtu,
+            nonce,
+            sizes,
+            gid: port.gid,
+            queues: self.pipes.each_ref().map(|pipe| pipe.queue.limits().number),
+            psns: self.psns.map(|psn| psn & BITS24),
+            memory,
+            lid: port.lid,
+        }
+    }
+
+    /// Entries longer than a message could not go in one request.
+    fn check_message(&self, geometries: [Geometry; 2]) -> Result<(), RdmaError> {
+        let most = u64::from(self.device.port().max_message);
+        for geometry in geometries {
+            let needed = (geometry.max_payload() + HEADER_LEN) as u64;
+            if needed > most {
+                return Err(RdmaError::Message {
+                    device: self.device.name(),
+                    needed,
+                    most,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects both queue pairs to those of the other side.
+    fn connect(&mut self, own: &Hello, there: &Hello) -> Result<(), ConnectError> {
+        fits("mode", own.mode, there.mode, |mode| mode.name().to_owned())?;
+        fits("link layer", own.ethernet, there.ethernet, |ethernet| {
+            let name = if ethernet {
+                "Ethernet (RoCE)"
+            } else {
+                "InfiniBand"
+            };
+            name.to_owned()
+        })?;
+        for i in 0..2 {
+            self.pipes[i].queue.connect(&Path {
+                gid: there.gid,
+                number: there.queues[i],
+                psn: there.psns[i],
+                own_psn: own.psns[i],
+                lid: there.lid,
+                mtu: own.mtu.min(there.mtu),
+                timeout: TIMEOUT,
+                retries: RETRIES,
+                reserved: [0; 3],
+            })?;
+            self.pipes[i].start()?;
+        }
+        Ok(())
+    }
+}
+
+fn fits<T: Copy + PartialEq>(
+    what: &'static str,
+    here: T,
+    there: T,
+    name: impl Fn(T) -> String,
+) -> Result<(), ConnectError> {
+    if here == there {
+        return Ok(());
+    }
+    let (here, there) = (name(here), name(there));
+    Err(ConnectError::Differs { what, here, there })
+}
+
+fn receive(stream: &mut impl Read, side: Side) -> Result<Hello, ConnectError> {
+    let mut bytes = [0; HELLO];
+    stream.read_exact(&mut bytes)?;
+    Hello::from_bytes(&bytes, side)
+}
+
+/// The reader's last word: its queue pairs are connected, as the writer's were before it spoke. A write before that would
+/// be answered by nobody.
+const READY: [u8; 4] = *b"redy";
+
+/// Where the lanes start in the reader's memory; before them is a page for the writer's block.
+fn starts(config: &RingConfig) -> [usize; 2] {
+    [PAGE, PAGE + config.events]
+}
+
+/// The reader's side: offers its memory and waits for a writer, as long as the stream's read time limit says.
+///
+/// Who the peer is must be settled before, and the stream be one that nobody else can read or write: it carries the keys of
+/// this side's memory. The thread that this starts has the CPUs of the caller; it looks for more for `spin` after something
+/// came before it sleeps, which is worth it only on a core of its own.
+///
+/// # Errors
+/// No library or device, bad sizes, memory that cannot be had, a peer that is gone, too slow, speaks another version or is
+/// set up in another way.
+pub fn accept(
+    verbs: &Verbs,
+    stream: &mut (impl Read + Write),
+    ring: &RingConfig,
+    config: &Config,
+    spin: Duration,
+) -> Result<(RingReader, Link), ConnectError> {
+    let geometries = ring.geometries()?;
+    let nonce = Nonce::random().map_err(|error| ConnectError::Memory {
+        what: "draw a random nonce",
+        error,
+    })?;
+    let mut local = Local::open(verbs, config)?;
+    local.check_message(geometries)?;
+    let region = memory(PAGE + ring.events + ring.inputs)?;
+    let registered = Registered::new(&local.device, &region, Writes::Peer)?;
+    let sizes = [ring.events as u64, ring.inputs as u64];
+    let own = local.hello(config.mode, nonce, sizes, registered.remote());
+    stream.write_all(&own.to_bytes(Side::Reader))?;
+    stream.flush()?;
+    let there = receive(stream, Side::Writer)?;
+    if there.nonce != nonce || there.sizes != sizes {
+        return Err(ConnectError::Protocol {
+            what: "an answer to another offer",
+        });
+    }
+    let slots = slots(&local.device, there.memory, nonce, From::Reader)?;
+    local.connect(&own, &there)?;
+    stream.write_all(&READY)?;
+    stream.flush()?;
+
+    let parts = reader::Parts {
+        nonce,
+        mode: config.mode,
+        geometries,
+        device: local.device,
+        pipes: local.pipes,
+        slots,
+        ring: registered,
+        spin,
+    };
+    let (shared, fence) = reader::start(parts, &region, starts(ring)[0], ring)?;
+    Ok(reader_handles(shared, fence, &region, ring, geometries))
+}
+
+fn reader_handles(
+    shared: Arc<reader::Shared>,
+    fence: reader::RdmaFence,
+    region: &Region,
+    ring: &RingConfig,
+    geometries: [Geometry; 2],
+) -> (RingReader, Link) {
+    let nonce = shared.nonce();
+    let acks = Acks::new(Arc::new(RdmaAcks(shared.clone())));
+    let lane = |lane: Lane, view| {
+        LaneReader::new(ReaderParts {
+            lane,
+            nonce,
+            geometry: geometries[lane.index()],
+            port: Box::new(RdmaReader {
+                lane,
+                shared: shared.clone(),
+                view,
+            }),
+            acks: acks.clone(),
+        })
+    };
+    let [events, inputs] = region.read_views(starts(ring)[0], [ring.events, ring.inputs]);
+    let reader = RingReader {
+        events: lane(Lane::Events, events),
+        inputs: lane(Lane::Inputs, inputs),
+        fencer: Fencer::new(Box::new(fence)),
+        acks: acks.clone(),
+        nonce,
+    };
+    (reader, Link::of(&shared))
+}
+
+/// The memory for the other side's blocks must hold one.
+fn slots(
+    device: &Arc<Device>,
+    to: Remote,
+    nonce: Nonce,
+    from: From,
+) -> Result<Slots, ConnectError> {
+    if to.len < BLOCK as u64 {
+        return Err(ConnectError::Protocol {
+            what: "the length of its memory",
+        });
+    }
+    Slots::new(device, to, nonce, from)
+}
+
+fn expect_ready(stream: &mut impl Read) -> Result<(), ConnectError> {
+    let mut bytes = [0; READY.len()];
+    stream.read_exact(&mut bytes)?;
+    if bytes != READY {
+        return Err(ConnectError::Protocol {
+            what: "that it is ready",
+        });
+    }
+    Ok(())
+}
+
+/// The writer's side, with a thread of its own that takes in completions and what the reader returns.
+///
+/// It waits for the offer, as long as the stream's read time limit says. Who the peer is must be settled before, and the
+/// stream be one that nobody else can read or write.
+///
+/// # Errors
+/// As for [`accept`].
+pub fn connect(
+    verbs: &Verbs,
+    stream: &mut (impl Read + Write),
+    config: &Config,
+) -> Result<RingWriter, ConnectError> {
+    Ok(connect_with(verbs, stream, config, false)?.0)
+}
+
+/// The writer's side, for a caller with a thread that waits for many things, or spins: that thread takes completions in, by
+/// the [`Watch`].
+///
+/// # Errors
+/// As for [`accept`].
+pub fn connect_watched(
+    verbs: &Verbs,
+    stream: &mut (impl Read + Write),
+    config: &Config,
+) -> Result<(RingWriter, Watch), ConnectError> {
+    connect_with(verbs, stream, config, true)
+}
+
+fn connect_with(
+    verbs: &Verbs,
+    stream: &mut (impl Read + Write),
+    config: &Config,
+    driven: bool,
+) -> Result<(RingWriter, Watch), ConnectError> {
+    let mut local = Local::open(verbs, config)?;
+    let there = receive(stream, Side::Reader)?;
+    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    let ring = RingConfig {
+        events: size(there.sizes[0]),
+        inputs: size(there.sizes[1]),
+    };
+    let geometries = ring.geometries()?;
+    local.check_message(geometries)?;
+    let needed = starts(&ring)[1] as u64 + there.sizes[1];
+    if there.memory.len < needed {
+        return Err(ConnectError::Protocol {
+            what: "the length of its memory",
+        });
+    }
+    let lanes = memory(ring.events + ring.inputs)?;
+    let source = Registered::new(&local.device, &lanes, Writes::Own)?;
+    let page = memory(PAGE)?;
+    let returned = Registered::new(&local.device, &page, Writes::Peer)?;
+    let slots = slots(&local.device, there.memory, there.nonce, From::Writer)?;
+    let own = local.hello(config.mode, there.nonce, there.sizes, returned.remote());
+    local.connect(&own, &there)?;
+    stream.write_all(&own.to_bytes(Side::Writer))?;
+    stream.flush()?;
+    expect_ready(stream)?;
+
+    let [block, _] = page.read_views(0, [BLOCK, 0]);
+    let writer = Arc::new(Writer::new(writer::Parts {
+        nonce: there.nonce,
+        mode: config.mode,
+        device: local.device,
+        pipes: local.pipes,
+        slots,
+        source,
+        returned,
+        block,
+        ring: there.memory,
+        starts: starts(&ring).map(|start| start as u64),
+        sizes: there.sizes,
+        driven,
+    })?);
+    let watch = writer.watch();
+    let views = lanes.write_views(0, [ring.events, ring.inputs]);
+    Ok((
+        writer_handles(writer, there.nonce, geometries, views),
+        watch,
+    ))
+}
+
+fn writer_handles(
+    writer: Arc<Writer>,
+    nonce: Nonce,
+    geometries: [Geometry; 2],
+    views: [crate::transport::WriteView; 2],
+) -> RingWriter {
+    let posted = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
+    let lane = |lane: Lane, view| {
+        LaneWriter::new(WriterParts {
+            lane,
+            keys: Keys::new(&nonce),
+            geometry: geometries[lane.index()],
+            view,
+            port: Box::new(RdmaWriter {
+                lane,
+                writer: writer.clone(),
+            }),
+            posted: posted[lane.index()].clone(),
+        })
+    };
+    let [events, inputs] = views;
+    RingWriter {
+        events: lane(Lane::Events, events),
+        inputs: lane(Lane::Inputs, inputs),
+        progress: Progress::new(Box::new(RdmaProgress(writer.clone())), posted.clone()),
+        nonce,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,618 @@
+//! The writer's end: requests posted and completed, and what the reader returns.
+//!
+//! Each lane has its queue pair behind a lock of its own, held for the posting of what gathered and the taking of what was
+//! completed. What waits to be sent is numbers only; the bytes stay in the lane's memory, which nobody touches before the
+//! reader has returned the credit for them and their write was completed.
+//!
+//! Completions are taken in by whoever asks for *committed* or for room, and by whoever holds the [`Watch`], or a thread of
+//! this connection's own: it also rings for a reader that has fallen asleep in the meantime (an alarm that is seen only
+//! after the entry was posted is looked for once more when its write was completed: then one of the two must have seen the
+//! other), and writes a block now and then, so that the end of an idle connection is noticed.
+#![forbid(unsafe_code)]
+
+mod ports;
+
+pub use ports::Watch;
+pub(super) use ports::{RdmaProgress, RdmaWriter};
+
+use std::io::{self, Write as _};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::block::{Alarm, BLOCK, Block, From, LaneWords};
+use super::flow::{Gather, Piece};
+use super::hello::Mode;
+use super::pipe::{Pipe, Slots, Taken};
+use crate::entry::{LINE, Lane, Nonce, Seq};
+use crate::futex::{Bell, FutexWord};
+use crate::lane::{Counter, WriteError};
+use crate::poll::wait;
+use crate::region::ReadView;
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::transport::{Counters, Range};
+use crate::verbs::RdmaError;
+use crate::verbs::{Device, Registered, Remote};
+
+/// Pieces that gather before they are sent without a push: a few full ones, so that the device is never idle while a
+/// burst is being made, and a burst of small entries still shares requests.
+const GATHERED: usize = 4;
+/// Requests in one chain: its last one alone is signalled, so a longer chain would commit its first entries late.
+const CHAIN: u32 = 16;
+/// A connection with nothing to say writes a block so often. What fences or kills it is noticed by that at the latest; shorter
+/// costs both hosts wake-ups for nothing.
+pub(super) const BEAT: Duration = Duration::from_millis(50);
+/// How long a connection that is dropped waits for what it posted to arrive.
+const LINGER: Duration = Duration::from_millis(200);
+
+/// Why nothing more commits.
+#[derive(Clone, Debug)]
+enum End {
+    Fenced,
+    Closed,
+    Failed(RdmaError),
+    Counter(WriteError),
+}
+
+impl End {
+    fn of(error: RdmaError) -> End {
+        match error {
+            RdmaError::Refused { .. } => End::Fenced,
+            error => End::Failed(error),
+        }
+    }
+
+    fn for_lane(&self, lane: Lane) -> WriteError {
+        match self {
+            End::Fenced => WriteError::Fenced,
+            End::Closed | End::Failed(RdmaError::PeerGone { .. }) => WriteError::Closed,
+            End::Failed(error) => WriteError::Transport {
+                lane,
+                reason: error.to_string(),
+            },
+            End::Counter(error) => error.clone(),
+        }
+    }
+}
+
+/// One lane's numbers.
+#[derive(Debug, Default)]
+struct LaneState {
+    /// Number of the last posted entry, and the bytes up to its end.
+    last: AtomicU64,
+    posted: AtomicU64,
+    /// There is something gathered that was not sent.
+    pending: AtomicBool,
+    /// Completions were taken, so the queue is not armed any more.
+    fired: AtomicBool,
+    /// All before was written to the reader's memory.
+    complete: AtomicU64,
+    /// The last entry that was.
+    completed: AtomicU64,
+    /// What the reader returned, checked.
+    consumed: AtomicU64,
+    received: AtomicU64,
+    replayed: AtomicU64,
+    /// Where a writer sleeps that waits for room.
+    waiting: AtomicU32,
+    room: FutexWord,
+}
+
+impl LaneState {
+    fn bell(&self) -> Bell<'_> {
+        Bell {
+            waiting: &self.waiting,
+            word: &self.room,
+        }
+    }
+
+    fn committed(&self, mode: Mode) -> Seq {
+        Seq(match mode {
+            Mode::Nic => self.completed.load(Ordering::Acquire),
+            Mode::Ack => self.received.load(Ordering::Acquire),
+        })
+    }
+}
+
+/// What a posting carried.
+#[derive(Debug)]
+pub(super) enum Sent {
+    Lane(Piece),
+    Block,
+}
+
+/// What a lane's lock guards.
+#[derive(Debug)]
+struct LanePipe {
+    pipe: Pipe<Sent>,
+    gather: Gather,
+}
+
+/// The writer's blocks. Locked before the events lane's pipe, by which they go.
+#[derive(Debug)]
+struct Control {
+    slots: Slots,
+    alarm: Alarm,
+    said_at: Instant,
+    /// The block that should have gone found no slot, and whether it was to ring; the next completion makes room.
+    due: bool,
+    ring_due: bool,
+}
+
+/// The reader's blocks, as they come in.
+#[derive(Debug)]
+struct Heard {
+    view: ReadView,
+    last: [u8; BLOCK],
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// First, so that the queue pairs end before the memory that they use.
+    pipes: [Mutex<LanePipe>; 2],
+    nonce: Nonce,
+    mode: Mode,
+    device: Arc<Device>,
+    source: Registered,
+    ring: Remote,
+    starts: [u64; 2],
+    sizes: [u64; 2],
+    lanes: [LaneState; 2],
+    control: Mutex<Control>,
+    heard: Mutex<Heard>,
+    blocks_done: AtomicU64,
+    /// The alarm that the reader set last, and the one that was rung for last.
+    reader_alarm: AtomicU64,
+    rung: AtomicU64,
+    /// The thread that takes in completions is to end.
+    closing: AtomicBool,
+    /// The reader rang.
+    was_rung: AtomicBool,
+    end: OnceLock<End>,
+    /// The reader's registration of the page, which ends with this.
+    _returned: Registered,
+}
+
+/// What a connection is made of.
+pub(super) struct Parts<T> {
+    pub(super) nonce: Nonce,
+    pub(super) mode: Mode,
+    pub(super) device: Arc<Device>,
+    pub(super) pipes: [Pipe<T>; 2],
+    pub(super) slots: Slots,
+    pub(super) source: Registered,
+    pub(super) returned: Registered,
+    pub(super) block: ReadView,
+    pub(super) ring: Remote,
+    pub(super) starts: [u64; 2],
+    pub(super) sizes: [u64; 2],
+    pub(super) driven: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn lane(&self, lane: Lane) -> &LaneState {
+        &self.lanes[lane.index()]
+    }
+
+    fn fenced(&self) -> bool {
+        matches!(self.end.get(), Some(End::Fenced))
+    }
+
+    fn check(&self, lane: Lane) -> Result<(), WriteError> {
+        self.end.get().map_or(Ok(()), |end| Err(end.for_lane(lane)))
+    }
+
+    /// The first reason stays. Sleeping writers wake to hear it.
+    fn end(&self, end: End) {
+        if self.end.set(end).is_ok() {
+            for lane in &self.lanes {
+                lane.bell().ring();
+            }
+        }
+    }
+
+    fn failed(&self, error: RdmaError) {
+        self.end(End::of(error));
+    }
+
+    fn counters(&self) -> [Counters; 2] {
+        let fenced = self.fenced();
+        self.lanes.each_ref().map(|lane| Counters {
+            committed: lane.committed(self.mode),
+            received: Seq(lane.received.load(Ordering::Acquire)),
+            replayed: Seq(lane.replayed.load(Ordering::Acquire)),
+            fenced,
+        })
+    }
+
+    // ----------------------------------------------------------------------------------------- sending
+
+    fn post(&self, lane: Lane, range: Range) -> Result<(), WriteError> {
+        self.check(lane)?;
+        let state = self.lane(lane);
+        // Before it can be sent, so that no true answer exceeds them.
+        state.posted.store(range.to, Ordering::Release);
+        state.last.store(range.seq.0, Ordering::Release);
+        let mut pipe = lock(&self.pipes[lane.index()]);
+        pipe.gather.add(range);
+        state.pending.store(true, Ordering::Release);
+        if pipe.gather.len() >= GATHERED {
+            self.send(lane, &mut pipe);
+        }
+        Ok(())
+    }
+
+    /// Sends what gathered in either lane: what was posted first is sent first, so an entry seldom overtakes an input that
+    /// it applies.
+    fn flush(&self) {
+        for lane in [Lane::Inputs, Lane::Events] {
+            if self.lane(lane).pending.load(Ordering::Acquire) {
+                self.send(lane, &mut lock(&self.pipes[lane.index()]));
+            }
+        }
+    }
+
+    /// Sends what gathered, as far as there is room in the queue; the completions that make room send the rest.
+    fn send(&self, lane: Lane, pipe: &mut LanePipe) {
+        self.hear();
+        while !pipe.gather.is_empty() && self.end.get().is_none() {
+            let mut room = pipe.pipe.room_for_lanes();
+            if room == 0 {
+                self.take_from(lane, pipe);
+                room = pipe.pipe.room_for_lanes();
+            }
+            if room == 0 {
+                return;
+            }
+            if let Err(error) = self.send_chain(lane, pipe, room.min(CHAIN)) {
+                self.failed(error);
+            }
+        }
+        let done = pipe.gather.is_empty();
+        self.lane(lane).pending.store(!done, Ordering::Release);
+    }
+
+    fn send_chain(&self, lane: Lane, pipe: &mut LanePipe, most: u32) -> Result<(), RdmaError> {
+        let i = lane.index();
+        let start = i * self.sizes[0] as usize;
+        let LanePipe { pipe, gather } = pipe;
+        let count = gather.len().min(most as usize);
+        let last = gather.get(count - 1);
+        let ring = gather.len() == count && self.claim_alarm();
+        let writes = gather.take(count).map(|piece| {
+            let offset = piece.from % self.sizes[i];
+            let (from, to) = (start + offset as usize, self.starts[i] + offset);
+            let mut write = self.source.write(from, piece.len as usize, self.ring, to);
+            if ring && piece == last {
+                write.ring();
+            }
+            write
+        });
+        pipe.post(writes, Sent::Lane(last))
+    }
+
+    /// Whether the reader set an alarm that nobody has rung for; who gets true rings.
+    fn claim_alarm(&self) -> bool {
+        let alarm = self.reader_alarm.load(Ordering::Acquire);
+        self.rung.fetch_max(alarm, Ordering::AcqRel) < alarm
+    }
+
+    /// Sends the writer's block: an alarm of this side's, a ring for the reader, or a sign of life.
+    fn say(&self, control: &mut Control, ring: bool) {
+        if self.end.get().is_some() {
+            return;
+        }
+        let block = Block {
+            lanes: [LaneWords::default(); 2],
+            alarm: control.alarm.number(),
+            fenced: false,
+        };
+        let mut pipe = lock(&self.pipes[Lane::Events.index()]);
+        let done = self.blocks_done.load(Ordering::Acquire);
+        control.ring_due |= ring;
+        let ring = control.ring_due;
+        match control
+            .slots
+            .post(&mut pipe.pipe, block, ring, Sent::Block, done)
+        {
+            Ok(posted) => {
+                control.due = !posted;
+                control.ring_due &= !posted;
+            }
+            Err(error) => self.failed(error),
+        }
+        if !control.due {
+            control.said_at = Instant::now();
+        }
+    }
+
+    /// Asks the reader to ring when it returns something.
+    fn set_alarm(&self) {
+        let mut control = lock(&self.control);
+        if control.alarm.set() {
+            self.say(&mut control, false);
+        }
+    }
+
+    // ----------------------------------------------------------------------------------------- taking in
+
+    /// Takes in what was completed of a lane, unless somebody else is about it.
+    fn take(&self, lane: Lane) {
+        if let Ok(mut pipe) = self.pipes[lane.index()].try_lock() {
+            self.take_from(lane, &mut pipe);
+        }
+    }
+
+    fn take_from(&self, lane: Lane, pipe: &mut LanePipe) {
+        let state = self.lane(lane);
+        let taken = pipe.pipe.take(|sent| match sent {
+            Sent::Lane(piece) => {
+                state.complete.store(piece.to, Ordering::Release);
+                state.completed.store(piece.seq.0, Ordering::Release);
+            }
+            Sent::Block => {
+                self.blocks_done.fetch_add(1, Ordering::Release);
+            }
+        });
+        let Taken { any, rung } = taken.unwrap_or_else(|error| {
+            // What the reader said last tells a fence from a death.
+            self.hear();
+            self.failed(error);
+            Taken {
+                any: true,
+                rung: false,
+            }
+        });
+        if any {
+            state.fired.store(true, Ordering::Release);
+        }
+        if rung {
+            self.was_rung.store(true, Ordering::Release);
+        }
+    }
+
+    /// Looks at the reader's block, unless somebody else is about it.
+    fn hear(&self) {
+        let Ok(mut heard) = self.heard.try_lock() else {
+            return;
+        };
+        let mut bytes = [0; BLOCK];
+        heard.view.copy_out(0, &mut bytes);
+        if bytes == heard.last {
+            return;
+        }
+        let Some(block) = Block::from_bytes(&bytes, &self.nonce, From::Reader) else {
+            return;
+        };
+        heard.last = bytes;
+        if let Err(error) = self.apply(&block) {
+            self.end(End::Counter(error));
+            return;
+        }
+        self.reader_alarm.fetch_max(block.alarm, Ordering::AcqRel);
+        if block.fenced {
+            self.end(End::Fenced);
+        }
+        for lane in &self.lanes {
+            lane.bell().ring();
+        }
+    }
+
+    /// Checks the reader's numbers and takes them over: none goes back, none passes what was posted.
+    fn apply(&self, block: &Block) -> Result<(), WriteError> {
+        for lane in Lane::ALL {
+            let (state, found) = (self.lane(lane), block.lanes[lane.index()]);
+            let posted = state.posted.load(Ordering::Acquire);
+            let last = state.last.load(Ordering::Acquire);
+            let aligned = found.consumed.is_multiple_of(LINE as u64);
+            let checks = [
+                (Counter::Consumed, &state.consumed, posted, found.consumed),
+                (Counter::Received, &state.received, last, found.received),
+                (Counter::Replayed, &state.replayed, last, found.replayed),
+            ];
+            for (counter, state, most, found) in checks {
+                let least = state.load(Ordering::Relaxed);
+                if found < least || found > most || (counter == Counter::Consumed && !aligned) {
+                    return Err(WriteError::Counter {
+                        lane,
+                        counter,
+                        least,
+                        most,
+                        found,
+                    });
+                }
+            }
+            for (_, state, _, found) in checks {
+                state.store(found, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what there is, sends what can be sent, and does what is due.
+    fn turn(&self) -> Result<(), WriteError> {
+        let mut came = false;
+        loop {
+            let told = match self.device.quiet() {
+                Ok(told) => told,
+                Err(error) => {
+                    self.failed(error);
+                    false
+                }
+            };
+            let fired = self
+                .lanes
+                .each_ref()
+                .map(|lane| lane.fired.swap(false, Ordering::AcqRel));
+            // Each arming is a system call on some devices, so only where it is needed. Told of something that nobody has
+            // taken: by which queue, is not known.
+            let any = fired[0] || fired[1];
+            came |= any;
+            for lane in Lane::ALL {
+                if fired[lane.index()] || (told && !any) {
+                    self.arm(lane);
+                }
+            }
+            // With the locks, not only if they are free: whoever took something that came before the arming has said so
+            // by then, and what comes later makes the descriptor readable.
+            for lane in Lane::ALL {
+                self.take_from(lane, &mut lock(&self.pipes[lane.index()]));
+            }
+            if self.end.get().is_some() || !self.has_fired() {
+                break;
+            }
+        }
+        self.hear();
+        self.flush();
+        self.do_what_is_due(came);
+        self.check(Lane::Events)
+    }
+
+    fn has_fired(&self) -> bool {
+        self.lanes
+            .iter()
+            .any(|lane| lane.fired.load(Ordering::Acquire))
+    }
+
+    fn arm(&self, lane: Lane) {
+        if let Err(error) = lock(&self.pipes[lane.index()]).pipe.queue.arm() {
+            self.failed(error);
+        }
+    }
+
+    fn do_what_is_due(&self, came: bool) {
+        if self.end.get().is_some() {
+            return;
+        }
+        let mut control = lock(&self.control);
+        if self.was_rung.swap(false, Ordering::AcqRel) {
+            control.alarm.rang();
+        }
+        let waits = self.lanes.iter().any(|lane| {
+            let open = Seq(lane.last.load(Ordering::Acquire)) > lane.committed(self.mode);
+            lane.waiting.load(Ordering::Relaxed) != 0 || (open && self.mode == Mode::Ack)
+        });
+        let alarm = waits && control.alarm.set();
+        let ring = came && self.claim_alarm();
+        if alarm || ring || control.due || control.said_at.elapsed() >= BEAT {
+            self.say(&mut control, ring);
+        }
+    }
+
+    fn has_backlog(&self) -> bool {
+        self.lanes
+            .iter()
+            .any(|lane| lane.pending.load(Ordering::Acquire))
+    }
+
+    /// Waits a little for what was posted to arrive.
+    fn linger(&self) {
+        let until = Instant::now() + LINGER;
+        while Instant::now() < until {
+            let _ = self.turn();
+            let idle = self.pipes.iter().all(|pipe| lock(pipe).pipe.is_idle());
+            if self.end.get().is_some() || (idle && !self.has_backlog()) {
+                return;
+            }
+            let limit = until.saturating_duration_since(Instant::now());
+            if wait([(self.device.as_fd(), false)], Some(limit)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The connection's writing end; with the last port of it the queue pairs are destroyed.
+#[derive(Debug)]
+pub(super) struct Writer {
+    shared: Arc<Shared>,
+    driver: Option<(UnixStream, JoinHandle<()>)>,
+}
+
+impl Writer {
+    pub(super) fn new(parts: Parts<Sent>) -> io::Result<Writer> {
+        let mut sizes = parts.sizes.into_iter();
+        let pipes = parts.pipes.map(|pipe| {
+            Mutex::new(LanePipe {
+                pipe,
+                gather: Gather::new(sizes.next().expect("a size for each lane")),
+            })
+        });
+        let shared = Arc::new(Shared {
+            nonce: parts.nonce,
+            mode: parts.mode,
+            device: parts.device,
+            source: parts.source,
+            ring: parts.ring,
+            starts: parts.starts,
+            sizes: parts.sizes,
+            lanes: Default::default(),
+            pipes,
+            control: Mutex::new(Control {
+                slots: parts.slots,
+                alarm: Alarm::default(),
+                said_at: Instant::now(),
+                due: false,
+                ring_due: false,
+            }),
+            heard: Mutex::new(Heard {
+                view: parts.block,
+                last: [0; BLOCK],
+            }),
+            blocks_done: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+            reader_alarm: AtomicU64::new(0),
+            rung: AtomicU64::new(0),
+            was_rung: AtomicBool::new(false),
+            end: OnceLock::new(),
+            _returned: parts.returned,
+        });
+        let mut driver = None;
+        if !parts.driven {
+            let (wake, woken) = UnixStream::pair()?;
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new().name("rdma-log".into());
+            driver = Some((wake, thread.spawn(move || drive(&shared, &woken))?));
+        }
+        Ok(Writer { shared, driver })
+    }
+
+    pub(super) fn watch(&self) -> Watch {
+        Watch {
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if let Some((wake, driver)) = self.driver.take() {
+            self.shared.closing.store(true, Ordering::Release);
+            // A panic of its has nobody left to tell.
+            let _ = (&wake).write(&[0]);
+            let _ = driver.join();
+        }
+        self.shared.linger();
+        self.shared.end(End::Closed);
+    }
+}
+
+fn drive(shared: &Shared, woken: &UnixStream) {
+    while shared.end.get().is_none() && !shared.closing.load(Ordering::Acquire) {
+        // What is wrong, the lanes say.
+        let _ = shared.turn();
+        let fds = [(shared.device.as_fd(), false), (woken.as_fd(), false)];
+        if let Err(error) = wait(fds, Some(BEAT)) {
+            let errno = error.raw_os_error().unwrap_or(0);
+            let what = "wait for completions";
+            shared.failed(RdmaError::Verb { what, errno });
+        }
+    }
+}
