@@ -17,7 +17,8 @@
 //! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. The threads that write a recording and that land a log from TCP are started before and are not confined.
+//! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
+//! names were resolved before. The threads that write a recording and that land a log from TCP are started before and are not confined.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -50,8 +51,10 @@ pub enum Thread {
     Vcpu,
     /// Waits for descriptors, speaks with the peer and the world.
     Io,
-    /// Asks the arbiter.
+    /// Asks the arbiter in a directory.
     Arbiter,
+    /// Asks an arbiter over the network.
+    RemoteArbiter,
 }
 
 /// Why there is no sandbox.
@@ -89,6 +92,7 @@ struct Filters {
     vcpu: BpfProgram,
     io: BpfProgram,
     arbiter: BpfProgram,
+    remote_arbiter: BpfProgram,
 }
 
 impl Sandbox {
@@ -107,6 +111,7 @@ impl Sandbox {
                 vcpu: list(Thread::Vcpu)?,
                 io: list(Thread::Io)?,
                 arbiter: list(Thread::Arbiter)?,
+                remote_arbiter: list(Thread::RemoteArbiter)?,
             })),
         })
     }
@@ -121,13 +126,14 @@ impl Sandbox {
         };
         no_core_dumps()?;
         keep_capabilities(match thread {
-            Thread::Vcpu | Thread::Io => 0,
+            Thread::Vcpu | Thread::Io | Thread::RemoteArbiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
         })?;
         let list = match thread {
             Thread::Vcpu => &filters.vcpu,
             Thread::Io => &filters.io,
             Thread::Arbiter => &filters.arbiter,
+            Thread::RemoteArbiter => &filters.remote_arbiter,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -306,7 +312,7 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let more: &[libc::c_long] = match thread {
         // A log over a stream is written by the vCPU thread.
-        Thread::Vcpu | Thread::Io => SOCKETS,
+        Thread::Vcpu | Thread::Io | Thread::RemoteArbiter => SOCKETS,
         Thread::Arbiter => FILES,
     };
     let mut rules: Rules = COMMON
@@ -321,9 +327,20 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
     }
     let ioctls = match thread {
         Thread::Vcpu => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Io => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::Io | Thread::RemoteArbiter => {
+            vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?]
+        }
         Thread::Arbiter => Vec::new(),
     };
+    if thread == Thread::RemoteArbiter {
+        rules.insert(libc::SYS_connect, Vec::new());
+        // New sockets for IP, and no others.
+        let family = |family: libc::c_int| argument(0, u64::from(u32::MAX), family as u64);
+        rules.insert(
+            libc::SYS_socket,
+            vec![family(libc::AF_INET)?, family(libc::AF_INET6)?],
+        );
+    }
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
     }

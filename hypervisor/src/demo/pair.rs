@@ -34,6 +34,8 @@ pub struct PairSpec {
     pub kvm: Option<i32>,
     /// What carries the log.
     pub transport: Transport,
+    /// `--arbiter`; a directory of the pair's own if there is none.
+    pub arbiter: Option<String>,
     /// More options for both sides.
     pub more: Vec<String>,
 }
@@ -142,7 +144,10 @@ impl Side {
             .args(["--socket"])
             .arg(spec.directory.join("pair.sock"))
             .arg("--arbiter")
-            .arg(spec.directory.join("arbiter"))
+            .arg(match &spec.arbiter {
+                Some(place) => place.into(),
+                None => spec.directory.join("arbiter"),
+            })
             .arg("--console")
             .arg(spec.directory.join(format!("{role}.console")))
             .args([

@@ -18,7 +18,7 @@ use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, now};
 use super::{SessionError, protocol_timing};
-use crate::arbiter::{Arbiter, Claim, Durability, FileArbiter, random_identity};
+use crate::arbiter::{self, Arbiter, Claim, random_identity};
 use crate::backends::NetPort;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
@@ -46,7 +46,9 @@ use crate::stage::Stage;
 pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
+    // One that cannot be asked is better known now than when the primary is gone.
+    arbiter.read()?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
 
@@ -84,7 +86,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         .local_addr()
         .map_err(SessionError::host("read the heartbeat socket's address"))?;
     let (record, port) = handshake::welcome(&stream, me, address)?;
-    check_arbiter(&arbiter, &record)?;
+    check_arbiter(&*arbiter, &record)?;
     let port = match port {
         Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
         None if stream.unix().is_some() => None,
@@ -107,7 +109,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     io.control = Some(stream);
     io.link = link;
     let clerk = Clerk::start(
-        Box::new(arbiter),
+        arbiter,
         Arc::clone(&io.wake),
         io.sandbox.clone(),
         config.cpus.urgent,
@@ -143,7 +145,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
 }
 
 /// Two sides with different arbiters could both win: what the primary says must be what this side reads.
-fn check_arbiter(arbiter: &FileArbiter, told: &Record) -> Result<(), SessionError> {
+fn check_arbiter(arbiter: &dyn Arbiter, told: &Record) -> Result<(), SessionError> {
     match arbiter.read()? {
         Some(record) if record == *told => Ok(()),
         found => Err(SessionError::NotOurs(format!(

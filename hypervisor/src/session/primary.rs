@@ -12,7 +12,7 @@ use super::meet;
 use super::report::Event as Said;
 use super::serve::{self, Served, Vcpu};
 use super::{SessionError, protocol_timing};
-use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_bytes, random_identity};
+use crate::arbiter::{self, Arbiter, Swap, random_bytes, random_identity};
 use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::entry::Base;
@@ -40,7 +40,7 @@ pub fn run(
 ) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
     let found = arbiter.read()?;
     may_start(found.as_ref(), cold_start)?;
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
@@ -63,7 +63,7 @@ pub fn run(
         spec_bytes: spec_bytes.len() as u32,
     };
     let welcomed = handshake::introduce(&stream, &hello, &spec_bytes)?;
-    let record = entitle(&arbiter, found.as_ref(), me, &welcomed)?;
+    let record = entitle(&*arbiter, found.as_ref(), me, &welcomed)?;
     // On one host both sides share the port, so that the frames in its queue outlive either.
     let shared = match &stream {
         Channel::Unix(_) => handshake::port_fd(port.as_ref()),
@@ -83,7 +83,7 @@ pub fn run(
         handshake::key_of(&hello),
     )?);
     let clerk = Clerk::start(
-        Box::new(arbiter),
+        arbiter,
         Arc::clone(&io.wake),
         io.sandbox.clone(),
         config.cpus.urgent,
@@ -126,7 +126,7 @@ fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionErro
 }
 
 fn entitle(
-    arbiter: &FileArbiter,
+    arbiter: &dyn Arbiter,
     found: Option<&Record>,
     me: Identity,
     welcomed: &Welcomed,
