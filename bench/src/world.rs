@@ -195,6 +195,7 @@ impl Guest {
             Mode::Pair => {
                 let spec = PairSpec {
                     transport: hypervisor::config::Transport::Shm,
+                    arbiter: None,
                     doppel: doppel()?,
                     directory: directory.path().to_owned(),
                     guest: guest.to_owned(),

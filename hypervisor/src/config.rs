@@ -8,6 +8,7 @@ use std::time::Duration;
 use rdma_log::transport::rdma;
 use serde::Deserialize;
 
+use crate::arbiter::Place;
 use crate::preempt::Strategy;
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
@@ -86,8 +87,8 @@ pub struct Pair {
     /// Addresses at which a machine that runs without a backup looks for a new one, beside `connect` (transports
     /// `tcp` and `rdma`).
     pub standbys: Vec<SocketAddr>,
-    /// Directory of the file arbiter, which both sides see.
-    pub arbiter: PathBuf,
+    /// Where the arbiter is: a directory that both sides see, or `etcd://HOST:PORT,…`.
+    pub arbiter: Place,
     /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
     pub heartbeat: SocketAddr,
 }
@@ -125,7 +126,7 @@ impl Default for Pair {
             connect: None,
             standbys: Vec::new(),
             socket: PathBuf::from("doppel.sock"),
-            arbiter: PathBuf::from("doppel.arbiter"),
+            arbiter: Place::Directory(PathBuf::from("doppel.arbiter")),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
         }
     }
@@ -540,6 +541,21 @@ mod tests {
         let error = Config::parse("\n\ncolour = 1\n").unwrap_err().to_string();
         assert!(
             error.contains("line 3") && error.contains("unknown field"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_arbiter_is_a_directory_or_an_etcd() {
+        let arbiter = |text: &str| Config::parse(text).map(|config| config.pair.arbiter);
+        let directory = arbiter("[pair]\narbiter = \"/srv/arbiter\"").unwrap();
+        assert_eq!(directory, Place::Directory("/srv/arbiter".into()));
+        let etcd = arbiter("[pair]\narbiter = \"etcd://a:1,b\"").unwrap();
+        assert_eq!(etcd.to_string(), "etcd://a:1,b:2379");
+        let error = arbiter("\n[pair]\narbiter = \"etcd://a:x\"").unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("line 3") && error.contains("65535"),
             "{error}"
         );
     }

@@ -17,7 +17,8 @@
 //! **Threads.** The vCPU thread has KVM's ioctls and the open sockets, the I/O thread the open sockets. The arbiter's thread opens, links
 //! and syncs files, so it may do that and nothing else; what it may open is bounded by the user's own rights, as its
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
-//! directory that belongs to another user. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
+//! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
+//! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
 //! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
@@ -57,7 +58,7 @@ pub enum Thread {
     Vcpu,
     /// Waits for descriptors, speaks with the peer and the world.
     Io,
-    /// Asks the arbiter.
+    /// Asks the arbiter in a directory.
     Arbiter,
     /// Finds a new backup and copies the machine to it.
     Recruiter,
@@ -70,6 +71,8 @@ pub enum Thread {
     /// The same where the log goes over RDMA: it opens the device for the new backup. What else it may open is bounded by
     /// the user's own rights, as for the arbiter's thread.
     RdmaRecruiter,
+    /// Asks an arbiter over the network.
+    RemoteArbiter,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -117,6 +120,7 @@ struct Filters {
     log_file: BpfProgram,
     replay: BpfProgram,
     rdma_recruiter: BpfProgram,
+    remote_arbiter: BpfProgram,
 }
 
 impl Sandbox {
@@ -143,6 +147,7 @@ impl Sandbox {
                 log_file: list(Thread::LogFile)?,
                 replay: list(Thread::Replay)?,
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
+                remote_arbiter: list(Thread::RemoteArbiter)?,
             })),
             with_device: false,
         })
@@ -166,6 +171,7 @@ impl Sandbox {
         };
         no_core_dumps()?;
         let kept = match thread {
+            Thread::RemoteArbiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
             _ if self.with_device => WITH_DEVICE,
             _ => 0,
@@ -180,6 +186,7 @@ impl Sandbox {
             Thread::LogFile => &filters.log_file,
             Thread::Replay => &filters.replay,
             Thread::RdmaRecruiter => &filters.rdma_recruiter,
+            Thread::RemoteArbiter => &filters.remote_arbiter,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -389,7 +396,7 @@ fn foreign() -> Result<BpfProgram, seccompiler::BackendError> {
 fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let more: &[&[libc::c_long]] = match thread {
         // A log over a stream is written by the vCPU thread.
-        Thread::Vcpu | Thread::Io | Thread::Landing => &[SOCKETS],
+        Thread::Vcpu | Thread::Io | Thread::Landing | Thread::RemoteArbiter => &[SOCKETS],
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
         Thread::LogFile | Thread::Replay => &[],
@@ -415,8 +422,18 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
             argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
         ],
+        Thread::RemoteArbiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
         Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
     };
+    if thread == Thread::RemoteArbiter {
+        rules.insert(libc::SYS_connect, Vec::new());
+        // New sockets for IP, and no others.
+        let family = |family: libc::c_int| argument(0, u64::from(u32::MAX), family as u64);
+        rules.insert(
+            libc::SYS_socket,
+            vec![family(libc::AF_INET)?, family(libc::AF_INET6)?],
+        );
+    }
     if !ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, ioctls);
     }

@@ -26,7 +26,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Arbiter, ArbiterError, Swap, sealed, text};
+use super::{Arbiter, ArbiterError, Swap, check_name, sealed, text};
 use crate::protocol::record::Record;
 
 /// How many numbers are kept: a history for people, and a reader that lists slowly always meets one that is there.
@@ -73,13 +73,7 @@ impl FileArbiter {
         machine: &str,
         durability: Durability,
     ) -> Result<Self, ArbiterError> {
-        let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        let fits = (1..=63).contains(&machine.len()) && !machine.starts_with('-');
-        if !fits || !machine.bytes().all(letter) {
-            return Err(ArbiterError::Name {
-                name: machine.to_owned(),
-            });
-        }
+        check_name(machine)?;
         if !shared.is_dir() {
             return Err(ArbiterError::Missing {
                 path: shared.to_owned(),

@@ -1,14 +1,18 @@
 //! The arbiter: one record per machine and one operation, compare-and-swap of the whole record.
 //!
-//! [`FileArbiter`] keeps the records in a directory that both hosts see. The decisions are made in
+//! [`FileArbiter`] keeps the records in a directory that both hosts see, [`EtcdArbiter`] in an etcd cluster. The decisions are made in
 //! [`crate::protocol`]; this module carries its [`Request`]s out, and makes the one thing that only an arbiter may
 //! make: a [`Claim`].
 #![forbid(unsafe_code)]
 
+mod etcd;
 mod file;
+mod place;
 mod text;
 
+pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::{Durability, FileArbiter};
+pub use place::{BadPlace, Endpoint, Place};
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -68,6 +72,35 @@ pub trait Arbiter: sealed::Sealed + Send {
     /// Whatever keeps the outcome from being known; [`ArbiterError::may_have_landed`] tells whether the swap may
     /// have taken effect.
     fn swap(&self, from: Option<&Record>, to: &Record) -> Result<Swap, ArbiterError>;
+
+    /// Whether its calls make network connections, and open no files.
+    fn needs_network(&self) -> bool {
+        false
+    }
+}
+
+/// The arbiter of `machine` at this place.
+///
+/// # Errors
+/// What the place's own arbiter says when it is opened.
+pub fn open(place: &Place, machine: &str) -> Result<Box<dyn Arbiter>, ArbiterError> {
+    Ok(match place {
+        Place::Directory(path) => {
+            Box::new(FileArbiter::open(path, machine, Durability::ProcessDeath)?)
+        }
+        Place::Etcd(endpoints) => Box::new(EtcdArbiter::open(endpoints, machine)?),
+    })
+}
+
+fn check_name(machine: &str) -> Result<(), ArbiterError> {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    let fits = (1..=63).contains(&machine.len()) && !machine.starts_with('-');
+    if !fits || !machine.bytes().all(letter) {
+        return Err(ArbiterError::Name {
+            name: machine.to_owned(),
+        });
+    }
+    Ok(())
 }
 
 mod sealed {
@@ -181,6 +214,9 @@ pub enum ArbiterError {
         /// The directory.
         path: PathBuf,
     },
+    /// etcd.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
     /// The record was put in place, but what was to make sure of it failed.
     #[error(
         "the arbiter's record {path} may be in place, but that could not be made sure of: {source}"
@@ -197,6 +233,10 @@ impl ArbiterError {
     /// Whether the swap that failed may have taken effect all the same. `false` only when it certainly has not.
     #[must_use]
     pub fn may_have_landed(&self) -> bool {
-        matches!(self, Self::Unsure { .. })
+        match self {
+            Self::Unsure { .. } => true,
+            Self::Etcd(error) => error.may_have_landed(),
+            _ => false,
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use hypervisor::arbiter::Place;
 use hypervisor::demo::plot;
 use hypervisor::demo::run::{self, DemoError, Network, Options, Serving};
 use hypervisor::session::report::Event;
@@ -25,7 +26,7 @@ enum Net {
 /// Show a machine surviving the loss of its host process, with clients that notice nothing
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
+    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --arbiter etcd://127.0.0.1:2379\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
                   doppel demo --serve 6379      then, elsewhere: redis-cli -p 6379, and kill either side"
 )]
 pub struct DemoArgs {
@@ -44,6 +45,9 @@ pub struct DemoArgs {
     /// The guest's network
     #[arg(long, value_enum, default_value = "auto")]
     net: Net,
+    /// Where the arbiter is, instead of a directory of the demo's own; with etcd the guest's network is the link
+    #[arg(long, value_name = "DIR|etcd://HOST:PORT,...")]
+    arbiter: Option<Place>,
     /// TCP connections of the client
     #[arg(long, value_name = "N", default_value_t = 8)]
     connections: usize,
@@ -90,6 +94,7 @@ impl DemoArgs {
                 Net::Link => Network::Link,
             },
             transport: self.transport.into(),
+            arbiter: self.arbiter.clone(),
             connections: self.connections,
             kills: self.kills,
             before: self.load.map(std::time::Duration::from_secs),

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
+use hypervisor::arbiter::Place;
 use hypervisor::doctor::{self, Finding, Host, Level, Report};
 use hypervisor::kvm::KvmSource;
 
@@ -19,13 +20,21 @@ pub struct DoctorArgs {
     /// Where KVM is
     #[arg(long, value_name = "PATH", default_value = "/dev/kvm")]
     kvm: PathBuf,
+    /// Ask this arbiter, too
+    #[arg(long, value_name = "DIR|etcd://HOST:PORT,...")]
+    arbiter: Option<Place>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
 
 pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
-    let report = doctor::examine(&Host::real(KvmSource::Path(args.kvm.clone())));
+    let mut report = doctor::examine(&Host::real(KvmSource::Path(args.kvm.clone())));
+    if let Some(place) = &args.arbiter {
+        let finding = doctor::ask_arbiter(place);
+        report.can_run_a_pair &= finding.level == Level::Good;
+        report.findings.push(finding);
+    }
     if args.json {
         let text = serde_json::to_string(&report).expect("plain fields always encode");
         println!("{text}");

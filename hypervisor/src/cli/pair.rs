@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use hypervisor::arbiter::Place;
 use hypervisor::config::{Config, Transport};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
@@ -49,9 +50,9 @@ struct PairArgs {
     /// Unix socket at which the backup listens and to which the primary connects
     #[arg(long, value_name = "SOCKET")]
     socket: Option<PathBuf>,
-    /// Directory of the file arbiter, which both sides see
-    #[arg(long, value_name = "DIR")]
-    arbiter: Option<PathBuf>,
+    /// Where the arbiter is: a directory that both sides see, or an etcd cluster
+    #[arg(long, value_name = "DIR|etcd://HOST:PORT,...")]
+    arbiter: Option<Place>,
     /// Address for this side's UDP heartbeats; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     heartbeat: Option<SocketAddr>,

@@ -35,6 +35,8 @@ pub struct PairSpec {
     pub kvm: Option<i32>,
     /// What carries the log.
     pub transport: Transport,
+    /// `--arbiter`; a directory of the pair's own if there is none.
+    pub arbiter: Option<String>,
     /// More options for both sides.
     pub more: Vec<String>,
 }
@@ -144,7 +146,10 @@ impl Side {
             .args(["--socket"])
             .arg(spec.directory.join("pair.sock"))
             .arg("--arbiter")
-            .arg(spec.directory.join("arbiter"))
+            .arg(match &spec.arbiter {
+                Some(place) => place.into(),
+                None => spec.directory.join("arbiter"),
+            })
             .arg("--console")
             .arg(spec.directory.join(format!("{name}.console")))
             .args(["--memory-check-ms", &spec.memory_check_ms.to_string()])

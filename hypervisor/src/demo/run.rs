@@ -17,6 +17,7 @@ use super::gateway::{self, Gateway, GatewayError, LinkHost};
 use super::namespace::{self, Namespace};
 use super::pair::{Join, Pair, PairError, PairSpec, this_program};
 use super::report::Report;
+use crate::arbiter::Place;
 use crate::backends::NetPort;
 use crate::backends::link::{self, LinkError};
 use crate::backends::tap::{Ipv4Network, TapConfig};
@@ -73,6 +74,8 @@ pub struct Options {
     pub network: Network,
     /// What carries the log.
     pub transport: Transport,
+    /// Where the arbiter is; none is a directory of the demo's own.
+    pub arbiter: Option<Place>,
     /// TCP connections of the client.
     pub connections: usize,
     /// Kills: after each but the last a new backup joins, and whoever serves then is killed next.
@@ -95,6 +98,11 @@ pub enum DemoError {
     /// A TAP was asked for and cannot be had.
     #[error("no TAP for the demo: {0}; --net link needs none")]
     NoTap(#[from] namespace::Refused),
+    /// A TAP was asked for, and an arbiter that cannot be reached from there.
+    #[error(
+        "the demo's TAP is in a network namespace of its own, from which no etcd can be reached; leave --net out"
+    )]
+    NoWay,
     /// The link.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -180,7 +188,11 @@ impl Stage {
             address: Some(HOST),
             mtu: MTU,
         };
+        // From a network namespace of the demo's own no etcd can be reached.
+        let remote = matches!(options.arbiter, Some(Place::Etcd(_)));
         let entered = match options.network {
+            Network::Tap if remote => return Err(DemoError::NoWay),
+            Network::Auto if remote => None,
             Network::Link => None,
             Network::Tap => Some(namespace::enter(&tap)?),
             Network::Auto => namespace::enter(&tap)
@@ -256,7 +268,12 @@ impl Stage {
             memory_check_ms: MEMORY_CHECK_MS,
             kvm: options.kvm,
             transport: options.transport,
-            more: Vec::new(),
+            arbiter: options.arbiter.as_ref().map(Place::to_string),
+            more: match options.arbiter {
+                // Others' records are there, too, and those of earlier demos.
+                Some(_) => vec!["--name".into(), format!("demo-{:016x}", options.seed)],
+                None => Vec::new(),
+            },
         };
         Ok((Pair::start(&spec, Some(&self.port))?, spec))
     }

@@ -16,7 +16,11 @@ pub use facts::{Facts, Host, KvmFacts, PmuFacts, RdmaDevice, StageFacts};
 pub use judge::judge;
 pub use probe::{KickTime, Measured, Probe, Rings};
 
+use std::time::Instant;
+
 use serde::Serialize;
+
+use crate::arbiter::{self, Place};
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -69,6 +73,33 @@ pub fn examine(host: &Host) -> Report {
         ways,
         findings,
         facts,
+    }
+}
+
+/// Asks an arbiter for the record of a machine that nobody has.
+#[must_use]
+pub fn ask_arbiter(place: &Place) -> Finding {
+    const AREA: &str = "arbiter";
+    let start = Instant::now();
+    let asked = arbiter::open(place, "doctor").and_then(|arbiter| arbiter.read());
+    match asked {
+        Ok(_) => Finding {
+            area: AREA,
+            level: Level::Good,
+            found: format!(
+                "{place} answers in {:.1} ms",
+                start.elapsed().as_secs_f64() * 1e3
+            ),
+            advice: None,
+        },
+        Err(error) => Finding {
+            area: AREA,
+            level: Level::Missing,
+            found: error.to_string(),
+            advice: Some(
+                "while it does not answer no machine starts, and none changes role".into(),
+            ),
+        },
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use super::*;
+use crate::arbiter::Place;
 use crate::kvm::{Capabilities, CpuModel, KvmSource};
 use crate::scheduling::Urgency;
 
@@ -305,6 +306,20 @@ fn without_a_usable_kvm_no_pair_runs() {
     assert!(findings[0].found.contains("KVM_CAP_X86_MSR_FILTER"));
     let broken = with_probe(|probe| probe.mmio_exit_ns.ring0 = Err("stuck".into()));
     assert!(judge(&broken).0.is_empty());
+}
+
+#[test]
+fn an_arbiter_that_answers_is_good_and_one_that_does_not_says_why() {
+    let directory = TempDir::new().unwrap();
+    let there: Place = directory.path().to_str().unwrap().parse().unwrap();
+    assert_eq!(ask_arbiter(&there).level, Level::Good);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = format!("etcd://{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let finding = ask_arbiter(&place.parse().unwrap());
+    assert_eq!(finding.level, Level::Missing);
+    assert!(finding.found.contains("refused"), "{}", finding.found);
 }
 
 #[test]

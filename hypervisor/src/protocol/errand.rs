@@ -120,7 +120,7 @@ impl Errand {
             }
             // A record cannot vanish. This arbiter is not the one we began with: conclude nothing from it.
             (_, Answer::Lost(None) | Answer::Read(None)) => {
-                "the machine's record is gone: restore the arbiter's directory".to_owned()
+                "the machine's record is gone: restore the arbiter's data".to_owned()
             }
             (_, other) => format!("an answer that does not fit the request: {other:?}"),
         };

@@ -1,7 +1,10 @@
 use std::fs::File;
-use std::net::UdpSocket;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
+
+use std::time::Duration;
 
 use super::*;
 
@@ -24,14 +27,20 @@ fn confined() {
         "landing" => Thread::Landing,
         "log-file" => Thread::LogFile,
         "replay" => Thread::Replay,
+        "remote-arbiter" => Thread::RemoteArbiter,
         _ => Thread::Arbiter,
     };
     let enabled = true;
     let sandbox = Sandbox::prepare(&config::Sandbox { enabled, strict }).unwrap();
+    // Bound before: a confined thread has no business to listen.
+    let listening = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener: SocketAddr = listening.local_addr().unwrap();
     sandbox.confine(thread).unwrap();
     let outcome = match action {
         "open" => File::open("/dev/null").map(drop),
         "create" => File::create(std::env::temp_dir().join("doppel-test-sandbox")).map(drop),
+        "connect" => TcpStream::connect_timeout(&listener, Duration::from_secs(5)).map(drop),
+        "unix" => UnixDatagram::unbound().map(drop),
         "socket" => UdpSocket::bind("127.0.0.1:0").map(drop),
         "exec" => Command::new("/bin/true").status().map(drop),
         "thread" => std::thread::Builder::new().spawn(|| {}).map(drop),
@@ -89,11 +98,25 @@ fn a_confined_thread_opens_and_starts_nothing() {
         assert_eq!(status.code(), Some(11), "arbiter {action}: {status}");
     }
     assert_eq!(try_it("arbiter", "lenient", "open").code(), Some(10));
+    for action in ["open", "create", "unix", "thread", "execute"] {
+        let status = try_it("remote-arbiter", "lenient", action);
+        assert_eq!(status.code(), Some(11), "remote-arbiter {action}: {status}");
+    }
+    let status = try_it("remote-arbiter", "strict", "connect");
+    assert_eq!(status.code(), Some(10), "remote-arbiter connect: {status}");
 }
 
 #[test]
 fn what_a_thread_needs_stays() {
-    for thread in ["vcpu", "io", "arbiter", "landing", "log-file", "replay"] {
+    for thread in [
+        "vcpu",
+        "io",
+        "arbiter",
+        "remote-arbiter",
+        "landing",
+        "log-file",
+        "replay",
+    ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");
     }

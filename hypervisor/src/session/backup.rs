@@ -15,7 +15,7 @@ use super::io::{Common, Io};
 use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, Staff, now};
-use crate::arbiter::{Claim, Durability, FileArbiter, random_identity};
+use crate::arbiter::{self, Claim, random_identity};
 use crate::config::Config;
 use crate::divergence::Divergence;
 use crate::handshake;
@@ -36,8 +36,8 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
-    // A wrong place is told now, not when a primary has come.
-    FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    // One that cannot be asked is better known now than when the primary is gone.
+    arbiter::open(&config.pair.arbiter, &config.name)?.read()?;
     let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),

@@ -1,4 +1,4 @@
-//! The arbiter thread: asks what the protocol wants asked, so that nothing else waits for a disk.
+//! The arbiter thread: asks what the protocol wants asked, so that nothing else waits for a disk or a network.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -35,7 +35,10 @@ impl Clerk {
                 if urgent {
                     make_this_thread_urgent();
                 }
-                let confined = sandbox.confine(Thread::Arbiter);
+                let confined = sandbox.confine(match arbiter.needs_network() {
+                    true => Thread::RemoteArbiter,
+                    false => Thread::Arbiter,
+                });
                 confined.expect(NOT_CONFINED);
                 for request in incoming {
                     if outgoing.send(arbiter::ask(&*arbiter, &request)).is_err() {

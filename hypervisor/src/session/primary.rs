@@ -11,7 +11,7 @@ use super::recruit::{Recruiter, log_to};
 use super::report::Event as Said;
 use super::serve::{self, Served, Staff, Vcpu};
 use super::{SessionError, protocol_timing, record_options};
-use crate::arbiter::{Arbiter, Durability, FileArbiter, Swap, random_identity};
+use crate::arbiter::{self, Arbiter, Swap, random_identity};
 use crate::clock::GuestClock;
 use crate::config::{Config, Transport};
 use crate::desk::Desk;
@@ -47,7 +47,7 @@ pub fn run(
 ) -> Result<Served, SessionError> {
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = FileArbiter::open(&config.pair.arbiter, &config.name, Durability::ProcessDeath)?;
+    let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
     let found = arbiter.read()?;
     may_start(found.as_ref(), start.cold)?;
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
@@ -67,7 +67,7 @@ pub fn run(
         Some(met)
     };
     let peer = met.as_ref().map(|met| met.identity);
-    let record = begin(&arbiter, found.as_ref(), me, peer)?;
+    let record = begin(&*arbiter, found.as_ref(), me, peer)?;
     if let Some(met) = &met {
         handshake::agree(&met.control, &record)?;
         let control = met.control.set_nonblocking(true);
@@ -76,7 +76,7 @@ pub fn run(
 
     let mut io = Io::new(common, config, json, port, Gate::new())?;
     let clerk = Clerk::start(
-        Box::new(arbiter),
+        arbiter,
         Arc::clone(&io.wake),
         io.sandbox.clone(),
         config.cpus.urgent,
@@ -146,7 +146,7 @@ fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionErro
 
 /// Begins the reign, with this backup entitled.
 fn begin(
-    arbiter: &FileArbiter,
+    arbiter: &dyn Arbiter,
     found: Option<&Record>,
     me: Identity,
     backup: Option<Identity>,

@@ -1,6 +1,8 @@
 //! Starting the real program, and doing things to it.
 
+pub mod arbiter_rules;
 pub mod busy;
+pub mod etcd;
 pub mod flips;
 pub mod forged;
 pub mod hostile;

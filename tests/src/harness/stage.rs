@@ -88,6 +88,7 @@ impl Stage {
             memory_check_ms: 100,
             kvm: None,
             transport: Transport::Shm,
+            arbiter: None,
             more: Vec::new(),
         })
     }

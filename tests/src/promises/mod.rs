@@ -9,6 +9,7 @@ pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod etcd_arbiter;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -32,6 +33,7 @@ pub const ALL: &[Promise] = &[
     output_rule::PROMISE,
     zombie::PROMISE,
     no_false_failover::PROMISE,
+    etcd_arbiter::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,

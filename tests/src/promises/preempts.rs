@@ -220,6 +220,7 @@ fn fail_over(
         doppel: doppel()?,
         directory: directory.to_owned(),
         transport: Transport::Shm,
+        arbiter: None,
         guest: "compute".into(),
         memory_mib: 16,
         command_line: WORDS.into(),

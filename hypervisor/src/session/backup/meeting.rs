@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Following;
 use super::follower::{Follower, Told};
-use crate::arbiter::{Arbiter, Durability, FileArbiter};
+use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::checkpoint::clone;
@@ -122,7 +122,7 @@ impl Meeting<'_> {
         let protocol = Backup::new(pair, record, protocol_timing(config), now())
             .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
         let clerk = Clerk::start(
-            Box::new(self.arbiter()?),
+            self.arbiter()?,
             Arc::clone(&io.wake),
             io.sandbox.clone(),
             config.cpus.urgent,
@@ -158,13 +158,8 @@ impl Meeting<'_> {
         build().map_err(|error: MachineError| HandshakeError::Machine(error.to_string()))
     }
 
-    fn arbiter(&self) -> Result<FileArbiter, SessionError> {
-        let pair = &self.config.pair;
-        Ok(FileArbiter::open(
-            &pair.arbiter,
-            &self.config.name,
-            Durability::ProcessDeath,
-        )?)
+    fn arbiter(&self) -> Result<Box<dyn Arbiter>, SessionError> {
+        Ok(arbiter::open(&self.config.pair.arbiter, &self.config.name)?)
     }
 
     /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
