@@ -14,7 +14,7 @@ use doppel_tests::lab::session::{Happening, TimeUp};
 use doppel_tests::lab::supervisor::{self, Plan};
 use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
-use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, remove_remains};
+use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, made_image, remove_remains};
 
 /// The code when the time was up, as timeout(1) has it.
 const TIME_UP: u8 = 124;
@@ -42,6 +42,8 @@ struct Arguments {
 enum Verb {
     /// Boot a lab's hosts and return when they are up
     Up(Up),
+    /// Get what hosts are made of, so that `up` needs no network
+    Fetch,
     /// Run a command in a host; one word with spaces is a line of shell
     Run(Run),
     /// Copy a file into a host
@@ -217,6 +219,14 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
     let lab = || Lab::find(name);
     match &arguments.command {
         Verb::Up(up) => bring_up(name, up)?,
+        Verb::Fetch => {
+            let image = made_image()?;
+            println!(
+                "{} and {}",
+                image.kernel.display(),
+                image.initramfs.display()
+            );
+        }
         Verb::Run(run) => return execute(&lab()?, run),
         Verb::Put {
             host,
@@ -413,8 +423,8 @@ fn status(lab: &Lab, json: bool) -> Result<()> {
         );
     }
     println!(
-        "{} frames delivered, {} cut or lost as ordered",
-        status.frames_passed, status.frames_dropped
+        "{} frames delivered, {} cut or lost as ordered, {} lost because their receiver was slow",
+        status.frames_passed, status.frames_dropped, status.frames_overflowed
     );
     Ok(())
 }

@@ -149,7 +149,7 @@ impl Lab {
             spec.name
         );
         enough_memory(spec)?;
-        let image = image::image(&target()?.join("lab-cache"), &program)?;
+        let image = made_image()?;
         // Logs of an earlier lab of this name would be taken for its.
         let gone = fs::remove_dir_all(&directory);
         if let Err(error) = gone
@@ -525,6 +525,14 @@ pub fn directory(name: &str) -> Result<PathBuf> {
         "{name:?} is no name of a lab: letters, digits, - and _ make one"
     );
     Ok(target()?.join("lab").join(name))
+}
+
+/// What hosts boot, made if it is not there.
+///
+/// # Errors
+/// If a package cannot be had, or the archive not be written.
+pub fn made_image() -> Result<image::Image> {
+    image::image(&target()?.join("lab-cache"), &program()?)
 }
 
 /// The program that supervises, and that is the agent in every host.

@@ -85,17 +85,20 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
     fs::create_dir_all(&archives).with_context(|| format!("make {}", archives.display()))?;
     fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
     eprintln!("lab: fetching {} packages by apt", names.len());
-    let fetched = Command::new("apt-get")
-        .args(["download", "--quiet", "--option", "APT::Sandbox::User=root"])
-        .args(names)
-        .current_dir(&archives)
-        .output()
-        .context("run apt-get")?;
-    if !fetched.status.success() {
-        bail!(
-            "apt-get could not fetch the lab's packages; if it knows no such package, as root: apt-get update. It says:\n{}",
-            String::from_utf8_lossy(&fetched.stderr).trim()
-        );
+    if let Err(error) = download(names, &archives) {
+        // A list that is older than the archive names files that are not there any more. Root can renew it.
+        eprintln!("lab: {error:#}\nlab: renewing apt's lists, and once more");
+        let renewed = Command::new("apt-get")
+            .args(["update", "--quiet"])
+            .output()
+            .context("run apt-get")?;
+        if !renewed.status.success() {
+            bail!(
+                "apt-get could not fetch the lab's packages, nor renew its lists: run apt-get update as root. It says:\n{}",
+                String::from_utf8_lossy(&renewed.stderr).trim()
+            );
+        }
+        download(names, &archives)?;
     }
     for archive in listing(&archives)? {
         let unpacked = Command::new("dpkg-deb")
@@ -113,6 +116,21 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
     remove(&archives)?;
     fs::write(&complete, wanted).with_context(|| format!("write {}", complete.display()))?;
     Ok(root)
+}
+
+fn download(names: &[String], to: &Path) -> Result<()> {
+    let fetched = Command::new("apt-get")
+        .args(["download", "--quiet", "--option", "APT::Sandbox::User=root"])
+        .args(names)
+        .current_dir(to)
+        .output()
+        .context("run apt-get")?;
+    ensure!(
+        fetched.status.success(),
+        "apt-get could not fetch the lab's packages. It says:\n{}",
+        String::from_utf8_lossy(&fetched.stderr).trim()
+    );
+    Ok(())
 }
 
 /// Keeps others from changing the cache at the same time, until the file is closed.
