@@ -43,7 +43,11 @@ enum Verb {
     /// Boot a lab's hosts and return when they are up
     Up(Up),
     /// Get what hosts are made of, so that `up` needs no network
-    Fetch,
+    Fetch {
+        /// As up has it
+        #[arg(long, value_delimiter = ',')]
+        packages: Vec<String>,
+    },
     /// Run a command in a host; one word with spaces is a line of shell
     Run(Run),
     /// Copy a file into a host
@@ -147,6 +151,9 @@ struct Up {
     /// The largest packet on the cables, in bytes
     #[arg(long, default_value_t = Spec::default().mtu, value_parser = clap::value_parser!(u16).range(1280..=9000))]
     mtu: u16,
+    /// Debian packages, with commas between: each host is then a whole Debian with them, under systemd
+    #[arg(long, value_delimiter = ',')]
+    packages: Vec<String>,
     /// How long a boot may take, in seconds
     #[arg(long, default_value_t = Spec::default().boot_within.as_secs())]
     limit: u64,
@@ -219,8 +226,8 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
     let lab = || Lab::find(name);
     match &arguments.command {
         Verb::Up(up) => bring_up(name, up)?,
-        Verb::Fetch => {
-            let image = made_image()?;
+        Verb::Fetch { packages } => {
+            let image = made_image(packages)?;
             println!(
                 "{} and {}",
                 image.kernel.display(),
@@ -294,6 +301,7 @@ fn bring_up(name: &str, up: &Up) -> Result<()> {
         cpus: up.cpus,
         mtu: up.mtu,
         boot_within: Duration::from_secs(up.limit),
+        packages: up.packages.clone(),
     };
     let started = Instant::now();
     let lab = Lab::up(&spec)?;

@@ -40,6 +40,58 @@ pub const BASE: &[&str] = &[
     "xz-utils",
 ];
 
+/// What makes a host a whole Debian, whose first process is systemd.
+const FULL: &[&str] = &[
+    "base-files",
+    "base-passwd",
+    "coreutils",
+    "dbus",
+    "findutils",
+    "grep",
+    "hostname",
+    "login",
+    "passwd",
+    "procps",
+    "sed",
+    "systemd-sysv",
+    "udev",
+    "util-linux",
+];
+
+/// The names of all packages that a whole Debian with these needs, as apt chooses them for an empty machine.
+///
+/// # Errors
+/// If apt knows one of them not.
+pub fn closure(names: &[String], cache: &Path) -> Result<Vec<String>> {
+    let empty = cache.join("empty.status");
+    fs::write(&empty, "").with_context(|| format!("make {}", empty.display()))?;
+    let chosen = Command::new("apt-get")
+        .args([
+            "install",
+            "--simulate",
+            "--no-install-recommends",
+            "--option",
+        ])
+        .arg(format!("Dir::State::status={}", empty.display()))
+        .args(FULL)
+        .args(names)
+        .output()
+        .context("run apt-get")?;
+    ensure!(
+        chosen.status.success(),
+        "apt does not know how to install {}: {}",
+        names.join(" "),
+        String::from_utf8_lossy(&chosen.stderr).trim()
+    );
+    let said = String::from_utf8_lossy(&chosen.stdout);
+    Ok(said
+        .lines()
+        .filter_map(|line| line.strip_prefix("Inst "))
+        .filter_map(|rest| rest.split(' ').next())
+        .map(str::to_owned)
+        .collect())
+}
+
 /// The package that names Debian's stock kernel.
 const KERNEL: &str = "linux-image-amd64";
 
