@@ -14,7 +14,7 @@ use doppel_tests::lab::session::{Happening, TimeUp};
 use doppel_tests::lab::supervisor::{self, Plan};
 use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
-use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, remove_remains};
+use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, made_image, remove_remains};
 
 /// The code when the time was up, as timeout(1) has it.
 const TIME_UP: u8 = 124;
@@ -42,6 +42,12 @@ struct Arguments {
 enum Verb {
     /// Boot a lab's hosts and return when they are up
     Up(Up),
+    /// Get what hosts are made of, so that `up` needs no network
+    Fetch {
+        /// As up has it
+        #[arg(long, value_delimiter = ',')]
+        packages: Vec<String>,
+    },
     /// Run a command in a host; one word with spaces is a line of shell
     Run(Run),
     /// Copy a file into a host
@@ -145,6 +151,9 @@ struct Up {
     /// The largest packet on the cables, in bytes
     #[arg(long, default_value_t = Spec::default().mtu, value_parser = clap::value_parser!(u16).range(1280..=9000))]
     mtu: u16,
+    /// Debian packages, with commas between: each host is then a whole Debian with them, under systemd
+    #[arg(long, value_delimiter = ',')]
+    packages: Vec<String>,
     /// How long a boot may take, in seconds
     #[arg(long, default_value_t = Spec::default().boot_within.as_secs())]
     limit: u64,
@@ -217,6 +226,14 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
     let lab = || Lab::find(name);
     match &arguments.command {
         Verb::Up(up) => bring_up(name, up)?,
+        Verb::Fetch { packages } => {
+            let image = made_image(packages)?;
+            println!(
+                "{} and {}",
+                image.kernel.display(),
+                image.initramfs.display()
+            );
+        }
         Verb::Run(run) => return execute(&lab()?, run),
         Verb::Put {
             host,
@@ -284,6 +301,7 @@ fn bring_up(name: &str, up: &Up) -> Result<()> {
         cpus: up.cpus,
         mtu: up.mtu,
         boot_within: Duration::from_secs(up.limit),
+        packages: up.packages.clone(),
     };
     let started = Instant::now();
     let lab = Lab::up(&spec)?;
@@ -413,8 +431,8 @@ fn status(lab: &Lab, json: bool) -> Result<()> {
         );
     }
     println!(
-        "{} frames delivered, {} cut or lost as ordered",
-        status.frames_passed, status.frames_dropped
+        "{} frames delivered, {} cut or lost as ordered, {} lost because their receiver was slow",
+        status.frames_passed, status.frames_dropped, status.frames_overflowed
     );
     Ok(())
 }

@@ -93,13 +93,17 @@ impl Port {
         self.unsent.clear();
     }
 
-    /// Sends a frame, now or later; drops it when too much waits.
-    fn send(&mut self, frame: &[u8]) {
-        if self.stream.is_none() || self.unsent.len() + frame.len() > QUEUE {
-            return;
+    /// Sends a frame, now or later; drops it when too much waits, and says so. Where nobody is plugged in nothing is lost.
+    fn send(&mut self, frame: &[u8]) -> bool {
+        if self.stream.is_none() {
+            return true;
+        }
+        if self.unsent.len() + frame.len() > QUEUE {
+            return false;
         }
         self.unsent.extend((frame.len() as u32).to_be_bytes());
         self.unsent.extend(frame);
+        true
     }
 
     fn flush(&mut self) {
@@ -180,9 +184,12 @@ impl Thread {
             }
             let now = Instant::now();
             let ports = &mut self.ports;
+            let mut overflowed = 0;
             let mut deliver = |to: Card, frame: &[u8]| {
-                if let Some(port) = ports.get_mut(&to) {
-                    port.send(frame);
+                if let Some(port) = ports.get_mut(&to)
+                    && !port.send(frame)
+                {
+                    overflowed += 1;
                 }
             };
             let mut switch = locked(&self.switch);
@@ -190,6 +197,7 @@ impl Thread {
             for (from, frame) in arrived {
                 switch.frame(from, &frame, now, &mut deliver);
             }
+            switch.overflowed += overflowed;
             drop(switch);
             for port in ports.values_mut() {
                 port.flush();

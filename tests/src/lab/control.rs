@@ -143,4 +143,6 @@ pub struct Status {
     pub frames_passed: u64,
     /// Frames that were cut or lost as ordered.
     pub frames_dropped: u64,
+    /// Frames that were lost because their receiver was slow, or frozen.
+    pub frames_overflowed: u64,
 }

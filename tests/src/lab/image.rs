@@ -27,6 +27,27 @@ pub struct Image {
 /// The first process of a host.
 const INIT: &str = include_str!("host/init");
 
+/// What makes a booted kernel a host, whatever its first process is.
+const HOST_UP: &str = include_str!("host/host-up");
+
+/// The agent as a service of systemd.
+const SERVICE: &str = include_str!("host/lab.service");
+
+/// What a whole Debian has and no host needs.
+const LEFT_OUT: &[&str] = &[
+    "boot",
+    "lib/modules",
+    "usr/lib/modules",
+    "usr/lib/udev/hwdb.d",
+    "lib/udev/hwdb.d",
+    "usr/share/bug",
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/lintian",
+    "usr/share/locale",
+    "usr/share/man",
+];
+
 /// The directories of Debian whose contents a host gets, whole.
 const WHOLE: &[&str] = &["usr/bin", "usr/sbin", "bin", "sbin", "etc"];
 
@@ -48,21 +69,35 @@ const PASSWD: &str =
     "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n";
 const GROUP: &str = "root:x:0:\nnogroup:x:65534:\n";
 
-/// Makes the image below `cache`, or finds it there: it is made anew when what it is made of has changed.
+/// Makes the image below `cache`, or finds it there: it is made anew when what it is made of has changed. With packages
+/// besides the base's the host is a whole Debian with them, unpacked (no package's scripts have run), under systemd.
 ///
 /// # Errors
 /// If a package cannot be had, or the archive not be written.
-pub fn image(cache: &Path, agent: &Path) -> Result<Image> {
+pub fn image(cache: &Path, agent: &Path, more: &[String]) -> Result<Image> {
     let _alone = packages::lock(cache)?;
     let mut names: Vec<String> = packages::BASE.iter().map(|&name| name.to_owned()).collect();
     let complete = cache.join("complete");
-    // apt is asked for the name of today's kernel only when there is none: what is there does for offline use too.
+    // apt is asked for the name of today's kernel, and for what depends on what, only when nothing is there: what is there
+    // does for offline use too.
     let had = fs::read_to_string(&complete).unwrap_or_default();
-    let kernel = match had.lines().find(|name| name.starts_with("linux-image-")) {
-        Some(name) => name.to_owned(),
+    let had: Vec<String> = had.lines().map(str::to_owned).collect();
+    let is_kernel = |name: &&String| name.starts_with("linux-image-");
+    let kernel = match had.iter().find(is_kernel) {
+        Some(name) => name.clone(),
         None => packages::kernel()?,
     };
     names.push(kernel);
+    if !more.is_empty() {
+        if names.iter().chain(more).all(|name| had.contains(name)) {
+            names = had;
+        } else {
+            names.extend(packages::closure(more, cache)?);
+            names.sort();
+            names.dedup();
+        }
+    }
+    let full = !more.is_empty();
     let root = packages::unpack(&names, cache)?;
     let kernel = listing(&root.join("boot"))?
         .into_iter()
@@ -78,7 +113,7 @@ pub fn image(cache: &Path, agent: &Path) -> Result<Image> {
     if !(initramfs.exists() && fs::read_to_string(&note).is_ok_and(|have| have == made_of)) {
         let _ = fs::remove_file(&note);
         let fresh = cache.join("initramfs.new");
-        write(&root, agent, &fresh)?;
+        write(&root, agent, full, &fresh)?;
         fs::rename(&fresh, &initramfs).context("put the archive in place")?;
         fs::write(&note, made_of).context("note what the archive is made of")?;
     }
@@ -145,7 +180,8 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 fn made_of(names: &[String], agent: &Path) -> Result<String> {
     let mut hash = DefaultHasher::new();
     names.hash(&mut hash);
-    (INIT, WHOLE, LIBRARIES, modules::LOADED, modules::AT_HAND).hash(&mut hash);
+    (INIT, HOST_UP, SERVICE, LEFT_OUT, WHOLE, LIBRARIES).hash(&mut hash);
+    (modules::LOADED, modules::AT_HAND).hash(&mut hash);
     fs::read(agent)
         .with_context(|| format!("read {}", agent.display()))?
         .hash(&mut hash);
@@ -158,7 +194,7 @@ fn made_of(names: &[String], agent: &Path) -> Result<String> {
     Ok(format!("{:016x}", hash.finish()))
 }
 
-fn write(root: &Path, agent: &Path, to: &Path) -> Result<()> {
+fn write(root: &Path, agent: &Path, full: bool, to: &Path) -> Result<()> {
     let file = File::create(to).with_context(|| format!("make {}", to.display()))?;
     let mut archive = Cpio::new(BufWriter::new(file));
     for directory in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64"] {
@@ -173,17 +209,37 @@ fn write(root: &Path, agent: &Path, to: &Path) -> Result<()> {
     archive.device("dev/console", 0o600, 5, 1)?;
     archive.device("dev/null", 0o666, 1, 3)?;
     archive.file("init", 0o755, INIT.as_bytes())?;
+    archive.file("usr/lib/lab/host-up", 0o755, HOST_UP.as_bytes())?;
     archive.link("etc/mtab", "/proc/self/mounts")?;
-    archive.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
-    archive.file("etc/group", 0o644, GROUP.as_bytes())?;
+    let accounts = if full {
+        // What the script of Debian's base-passwd copies; systemd adds what its packages ask for.
+        ["passwd.master", "group.master"]
+            .map(|name| fs::read_to_string(root.join("usr/share/base-passwd").join(name)))
+    } else {
+        [Ok(PASSWD.to_owned()), Ok(GROUP.to_owned())]
+    };
+    for (name, text) in ["etc/passwd", "etc/group"].into_iter().zip(accounts) {
+        archive.file(
+            name,
+            0o644,
+            text.context("read Debian's accounts")?.as_bytes(),
+        )?;
+    }
     archive.file("etc/hosts", 0o644, hosts().as_bytes())?;
 
     let mut programs = vec![agent.to_owned()];
     archive.file("usr/sbin/lab", 0o755, &loaded(read(agent)?))?;
-    for directory in WHOLE {
-        tree(&mut archive, root, directory, &mut programs)?;
+    if full {
+        service(&mut archive)?;
+        tree(&mut archive, root, "", &mut programs)?;
+        // All libraries are there already, but what the agent needs may be this machine's.
+        programs.truncate(1);
+    } else {
+        for directory in WHOLE {
+            tree(&mut archive, root, directory, &mut programs)?;
+        }
+        tree(&mut archive, root, PLUGINS, &mut programs)?;
     }
-    tree(&mut archive, root, PLUGINS, &mut programs)?;
     for library in LIBRARIES
         .iter()
         .map(PathBuf::from)
@@ -197,6 +253,23 @@ fn write(root: &Path, agent: &Path, to: &Path) -> Result<()> {
     busybox(&mut archive, root)?;
     kernel_modules(&mut archive, root)?;
     archive.finish().context("end the archive")?;
+    Ok(())
+}
+
+/// What systemd is told of the lab.
+fn service<W: std::io::Write>(archive: &mut Cpio<W>) -> Result<()> {
+    archive.file("etc/systemd/system/lab.service", 0o644, SERVICE.as_bytes())?;
+    archive.link(
+        "etc/systemd/system/multi-user.target.wants/lab.service",
+        "/etc/systemd/system/lab.service",
+    )?;
+    archive.link(
+        "etc/systemd/system/default.target",
+        "/usr/lib/systemd/system/multi-user.target",
+    )?;
+    // Empty: made at each boot, and nobody is asked on the console how the host is to be set up.
+    archive.file("etc/machine-id", 0o444, b"")?;
+    archive.file("etc/fstab", 0o644, b"")?;
     Ok(())
 }
 
@@ -239,15 +312,20 @@ fn tree<W: std::io::Write>(
         let name = merged(below);
         let facts =
             fs::symlink_metadata(&path).with_context(|| format!("look at {}", path.display()))?;
-        // libibverbs complains of each driver that it is told of and does not find.
-        let stranger = name.contains("libibverbs") && path.is_file() && !name.contains("rxe");
-        if archive.has(&name) || stranger {
+        // libibverbs complains of each driver that it is told of and that finds no device, or is not there.
+        let stranger = name.contains("libibverbs.d/") && path.is_file() && !name.contains("rxe");
+        let left_out = LEFT_OUT.iter().any(|each| below == Path::new(each));
+        if stranger || left_out || (archive.has(&name) && !facts.is_dir()) {
             continue;
         }
         if facts.is_symlink() {
             let target = fs::read_link(&path).context("read a link")?;
             archive.link(&name, &target.display().to_string())?;
         } else if facts.is_dir() {
+            // /bin and its like are links in a host.
+            if merged(below).contains('/') || !archive.has(&name) {
+                archive.directory(&name)?;
+            }
             tree(archive, root, &below.display().to_string(), programs)?;
         } else {
             archive.file(&name, facts.permissions().mode(), &read(&path)?)?;

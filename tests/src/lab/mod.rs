@@ -70,6 +70,8 @@ pub struct Spec {
     pub mtu: u16,
     /// How long a host may take to boot.
     pub boot_within: Duration,
+    /// Packages of Debian's: with any, a host is a whole Debian with them, under systemd.
+    pub packages: Vec<String>,
 }
 
 impl Default for Spec {
@@ -82,6 +84,7 @@ impl Default for Spec {
             mtu: 1500,
             // A boot takes 8 s on an idle machine; hosts boot together, and the machine may be busy.
             boot_within: Duration::from_secs(180),
+            packages: Vec::new(),
         }
     }
 }
@@ -149,7 +152,7 @@ impl Lab {
             spec.name
         );
         enough_memory(spec)?;
-        let image = image::image(&target()?.join("lab-cache"), &program)?;
+        let image = made_image(&spec.packages)?;
         // Logs of an earlier lab of this name would be taken for its.
         let gone = fs::remove_dir_all(&directory);
         if let Err(error) = gone
@@ -525,6 +528,23 @@ pub fn directory(name: &str) -> Result<PathBuf> {
         "{name:?} is no name of a lab: letters, digits, - and _ make one"
     );
     Ok(target()?.join("lab").join(name))
+}
+
+/// What hosts boot, made if it is not there.
+///
+/// # Errors
+/// If a package cannot be had, or the archive not be written.
+pub fn made_image(packages: &[String]) -> Result<image::Image> {
+    let mut cache = "lab-cache".to_owned();
+    for name in packages {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte);
+        ensure!(
+            !name.is_empty() && name.bytes().all(plain) && !name.starts_with('-'),
+            "{name:?} is no name of a package"
+        );
+        cache = format!("{cache}+{name}");
+    }
+    image::image(&target()?.join(cache), &program()?, packages)
 }
 
 /// The program that supervises, and that is the agent in every host.

@@ -30,6 +30,7 @@ pub const LOADED: &[&str] = &[
 
 /// What a host has besides, for whoever asks by `modprobe` or by using it.
 pub const AT_HAND: &[&str] = &[
+    "autofs4",
     "br_netfilter",
     "crc32c_generic",
     "bridge",

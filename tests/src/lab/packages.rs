@@ -40,6 +40,58 @@ pub const BASE: &[&str] = &[
     "xz-utils",
 ];
 
+/// What makes a host a whole Debian, whose first process is systemd.
+const FULL: &[&str] = &[
+    "base-files",
+    "base-passwd",
+    "coreutils",
+    "dbus",
+    "findutils",
+    "grep",
+    "hostname",
+    "login",
+    "passwd",
+    "procps",
+    "sed",
+    "systemd-sysv",
+    "udev",
+    "util-linux",
+];
+
+/// The names of all packages that a whole Debian with these needs, as apt chooses them for an empty machine.
+///
+/// # Errors
+/// If apt knows one of them not.
+pub fn closure(names: &[String], cache: &Path) -> Result<Vec<String>> {
+    let empty = cache.join("empty.status");
+    fs::write(&empty, "").with_context(|| format!("make {}", empty.display()))?;
+    let chosen = Command::new("apt-get")
+        .args([
+            "install",
+            "--simulate",
+            "--no-install-recommends",
+            "--option",
+        ])
+        .arg(format!("Dir::State::status={}", empty.display()))
+        .args(FULL)
+        .args(names)
+        .output()
+        .context("run apt-get")?;
+    ensure!(
+        chosen.status.success(),
+        "apt does not know how to install {}: {}",
+        names.join(" "),
+        String::from_utf8_lossy(&chosen.stderr).trim()
+    );
+    let said = String::from_utf8_lossy(&chosen.stdout);
+    Ok(said
+        .lines()
+        .filter_map(|line| line.strip_prefix("Inst "))
+        .filter_map(|rest| rest.split(' ').next())
+        .map(str::to_owned)
+        .collect())
+}
+
 /// The package that names Debian's stock kernel.
 const KERNEL: &str = "linux-image-amd64";
 
@@ -85,17 +137,20 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
     fs::create_dir_all(&archives).with_context(|| format!("make {}", archives.display()))?;
     fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
     eprintln!("lab: fetching {} packages by apt", names.len());
-    let fetched = Command::new("apt-get")
-        .args(["download", "--quiet", "--option", "APT::Sandbox::User=root"])
-        .args(names)
-        .current_dir(&archives)
-        .output()
-        .context("run apt-get")?;
-    if !fetched.status.success() {
-        bail!(
-            "apt-get could not fetch the lab's packages; if it knows no such package, as root: apt-get update. It says:\n{}",
-            String::from_utf8_lossy(&fetched.stderr).trim()
-        );
+    if let Err(error) = download(names, &archives) {
+        // A list that is older than the archive names files that are not there any more. Root can renew it.
+        eprintln!("lab: {error:#}\nlab: renewing apt's lists, and once more");
+        let renewed = Command::new("apt-get")
+            .args(["update", "--quiet"])
+            .output()
+            .context("run apt-get")?;
+        if !renewed.status.success() {
+            bail!(
+                "apt-get could not fetch the lab's packages, nor renew its lists: run apt-get update as root. It says:\n{}",
+                String::from_utf8_lossy(&renewed.stderr).trim()
+            );
+        }
+        download(names, &archives)?;
     }
     for archive in listing(&archives)? {
         let unpacked = Command::new("dpkg-deb")
@@ -113,6 +168,21 @@ pub fn unpack(names: &[String], cache: &Path) -> Result<PathBuf> {
     remove(&archives)?;
     fs::write(&complete, wanted).with_context(|| format!("write {}", complete.display()))?;
     Ok(root)
+}
+
+fn download(names: &[String], to: &Path) -> Result<()> {
+    let fetched = Command::new("apt-get")
+        .args(["download", "--quiet", "--option", "APT::Sandbox::User=root"])
+        .args(names)
+        .current_dir(to)
+        .output()
+        .context("run apt-get")?;
+    ensure!(
+        fetched.status.success(),
+        "apt-get could not fetch the lab's packages. It says:\n{}",
+        String::from_utf8_lossy(&fetched.stderr).trim()
+    );
+    Ok(())
 }
 
 /// Keeps others from changing the cache at the same time, until the file is closed.

@@ -27,8 +27,9 @@ const MONITOR_WITHIN: Duration = Duration::from_secs(10);
 ///   the clock goes to the emulated HPET, some 20 µs instead of 0.1.
 /// - `mitigations=off`: against attacks on real processors, which cost an emulated one about a tenth.
 /// - `no_timer_check`: on a busy machine the check whether timer interrupts come fails for no reason.
+/// - `net.ifnames=0`: cards keep their names under udev too.
 /// - `rootfstype=ramfs`: a tmpfs would be half of memory and no more.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 rootfstype=ramfs tsc=reliable mitigations=off no_timer_check nokaslr";
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 rootfstype=ramfs tsc=reliable mitigations=off no_timer_check nokaslr net.ifnames=0";
 
 /// What a host is.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

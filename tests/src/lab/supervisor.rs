@@ -345,6 +345,7 @@ impl Lab {
                 .collect(),
             frames_passed: switch.passed,
             frames_dropped: switch.dropped,
+            frames_overflowed: switch.overflowed,
         })
     }
 }

@@ -50,6 +50,8 @@ pub struct Switch {
     pub dropped: u64,
     /// What went through.
     pub passed: u64,
+    /// What came faster than its receiver took it, for the status.
+    pub overflowed: u64,
 }
 
 /// A frame that is on its way, ordered by when it arrives and then by when it was sent.

@@ -53,6 +53,7 @@ fn show(run: &Run) -> Result<Figures> {
     kvm(&one)?;
     run.say("KVM");
     rdma(&one, &two, &mut figures)?;
+    soft_roce(&one)?;
     run.say("RDMA");
     cables(&lab, &mut random)?;
     run.say("cables");
@@ -232,6 +233,45 @@ fn rdma(one: &Host<'_>, two: &Host<'_>, figures: &mut Figures) -> Result<()> {
     );
     let code = server.finish(SOON)?.code;
     ensure!(code == 0, "rping's server ended with code {code}");
+    Ok(())
+}
+
+/// `scripts/soft-roce` on a host that has the module: idempotent, over a given interface and over its own.
+fn soft_roce(host: &Host<'_>) -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/soft-roce");
+    host.put(&script, "/usr/bin/", SOON)?;
+    let call = |words: &[&str], code: i32, says: &str| -> Result<()> {
+        let ended = host.run(&[&["soft-roce"], words].concat(), SOON)?;
+        let said = [ended.stdout, ended.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        ensure!(
+            ended.code == code && said.contains(says),
+            "soft-roce {words:?} ended with code {} and said {said:?}",
+            ended.code
+        );
+        Ok(())
+    };
+    call(&["status"], 0, "rxe0")?;
+    call(&["up"], 1, "rxe0 already, over eth0")?;
+    call(&["up", "--interface", "eth9"], 1, "no interface eth9")?;
+    for _ in 0..2 {
+        call(&["up", "--device", "rxe1"], 0, "rxe1 is there")?;
+    }
+    call(&["status", "--device", "rxe1"], 0, "ACTIVE")?;
+    call(&["down", "--device", "rxe1"], 0, "rxe1 is gone")?;
+    for _ in 0..2 {
+        call(&["down"], 0, "")?;
+        call(&["status"], 3, "no device rxe0")?;
+    }
+    let left = host.sh("ip -brief link | grep -c doppel || true", SOON)?;
+    ensure!(left == "0\n", "interfaces of soft-roce are left");
+    for _ in 0..2 {
+        call(
+            &["up", "--interface", "eth0"],
+            0,
+            "rxe0 is there, over eth0",
+        )?;
+    }
     Ok(())
 }
 
