@@ -145,9 +145,7 @@ impl Ring {
         let mut times = Vec::with_capacity(block);
         for _ in 0..block {
             times.push(self.commit(count, payload)?.as_nanos() as f64 / 1e3);
-            if self.writer.events.last().0 % 64 == 0 || payload.len() > PAYLOAD {
-                drain(&mut self.reader.events)?;
-            }
+            drain(&mut self.reader.events)?;
         }
         self.settle()?;
         Ok(median(times))

@@ -28,6 +28,8 @@ fn confined() {
         "log-file" => Thread::LogFile,
         "replay" => Thread::Replay,
         "remote-arbiter" => Thread::RemoteArbiter,
+        "recruiter" => Thread::Recruiter,
+        "rdma-recruiter" => Thread::RdmaRecruiter,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -145,4 +147,44 @@ fn switched_off_it_does_nothing() {
     };
     Sandbox::prepare(&off).unwrap().confine(Thread::Io).unwrap();
     File::open("/dev/null").unwrap();
+}
+
+/// The capabilities that the calling thread has, as the kernel tells them: permitted and effective.
+fn capabilities() -> [u64; 2] {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    ["CapPrm:", "CapEff:"].map(|name| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    })
+}
+
+/// Dropping capabilities makes new credentials, and those of the thread that opened a device must stay.
+#[test]
+fn a_thread_that_uses_a_device_has_shed_what_it_drops_before() {
+    let enabled = config::Sandbox {
+        enabled: true,
+        strict: false,
+    };
+    let before = capabilities();
+    let after = std::thread::spawn(move || {
+        shed(&enabled).unwrap();
+        let first = capabilities();
+        shed(&enabled).unwrap();
+        assert_eq!(capabilities(), first);
+        first
+    });
+    let kept = u64::from(WITH_DEVICE);
+    assert_eq!(after.join().unwrap(), [before[0] & kept; 2]);
+    assert_eq!(capabilities(), before, "another thread's are its own");
+}
+
+#[test]
+fn only_the_recruiter_of_a_log_over_rdma_opens_files() {
+    assert_eq!(try_it("recruiter", "lenient", "open").code(), Some(11));
+    assert_eq!(try_it("rdma-recruiter", "lenient", "open").code(), Some(10));
+    assert_eq!(try_it("rdma-recruiter", "lenient", "exec").code(), Some(11));
+    assert_eq!(
+        try_it("rdma-recruiter", "lenient", "execute").code(),
+        Some(11)
+    );
 }

@@ -53,13 +53,14 @@ use pipe::{Pipe, Slots, memory};
 use reader::{RdmaAcks, RdmaReader};
 use writer::{RdmaProgress, RdmaWriter, Writer};
 
-/// A packet without an answer is sent again after 4.096 µs times two to the power of this: 16.8 ms.
+/// A packet without an answer is sent again after 4.096 µs times two to the power of this: 67 ms.
 ///
-/// With [`RETRIES`] a peer that is gone is given up after about a tenth of a second; what decides over a failover before that
-/// is the heartbeat. Smaller, and a host whose processors are all busy for a while is taken for dead by its own card's
-/// emulation (soft-RoCE answers from a soft interrupt, which was seen to wait 4 ms and more); larger, and a writer learns
-/// late that nothing of what it posts can commit.
-const TIMEOUT: u8 = 12;
+/// With [`RETRIES`] a peer that is gone is given up after about half a second. That is long on purpose: a queue pair that has
+/// given up is lost, so it must be more patient than the heartbeats and the control connection, which decide over a failover
+/// and may change their mind. With 12 (0.12 s) two emulated hosts on a machine with ten times more work than processors gave each
+/// other up in health: soft-RoCE answers from a soft interrupt. Larger, and a writer learns late that nothing of what it posts can
+/// commit.
+const TIMEOUT: u8 = 14;
 /// How often a packet is sent again. 7 means for ever on some devices, and would hide a dead peer.
 const RETRIES: u8 = 6;
 
