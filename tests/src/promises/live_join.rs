@@ -151,6 +151,7 @@ fn torn(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     for (guest, bytes) in GUESTS.iter().zip(whole) {
         figures.add(&format!("bytes_of_a_join_{guest}"), bytes);
     }
+    let alone = Holdings::of_a_primary_alone()?;
     let mut came_to = BTreeMap::<String, u32>::new();
     for death in 0..deaths {
         let victim = if death % 2 == 0 {
@@ -162,7 +163,7 @@ fn torn(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
         let whole = whole[death / 2 % 2];
         let after = random.below(whole);
         let outcome = match victim {
-            Victim::Receiver => receiver_dies(guest, after),
+            Victim::Receiver => receiver_dies(guest, &alone, after),
             Victim::Sender => sender_dies(guest, after),
         };
         let outcome = outcome.with_context(|| {
@@ -294,6 +295,27 @@ impl Holdings {
         })
     }
 
+    /// What a primary holds that runs alone and finds nobody who listens.
+    fn of_a_primary_alone() -> Result<Self> {
+        let place = Place::new()?;
+        // Bound, and given up: nobody listens there.
+        let nobody = std::net::TcpListener::bind(("127.0.0.1", 0)).context("find a port")?;
+        let address = nobody.local_addr().context("find a port")?;
+        drop(nobody);
+        let mut primary = place.primary("alone", GUESTS[0], address)?;
+        let mut held = Self::of(primary.pid())?;
+        // Between two calls it has one descriptor less than during one.
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(5));
+            let now = Self::of(primary.pid())?;
+            if now.descriptors < held.descriptors {
+                held = now;
+            }
+        }
+        primary.stop(PATIENCE)?;
+        Ok(held)
+    }
+
     /// Waits until the process holds what it held before.
     fn restored(&self, pid: u32) -> Result<()> {
         let until = Instant::now() + PATIENCE;
@@ -311,14 +333,13 @@ impl Holdings {
 }
 
 /// The backup that joins is killed: the primary goes on, holds nothing of it, and takes another.
-fn receiver_dies(guest: &str, after: u64) -> Result<&'static str> {
+fn receiver_dies(guest: &str, alone: &Holdings, after: u64) -> Result<&'static str> {
     let place = Place::new()?;
     let (mut backup, address) = place.backup("backup", "127.0.0.1:0", None)?;
     let relay = Relay::start(address)?;
     relay.arm(after);
     relay.kill(backup.pid());
     let mut primary = place.primary("primary", guest, relay.address())?;
-    let before = Holdings::of(primary.pid())?;
     backup.end(PATIENCE)?;
     ensure!(
         relay.has_struck(),
@@ -330,7 +351,7 @@ fn receiver_dies(guest: &str, after: u64) -> Result<&'static str> {
         "UNPROTECTED: the machine runs",
     ];
     primary.until_one_of(&words, PATIENCE)?;
-    before.restored(primary.pid())?;
+    alone.restored(primary.pid())?;
     let (mut next, _) = place.backup("next", &address.to_string(), None)?;
     primary.until("\"paired\"", PATIENCE)?;
     next.until("\"paired\"", PATIENCE)?;
