@@ -196,27 +196,21 @@ impl Place {
     }
 
     /// A backup that listens, and where.
-    fn backup(
-        &self,
-        name: &str,
-        listen: &str,
-        standby: Option<SocketAddr>,
-    ) -> Result<(Role, SocketAddr)> {
-        let standby = standby.map(|address| address.to_string());
-        let mut arguments = vec![
-            "backup",
-            "--json",
-            "--transport",
-            "tcp",
-            "--arbiter",
-            "arbiter",
-            "--listen",
-            listen,
-        ];
-        if let Some(standby) = &standby {
-            arguments.extend(["--standby", standby]);
-        }
-        let mut role = Role::start(self.path(), name, &arguments)?;
+    fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
+        let mut role = Role::start(
+            self.path(),
+            name,
+            &[
+                "backup",
+                "--json",
+                "--transport",
+                "tcp",
+                "--arbiter",
+                "arbiter",
+                "--listen",
+                listen,
+            ],
+        )?;
         role.until("\"address\"", PATIENCE)?;
         let said = role.said();
         let line = said.lines().find(|line| line.contains("\"address\""));
@@ -225,10 +219,17 @@ impl Place {
         Ok((role, address))
     }
 
-    /// A primary that starts alone and looks for a backup at `connect`.
+    /// A primary that starts alone and looks for a backup at `connect`, when it is ready.
     fn primary(&self, name: &str, guest: &str, connect: SocketAddr) -> Result<Role> {
+        let mut role = self.start_primary(name, guest, connect)?;
+        role.until("\"ready\"", PATIENCE)?;
+        Ok(role)
+    }
+
+    /// The same, which may die before it is ready.
+    fn start_primary(&self, name: &str, guest: &str, connect: SocketAddr) -> Result<Role> {
         let connect = connect.to_string();
-        let mut role = Role::start(
+        Role::start(
             self.path(),
             name,
             &[
@@ -247,16 +248,14 @@ impl Place {
                 "--memory",
                 "16",
             ],
-        )?;
-        role.until("\"ready\"", PATIENCE)?;
-        Ok(role)
+        )
     }
 }
 
 /// Bytes that a primary says to a backup until that is paired.
 fn whole_copy(guest: &str) -> Result<u64> {
     let place = Place::new()?;
-    let (mut backup, address) = place.backup("backup", "127.0.0.1:0", None)?;
+    let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
     let relay = Relay::start(address)?;
     let mut primary = place.primary("primary", guest, relay.address())?;
     primary.until("\"joined\"", PATIENCE)?;
@@ -335,7 +334,7 @@ impl Holdings {
 /// The backup that joins is killed: the primary goes on, holds nothing of it, and takes another.
 fn receiver_dies(guest: &str, alone: &Holdings, after: u64) -> Result<&'static str> {
     let place = Place::new()?;
-    let (mut backup, address) = place.backup("backup", "127.0.0.1:0", None)?;
+    let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
     let relay = Relay::start(address)?;
     relay.arm(after);
     relay.kill(backup.pid());
@@ -352,7 +351,7 @@ fn receiver_dies(guest: &str, alone: &Holdings, after: u64) -> Result<&'static s
     ];
     primary.until_one_of(&words, PATIENCE)?;
     alone.restored(primary.pid())?;
-    let (mut next, _) = place.backup("next", &address.to_string(), None)?;
+    let (mut next, _) = place.backup("next", &address.to_string())?;
     primary.until("\"paired\"", PATIENCE)?;
     next.until("\"paired\"", PATIENCE)?;
     primary.stop(PATIENCE)?;
@@ -363,31 +362,11 @@ fn receiver_dies(guest: &str, alone: &Holdings, after: u64) -> Result<&'static s
 /// The primary, which alone has the machine, is killed: the backup waits for another. If it was entitled by then it goes live.
 fn sender_dies(guest: &str, after: u64) -> Result<&'static str> {
     let place = Place::new()?;
-    let (mut backup, address) = place.backup("backup", "127.0.0.1:0", None)?;
+    let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
     let before = Holdings::of(backup.pid())?;
     let relay = Relay::start(address)?;
     relay.arm(after);
-    // It may die before it is ready: at the first byte.
-    let connect = relay.address().to_string();
-    let mut primary = Role::start(
-        place.path(),
-        "primary",
-        &[
-            "primary",
-            "--json",
-            "--transport",
-            "tcp",
-            "--arbiter",
-            "arbiter",
-            "--connect",
-            &connect,
-            "--alone",
-            "--guest",
-            guest,
-            "--memory",
-            "16",
-        ],
-    )?;
+    let mut primary = place.start_primary("primary", guest, relay.address())?;
     relay.kill(primary.pid());
     primary.end(PATIENCE)?;
     ensure!(
