@@ -6,7 +6,7 @@
 //!         ── ask: cut ────▶         the guest stops: a checkpoint of what was written last, and the log goes on into the new ring
 //! ```
 //! The copier leaves one question, has the vCPU thread told ([`Order::Attend`](crate::orders::Order::Attend)), and waits for the
-//! answer; meanwhile the guest runs.
+//! answer; meanwhile the guest runs. Questions have numbers, and answers carry them: one that was given up may still be answered.
 #![forbid(unsafe_code)]
 
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -53,35 +53,35 @@ pub struct Cut {
 /// One question at a time.
 #[derive(Debug)]
 pub struct Desk<S> {
-    ask: Mutex<Option<Ask<S>>>,
-    answers: Sender<Answer>,
+    ask: Mutex<Option<(u64, Ask<S>)>>,
+    answers: Sender<(u64, Answer)>,
 }
 
 impl<S> Desk<S> {
     /// An empty desk, and where its answers come out.
     #[must_use]
-    pub fn new() -> (Self, Receiver<Answer>) {
+    pub fn new() -> (Self, Receiver<(u64, Answer)>) {
         let (answers, out) = channel();
         let ask = Mutex::new(None);
         (Self { ask, answers }, out)
     }
 
     /// Leaves a question; one that was not taken yet is forgotten.
-    pub fn leave(&self, ask: Ask<S>) {
-        *self.ask.lock().unwrap_or_else(PoisonError::into_inner) = Some(ask);
+    pub fn leave(&self, number: u64, ask: Ask<S>) {
+        *self.ask.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, ask));
     }
 
     /// Takes the question, on the vCPU thread.
-    pub fn take(&self) -> Option<Ask<S>> {
+    pub fn take(&self) -> Option<(u64, Ask<S>)> {
         self.ask
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()
     }
 
-    /// Answers it.
-    pub fn answer(&self, answer: Answer) {
+    /// Answers the question of this number.
+    pub fn answer(&self, number: u64, answer: Answer) {
         // Whoever asked is gone only with the process.
-        let _ = self.answers.send(answer);
+        let _ = self.answers.send((number, answer));
     }
 }

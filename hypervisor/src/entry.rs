@@ -202,6 +202,11 @@ impl Encoder {
         self.base
     }
 
+    /// Counts clock values from this one, if it is later. Whoever decodes must be told by another way.
+    pub fn advance_clock(&mut self, now: GuestTime) {
+        self.base.clock = self.base.clock.max(now);
+    }
+
     /// The entry that was encoded last.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

@@ -96,7 +96,10 @@ impl Outlet {
 
     /// Releases what has committed; returns the highest entry whose outputs have all left.
     pub fn release(&self, committed: Committed) -> Seq {
-        let mut state = self.lock();
+        Self::release_from(&mut self.lock(), committed)
+    }
+
+    fn release_from(state: &mut OutletState, committed: Committed) -> Seq {
         state.note(committed);
         let OutletState {
             gate,
@@ -106,7 +109,7 @@ impl Outlet {
             full_since,
             committed,
             ..
-        } = &mut *state;
+        } = state;
         let committed = *committed;
         gate.release(committed, |output| {
             *power_off |= matches!(output, Output::PowerOff(_));
@@ -139,8 +142,10 @@ impl Outlet {
 
     /// Tries again what had committed at the last release and found the way out full.
     pub fn release_again(&self) {
-        let committed = self.lock().committed;
-        self.release(committed);
+        // Under one lock: a new log may begin, of which nothing has committed.
+        let mut state = self.lock();
+        let committed = state.committed;
+        Self::release_from(&mut state, committed);
     }
 
     /// Holds an output for later; a frame beyond [`FRAMES_WAITING`] is lost.

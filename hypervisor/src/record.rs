@@ -106,7 +106,7 @@ pub struct Recorder<S> {
     /// Where the thread asks that copies this machine.
     desk: Option<Arc<Desk<S>>>,
     /// The log that is to begin at the next place.
-    cut: Option<Box<S>>,
+    cut: Option<(u64, Box<S>)>,
 }
 
 /// Everything a recorder is made of.

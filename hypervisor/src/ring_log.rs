@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -107,16 +107,24 @@ pub struct Window {
     noted: VecDeque<(Seq, Instant)>,
     /// What the backup has replayed, for whoever listens for signs of life.
     replayed: Arc<AtomicU64>,
+    /// A backup that joins does not replay before its copy is whole: until then nobody waits for it.
+    in_step: Arc<AtomicBool>,
 }
 
 /// Notes in one window. More of them find the end of a delay sooner, by a sixteenth of the window.
 const NOTES: u32 = 16;
 
 impl Window {
-    /// A window of this length; `replayed` is kept current.
+    /// A window of this length; `replayed` is kept current. It counts once `in_step` is set.
     #[must_use]
-    pub fn new(length: Duration, progress: Progress, replayed: Arc<AtomicU64>) -> Self {
+    pub fn new(
+        length: Duration,
+        progress: Progress,
+        replayed: Arc<AtomicU64>,
+        in_step: Arc<AtomicBool>,
+    ) -> Self {
         Self {
+            in_step,
             length,
             progress,
             noted: VecDeque::with_capacity(2 * NOTES as usize),
@@ -133,6 +141,9 @@ impl Window {
     }
 
     fn is_behind(&mut self) -> bool {
+        if !self.in_step.load(Ordering::Relaxed) {
+            return false;
+        }
         while let Some(&(seq, at)) = self.noted.front() {
             if at.elapsed() < self.length {
                 return false;

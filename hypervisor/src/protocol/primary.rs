@@ -307,6 +307,15 @@ impl Primary {
                 actions.push(Action::Say(Notice::JoinFailed(evidence)));
                 return;
             }
+            // The arbiter has not heard of it.
+            Phase::Entitling if self.errand.as_ref().is_some_and(Errand::can_be_dropped) => {
+                self.errand = None;
+                self.backup = None;
+                self.phase = Phase::Unprotected;
+                actions.push(Action::RunUnprotected(self.own));
+                actions.push(Action::Say(Notice::JoinFailed(evidence)));
+                return;
+            }
             // It may be entitled by now: nothing leaves that it has not got.
             Phase::Entitling if self.lost.is_none() => {
                 self.lost = Some(evidence);
@@ -402,7 +411,14 @@ impl Primary {
     fn found(&mut self, now: Moment, found: Record, actions: &mut Vec<Action>) {
         if self.phase == Phase::Entitling {
             actions.push(Action::Freeze);
-            self.backup = None;
+            // An answer may have been lost: then the record was ours, and this is a claim on it.
+            let entitled = self
+                .backup
+                .take()
+                .map(|peer| self.own.entitling(peer.pair.peer));
+            if let Some(entitled) = entitled.filter(|record| found.is_unfinished_claim_on(record)) {
+                self.own = entitled;
+            }
         }
         if found == self.own {
             // It has been replaced, or we would not be here: the arbiter's view is out of date. Look again.

@@ -17,21 +17,24 @@ impl<S: Sink> Recorder<S> {
         let Some(desk) = self.desk.clone() else {
             return;
         };
-        let answer = match desk.take() {
-            None => return,
-            Some(Ask::Watch) => self.machine.track_for_copy().map(|()| Answer::Watching),
-            Some(Ask::Changed) => self.machine.take_uncopied().map(Answer::Changed),
-            Some(Ask::Cut(sink)) => {
-                self.cut = Some(sink);
+        let Some((number, ask)) = desk.take() else {
+            return;
+        };
+        let answer = match ask {
+            Ask::Watch => self.machine.track_for_copy().map(|()| Answer::Watching),
+            Ask::Changed => self.machine.take_uncopied().map(Answer::Changed),
+            Ask::Cut(sink) => {
+                self.cut = Some((number, sink));
                 return;
             }
-            Some(Ask::Forget) => {
+            Ask::Forget => {
                 self.cut = None;
                 self.machine.end_copy();
                 return;
             }
         };
-        desk.answer(answer.unwrap_or_else(|error| Answer::Failed(error.to_string())));
+        let answer = answer.unwrap_or_else(|error| Answer::Failed(error.to_string()));
+        desk.answer(number, answer);
     }
 
     /// Whether a cut waits for a place; a halted guest is then given the time, so that there is one.
@@ -48,7 +51,7 @@ impl<S: Sink> Recorder<S> {
         if !ready {
             return Ok(());
         }
-        let (Some(sink), Some(desk)) = (self.cut.take(), self.desk.clone()) else {
+        let (Some((number, sink)), Some(desk)) = (self.cut.take(), self.desk.clone()) else {
             return Ok(());
         };
         let started = Instant::now();
@@ -56,13 +59,14 @@ impl<S: Sink> Recorder<S> {
             Ok(checkpoint) => {
                 self.begin_log(*sink)?;
                 let stopped = started.elapsed();
-                desk.answer(Answer::Cut(Cut {
+                let cut = Cut {
                     checkpoint,
                     stopped,
-                }));
+                };
+                desk.answer(number, Answer::Cut(cut));
             }
             // The guest is as it was, and goes on as before.
-            Err(error) => desk.answer(Answer::Failed(error.to_string())),
+            Err(error) => desk.answer(number, Answer::Failed(error.to_string())),
         }
         Ok(())
     }
@@ -73,6 +77,8 @@ impl<S: Sink> Recorder<S> {
             // They came out of it, and nobody else adds to it during a cut.
             let _ = self.stage.push(Seq::ZERO, frame);
         }
+        // The heir counts time from here: a guest may not have asked for it for long.
+        self.encoder.advance_clock(self.clock.now());
         let pages = Pages::Only(self.machine.take_uncopied()?);
         self.machine.save(&pages, self.encoder.base(), staged)
     }
@@ -81,6 +87,8 @@ impl<S: Sink> Recorder<S> {
     fn begin_log(&mut self, sink: S) -> Result<(), RecordError> {
         self.machine.end_copy();
         self.outlet.begin_log();
+        // Before the first entry, which may meet the new log's own fence.
+        self.orders.forget_fence();
         self.applied = Seq::ZERO;
         self.sink = sink;
         self.next_memory_check = self

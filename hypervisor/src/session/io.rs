@@ -59,7 +59,7 @@ pub(super) struct Io {
     exits_wanted: bool,
     /// How often heartbeats are due, if an urgent thread is to repeat those that this one is late with.
     repeat_beats: Option<Duration>,
-    signals: UnixStream,
+    pub(super) signals: UnixStream,
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
     guest_watch: Option<(preempt::Watch, Instant)>,
@@ -85,13 +85,6 @@ pub(super) struct Common {
 }
 
 impl Common {
-    /// Whether SIGTERM or SIGINT came.
-    pub(super) fn is_told_to_stop(&self) -> bool {
-        let mut waiter = Waiter::new();
-        let signals = waiter.add(&self.signals, true, false);
-        waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read
-    }
-
     /// The same once more, for a role that may have to start over.
     pub(super) fn again(&self, json: bool) -> Result<Self, SessionError> {
         let signals = self.signals.try_clone();
@@ -183,16 +176,23 @@ impl Io {
         })
     }
 
-    /// Waits for a word on a control connection, at most `longest`.
+    /// Whether SIGTERM or SIGINT came.
+    pub(super) fn is_told_to_stop(&self) -> bool {
+        let mut waiter = Waiter::new();
+        let signals = waiter.add(&self.signals, true, false);
+        waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read
+    }
+
+    /// Waits for a word on a control connection, if there is one to listen to, at most `longest`.
     pub(super) fn await_word(
         &self,
-        control: &Channel,
+        control: Option<&Channel>,
         longest: Duration,
     ) -> Result<Word, SessionError> {
         let mut waiter = Waiter::new();
         let wake = waiter.add(&*self.wake, true, false);
         let signals = waiter.add(&self.signals, true, false);
-        let control = waiter.add(control, true, false);
+        let control = control.map(|control| waiter.add(control, true, false));
         waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -201,7 +201,7 @@ impl Io {
         }
         Ok(if waiter.ready(signals).read {
             Word::Signal
-        } else if waiter.ready(control).read {
+        } else if control.is_some_and(|control| waiter.ready(control).read) {
             Word::Some
         } else {
             Word::None
@@ -210,7 +210,6 @@ impl Io {
 
     /// The guest logs to a new ring from here on: what is read goes there, too.
     pub(super) fn join_log(&mut self, taken: Taken) {
-        self.orders.forget_fence();
         self.exits_wanted = false;
         self.stager.attach(taken.lane);
         self.watch = taken.watch;

@@ -350,15 +350,16 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
     pair.transport == Transport::Shm || pair.connect.is_some() || !pair.standbys.is_empty()
 }
 
-/// Calls every place at which a new backup may listen; the first that answers.
-pub(super) fn call_any(pair: &Pair) -> Option<Channel> {
+/// Calls every place at which a new backup may listen, beginning with the one of this number; the first that answers.
+pub(super) fn call_any(pair: &Pair, first: usize) -> Option<Channel> {
     match pair.transport {
         Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix).ok(),
-        Transport::Tcp | Transport::Rdma => pair
-            .connect
-            .iter()
-            .chain(&pair.standbys)
-            .find_map(|&address| dial(address, CALL_WITHIN).ok()),
+        Transport::Tcp | Transport::Rdma => {
+            let places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
+            let first = first % places.len().max(1);
+            let mut turn = places[first..].iter().chain(&places[..first]);
+            turn.find_map(|&&address| dial(address, CALL_WITHIN).ok())
+        }
     }
 }
 

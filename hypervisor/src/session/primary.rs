@@ -91,8 +91,13 @@ pub fn run(
     let timing = protocol_timing(config);
     let (sink, protocol) = match met {
         Some(met) => {
-            let (sink, taken) =
-                log_to(config, super::ring_epoch(record.epoch), met.ring, met.watch);
+            let (sink, taken) = log_to(
+                config,
+                super::ring_epoch(record.epoch),
+                met.ring,
+                met.watch,
+                true,
+            );
             io.join_log(taken);
             io.listen_to(Some(met.beats));
             io.control = Some(met.control);

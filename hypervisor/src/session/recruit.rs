@@ -9,8 +9,8 @@
 //! thread must do it tells as news.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::AtomicU64;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,6 +46,9 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 /// How long the vCPU thread may take to say what the guest has written; a machine that is frozen does not say it at all.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
+/// What is said of an answer that does not fit its question.
+const AT_RANDOM: &str = "the vCPU thread answers at random";
+
 /// So few pages are left that stopping for them costs less than a tenth of a millisecond: a microsecond a page.
 const FEW_PAGES: usize = 64;
 
@@ -55,14 +58,19 @@ const ROUNDS_IN_VAIN: u32 = 4;
 
 /// What the thread tells the I/O thread.
 pub(super) enum News {
-    /// Pages are nearly all there: leave the port alone, and have the vCPU thread cut.
-    Cut(Box<RingSink>),
+    /// Pages are nearly all there: leave the port alone, and have the vCPU thread cut, by a question of this number.
+    Cut(u64, Box<RingSink>),
     /// The guest logs to the new ring: frames go there, too.
     Taken(Box<Taken>),
     /// The copy is whole: the backup can be entitled.
     Ready(Box<Recruit>),
     /// It came to nothing, before the cut or after; the thread goes on looking.
-    Failed(SessionError),
+    Failed {
+        /// Why.
+        why: SessionError,
+        /// Whether people should hear of it: a backup that fails each time fills no log.
+        say: bool,
+    },
 }
 
 /// The I/O thread's part of a new ring.
@@ -71,6 +79,8 @@ pub(super) struct Taken {
     pub(super) watch: Option<Watch>,
     /// How far the backup has come.
     pub(super) replayed: Arc<AtomicU64>,
+    /// Set once the backup replays: from then on the guest waits for one that is behind.
+    pub(super) in_step: Arc<AtomicBool>,
 }
 
 /// A backup that follows.
@@ -108,7 +118,9 @@ struct Work {
     introduction: Introduction,
     ram: Arc<GuestRam>,
     desk: Arc<Desk<RingSink>>,
-    answers: Mutex<Receiver<Answer>>,
+    answers: Mutex<Receiver<(u64, Answer)>>,
+    /// Questions so far.
+    asked: AtomicU64,
     orders: Arc<Orders>,
     stage: Arc<Stage>,
     news: Sender<News>,
@@ -121,10 +133,17 @@ pub(super) fn log_to(
     epoch: rdma_log::Epoch,
     ring: RingWriter,
     watch: Option<Watch>,
+    in_step: bool,
 ) -> (RingSink, Taken) {
     let committed = Arc::new(AtomicU64::new(0));
     let replayed = Arc::new(AtomicU64::new(0));
-    let window = Window::new(config.timing.lag(), ring.progress, Arc::clone(&replayed));
+    let in_step = Arc::new(AtomicBool::new(in_step));
+    let window = Window::new(
+        config.timing.lag(),
+        ring.progress,
+        Arc::clone(&replayed),
+        Arc::clone(&in_step),
+    );
     let mut sink = RingSink::new(ring.events, epoch, Arc::clone(&committed)).with_window(window);
     if let Some(watch) = &watch {
         sink = sink.with_watch(watch.clone());
@@ -135,6 +154,7 @@ pub(super) fn log_to(
         lane: (ring.inputs, epoch, told),
         watch,
         replayed,
+        in_step,
     };
     (sink, taken)
 }
@@ -161,6 +181,7 @@ impl Recruiter {
             ram,
             desk: Arc::clone(&desk),
             answers: Mutex::new(answers),
+            asked: AtomicU64::new(0),
             orders: Arc::clone(&io.orders),
             stage: Arc::clone(&io.stage),
             news,
@@ -196,9 +217,8 @@ impl Recruiter {
 
     /// Looks for a backup from now on, until one is ready.
     pub(super) fn look(&self, epoch: rdma_log::Epoch) {
-        self.looks
-            .send(epoch)
-            .expect("the recruiter's thread lives as long as its handle");
+        // A thread that is gone finds no backup; the machine serves on.
+        let _ = self.looks.send(epoch);
     }
 
     /// Something that it tells.
@@ -210,8 +230,10 @@ impl Recruiter {
 impl Work {
     /// Looks until a backup is ready.
     fn look(&self, epoch: rdma_log::Epoch) {
+        let mut failures: usize = 0;
         loop {
-            match meet::call_any(&self.config.pair) {
+            // Behind the place that failed: it may fail for ever.
+            match meet::call_any(&self.config.pair, failures) {
                 None => thread::sleep(LOOK_AGAIN),
                 Some(stream) => match self.copy_to(stream, epoch) {
                     Ok(recruit) => {
@@ -219,9 +241,13 @@ impl Work {
                         return;
                     }
                     Err(error) => {
-                        self.desk.leave(Ask::Forget);
+                        self.desk.leave(self.next_number(), Ask::Forget);
                         self.have_it_taken();
-                        self.tell(News::Failed(error));
+                        failures += 1;
+                        self.tell(News::Failed {
+                            why: error,
+                            say: failures.is_power_of_two(),
+                        });
                         thread::sleep(TRY_AGAIN);
                     }
                 },
@@ -242,18 +268,33 @@ impl Work {
 
     /// Asks the vCPU thread.
     fn ask(&self, ask: Ask<RingSink>) -> Result<Answer, SessionError> {
-        let answers = self.answers.lock().expect("one thread uses it");
-        // Of a question that was given up.
-        while answers.try_recv().is_ok() {}
-        self.desk.leave(ask);
+        let number = self.next_number();
+        self.desk.leave(number, ask);
         self.have_it_taken();
-        match answers.recv_timeout(ANSWER_WITHIN) {
-            Ok(Answer::Failed(why)) => Err(SessionError::NoCopy(why)),
-            Ok(answer) => Ok(answer),
-            Err(_) => Err(SessionError::NoCopy(
+        let until = Instant::now() + ANSWER_WITHIN;
+        match self.answer_to(number, || until.checked_duration_since(Instant::now())) {
+            Some(Answer::Failed(why)) => Err(SessionError::NoCopy(why)),
+            Some(answer) => Ok(answer),
+            None => Err(SessionError::NoCopy(
                 "the guest did not say what it has written".into(),
             )),
         }
+    }
+
+    fn next_number(&self) -> u64 {
+        self.asked.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The answer to this question; those to questions that were given up are dropped. None if there is no patience left.
+    fn answer_to(&self, number: u64, patience: impl Fn() -> Option<Duration>) -> Option<Answer> {
+        let answers = self.answers.lock().expect("one thread uses it");
+        while let Some(longest) = patience() {
+            match answers.recv_timeout(longest) {
+                Ok((of, answer)) if of == number => return Some(answer),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        None
     }
 
     /// Meets the backup and makes it one: everything but the arbiter's word.
@@ -262,7 +303,7 @@ impl Work {
         let started = Instant::now();
         let mut copier = Copier::new(&met.control, Arc::clone(&self.ram));
         let rounds = self.rounds(&mut copier)?;
-        let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch);
+        let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch, false);
         let cut = self.cut(sink)?;
         self.tell(News::Taken(Box::new(taken)));
         copier.checkpoint(&cut.checkpoint).map_err(connection)?;
@@ -283,14 +324,14 @@ impl Work {
 
     /// Sends what there is and what is written meanwhile, until little is left.
     fn rounds(&self, copier: &mut Copier<&Channel>) -> Result<u32, SessionError> {
-        self.ask(Ask::Watch)?;
+        let Answer::Watching = self.ask(Ask::Watch)? else {
+            return Err(SessionError::NoCopy(AT_RANDOM.into()));
+        };
         copier.everything().map_err(connection)?;
         let (mut least, mut in_vain, mut rounds) = (usize::MAX, 0, 1);
         loop {
             let Answer::Changed(pages) = self.ask(Ask::Changed)? else {
-                return Err(SessionError::NoCopy(
-                    "the vCPU thread answers at random".into(),
-                ));
+                return Err(SessionError::NoCopy(AT_RANDOM.into()));
             };
             copier.pages(&pages).map_err(connection)?;
             rounds += 1;
@@ -307,17 +348,12 @@ impl Work {
 
     /// Has the guest cut. Once that was asked there is no way back: the answer is awaited however long it takes.
     fn cut(&self, sink: RingSink) -> Result<Cut, SessionError> {
-        let answers = self.answers.lock().expect("one thread uses it");
-        self.tell(News::Cut(Box::new(sink)));
-        loop {
-            match answers.recv_timeout(ANSWER_WITHIN) {
-                Ok(Answer::Cut(cut)) => return Ok(cut),
-                Ok(Answer::Failed(why)) => return Err(SessionError::NoCopy(why)),
-                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(SessionError::NoCopy("the vCPU thread is gone".into()));
-                }
-            }
+        let number = self.next_number();
+        self.tell(News::Cut(number, Box::new(sink)));
+        match self.answer_to(number, || Some(ANSWER_WITHIN)) {
+            Some(Answer::Cut(cut)) => Ok(cut),
+            Some(Answer::Failed(why)) => Err(SessionError::NoCopy(why)),
+            _ => Err(SessionError::NoCopy(AT_RANDOM.into())),
         }
     }
 }

@@ -1,7 +1,10 @@
 //! The I/O thread's loop of a process that serves the machine: a primary, or a backup after its go-live.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use super::SessionError;
 use super::clerk::Clerk;
@@ -15,6 +18,10 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
 use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
 use crate::record::{Ended, RecordError};
+
+/// How long a backup that joins may take from the cut until it follows: to take in the last pages, and to put them in place. Until
+/// then nobody judges it, outputs wait for it to receive, and if it does not, the guest's clients wait so long.
+const READY_WITHIN: Duration = Duration::from_secs(5);
 
 /// The thread that runs the guest.
 pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
@@ -69,6 +76,8 @@ pub(super) fn serve(
         vcpu: Some(vcpu),
         guest: None,
         fence_told: false,
+        joining_since: None,
+        in_step: None,
     }
     .serve()
 }
@@ -82,6 +91,10 @@ struct Serving {
     fence_told: bool,
     /// The recruiter is at work.
     looking: bool,
+    /// When the guest began to log to the backup that joins.
+    joining_since: Option<Instant>,
+    /// Told that this backup replays.
+    in_step: Option<Arc<AtomicBool>>,
 }
 
 impl Serving {
@@ -115,7 +128,18 @@ impl Serving {
                 handle(Event::Arbiter(answer));
             }
             while let Some(news) = self.staff.recruiter.as_ref().and_then(Recruiter::news) {
+                // What the news before it led to comes first: it may end the log that this one would replace.
+                if let Some(served) = self.perform(&mut actions) {
+                    return Ok(served);
+                }
                 self.hear(news, now, &mut actions);
+            }
+            if self
+                .joining_since
+                .is_some_and(|since| since.elapsed() > READY_WITHIN)
+                && self.protocol.phase() == Phase::Joining
+            {
+                self.protocol.handle(now, Event::PeerDied, &mut actions);
             }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             if self.vcpu.as_ref().is_some_and(JoinHandle::is_finished) {
@@ -127,34 +151,41 @@ impl Serving {
             }
             handle(Event::Tick(self.io.orders.progress()));
             self.io.reporter.watched(|| self.protocol.take_watched());
-            for action in actions.drain(..) {
-                if let Some(served) = self.act(action) {
-                    return Ok(served);
-                }
+            if let Some(served) = self.perform(&mut actions) {
+                return Ok(served);
             }
         }
     }
 
+    /// Does what the protocol wants. Some: the process ends by it.
+    fn perform(&mut self, actions: &mut Vec<Action>) -> Option<Served> {
+        actions.drain(..).find_map(|action| self.act(action))
+    }
+
     fn hear(&mut self, news: News, now: Moment, actions: &mut Vec<Action>) {
         match news {
-            News::Cut(sink) => {
+            News::Cut(number, sink) => {
                 self.io.stager.pause();
                 if let Some(recruiter) = &self.staff.recruiter {
-                    recruiter.desk.leave(Ask::Cut(sink));
+                    recruiter.desk.leave(number, Ask::Cut(sink));
                 }
                 self.io.order(Order::Attend);
             }
             News::Taken(taken) => {
                 self.fence_told = false;
+                self.joining_since = Some(Instant::now());
+                self.in_step = Some(Arc::clone(&taken.in_step));
                 self.io.join_log(*taken);
                 self.protocol.handle(now, Event::Joining, actions);
             }
             News::Ready(recruit) => self.welcome(*recruit, now, actions),
-            News::Failed(error) => {
-                self.io.reporter.say(&Said::Notice {
-                    text: format!("a backup that wanted to join is not taken: {error}"),
-                    loud: true,
-                });
+            News::Failed { why, say } => {
+                if say {
+                    self.io.reporter.say(&Said::Notice {
+                        text: format!("a backup that wanted to join is not taken: {why}"),
+                        loud: true,
+                    });
+                }
                 match self.protocol.phase() {
                     Phase::Joining => self.protocol.handle(now, Event::PeerDied, actions),
                     // The cut did not come about.
@@ -185,7 +216,12 @@ impl Serving {
             me: self.staff.me,
             peer: recruit.identity,
         };
+        if let Some(in_step) = &self.in_step {
+            in_step.store(true, Ordering::Relaxed);
+        }
         self.io.listen_to(Some(recruit.beats));
+        // What is said over it is short; nobody waits for a peer that does not read.
+        let _ = recruit.control.set_nonblocking(true);
         self.io.control = Some(recruit.control);
         self.protocol.handle(now, Event::Joined(pair), actions);
     }
@@ -197,7 +233,6 @@ impl Serving {
         }
     }
 
-    /// Does what the protocol wants. Some: the process ends by it.
     fn act(&mut self, action: Action) -> Option<Served> {
         let io = &mut self.io;
         match action {
@@ -223,7 +258,6 @@ impl Serving {
                 if let Some(control) = &io.control {
                     // A backup that does not hear it asks the arbiter; one that is gone shows as that.
                     let _ = handshake::agree(control, &record);
-                    let _ = control.set_nonblocking(true);
                 }
                 io.reporter.say(&Said::Paired {
                     epoch: record.epoch.0,

@@ -29,9 +29,11 @@ fn show(run: &Run) -> Result<Figures> {
         ensure!(output.status.success(), "{}: {said}", output.status);
         let report: Report =
             serde_json::from_slice(&output.stdout).context("read the demo's JSON")?;
+        // Some hosts let everybody make a TAP in a namespace of their own; then that is what the demo takes.
+        let expected = if tap_is_for_root()? { "link" } else { "tap" };
         ensure!(
-            report.network == "link",
-            "the network was {}, though no TAP is allowed",
+            report.network == expected,
+            "the network was {}, where a user can have a {expected}",
             report.network
         );
         let failures = report.failures();
@@ -52,6 +54,16 @@ fn show(run: &Run) -> Result<Figures> {
     figures.add("runs", times);
     figures.add("failover_ms_worst", failovers.last().copied());
     Ok(figures)
+}
+
+/// Whether `/dev/net/tun` cannot be opened by everybody, or is not there.
+fn tap_is_for_root() -> Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    match std::fs::metadata("/dev/net/tun") {
+        Ok(found) => Ok(found.mode() & 0o006 != 0o006),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error).context("look at /dev/net/tun"),
+    }
 }
 
 #[cfg(test)]

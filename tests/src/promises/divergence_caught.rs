@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hypervisor::demo::client::{self, Config};
 use hypervisor::demo::pair::Side;
 use hypervisor::session::report::Event;
@@ -24,7 +24,14 @@ pub const PROMISE: Promise = Promise {
 };
 
 /// Memory is compared every 100 ms; a bit that no register meets is found then.
-const FOUND_WITHIN: Duration = Duration::from_secs(3);
+const FOUND_WITHIN: Duration = Duration::from_millis(1500);
+
+/// What follows from it: the backup ends, the primary says so.
+const DONE_WITHIN: Duration = Duration::from_secs(3);
+
+/// Bits that the guest may mend by itself before one is taken that it does not: return addresses and the like are written again and
+/// again with the same value.
+const MENDED_AT_MOST: u32 = 20;
 
 /// Where the guest's own program has its stack. Memory is compared by what was written since the last time, so a bit is found
 /// once its page is written or its value used; the stack is always in use.
@@ -95,25 +102,28 @@ fn one(seed: u64, spoil: Spoil) -> Result<String> {
         random.between(Duration::from_millis(100), Duration::from_millis(400)),
     );
 
-    flip(&guest_memory(&pair.backup)?, spoil, &mut random)?;
+    let memory = guest_memory(&pair.backup)?;
     let mut said = Vec::new();
-    let diverged = pair
-        .backup
-        .wait_for(
-            FOUND_WITHIN,
-            |event| matches!(event, Event::Diverged { .. }),
-            |event| said.push(event),
-        )
-        .with_context(|| {
-            format!(
-                "the spoilt memory was not found; the backup said {} things",
-                said.len()
-            )
-        })?;
+    let mut mended = 0;
+    let diverged = loop {
+        let spoilt = flip(&memory, spoil, &mut random)?;
+        let is_divergence = |event: &Event| matches!(event, Event::Diverged { .. });
+        let found = pair
+            .backup
+            .wait_for(FOUND_WITHIN, is_divergence, |event| said.push(event));
+        match found {
+            Some(diverged) => break diverged,
+            // The guest has written over it before it was used or compared: both sides are equal again.
+            None if is_mended(&memory, &spoilt)? && mended < MENDED_AT_MOST => mended += 1,
+            None => bail!(
+                "the spoilt memory was not found ({mended} before were mended); the backup said {said:?}"
+            ),
+        }
+    };
     let Event::Diverged { what } = diverged else {
         unreachable!("that is what was waited for");
     };
-    let status = pair.backup.wait(FOUND_WITHIN);
+    let status = pair.backup.wait(DONE_WITHIN);
     ensure!(
         status.code() == Some(3),
         "the backup ended with {status}: {}",
@@ -127,7 +137,7 @@ fn one(seed: u64, spoil: Spoil) -> Result<String> {
     let unprotected = |event: &Event| matches!(event, Event::Notice { text, loud: true } if text.contains("UNPROTECTED"));
     ensure!(
         pair.primary
-            .wait_for(FOUND_WITHIN, unprotected, drop)
+            .wait_for(DONE_WITHIN, unprotected, drop)
             .is_some(),
         "the primary does not say that it runs unprotected"
     );
@@ -171,7 +181,9 @@ fn guest_memory(side: &Side) -> Result<File> {
 
 /// Flips bits of words that are in use: not zero. A single one is taken from a page that is being written, so that memory is
 /// compared there again, and from a word that is not, so that the guest does not mend it.
-fn flip(memory: &File, spoil: Spoil, random: &mut Random) -> Result<()> {
+///
+/// What was written, and where.
+fn flip(memory: &File, spoil: Spoil, random: &mut Random) -> Result<Vec<(u64, u8)>> {
     let before = stack(memory)?;
     std::thread::park_timeout(Duration::from_millis(100));
     let now = stack(memory)?;
@@ -190,13 +202,29 @@ fn flip(memory: &File, spoil: Spoil, random: &mut Random) -> Result<()> {
         Spoil::OneBit => vec![chosen[random.below(chosen.len() as u64) as usize]],
         Spoil::EveryWord => chosen,
     };
+    let mut spoilt = Vec::with_capacity(chosen.len());
     for word in chosen {
-        let byte = [now[word] ^ 1 << random.below(8)];
+        let (at, byte) = (STACK.start + word as u64, now[word] ^ 1 << random.below(8));
         memory
-            .write_all_at(&byte, STACK.start + word as u64)
+            .write_all_at(&[byte], at)
             .context("write the backup's guest memory")?;
+        spoilt.push((at, byte));
     }
-    Ok(())
+    Ok(spoilt)
+}
+
+/// Whether nothing of what was spoilt is there any more.
+fn is_mended(memory: &File, spoilt: &[(u64, u8)]) -> Result<bool> {
+    let mut byte = [0];
+    for (at, bad) in spoilt {
+        memory
+            .read_exact_at(&mut byte, *at)
+            .context("read the backup's guest memory")?;
+        if byte[0] == *bad {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn stack(memory: &File) -> Result<Vec<u8>> {

@@ -757,3 +757,35 @@ fn a_machine_that_ends_while_a_backup_joins_ends() {
         ]
     ));
 }
+
+#[test]
+fn a_claim_on_a_record_whose_swap_was_not_answered_freezes_and_does_not_kill() {
+    let (mut p, _, to) = entitling();
+    assert_eq!(p.answer(4, failed(true)), []);
+    let claim = to.claimed_by(C).unwrap();
+    p.tick(40);
+    assert_eq!(
+        p.answer(41, Answer::Lost(Some(claim))),
+        [primary::Action::Freeze]
+    );
+    assert_eq!(p.machine.phase(), P_::Frozen);
+    p.tick(80);
+    // The claim comes to nothing: this side still has all that the world has seen.
+    let gone = claim.abandoned();
+    assert_eq!(
+        p.answer(81, Answer::Read(Some(gone))),
+        [primary::Action::Ask(swap(gone, gone.reclaimed_by(A)))]
+    );
+}
+
+#[test]
+fn a_backup_that_is_lost_while_the_arbiter_is_out_of_reach_costs_nothing() {
+    let (mut p, own, _) = entitling();
+    assert_eq!(p.answer(4, failed(false)), []);
+    assert_eq!(
+        p.on(5, primary::Event::PeerDied),
+        [primary::Action::RunUnprotected(own)]
+    );
+    assert_eq!(p.machine.phase(), P_::Unprotected);
+    assert_eq!(p.tick(60), [], "it is not asked again");
+}

@@ -4,14 +4,14 @@
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Following;
 use super::follower::{Follower, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
-use crate::checkpoint::clone;
+use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
 use crate::handshake::{self, Channel, HandshakeError};
@@ -35,6 +35,13 @@ use crate::session::{SessionError, protocol_timing};
 /// How often a backup that is ready asks the arbiter whether it is entitled, in case its primary cannot tell it any more.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
+/// How long its primary may take to say so itself, while it lives: an arbiter's answer, many times over. A backup that knew before its
+/// primary would miss its heartbeats.
+const WORD_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long after its primary's end a swap that was under way may still land.
+const LATE_SWAP: Duration = Duration::from_secs(2);
+
 /// What it takes to meet a primary.
 pub(super) struct Meeting<'a> {
     pub(super) config: &'a Config,
@@ -52,10 +59,11 @@ impl Meeting<'_> {
         let config = self.config;
         let control = self.listener.accept(&common)?;
         let heard = handshake::listen_to(&control, &self.cpu, &config.name);
-        let (hello, spec, mut machine) = heard
+        let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
+                let peer = handshake::identity_of(&hello)?;
                 let machine = self.build(&spec)?;
-                Ok((hello, spec, machine))
+                Ok((hello, peer, spec, machine))
             })
             .inspect_err(|error| handshake::refuse(&control, error))?;
         let socket = Beats::bind(config.pair.heartbeat)?;
@@ -69,29 +77,22 @@ impl Meeting<'_> {
             None => Io::port(config, self.inherited)?,
         };
         let (ring, link) = self.listener.accept_ring(&common, &control, config)?;
-        let mut copied = None;
-        if hello.running {
-            let reader = Attentive::new(&control, &common);
-            match clone::receive(reader, &mut machine) {
-                Ok((restored, _)) => copied = Some(restored),
-                Err(_) if common.is_told_to_stop() => return Err(SessionError::Interrupted),
-                Err(error) => return Err(HandshakeError::Copy(error).into()),
-            }
-        }
 
+        // Everything that takes its time is done before the copy: at its end a guest's clients wait for this side.
         let introduction = Introduction::new(config, self.me, &machine, &spec, port.as_ref())?;
         let mut io = Io::new(common, config, self.json, port, Gate::new_shut())?;
-        io.listen_to(Some(Beats::connect(
-            socket,
-            hello.heartbeat,
-            handshake::key_of(&hello),
-        )?));
+        let beats = Beats::connect(socket, hello.heartbeat, handshake::key_of(&hello));
+        io.listen_to(Some(beats.map_err(|error| HandshakeError::Malformed {
+            expected: "hello",
+            why: error.to_string(),
+        })?));
         io.link = link;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
         let mut base = None;
-        if let Some(restored) = copied {
+        if hello.running {
+            let restored = copied(&control, &io, &mut machine)?;
             log = log.carrying(restored.staged);
             base = Some(restored.base);
         }
@@ -102,7 +103,7 @@ impl Meeting<'_> {
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
         let follower = Follower::start(config, &io, replayer, desk)?;
-        let record = match self.entitled(&io, &control, &follower) {
+        let record = match self.entitled(&io, &control, peer, &follower) {
             Ok(record) => record,
             Err(error) => {
                 io.order(Order::Stop);
@@ -117,7 +118,7 @@ impl Meeting<'_> {
         let pair = Pair {
             machine: MachineId::of(&config.name),
             me: self.me,
-            peer: handshake::identity_of(&hello)?,
+            peer,
         };
         let protocol = Backup::new(pair, record, protocol_timing(config), now())
             .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
@@ -163,62 +164,105 @@ impl Meeting<'_> {
     }
 
     /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
+    ///
+    /// `peer` alone can entitle it: this copy is of its machine, and of no other's.
     fn entitled(
         &self,
         io: &Io,
         control: &Channel,
+        peer: Identity,
         follower: &Follower,
     ) -> Result<Record, SessionError> {
         let arbiter = self.arbiter()?;
+        let ours = |record: &Record| {
+            record.owner == peer && record.entitled == Some(self.me) && record.state == State::Live
+        };
         handshake::ready(control)?;
+        let ready = Instant::now();
+        let mut said = false;
+        // Once the connection is at its end: why, and since when the arbiter has answered.
+        let mut gone: Option<(HandshakeError, Option<Instant>)> = None;
         loop {
-            let told = io.await_word(control, ASK_EVERY)?;
+            let listening = gone.is_none().then_some(control);
+            let word = io.await_word(listening, ASK_EVERY)?;
             if let Ok(Told::Failed(error)) = follower.told.try_recv() {
                 return Err(HandshakeError::Unfit(error.to_string()).into());
             }
-            let word = match told {
-                Word::None => None,
+            let told = match word {
                 Word::Signal => return Err(SessionError::Interrupted),
-                Word::Some => Some(handshake::hear_record(control, self.me)),
+                Word::None => None,
+                Word::Some => match handshake::hear_record(control, self.me) {
+                    Ok(record) => Some(record),
+                    Err(error) => {
+                        gone = Some((error, None));
+                        None
+                    }
+                },
             };
-            let found = arbiter.read()?;
-            let ours = found
-                .filter(|record| record.entitled == Some(self.me) && record.state == State::Live);
-            match (word, ours) {
-                (Some(Ok(told)), _) => {
-                    check_arbiter(found, &told)?;
-                    return Ok(told);
+            // A primary that lives says it itself: its heartbeats begin with its word.
+            if told.is_none() && gone.is_none() && ready.elapsed() < WORD_WITHIN {
+                continue;
+            }
+            let found = match arbiter.read() {
+                Ok(found) => found,
+                // Nobody changes role while it is out of reach, and this copy may be entitled.
+                Err(error) => {
+                    if !std::mem::replace(&mut said, true) {
+                        io.reporter.say(&Said::Notice {
+                            text: format!("whether this backup is entitled is not known: {error}"),
+                            loud: true,
+                        });
+                    }
+                    continue;
                 }
+            };
+            if let Some(told) = told {
+                if !ours(&told) {
+                    return Err(HandshakeError::NotEntitled(told.to_string()).into());
+                }
+                check_arbiter(found, &told)?;
+                return Ok(told);
+            }
+            if let Some(record) = found.filter(ours) {
                 // Its primary swapped, and then could not say so.
-                (_, Some(record)) => return Ok(record),
-                (Some(Err(error)), None) => return Err(error.into()),
-                (None, None) => {}
+                return Ok(record);
+            }
+            if let Some((error, since)) = gone.take() {
+                let since = since.unwrap_or_else(Instant::now);
+                if since.elapsed() >= LATE_SWAP {
+                    return Err(error.into());
+                }
+                gone = Some((error, Some(since)));
             }
         }
+    }
+}
+
+/// Makes of the machine the one that its primary copies here.
+fn copied(control: &Channel, io: &Io, machine: &mut Machine) -> Result<Restored, SessionError> {
+    let reader = Attentive {
+        from: control,
+        io,
+        waiter: Waiter::new(),
+    };
+    match clone::receive(reader, machine) {
+        Ok((restored, _)) => Ok(restored),
+        Err(_) if io.is_told_to_stop() => Err(SessionError::Interrupted),
+        Err(error) => Err(HandshakeError::Copy(error).into()),
     }
 }
 
 /// Reads a copy, and stops when the process is told to end.
 struct Attentive<'a> {
     from: &'a Channel,
-    common: &'a Common,
+    io: &'a Io,
     waiter: Waiter,
-}
-
-impl<'a> Attentive<'a> {
-    fn new(from: &'a Channel, common: &'a Common) -> Self {
-        Self {
-            from,
-            common,
-            waiter: Waiter::new(),
-        }
-    }
 }
 
 impl Read for Attentive<'_> {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         self.waiter.clear();
-        let signals = self.waiter.add(&self.common.signals, true, false);
+        let signals = self.waiter.add(&self.io.signals, true, false);
         let stream = self.waiter.add(self.from, true, false);
         self.waiter.wait(Some(handshake::PATIENCE))?;
         if self.waiter.ready(signals).read {
@@ -236,6 +280,13 @@ impl Read for Attentive<'_> {
 fn check_arbiter(found: Option<Record>, told: &Record) -> Result<(), SessionError> {
     match found {
         Some(record) if record == *told => Ok(()),
+        // Its primary has gone on without this backup meanwhile.
+        Some(record)
+            if record.owner == told.owner
+                && (record.epoch, record.configuration) > (told.epoch, told.configuration) =>
+        {
+            Err(HandshakeError::NotEntitled(record.to_string()).into())
+        }
         found => Err(SessionError::NotOurs(format!(
             "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
             found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())

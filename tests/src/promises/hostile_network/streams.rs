@@ -189,14 +189,28 @@ fn false_primaries(run: &Run, random: &mut Random, figures: &mut Figures) -> Res
         primary
             .deceive(address, "machine", random)
             .with_context(|| format!("{primary:?}"))?;
-        let said = backup
-            .clear_error(LONGEST, &[1])
+        backup
+            .until("a primary was refused", LONGEST)
             .with_context(|| format!("{primary:?}"))?;
-        ensure!(!said.contains("\"live\""), "it went live: {said}");
+        let said = backup.said();
         run.say(format!(
             "{primary:?}: {}",
             said.lines().last().unwrap_or_default()
         ));
+        // It is as good a backup as before.
+        let mut real = start_primary(work.path(), address, "exits=3000")?;
+        for role in [&mut real, &mut backup] {
+            role.until("\"paired\"", LONGEST)
+                .with_context(|| format!("after {primary:?}"))?;
+            let status = role.end(LONGEST)?;
+            let said = role.said();
+            ensure!(
+                status.code() == Some(0)
+                    && !said.contains("panicked")
+                    && !said.contains("\"live\""),
+                "after {primary:?} ended by {status}: {said}"
+            );
+        }
     }
     figures.add("false_primaries", FALSE_PRIMARIES.len());
     Ok(())
