@@ -584,7 +584,10 @@ impl<S: Sink> Recorder<S> {
         if self.mid_run {
             return Ok(None);
         }
-        if self.machine.has_outputs() || !self.step.inputs.is_empty() {
+        // A guest that was stopped while it waits stands at an exit that was not posted, if it had nothing to say of it.
+        let unlogged =
+            self.options.every_exit && self.encoder.base().position() < self.machine.position();
+        if unlogged || self.machine.has_outputs() || !self.step.inputs.is_empty() {
             self.post_step()?;
         }
         let memory = self.machine.memory_hash_full()?;
