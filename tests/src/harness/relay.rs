@@ -76,6 +76,13 @@ impl Relay {
         self.state.victim.store(victim, Ordering::SeqCst);
     }
 
+    /// Kills the victim now, if it was not killed yet.
+    pub fn strike(&self) {
+        if !self.has_struck() {
+            strike(&self.state);
+        }
+    }
+
     /// Bytes that have gone from the primary to the backup.
     #[must_use]
     pub fn passed(&self) -> u64 {
