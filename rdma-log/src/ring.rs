@@ -8,11 +8,15 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::entry::{Lane, Nonce, Seq};
+use crate::entry::{Keys, Lane, Nonce, Seq};
 use crate::fence::{FenceError, Fenced};
-use crate::lane::{Counter, Geometry, LaneReader, LaneWriter, MAX_LANE, MIN_LANE, WriteError};
+use crate::lane::{
+    Counter, Geometry, LaneReader, LaneWriter, MAX_LANE, MIN_LANE, ReaderParts, WriteError,
+    WriterParts,
+};
+use crate::region::{ReadView, WriteView};
 use crate::sync::{AtomicU64, Ordering};
-use crate::transport::{AckPort, Counters, FencePort, ProgressPort};
+use crate::transport::{AckPort, Counters, FencePort, ProgressPort, ReadPort, WritePort};
 
 /// Default size of the events lane in bytes.
 ///
@@ -78,6 +82,36 @@ pub struct RingWriter {
     pub nonce: Nonce,
 }
 
+impl RingWriter {
+    /// The handles around a transport's ports, one for each lane.
+    pub(crate) fn assemble(
+        nonce: Nonce,
+        geometries: [Geometry; 2],
+        views: [WriteView; 2],
+        port: impl Fn(Lane) -> Box<dyn WritePort>,
+        progress: Box<dyn ProgressPort>,
+    ) -> RingWriter {
+        let posted = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
+        let lane = |lane: Lane, view| {
+            LaneWriter::new(WriterParts {
+                lane,
+                keys: Keys::new(&nonce),
+                geometry: geometries[lane.index()],
+                view,
+                port: port(lane),
+                posted: posted[lane.index()].clone(),
+            })
+        };
+        let [events, inputs] = views;
+        RingWriter {
+            events: lane(Lane::Events, events),
+            inputs: lane(Lane::Inputs, inputs),
+            progress: Progress::new(progress, posted.clone()),
+            nonce,
+        }
+    }
+}
+
 /// The reader's side of a ring (the backup).
 #[derive(Debug)]
 pub struct RingReader {
@@ -91,6 +125,37 @@ pub struct RingReader {
     pub fencer: Fencer,
     /// The connection's nonce.
     pub nonce: Nonce,
+}
+
+impl RingReader {
+    /// The handles around a transport's ports, one for each lane with what that lane's own reader acknowledges by.
+    pub(crate) fn assemble(
+        nonce: Nonce,
+        geometries: [Geometry; 2],
+        views: [ReadView; 2],
+        port: impl Fn(Lane, ReadView) -> (Box<dyn ReadPort>, Acks),
+        acks: Acks,
+        fence: Box<dyn FencePort>,
+    ) -> RingReader {
+        let lane = |lane: Lane, view| {
+            let (port, acks) = port(lane, view);
+            LaneReader::new(ReaderParts {
+                lane,
+                nonce,
+                geometry: geometries[lane.index()],
+                port,
+                acks,
+            })
+        };
+        let [events, inputs] = views;
+        RingReader {
+            events: lane(Lane::Events, events),
+            inputs: lane(Lane::Inputs, inputs),
+            acks,
+            fencer: Fencer::new(fence),
+            nonce,
+        }
+    }
 }
 
 /// How far one lane got. Every number was checked: none goes back, none passes what was posted.

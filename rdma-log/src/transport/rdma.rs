@@ -26,11 +26,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::control::PAGE;
-use crate::entry::{HEADER_LEN, Keys, Lane, Nonce};
-use crate::lane::{Geometry, LaneReader, LaneWriter, ReaderParts, WriterParts};
+use crate::entry::{HEADER_LEN, Nonce};
+use crate::lane::Geometry;
 use crate::region::Region;
-use crate::ring::{Acks, Fencer, Progress, RingConfig, RingReader, RingWriter};
-use crate::sync::AtomicU64;
+use crate::ring::{Acks, RingConfig, RingReader, RingWriter};
+use crate::transport::{ReadPort, WritePort};
 use crate::verbs::abi::Path;
 use crate::verbs::{Choice, Device, RdmaError, Registered, Remote, Verbs, Writes};
 
@@ -247,29 +247,20 @@ fn reader_handles(
     ring: &RingConfig,
     geometries: [Geometry; 2],
 ) -> (RingReader, Link) {
-    let nonce = shared.nonce();
     let acks = Acks::new(Arc::new(RdmaAcks(shared.clone())));
-    let lane = |lane: Lane, view| {
-        LaneReader::new(ReaderParts {
-            lane,
-            nonce,
-            geometry: geometries[lane.index()],
-            port: Box::new(RdmaReader {
-                lane,
-                shared: shared.clone(),
-                view,
-            }),
-            acks: acks.clone(),
-        })
+    let port = |lane, view| -> (Box<dyn ReadPort>, Acks) {
+        let shared = shared.clone();
+        let reader = RdmaReader { lane, shared, view };
+        (Box::new(reader), acks.clone())
     };
-    let [events, inputs] = region.read_views(starts(ring)[0], [ring.events, ring.inputs]);
-    let reader = RingReader {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        fencer: Fencer::new(Box::new(fence)),
-        acks: acks.clone(),
-        nonce,
-    };
+    let reader = RingReader::assemble(
+        shared.nonce(),
+        geometries,
+        region.read_views(starts(ring)[0], [ring.events, ring.inputs]),
+        port,
+        acks.clone(),
+        Box::new(fence),
+    );
     (reader, Link::of(&shared))
 }
 
@@ -376,39 +367,15 @@ fn connect_with(
     })?);
     let watch = writer.watch();
     let views = lanes.write_views(0, [ring.events, ring.inputs]);
-    Ok((
-        writer_handles(writer, there.nonce, geometries, views),
-        watch,
-    ))
-}
-
-fn writer_handles(
-    writer: Arc<Writer>,
-    nonce: Nonce,
-    geometries: [Geometry; 2],
-    views: [crate::transport::WriteView; 2],
-) -> RingWriter {
-    let posted = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
-    let lane = |lane: Lane, view| {
-        LaneWriter::new(WriterParts {
+    let port = |lane| -> Box<dyn WritePort> {
+        Box::new(RdmaWriter {
             lane,
-            keys: Keys::new(&nonce),
-            geometry: geometries[lane.index()],
-            view,
-            port: Box::new(RdmaWriter {
-                lane,
-                writer: writer.clone(),
-            }),
-            posted: posted[lane.index()].clone(),
+            writer: writer.clone(),
         })
     };
-    let [events, inputs] = views;
-    RingWriter {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        progress: Progress::new(Box::new(RdmaProgress(writer.clone())), posted.clone()),
-        nonce,
-    }
+    let progress = Box::new(RdmaProgress(writer.clone()));
+    let ring = RingWriter::assemble(there.nonce, geometries, views, port, progress);
+    Ok((ring, watch))
 }
 
 #[cfg(test)]

@@ -39,14 +39,12 @@ use thiserror::Error;
 use crate::control::{
     AckWords, Acked, FENCE, LogLane, LogWords, ReturnLane, ReturnWords, data_bell, room_bell,
 };
-use crate::entry::{Keys, Lane, Nonce, Seq};
+use crate::entry::{Lane, Nonce, Seq};
 use crate::fdpass::FdPassError;
 use crate::fence::{FenceError, Fenced};
-use crate::lane::{
-    Geometry, LaneReader, LaneWriter, ReadError, ReaderParts, WriteError, WriterParts,
-};
+use crate::lane::{Geometry, ReadError, WriteError};
 use crate::region::{ReadView, Region, Words};
-use crate::ring::{Acks, BadSize, Fencer, Progress, RingConfig, RingReader, RingWriter};
+use crate::ring::{Acks, BadSize, RingConfig, RingReader, RingWriter};
 use crate::sync::{AtomicU64, Ordering};
 use crate::transport::{
     AckPort, Counters, FenceKey, FencePort, Limit, OpenSlot, ProgressPort, Range, ReadPort,
@@ -136,35 +134,19 @@ fn writer(
     words: Shared,
     views: [WriteView; 2],
 ) -> RingWriter {
-    let counters = || [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
-    let (posted, committed) = (counters(), counters());
-    let [events, inputs] = views;
-    let lane = |lane: Lane, view| {
-        LaneWriter::new(WriterParts {
+    let committed = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
+    let port = |lane: Lane| -> Box<dyn WritePort> {
+        Box::new(ShmWriter {
             lane,
-            keys: Keys::new(&nonce),
-            geometry: geometries[lane.index()],
-            view,
-            port: Box::new(ShmWriter {
-                lane,
-                words: words.clone(),
-                committed: committed[lane.index()].clone(),
-            }),
-            posted: posted[lane.index()].clone(),
+            words: words.clone(),
+            committed: committed[lane.index()].clone(),
         })
     };
-    RingWriter {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        progress: Progress::new(
-            Box::new(ShmProgress {
-                words: words.clone(),
-                committed: committed.clone(),
-            }),
-            posted.clone(),
-        ),
-        nonce,
-    }
+    let progress = Box::new(ShmProgress {
+        words: words.clone(),
+        committed: committed.clone(),
+    });
+    RingWriter::assemble(nonce, geometries, views, port, progress)
 }
 
 fn reader(
@@ -177,32 +159,26 @@ fn reader(
     let acks = Acks::new(Arc::new(ShmAcks {
         words: words.clone(),
     }));
-    let [events, inputs] = views;
-    let lane = |lane: Lane, view| {
-        LaneReader::new(ReaderParts {
+    let port = |lane, view| -> (Box<dyn ReadPort>, Acks) {
+        let reader = ShmReader {
             lane,
-            nonce,
-            geometry: geometries[lane.index()],
-            port: Box::new(ShmReader {
-                lane,
-                words: words.clone(),
-                view,
-                ends: ends.clone(),
-            }),
-            // Not shared with anyone.
-            acks: Acks::new(Arc::new(ShmLaneAcks {
-                words: words.clone(),
-                said: Acked::default(),
-            })),
-        })
+            words: words.clone(),
+            view,
+            ends: ends.clone(),
+        };
+        // Not shared with anyone.
+        let acks = Acks::new(Arc::new(ShmLaneAcks {
+            words: words.clone(),
+            said: Acked::default(),
+        }));
+        (Box::new(reader), acks)
     };
-    RingReader {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        fencer: Fencer::new(Box::new(ShmFence { nonce, words, ends })),
-        acks,
+    let fence = Box::new(ShmFence {
         nonce,
-    }
+        words: words.clone(),
+        ends: ends.clone(),
+    });
+    RingReader::assemble(nonce, geometries, views, port, acks, fence)
 }
 
 #[derive(Debug)]

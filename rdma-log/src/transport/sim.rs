@@ -12,12 +12,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::entry::{Keys, Lane, Nonce, Seq};
+use crate::entry::{Lane, Nonce, Seq};
 use crate::fence::{FenceError, Fenced};
-use crate::lane::{LaneReader, LaneWriter, ReadError, ReaderParts, WriteError, WriterParts};
+use crate::lane::{ReadError, WriteError};
 use crate::region::{ReadView, Region};
-use crate::ring::{Acks, BadSize, Fencer, Progress, RingConfig, RingReader, RingWriter};
-use crate::sync::AtomicU64;
+use crate::ring::{Acks, BadSize, RingConfig, RingReader, RingWriter};
 use crate::transport::{
     AckPort, Counters, FenceKey, FencePort, Limit, ProgressPort, Range, ReadPort, WritePort,
     WriteView,
@@ -173,52 +172,27 @@ pub fn pair(
         random: seed,
         link: Link::Up,
     })));
-    let posted = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
     let side = |lane| Side {
         lane,
         card: card.clone(),
     };
-    let write = |lane: Lane, view| {
-        LaneWriter::new(WriterParts {
-            lane,
-            keys: Keys::new(&nonce),
-            geometry: geometries[lane.index()],
-            view,
-            port: Box::new(side(lane)),
-            posted: posted[lane.index()].clone(),
-        })
-    };
-    let [events, inputs] = Region::heap(config.events + config.inputs).write_views(0, sizes);
-    let writer = RingWriter {
-        events: write(Lane::Events, events),
-        inputs: write(Lane::Inputs, inputs),
-        progress: Progress::new(Box::new(card.clone()), posted.clone()),
+    let writer = RingWriter::assemble(
         nonce,
-    };
+        geometries,
+        Region::heap(config.events + config.inputs).write_views(0, sizes),
+        |lane| Box::new(side(lane)),
+        Box::new(card.clone()),
+    );
     let acks = Acks::new(Arc::new(card.clone()));
-    let read_lane = |lane: Lane, view| {
-        LaneReader::new(ReaderParts {
-            lane,
-            nonce,
-            geometry: geometries[lane.index()],
-            port: Box::new(SimReader {
-                side: side(lane),
-                view,
-            }),
-            acks: acks.clone(),
-        })
+    let port = |lane, view| -> (Box<dyn ReadPort>, Acks) {
+        let side = side(lane);
+        (Box::new(SimReader { side, view }), acks.clone())
     };
-    let [events, inputs] = read;
-    let reader = RingReader {
-        events: read_lane(Lane::Events, events),
-        inputs: read_lane(Lane::Inputs, inputs),
-        acks: acks.clone(),
-        fencer: Fencer::new(Box::new(SimFence {
-            card: card.clone(),
-            nonce,
-        })),
+    let fence = Box::new(SimFence {
+        card: card.clone(),
         nonce,
-    };
+    });
+    let reader = RingReader::assemble(nonce, geometries, read, port, acks.clone(), fence);
     Ok((writer, reader, card))
 }
 

@@ -20,11 +20,10 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::entry::{Keys, Lane, Nonce};
-use crate::lane::{Geometry, LaneReader, LaneWriter, ReaderParts, WriterParts};
+use crate::entry::Nonce;
 use crate::region::{Access, Region, memfd};
-use crate::ring::{Acks, BadSize, Fencer, Progress, RingConfig, RingReader, RingWriter};
-use crate::sync::AtomicU64;
+use crate::ring::{Acks, BadSize, RingConfig, RingReader, RingWriter};
+use crate::transport::{ReadPort, WritePort};
 
 mod frame;
 mod reader;
@@ -224,30 +223,20 @@ pub fn accept_with(
             what: "an answer to another offer",
         });
     }
-    let [events, inputs] = region.read_views(0, sizes);
+    let read = region.read_views(0, sizes);
     let views = region.write_views(0, sizes);
     let (landing, fence) = reader::start(stream, nonce, views, spin, at_start)?;
     let acks = Acks::new(Arc::new(TcpAcks(landing.clone())));
-    let lane = |lane: Lane, view| {
-        LaneReader::new(ReaderParts {
+    let port = |lane, view| -> (Box<dyn ReadPort>, Acks) {
+        let landing = landing.clone();
+        let reader = TcpReader {
             lane,
-            nonce,
-            geometry: geometries[lane.index()],
-            port: Box::new(TcpReader {
-                lane,
-                landing: landing.clone(),
-                view,
-            }),
-            acks: acks.clone(),
-        })
+            landing,
+            view,
+        };
+        (Box::new(reader), acks.clone())
     };
-    let reader = RingReader {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        fencer: Fencer::new(Box::new(fence)),
-        acks: acks.clone(),
-        nonce,
-    };
+    let reader = RingReader::assemble(nonce, geometries, read, port, acks.clone(), Box::new(fence));
     Ok((reader, reader::Link::of(&landing)))
 }
 
@@ -283,36 +272,15 @@ fn connect_with(stream: TcpStream, driven: bool) -> Result<(RingWriter, Watch), 
     offer.send(&stream, ACCEPT)?;
     let writer = Arc::new(Writer::new(stream, offer.nonce, driven)?);
     let watch = writer.watch();
-    Ok((ring(writer, offer.nonce, geometries, views), watch))
-}
-
-fn ring(
-    writer: Arc<Writer>,
-    nonce: Nonce,
-    geometries: [Geometry; 2],
-    views: [crate::transport::WriteView; 2],
-) -> RingWriter {
-    let posted = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
-    let lane = |lane: Lane, view| {
-        LaneWriter::new(WriterParts {
+    let port = |lane| -> Box<dyn WritePort> {
+        Box::new(TcpWriter {
             lane,
-            keys: Keys::new(&nonce),
-            geometry: geometries[lane.index()],
-            view,
-            port: Box::new(TcpWriter {
-                lane,
-                writer: writer.clone(),
-            }),
-            posted: posted[lane.index()].clone(),
+            writer: writer.clone(),
         })
     };
-    let [events, inputs] = views;
-    RingWriter {
-        events: lane(Lane::Events, events),
-        inputs: lane(Lane::Inputs, inputs),
-        progress: Progress::new(Box::new(TcpProgress(writer.clone())), posted.clone()),
-        nonce,
-    }
+    let progress = Box::new(TcpProgress(writer.clone()));
+    let ring = RingWriter::assemble(offer.nonce, geometries, views, port, progress);
+    Ok((ring, watch))
 }
 
 #[cfg(test)]

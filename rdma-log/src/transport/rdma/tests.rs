@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::block::{Block, LaneWords};
 use super::*;
+use crate::entry::Lane;
 use crate::entry::{Marks, Seq};
 use crate::fence::FenceError;
 use crate::lane::WriteError;

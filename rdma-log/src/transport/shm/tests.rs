@@ -10,8 +10,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::control::PAGE;
+use crate::entry::Keys;
 use crate::entry::{Epoch, Field, HEADER_LEN, Head, Header, Kind, LINE, Marks, Stamp, encode};
 use crate::fdpass::send_with_fds;
+use crate::lane::LaneWriter;
 use crate::lane::{Counter, MIN_LANE};
 use crate::region::memfd;
 

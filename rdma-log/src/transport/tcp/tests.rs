@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::frame::{ANSWER, Answer, Frame, HEADER, LaneAnswer, MAX_PIECE};
 use super::*;
+use crate::entry::Lane;
 use crate::entry::{Head, Keys, LINE, Marks, Seq, encode};
 use crate::lane::{Counter, MIN_LANE, WriteError};
 use crate::transport::suite::{LONG, SMALL, await_committed, publish, read};
