@@ -205,9 +205,7 @@ impl<S: Sink> Recorder<S> {
             {
                 return Ok(ended);
             }
-            if self.wants_cut() {
-                self.cut_if_wanted()?;
-            }
+            self.cut_if_wanted()?;
             if self.wants_place() {
                 if let Some(ended) = self.make_place()? {
                     return Ok(ended);
@@ -296,19 +294,15 @@ impl<S: Sink> Recorder<S> {
             if self.machine.awake() {
                 return Ok(None);
             }
-            if self.wants_cut() {
-                if self.machine.phase() == Phase::Halted {
-                    return Ok(None);
-                }
-                if !self.step.inputs.is_empty() {
-                    self.post_step()?;
-                }
-                self.cut_if_wanted()?;
+            if self.cut.is_some() && self.machine.phase() == Phase::Halted {
+                // It is given the time, so that there is a place for the cut.
+                return Ok(None);
             }
             if !self.step.inputs.is_empty() {
                 // It changed the machine but did not wake it: the log must say so before the next round.
                 self.post_step()?;
             }
+            self.cut_if_wanted()?;
             if spin_until.is_some_and(|until| Instant::now() < until) {
                 if self.outlet.waiting() > 0 {
                     self.release();

@@ -299,15 +299,26 @@ impl RingSource {
         Arc::into_inner(self.fenced)?.into_inner()
     }
 
+    /// The next frame that was staged, if it has come: those that came with a copy first.
+    fn staged(&mut self) -> Result<Option<Vec<u8>>, LogError> {
+        if let Some(frame) = self.carried.pop_front() {
+            return Ok(Some(frame));
+        }
+        let entry = self.inputs.next().map_err(log_error)?;
+        entry
+            .map(|entry| Ok(frame_of(entry.payload())?.to_vec()))
+            .transpose()
+    }
+
     /// Frames that were staged and not applied, and last the one that the dead primary may have been reading: its bytes
     /// are unverified, as those of any frame on a wire.
     ///
     /// # Errors
     /// [`LogError`] before the fence, or for a corrupt lane.
     pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
-        let mut frames: Vec<_> = self.carried.drain(..).collect();
-        while let Some(entry) = self.inputs.next().map_err(log_error)? {
-            frames.push(frame_of(entry.payload())?.to_vec());
+        let mut frames = Vec::new();
+        while let Some(frame) = self.staged()? {
+            frames.push(frame);
         }
         let fenced = self
             .fenced
@@ -358,20 +369,13 @@ impl LogSource for RingSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
-        if let Some(frame) = self.carried.pop_front() {
+        if let Some(frame) = self.staged()? {
             return Ok(frame);
-        }
-        if let Some(entry) = self.inputs.next().map_err(log_error)? {
-            return Ok(frame_of(entry.payload())?.to_vec());
         }
         // It was there before the entry that applies it. The tail says whether it is damaged.
         self.inputs.wait(Duration::ZERO).map_err(log_error)?;
-        match self.inputs.next().map_err(log_error)? {
-            Some(entry) => Ok(frame_of(entry.payload())?.to_vec()),
-            None => Err(LogError(
-                "an entry applies a staged frame that is not there".into(),
-            )),
-        }
+        self.staged()?
+            .ok_or_else(|| LogError("an entry applies a staged frame that is not there".into()))
     }
 
     fn replayed(&mut self, seq: Seq) {

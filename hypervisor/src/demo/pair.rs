@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -335,10 +335,7 @@ impl Pair {
         let place = Placement::of_this_machine();
         std::fs::create_dir_all(spec.directory.join("arbiter"))
             .map_err(host("create the arbiter's directory"))?;
-        let inheritable = match port {
-            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
-            None => None,
-        };
+        let inheritable = inheritable(port)?;
         let net = net_option(inheritable.as_ref());
         let listen = match spec.transport {
             Transport::Shm => Vec::new(),
@@ -388,10 +385,7 @@ impl Pair {
         self.joined += 1;
         let place = Placement::of_this_machine();
         let cpus = [place.primary, place.backup][(self.joined + 1) % 2];
-        let inheritable = match port {
-            Some(port) => Some(port.inheritable().map_err(host("share the network port"))?),
-            None => None,
-        };
+        let inheritable = inheritable(port)?;
         let options = backup_options(&self.listen, self.joined, &net_option(inheritable.as_ref()));
         let name = format!("backup-{}", self.joined + 1);
         let next = Side::spawn(spec, "backup", &name, cpus, &options)?;
@@ -425,6 +419,12 @@ impl Pair {
             rounds,
         })
     }
+}
+
+/// A descriptor of the port that a side inherits, for as long as it takes to start it.
+fn inheritable(port: Option<&NetPort>) -> Result<Option<OwnedFd>, PairError> {
+    let inheritable = port.map(NetPort::inheritable).transpose();
+    inheritable.map_err(host("share the network port"))
 }
 
 fn net_option<T: AsRawFd>(port: Option<&T>) -> Vec<String> {

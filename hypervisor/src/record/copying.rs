@@ -37,15 +37,11 @@ impl<S: Sink> Recorder<S> {
         desk.answer(number, answer);
     }
 
-    /// Whether a cut waits for a place; a halted guest is then given the time, so that there is one.
-    pub(super) fn wants_cut(&self) -> bool {
-        self.cut.is_some()
-    }
-
     /// Cuts here, if that is wanted and this is a place: the guest could run on or waits in HLT, and everything that was made
     /// and supplied so far has been posted.
     pub(super) fn cut_if_wanted(&mut self) -> Result<(), RecordError> {
-        let ready = matches!(self.machine.phase(), Phase::Ready | Phase::HltInstruction)
+        let ready = self.cut.is_some()
+            && matches!(self.machine.phase(), Phase::Ready | Phase::HltInstruction)
             && !self.machine.has_outputs()
             && self.step.inputs.is_empty();
         if !ready {
