@@ -91,6 +91,8 @@ pub struct Pair {
     pub arbiter: Place,
     /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
     pub heartbeat: SocketAddr,
+    /// File of the pair's secret, which both sides prove to hold. Transports `tcp` and `rdma` need one.
+    pub secret: Option<PathBuf>,
 }
 
 /// What carries the log from the primary to its backup.
@@ -128,6 +130,7 @@ impl Default for Pair {
             socket: PathBuf::from("doppel.sock"),
             arbiter: Place::Directory(PathBuf::from("doppel.arbiter")),
             heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+            secret: None,
         }
     }
 }

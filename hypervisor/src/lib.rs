@@ -15,6 +15,7 @@ pub mod boot;
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
+mod credentials;
 pub mod demo;
 pub mod desk;
 pub mod devices;

@@ -107,7 +107,7 @@ impl Verbs {
             device: name.to_owned(),
             have: self.devices().unwrap_or_default(),
             port,
-            bytes: 0,
+            ..Context::default()
         };
         let mut wish = Wish {
             name: [0; NAME],
@@ -389,7 +389,12 @@ impl Queue {
         let raw = self.raw()?;
         // SAFETY: the queue lives, and so does the path.
         let failure = unsafe { (self.device.table.connect)(raw, path) };
-        self.done(failure)
+        let context = Context {
+            gid: path.gid,
+            mtu: path.mtu,
+            ..self.device.context()
+        };
+        done(failure, &context)
     }
 
     /// Posts up to [`abi::BATCH`] writes with one doorbell, the last of them signalled. All carry the id.

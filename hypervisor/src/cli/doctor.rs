@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hypervisor::arbiter::Place;
+use hypervisor::config::Config;
 use hypervisor::doctor::{self, Finding, Host, Level, Report};
 use hypervisor::kvm::KvmSource;
 
@@ -23,6 +24,9 @@ pub struct DoctorArgs {
     /// Ask this arbiter, too
     #[arg(long, value_name = "DIR|etcd://HOST:PORT,...")]
     arbiter: Option<Place>,
+    /// Look at what this configuration of a pair needs, too: its secret, its transport's library
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -34,6 +38,13 @@ pub fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
         let finding = doctor::ask_arbiter(place);
         report.can_run_a_pair &= finding.level == Level::Good;
         report.findings.push(finding);
+    }
+    if let Some(path) = &args.config {
+        let config = Config::read(path).map_err(|error| Failure::new(Failure::USAGE, error))?;
+        for finding in doctor::look_at(&config, &report.facts) {
+            report.can_run_a_pair &= finding.level == Level::Good;
+            report.findings.push(finding);
+        }
     }
     if args.json {
         let text = serde_json::to_string(&report).expect("plain fields always encode");

@@ -6,6 +6,7 @@ mod machine;
 mod pair;
 mod record;
 mod replay;
+mod secret;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ enum Command {
     Backup(pair::BackupArgs),
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
+    Secret(secret::SecretArgs),
 }
 
 /// An exit code with its message.
@@ -98,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Backup(args) => pair::backup(&args),
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
+        Command::Secret(args) => secret::secret(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

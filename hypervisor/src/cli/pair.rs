@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use hypervisor::arbiter::Place;
-use hypervisor::config::{Config, Transport};
+use hypervisor::config::{CommitMode, Config, Transport};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
 use super::Failure;
@@ -56,9 +56,57 @@ struct PairArgs {
     /// Address for this side's UDP heartbeats; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT")]
     heartbeat: Option<SocketAddr>,
+    /// The pair's secret, which `doppel secret` makes; both sides need a copy (transports tcp and rdma: always)
+    #[arg(long, value_name = "FILE")]
+    secret: Option<PathBuf>,
+    #[command(flatten)]
+    rdma: RdmaArgs,
     /// Compare whole memories every so many milliseconds; 0 is never
     #[arg(long, value_name = "MS")]
     memory_check_ms: Option<u64>,
+}
+
+/// When an entry of a log over RDMA counts as committed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Mode {
+    /// When the device says that it was written
+    Nic,
+    /// When the backup says that it received it
+    Ack,
+}
+
+/// The RDMA device.
+#[derive(Debug, Args)]
+struct RdmaArgs {
+    /// RDMA device, as ibv_devices shows it; the first with an active port if not given
+    #[arg(long, value_name = "NAME")]
+    rdma_device: Option<String>,
+    /// Its port; the first active one if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    rdma_port: Option<u8>,
+    /// Index of its GID; a RoCE v2 one if not given
+    #[arg(long, value_name = "N")]
+    rdma_gid_index: Option<u8>,
+    /// When an entry counts as committed (transport rdma); both sides alike
+    #[arg(long, value_enum, value_name = "nic|ack")]
+    rdma_mode: Option<Mode>,
+}
+
+impl RdmaArgs {
+    fn apply(&self, config: &mut Config) {
+        let rdma = &mut config.rdma;
+        if self.rdma_device.is_some() {
+            rdma.device.clone_from(&self.rdma_device);
+        }
+        rdma.port = self.rdma_port.or(rdma.port);
+        rdma.gid_index = self.rdma_gid_index.or(rdma.gid_index);
+        if let Some(mode) = self.rdma_mode {
+            rdma.mode = match mode {
+                Mode::Nic => CommitMode::Nic,
+                Mode::Ack => CommitMode::Ack,
+            };
+        }
+    }
 }
 
 impl PairArgs {
@@ -78,6 +126,10 @@ impl PairArgs {
         if let Some(heartbeat) = self.heartbeat {
             config.pair.heartbeat = heartbeat;
         }
+        if self.secret.is_some() {
+            config.pair.secret.clone_from(&self.secret);
+        }
+        self.rdma.apply(config);
         if let Some(every) = self.memory_check_ms {
             config.timing.memory_check_ms = every;
         }
@@ -88,7 +140,11 @@ impl PairArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example, in two terminals:\n  mkdir arbiter\n  doppel backup  --arbiter arbiter --socket pair.sock\n  \
-                  doppel primary --arbiter arbiter --socket pair.sock --guest irq"
+                  doppel primary --arbiter arbiter --socket pair.sock --guest irq\n\n\
+                  Between two hosts, with an arbiter that both see and one secret, made once and copied to the other:\n  \
+                  doppel secret pair.secret\n  \
+                  doppel backup  --transport tcp --listen 192.0.2.2:7700 --heartbeat 192.0.2.2:0 --secret pair.secret --arbiter …\n  \
+                  doppel primary --transport tcp --connect 192.0.2.2:7700 --heartbeat 192.0.2.1:0 --secret pair.secret --arbiter …"
 )]
 pub struct PrimaryArgs {
     #[command(flatten)]

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::backends::NetPort;
 use crate::config::Transport;
+use crate::handshake::{Secret, SecretError};
 use crate::session::report::Event;
 
 /// What a pair is to run.
@@ -52,6 +53,9 @@ pub enum PairError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The pair's secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     /// A side ended or said nothing.
     #[error("the {role} did not become {what} within {} s{}", WAIT.as_secs(), said(last_words))]
     NotReady {
@@ -77,6 +81,9 @@ const WAIT: Duration = Duration::from_secs(15);
 fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> PairError {
     move |source| PairError::Host { what, source }
 }
+
+/// The pair's secret, in its directory: drawn for it, and gone with it.
+const SECRET: &str = "pair.secret";
 
 /// Which CPUs the sides' threads run on: with four or more each has its own, with fewer each side takes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,6 +157,8 @@ impl Side {
                 Some(place) => place.into(),
                 None => spec.directory.join("arbiter"),
             })
+            .arg("--secret")
+            .arg(spec.directory.join(SECRET))
             .arg("--console")
             .arg(spec.directory.join(format!("{name}.console")))
             .args(["--memory-check-ms", &spec.memory_check_ms.to_string()])
@@ -335,6 +344,11 @@ impl Pair {
         let place = Placement::of_this_machine();
         std::fs::create_dir_all(spec.directory.join("arbiter"))
             .map_err(host("create the arbiter's directory"))?;
+        match Secret::create(&spec.directory.join(SECRET)) {
+            // An earlier pair's, in the same directory.
+            Ok(()) | Err(SecretError::Exists { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         let inheritable = inheritable(port)?;
         let net = net_option(inheritable.as_ref());
         let listen = match spec.transport {

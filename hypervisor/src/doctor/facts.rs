@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use rdma_log::verbs::{RdmaError, Verbs};
 use serde::Serialize;
 
 use super::pmu;
@@ -128,6 +129,24 @@ pub struct RdmaDevice {
     pub link: String,
 }
 
+/// The library by which RDMA is spoken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerbsFacts {
+    /// It is loaded, and sees these devices.
+    Works {
+        /// Their names.
+        devices: Vec<String>,
+    },
+    /// It cannot be loaded, or cannot look.
+    Missing {
+        /// Why, and what to do.
+        why: String,
+    },
+    /// It was not tried.
+    NotTried,
+}
+
 /// All of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Facts {
@@ -155,6 +174,8 @@ pub struct Facts {
     pub stage: StageFacts,
     /// RDMA devices.
     pub rdma: Vec<RdmaDevice>,
+    /// The library that uses them.
+    pub verbs: VerbsFacts,
     /// Performance counters.
     pub pmu: PmuFacts,
     /// The kernel's clock source.
@@ -194,6 +215,7 @@ impl Facts {
                 .text("sys/kernel/mm/transparent_hugepage/shmem_enabled")
                 .and_then(|text| chosen(&text)),
             rdma: rdma(&host.path("sys/class/infiniband")),
+            verbs: verbs(host),
             pmu: pmu(host),
             clock_source: host
                 .text("sys/devices/system/clocksource/clocksource0/current_clocksource"),
@@ -309,6 +331,22 @@ fn rdma(class: &Path) -> Vec<RdmaDevice> {
         .collect();
     devices.sort_by(|a, b| a.name.cmp(&b.name));
     devices
+}
+
+fn verbs(host: &Host) -> VerbsFacts {
+    if !host.try_things {
+        return VerbsFacts::NotTried;
+    }
+    match Verbs::load().and_then(|verbs| verbs.devices()) {
+        Ok(devices) => VerbsFacts::Works { devices },
+        // The library is there, and the kernel knows no RDMA.
+        Err(RdmaError::NoDevice) => VerbsFacts::Works {
+            devices: Vec::new(),
+        },
+        Err(error) => VerbsFacts::Missing {
+            why: error.to_string(),
+        },
+    }
 }
 
 fn stage(host: &Host) -> StageFacts {

@@ -1,7 +1,7 @@
 //! What the facts mean for a pair.
 #![forbid(unsafe_code)]
 
-use super::facts::{Facts, KvmFacts, PmuFacts, StageFacts};
+use super::facts::{Facts, KvmFacts, PmuFacts, StageFacts, VerbsFacts};
 use super::probe::{Measured, Probe};
 use super::{Finding, Level};
 use crate::scheduling::Urgency;
@@ -472,6 +472,36 @@ fn rdma(facts: &Facts, findings: &mut Findings) {
             .add(AREA, Level::Limited, "no RDMA device")
             .advise("on one host none is needed; between hosts use an RDMA card, or soft-RoCE (`rdma link add rxe0 type rxe netdev DEVICE`) to try it");
     }
+    match &facts.verbs {
+        VerbsFacts::Works { devices } => {
+            // A device that the kernel has and the library does not see lacks its maker's part.
+            let unseen: Vec<&str> = facts
+                .rdma
+                .iter()
+                .map(|device| device.name.as_str())
+                .filter(|name| !devices.iter().any(|seen| seen == name))
+                .collect();
+            if unseen.is_empty() {
+                findings.add(
+                    AREA,
+                    Level::Good,
+                    "libdoppel_verbs.so and libibverbs are there",
+                );
+            } else {
+                findings
+                    .add(AREA, Level::Limited, format!("libibverbs does not see {}", unseen.join(", ")))
+                    .advise("install ibverbs-providers, which has the makers' libraries, and look whether this user may open /dev/infiniband");
+            }
+        }
+        VerbsFacts::Missing { why } => findings
+            .add(
+                AREA,
+                Level::Limited,
+                format!("transport rdma cannot be used: {why}"),
+            )
+            .advise(verbs_advice(why)),
+        VerbsFacts::NotTried => {}
+    }
     for device in &facts.rdma {
         let text = format!("{}: {}, {}", device.name, device.link, device.state);
         if device.state.contains("ACTIVE") {
@@ -481,6 +511,20 @@ fn rdma(facts: &Facts, findings: &mut Findings) {
                 .add(AREA, Level::Limited, text)
                 .advise("bring its network interface up; `rdma link` shows the state");
         }
+    }
+}
+
+/// Which of the libraries it is.
+fn verbs_advice(why: &str) -> &'static str {
+    if why.contains("libibverbs.so") {
+        "rdma-core is missing: install libibverbs1 and ibverbs-providers"
+    } else if why.contains("librdmacm.so") {
+        "a part of rdma-core is missing: install librdmacm1"
+    } else if why.contains("has version") {
+        "build the program and the library from the same sources"
+    } else {
+        "for shm and tcp it is not needed; for rdma build it by `cargo build --release -p doppel-verbs` and put \
+         libdoppel_verbs.so beside the program, or name it in DOPPEL_VERBS"
     }
 }
 

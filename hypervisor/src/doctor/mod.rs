@@ -12,7 +12,7 @@ mod judge;
 mod pmu;
 mod probe;
 
-pub use facts::{Facts, Host, KvmFacts, PmuFacts, RdmaDevice, StageFacts};
+pub use facts::{Facts, Host, KvmFacts, PmuFacts, RdmaDevice, StageFacts, VerbsFacts};
 pub use judge::judge;
 pub use probe::{KickTime, Measured, Probe, Rings};
 
@@ -21,6 +21,8 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::arbiter::{self, Place};
+use crate::config::{Config, Transport};
+use crate::handshake::Trust;
 
 /// How good a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -74,6 +76,39 @@ pub fn examine(host: &Host) -> Report {
         findings,
         facts,
     }
+}
+
+/// What this configuration of a pair needs besides: its secret, and the library of its transport.
+#[must_use]
+pub fn look_at(config: &Config, facts: &Facts) -> Vec<Finding> {
+    let finding = |area, level, found: String| Finding {
+        area,
+        level,
+        found,
+        advice: None,
+    };
+    let mut findings = vec![match Trust::of(&config.pair) {
+        Ok(trust) if trust.has_secret() => {
+            let path = config.pair.secret.as_deref().unwrap_or("".as_ref());
+            let found = format!(
+                "the secret {} is whole and its owner's alone; the other side needs the same",
+                path.display()
+            );
+            finding("secret", Level::Good, found)
+        }
+        Ok(_) => {
+            let found =
+                "none, and none is needed: both sides are processes of one user on this host";
+            finding("secret", Level::Good, found.to_owned())
+        }
+        Err(error) => finding("secret", Level::Missing, error.to_string()),
+    }];
+    if config.pair.transport == Transport::Rdma
+        && let VerbsFacts::Missing { why } = &facts.verbs
+    {
+        findings.push(finding("RDMA", Level::Missing, why.clone()));
+    }
+    findings
 }
 
 /// Asks an arbiter for the record of a machine that nobody has.

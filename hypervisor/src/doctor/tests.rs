@@ -91,6 +91,9 @@ fn best() -> Facts {
             state: "4: ACTIVE".into(),
             link: "Ethernet".into(),
         }],
+        verbs: VerbsFacts::Works {
+            devices: vec!["mlx5_0".into()],
+        },
         pmu: PmuFacts::Works,
         clock_source: Some("tsc".into()),
         clock_read_ns: 25,
@@ -230,6 +233,24 @@ fn each_lack_is_named_with_its_remedy() {
             "DOWN",
         ),
         (
+            set(|f| {
+                f.verbs = VerbsFacts::Missing {
+                    why: "libdoppel_verbs.so does not exist".into(),
+                }
+            }),
+            Level::Limited,
+            "libdoppel_verbs.so does not exist",
+        ),
+        (
+            set(|f| {
+                f.verbs = VerbsFacts::Works {
+                    devices: Vec::new(),
+                }
+            }),
+            Level::Limited,
+            "does not see mlx5_0",
+        ),
+        (
             set(|f| f.pmu = PmuFacts::Absent),
             Level::Limited,
             "no performance",
@@ -306,6 +327,66 @@ fn without_a_usable_kvm_no_pair_runs() {
     assert!(findings[0].found.contains("KVM_CAP_X86_MSR_FILTER"));
     let broken = with_probe(|probe| probe.mmio_exit_ns.ring0 = Err("stuck".into()));
     assert!(judge(&broken).0.is_empty());
+}
+
+#[test]
+fn the_library_that_is_missing_is_named_with_its_package() {
+    for (why, advice) in [
+        (
+            "libdoppel_verbs.so: libibverbs.so.1: cannot open shared object file",
+            "libibverbs1",
+        ),
+        (
+            "libdoppel_verbs.so: librdmacm.so.1: cannot open shared object file",
+            "librdmacm1",
+        ),
+        (
+            "libdoppel_verbs.so has version 7 of the table",
+            "same sources",
+        ),
+        ("beside/libdoppel_verbs.so does not exist", "DOPPEL_VERBS"),
+    ] {
+        let mut facts = best();
+        facts.verbs = VerbsFacts::Missing { why: why.into() };
+        let (_, findings) = judge(&facts);
+        let found = findings.iter().find(|f| f.found.contains(why)).unwrap();
+        assert!(found.advice.as_ref().unwrap().contains(advice), "{found:?}");
+    }
+}
+
+#[test]
+fn a_configuration_is_looked_at_for_its_secret_and_its_library() {
+    let mut facts = best();
+    let mut config = Config::default();
+    assert!(
+        look_at(&config, &facts)
+            .iter()
+            .all(|f| f.level == Level::Good)
+    );
+    config.pair.transport = Transport::Rdma;
+    let findings = look_at(&config, &facts);
+    assert_eq!(findings[0].level, Level::Missing);
+    assert!(findings[0].found.contains("doppel secret"), "{findings:?}");
+    let place = TempDir::new().unwrap();
+    let path = place.path().join("secret");
+    crate::handshake::Secret::create(&path).unwrap();
+    config.pair.secret = Some(path.clone());
+    assert!(
+        look_at(&config, &facts)
+            .iter()
+            .all(|f| f.level == Level::Good)
+    );
+    facts.verbs = VerbsFacts::Missing {
+        why: "not here".into(),
+    };
+    let findings = look_at(&config, &facts);
+    assert!(
+        findings
+            .iter()
+            .any(|f| f.level == Level::Missing && f.found == "not here")
+    );
+    fs::write(&path, "no secret").unwrap();
+    assert_eq!(look_at(&config, &facts)[0].level, Level::Missing);
 }
 
 #[test]

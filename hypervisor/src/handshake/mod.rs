@@ -1,11 +1,12 @@
 //! Who the peer is, what CPU and version it has; then the ring.
 //!
 //! ```text
-//!  primary                                   backup (listens at a Unix socket)
+//!  primary                                             backup (it listens)
+//!     │◀═ each proves who it is (`proof.rs`); what follows is sealed ══════▶│
 //!     │── hello: version, CPU, machine, identity, heartbeat address, key ──▶│ refuses, or builds the machine
 //!     │◀── welcome: identity, heartbeat address ── or refusal ─────────────│
 //!     │── the network port's descriptor ──────────────────────────────────▶│
-//!     │◀═ ring: memory passed by descriptor ══════════════════════════════▶│
+//!     │◀═ ring: memory passed by descriptor, or keys of RDMA memory ══════▶│
 //!     │══ a copy of the machine, if it runs already (`checkpoint::clone`) ═▶│ becomes it, and follows the log
 //!     │◀── ready ──────────────────────────────────────────────────────────│
 //!     │    (the primary swaps the pair's record into the arbiter)          │
@@ -13,8 +14,8 @@
 //! ```
 //! The record is only a hint: a backup that is ready and does not get it asks the arbiter itself, for its primary may have died
 //! between the swap and the message.
-//! Over TCP no descriptor is passed: each side has a network port of its own, and the ring gets a stream of its own, a second
-//! connection to where the backup listens. A ticket that the backup gave over the first one says whose it is.
+//! Over TCP no descriptor is passed: each side has a network port of its own, and a log over TCP gets a stream of its own, a second
+//! connection to where the backup listens. A ticket that the backup gave over the first one, sealed, says whose it is.
 //! Afterwards one thing may still be said: a backup that diverged asks for the primary's recent exits (`?`), and a primary
 //! that its fence has frozen sends them, so that the divergence is named exactly.
 //!
@@ -23,9 +24,16 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod error;
 mod hurried;
+pub mod proof;
+pub mod secret;
 
-pub use channel::Channel;
+pub use channel::{Channel, Stream};
+pub use error::HandshakeError;
+pub use hurried::{Hurried, PACE};
+pub use proof::{Trust, TrustError, admit, prove};
+pub use secret::{Secret, SecretError};
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -33,21 +41,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rdma_log::fdpass::{self, FdPassError};
-use rdma_log::transport::{rdma, shm, tcp};
+use rdma_log::fdpass;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::clone::CloneError;
+use crate::config::Transport;
 use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
-use crate::machine::{MachineSpec, SpecError};
+use crate::machine::MachineSpec;
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
-use hurried::Hurried;
+use proof::FIRST_WORDS;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
@@ -57,95 +64,6 @@ const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How long a backup waits for the first words of whoever connects. A primary says them at once; a stranger that says nothing
-/// must not keep a primary, whose patience is [`PATIENCE`], from its turn.
-const FIRST_WORDS: Duration = Duration::from_secs(3);
-
-/// Why there is no pair.
-#[derive(Debug, thiserror::Error)]
-pub enum HandshakeError {
-    /// The connection broke.
-    #[error("the other side closed the connection, or did not answer within {} s: {source}", PATIENCE.as_secs())]
-    Connection {
-        /// What the kernel said.
-        #[from]
-        source: std::io::Error,
-    },
-    /// A message that makes no sense.
-    #[error("the other side sent no {expected}: {why}; is it a doppel of the same version?")]
-    Malformed {
-        /// What was expected.
-        expected: &'static str,
-        /// What is wrong.
-        why: String,
-    },
-    /// The other side speaks another version.
-    #[error(
-        "the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both"
-    )]
-    Version {
-        /// Its version.
-        theirs: u32,
-    },
-    /// The CPUs differ.
-    #[error(
-        "the other side's CPU is {} {:#x}, this one's {} {:#x}: replay needs the same vendor, family, model and stepping on both",
-        theirs.vendor, theirs.signature, ours.vendor, ours.signature
-    )]
-    Cpu {
-        /// The other side's CPU.
-        theirs: CpuModel,
-        /// This one's.
-        ours: CpuModel,
-    },
-    /// The machine has another name.
-    #[error(
-        "the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name"
-    )]
-    Name {
-        /// The primary's.
-        theirs: String,
-        /// The backup's.
-        ours: String,
-    },
-    /// The other side said no.
-    #[error("the other side refused: {0}")]
-    Refused(String),
-    /// The record does not entitle this backup.
-    #[error("the pair's record does not entitle this backup: {0}")]
-    NotEntitled(String),
-    /// The machine's description.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    /// The machine that it describes cannot be built here.
-    #[error("the backup cannot build the machine: {0}")]
-    Machine(String),
-    /// Descriptors.
-    #[error("cannot pass a descriptor: {0}")]
-    Pass(#[from] FdPassError),
-    /// The ring.
-    #[error("cannot set up the ring: {0}")]
-    Ring(#[from] shm::ConnectError),
-    /// The ring over TCP.
-    #[error("cannot set up the ring: {0}")]
-    Stream(#[from] tcp::ConnectError),
-    /// The ring over RDMA.
-    #[error("cannot set up the ring: {0}")]
-    Rdma(#[from] rdma::ConnectError),
-    /// The copy does not follow the log.
-    #[error("the copy that was made here is of no use: {0}")]
-    Unfit(String),
-    /// The copy of a machine that runs.
-    #[error("the machine could not be copied: {0}")]
-    Copy(#[from] CloneError),
-    /// Descriptors cannot be passed over this connection.
-    #[error("{what} needs a pair on one host: use pair.transport \"shm\"")]
-    NotHere {
-        /// What was wanted.
-        what: &'static str,
-    },
-}
 
 fn unix<'a>(stream: &'a Channel, what: &'static str) -> Result<&'a UnixStream, HandshakeError> {
     stream.unix().ok_or(HandshakeError::NotHere { what })
@@ -160,6 +78,8 @@ pub struct Hello {
     pub cpu: CpuModel,
     /// The machine's name.
     pub name: String,
+    /// What carries its log.
+    pub transport: String,
     /// The primary's process.
     pub identity: String,
     /// Where it expects heartbeats.
@@ -260,8 +180,7 @@ pub struct Welcomed {
 pub fn introduce(stream: &Channel, hello: &Hello, spec: &[u8]) -> Result<Welcomed, HandshakeError> {
     patience(stream)?;
     send(stream, hello)?;
-    let mut writer = stream;
-    writer.write_all(spec)?;
+    Hurried::paced(stream, PATIENCE, PACE).write_all(spec)?;
     match receive(stream, "welcome")? {
         Answer::Welcome {
             identity: theirs,
@@ -314,6 +233,7 @@ pub fn listen_to(
     stream: &Channel,
     ours: &CpuModel,
     name: &str,
+    transport: Transport,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
     stream.set_patience(Some(FIRST_WORDS))?;
@@ -350,6 +270,12 @@ pub fn listen_to(
         return Err(HandshakeError::Name {
             theirs: hello.name,
             ours: name.to_owned(),
+        });
+    }
+    if hello.transport != transport.name() {
+        return Err(HandshakeError::Transport {
+            theirs: hello.transport,
+            ours: transport,
         });
     }
     Ok((hello, MachineSpec::decode(&spec)?))
@@ -432,10 +358,9 @@ pub fn give_ticket(stream: &Channel, ticket: Ticket) -> Result<(), HandshakeErro
 /// # Errors
 /// See [`HandshakeError`].
 pub fn open_ring(stream: &Channel) -> Result<TcpStream, HandshakeError> {
-    let Channel::Tcp(control) = stream else {
-        let what = "a ring in shared memory";
-        return Err(HandshakeError::NotHere { what });
-    };
+    let control = stream.tcp().ok_or(HandshakeError::NotHere {
+        what: "a ring in shared memory",
+    })?;
     let RingTicket { ticket } = receive(stream, "ticket")?;
     let mut ring = TcpStream::connect_timeout(&control.peer_addr()?, PATIENCE)?;
     ring.set_read_timeout(Some(PATIENCE))?;
@@ -444,17 +369,19 @@ pub fn open_ring(stream: &Channel) -> Result<TcpStream, HandshakeError> {
     Ok(ring)
 }
 
-/// Whether a new connection is the ring's: it must say so within `patience`.
+/// Bytes of [`RING`] and a ticket.
+pub const SHOWN: usize = RING.len() + size_of::<Ticket>();
+
+/// Whether what a connection has shown first makes it the ring's.
 #[must_use]
-pub fn has_ticket(stream: &TcpStream, ticket: &Ticket, patience: Duration) -> bool {
-    let mut bytes = [0; 24];
-    stream.set_read_timeout(Some(patience)).is_ok()
-        && Hurried::new(stream, patience)
-            .read_exact(&mut bytes)
-            .is_ok()
-        && bytes[..8] == RING
-        && bytes[8..] == *ticket
-        && stream.set_read_timeout(Some(PATIENCE)).is_ok()
+pub fn is_ring(shown: &[u8; SHOWN], ticket: &Ticket) -> bool {
+    let (word, found) = shown.split_at(RING.len());
+    // Every byte is looked at, so that the time it takes tells nothing of how many are right.
+    let differs = found
+        .iter()
+        .zip(ticket)
+        .fold(0, |differs, (a, b)| differs | (a ^ b));
+    word == RING && differs == 0
 }
 
 /// The backup says that its copy is whole and follows the log.
@@ -520,7 +447,7 @@ pub fn ask_exits(mut stream: &Channel) -> Result<Vec<ExitRecord>, HandshakeError
 ///
 /// # Errors
 /// See [`HandshakeError`]; the backup is then as good as gone.
-pub fn tell_exits(mut stream: &Channel, exits: &[ExitRecord]) -> Result<(), HandshakeError> {
+pub fn tell_exits(stream: &Channel, exits: &[ExitRecord]) -> Result<(), HandshakeError> {
     let exits = &exits[..exits.len().min(EXITS_MAX)];
     let mut bytes = (exits.len() as u32).to_le_bytes().to_vec();
     for exit in exits {
@@ -528,7 +455,8 @@ pub fn tell_exits(mut stream: &Channel, exits: &[ExitRecord]) -> Result<(), Hand
     }
     stream.set_nonblocking(false)?;
     stream.set_patience(Some(EXITS_WITHIN))?;
-    stream.write_all(&bytes)?;
+    // The I/O thread does this: it waits for nobody that takes them a byte at a time.
+    Hurried::new(stream, EXITS_WITHIN).write_all(&bytes)?;
     Ok(stream.set_nonblocking(true)?)
 }
 

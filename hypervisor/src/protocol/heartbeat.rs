@@ -3,25 +3,28 @@
 //! ```text
 //!  0 magic "DPHB"   4 version   6 flags        8 machine        16 epoch     24 configuration
 //! 32 sender (16 bytes)         48 sequence    56 sender's clock 64 position  72 vCPU turns
-//! 80 time stood in line (ns)    88 checksum
+//! 80 time stood in line (ns)    88 tag
 //! ```
 //!
-//! The checksum is XXH3-64 keyed with a secret that the pair agreed on in its handshake. It keeps strays, other
-//! pairs and a former life's packets out; it is no cryptographic signature, and a forged heartbeat can delay a
-//! take-over but never make two machines live (the arbiter and the fence decide that).
+//! The tag is SipHash-2-4, a keyed hash made for short messages, under a key that the primary draws for each pairing and says over the
+//! sealed control connection. It keeps strays, other pairs, a former life's packets and forgers out: without the key one guess
+//! in 2^64 fits. What was sent before fits again, and is known by its sequence. Even a forged heartbeat could only delay a
+//! take-over, never make two machines live (the arbiter and the fence decide that).
 
+use std::hash::Hasher;
 use std::time::Duration;
 
 use super::record::{Configuration, Epoch, Identity};
 use super::time::Moment;
 use crate::position::Position;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use siphasher::sip::SipHasher24;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// The length of every heartbeat, in bytes.
 pub const SIZE: usize = 96;
 
 const MAGIC: [u8; 4] = *b"DPHB";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const FLAG_OWES: u16 = 1;
 
 const AT_MAGIC: usize = 0;
@@ -36,11 +39,11 @@ const AT_CLOCK: usize = AT_SEQUENCE + 8;
 const AT_POSITION: usize = AT_CLOCK + 8;
 const AT_TURNS: usize = AT_POSITION + 8;
 const AT_STOOD: usize = AT_TURNS + 8;
-const AT_CHECKSUM: usize = AT_STOOD + 8;
+const AT_TAG: usize = AT_STOOD + 8;
 
 const _: () = {
-    assert!(AT_MACHINE == 8 && AT_SENDER == 32 && AT_SEQUENCE == 48 && AT_CHECKSUM == 88);
-    assert!(AT_CHECKSUM + 8 == SIZE);
+    assert!(AT_MACHINE == 8 && AT_SENDER == 32 && AT_SEQUENCE == 48 && AT_TAG == 88);
+    assert!(AT_TAG + 8 == SIZE);
 };
 
 /// A machine, as heartbeats name it: the hash of its name.
@@ -72,11 +75,10 @@ impl PairKey {
         self.0
     }
 
-    fn checksum(self, body: &[u8]) -> u64 {
-        let mut hash = Xxh3::with_seed(u64_at(&self.0, 0));
-        hash.update(&self.0[8..]);
-        hash.update(body);
-        hash.digest()
+    fn tag(self, body: &[u8]) -> u64 {
+        let mut hash = SipHasher24::new_with_key(&self.0);
+        hash.write(body);
+        hash.finish()
     }
 }
 
@@ -131,9 +133,9 @@ pub enum Stray {
     /// Another version of the format.
     #[error("heartbeat version {0}, expected {VERSION}: run the same doppel on both hosts")]
     Version(u16),
-    /// Damaged, or keyed for another pair.
-    #[error("the heartbeat's checksum is wrong: damaged, or from another pair")]
-    Checksum,
+    /// Damaged, forged, or of another pair.
+    #[error("the heartbeat's tag is wrong: damaged, forged, or from another pair")]
+    Tag,
     /// Flags that this version does not know.
     #[error("heartbeat with unknown flags {0:#06x}")]
     Flags(u16),
@@ -166,8 +168,8 @@ impl Heartbeat {
         put(&mut out, AT_TURNS, self.progress.turns.to_le_bytes());
         let stood = u64::try_from(self.progress.stood.as_nanos()).unwrap_or(u64::MAX);
         put(&mut out, AT_STOOD, stood.to_le_bytes());
-        let checksum = key.checksum(&out[..AT_CHECKSUM]);
-        put(&mut out, AT_CHECKSUM, checksum.to_le_bytes());
+        let tag = key.tag(&out[..AT_TAG]);
+        put(&mut out, AT_TAG, tag.to_le_bytes());
         out
     }
 
@@ -186,8 +188,8 @@ impl Heartbeat {
         if version != VERSION {
             return Err(Stray::Version(version));
         }
-        if u64_at(bytes, AT_CHECKSUM) != key.checksum(&bytes[..AT_CHECKSUM]) {
-            return Err(Stray::Checksum);
+        if u64_at(bytes, AT_TAG) != key.tag(&bytes[..AT_TAG]) {
+            return Err(Stray::Tag);
         }
         let flags = u16_at(bytes, AT_FLAGS);
         if flags & !FLAG_OWES != 0 {
@@ -286,7 +288,7 @@ mod tests {
             other[byte] ^= 1;
             assert_eq!(
                 Heartbeat::decode(&sample().encode(PairKey(other)), KEY),
-                Err(Stray::Checksum)
+                Err(Stray::Tag)
             );
         }
     }
@@ -294,7 +296,7 @@ mod tests {
     #[test]
     fn the_bytes_on_the_wire_do_not_change_unnoticed() {
         let wire = sample().encode(KEY);
-        assert_eq!(&wire[..8], b"DPHB\x02\0\x01\0");
+        assert_eq!(&wire[..8], b"DPHB\x03\0\x01\0");
         assert_eq!(wire[AT_EPOCH], 3);
         assert_eq!(wire[AT_CONFIGURATION], 4);
         assert_eq!(&wire[32..48], &[9; 16]);

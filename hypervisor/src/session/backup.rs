@@ -18,7 +18,7 @@ use super::serve::{self, Served, Staff, now};
 use crate::arbiter::{self, Claim, random_identity};
 use crate::config::Config;
 use crate::divergence::Divergence;
-use crate::handshake;
+use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
@@ -32,6 +32,7 @@ use meeting::Meeting;
 /// # Errors
 /// See [`SessionError`].
 pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
+    let trust = Trust::of(&config.pair)?;
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let source = inherited.kvm_source(config);
@@ -51,6 +52,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         me,
         source,
         cpu,
+        trust,
         listener,
     };
     loop {

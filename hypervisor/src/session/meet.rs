@@ -18,12 +18,14 @@ use super::SessionError;
 use super::beats::Beats;
 use super::host;
 use super::io::Common;
+use super::porch::{Bearer, Porch};
 use super::report::Event as Said;
 use crate::arbiter::random_bytes;
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, Pair, Transport};
-use crate::handshake::{self, Channel, HandshakeError, Hello};
+use crate::handshake::proof::Caller;
+use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
 use crate::kvm::CpuModel;
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
@@ -39,8 +41,8 @@ const CALL_WITHIN: Duration = Duration::from_secs(1);
 /// How long a backup that has met its primary waits for the ring's connection.
 const RING_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a connection may take to show its ticket. A stranger holds up the real one by so much.
-const TICKET_WITHIN: Duration = Duration::from_millis(500);
+/// Strangers are told of this often at the most: a flood of them fills no log.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
 
 fn setting(field: &'static str, needed: &'static str) -> SessionError {
     SessionError::Setting { field, needed }
@@ -95,44 +97,82 @@ impl Listener {
         }
     }
 
-    /// The next connection.
-    pub(super) fn accept(&self, common: &Common) -> Result<Channel, SessionError> {
-        self.accept_until(common, None)?
-            .ok_or(SessionError::Interrupted)
-    }
-
-    fn accept_until(
-        &self,
-        common: &Common,
-        until: Option<Instant>,
-    ) -> Result<Option<Channel>, SessionError> {
-        let mut waiter = Waiter::new();
+    /// The next primary: whoever connects and proves that it is to be trusted. Everybody else is turned away.
+    pub(super) fn accept(&self, common: &Common, trust: &Trust) -> Result<Channel, SessionError> {
+        let random = random_source()?;
+        let mut porch = Porch::new();
+        let mut told = Told::default();
         loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                return Ok(None);
+            let arrived = self.wait(common, &porch, None)?;
+            if let Some(stream) = arrived {
+                match Caller::greet(stream, trust, &random) {
+                    Ok(caller) => porch.take_in(caller),
+                    Err(error) => told.turned_away(common, &error),
+                }
             }
-            waiter.clear();
-            let signals = waiter.add(&common.signals, true, false);
-            waiter.add(self, true, false);
-            waiter
-                .wait(left)
-                .map_err(SessionError::host("wait for events"))?;
-            if waiter.ready(signals).read {
-                return Err(SessionError::Interrupted);
-            }
-            let stream = match self {
-                Self::Unix(listener, _) => listener.accept().map(|(s, _)| Channel::Unix(s)),
-                Self::Tcp(listener) => listener.accept().map(|(s, _)| Channel::Tcp(s)),
-            };
-            // Whoever connected may be gone already; then the next one is waited for.
-            if let Ok(stream) = stream {
-                stream
-                    .set_nonblocking(false)
-                    .map_err(SessionError::host("set up the control connection"))?;
-                return Ok(Some(stream));
+            while let Some(outcome) = porch.turn() {
+                let judged = outcome
+                    .map_err(HandshakeError::from)
+                    .and_then(|caller| caller.admit(trust));
+                match judged {
+                    Ok(channel) => return Ok(channel),
+                    Err(error) => told.turned_away(common, &error),
+                }
             }
         }
+    }
+
+    /// Waits for a new connection, or for something to happen on the porch, until a moment. The connection, if there is one.
+    fn wait<W: super::porch::Waiting>(
+        &self,
+        common: &Common,
+        porch: &Porch<W>,
+        until: Option<Instant>,
+    ) -> Result<Option<Stream>, SessionError> {
+        let mut waiter = Waiter::new();
+        let signals = waiter.add(&common.signals, true, false);
+        let door = waiter.add(self, true, false);
+        porch.watch(&mut waiter);
+        let until = until.into_iter().chain(porch.until()).min();
+        waiter
+            .wait(until.map(|until| until.saturating_duration_since(Instant::now())))
+            .map_err(SessionError::host("wait for events"))?;
+        if waiter.ready(signals).read {
+            return Err(SessionError::Interrupted);
+        }
+        if !waiter.ready(door).read {
+            return Ok(None);
+        }
+        // Whoever connected may be gone already; then the next one is waited for.
+        Ok(match self {
+            Self::Unix(listener, _) => listener.accept().map(|(s, _)| Stream::Unix(s)),
+            Self::Tcp(listener) => listener.accept().map(|(s, _)| Stream::Tcp(s)),
+        }
+        .ok())
+    }
+
+    /// The log's connection, with this ticket.
+    fn accept_bearer(
+        &self,
+        common: &Common,
+        ticket: &handshake::Ticket,
+    ) -> Result<TcpStream, SessionError> {
+        let until = Instant::now() + RING_WITHIN;
+        let mut porch = Porch::new();
+        while Instant::now() < until {
+            if let Some(Stream::Tcp(stream)) = self.wait(common, &porch, Some(until))?
+                && let Ok(bearer) = Bearer::new(stream)
+            {
+                porch.take_in(bearer);
+            }
+            while let Some(outcome) = porch.turn() {
+                // A stranger, or a primary that comes too late: it finds the connection closed.
+                if let Ok(Some(stream)) = outcome.and_then(|bearer| bearer.admit(ticket)) {
+                    return Ok(stream);
+                }
+            }
+        }
+        Err(HandshakeError::from(io::Error::from(ErrorKind::TimedOut)).into())
     }
 
     /// The backup's end of the ring with the primary at the other end of `control`.
@@ -146,36 +186,22 @@ impl Listener {
             events: config.ring.events_kib << 10,
             inputs: config.ring.inputs_kib << 10,
         };
-        if let Channel::Unix(stream) = control {
+        if let Some(stream) = control.unix() {
             let ring = shm::accept(stream, &sizes).map_err(HandshakeError::from)?;
             return Ok((ring, None));
         }
-        let ticket = random_bytes().map_err(SessionError::host("draw a ticket"))?;
-        handshake::give_ticket(control, ticket)?;
-        let until = Instant::now() + RING_WITHIN;
-        let stream = loop {
-            match self.accept_until(common, Some(until))? {
-                Some(Channel::Tcp(stream))
-                    if handshake::has_ticket(&stream, &ticket, TICKET_WITHIN) =>
-                {
-                    break stream;
-                }
-                // A stranger, or a primary that comes too late: it finds the connection closed.
-                Some(_) => {}
-                None => {
-                    let source = io::Error::from(ErrorKind::TimedOut);
-                    return Err(HandshakeError::from(source).into());
-                }
-            }
-        };
         // The thread that lands the log shares the I/O thread's CPU: both wait most of the time.
-        host::pin(&config.cpus.io, "landing");
         let spin = config.timing.spin();
         if config.pair.transport == Transport::Rdma {
+            host::pin(&config.cpus.io, "landing");
             sandbox::shed(&config.sandbox)?;
-            let ring = accept_rdma(&stream, &sizes, config).map_err(HandshakeError::from)?;
+            let ring = accept_rdma(control, &sizes, config).map_err(HandshakeError::from)?;
             return Ok(ring);
         }
+        let ticket = random_bytes().map_err(SessionError::host("draw a ticket"))?;
+        handshake::give_ticket(control, ticket)?;
+        let stream = self.accept_bearer(common, &ticket)?;
+        host::pin(&config.cpus.io, "landing");
         let sandbox = Sandbox::prepare(&config.sandbox)?;
         let confine = move || sandbox.confine(Thread::Landing).expect(NOT_CONFINED);
         let (ring, link) =
@@ -202,33 +228,57 @@ impl Drop for Listener {
     }
 }
 
-/// The set-up goes over the connection that otherwise would carry the log; then that is closed.
+/// What was said of strangers.
+#[derive(Default)]
+struct Told {
+    at: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Told {
+    fn turned_away(&mut self, common: &Common, error: &HandshakeError) {
+        if self.at.is_some_and(|at| at.elapsed() < TELL_AGAIN) {
+            self.unsaid += 1;
+            return;
+        }
+        self.at = Some(Instant::now());
+        let others = match std::mem::take(&mut self.unsaid) {
+            0 => String::new(),
+            count => format!(" (and {count} before)"),
+        };
+        common.reporter.say(&Said::Notice {
+            text: format!("whoever called was turned away: {error}{others}"),
+            loud: true,
+        });
+    }
+}
+
+/// The set-up goes over the control connection: the keys of this side's memory are for the peer's eyes alone.
 fn accept_rdma(
-    mut stream: &TcpStream,
+    mut control: &Channel,
     sizes: &RingConfig,
     config: &Config,
 ) -> Result<(RingReader, Option<Link>), rdma::ConnectError> {
     let verbs = Verbs::load()?;
     let spin = config.timing.spin();
-    let (ring, link) = rdma::accept(&verbs, &mut stream, sizes, &config.rdma.ring(), spin)?;
+    let (ring, link) = rdma::accept(&verbs, &mut control, sizes, &config.rdma.ring(), spin)?;
     Ok((ring, Some(Link::Rdma(link))))
 }
 
 /// The primary's end of the ring with the backup at the other end of `control`.
 fn connect_ring(
-    control: &Channel,
+    mut control: &Channel,
     config: &Config,
 ) -> Result<(RingWriter, Option<Watch>), HandshakeError> {
-    if let Channel::Unix(stream) = control {
+    if let Some(stream) = control.unix() {
         return Ok((shm::connect(stream)?, None));
     }
-    let stream = handshake::open_ring(control)?;
     if config.pair.transport == Transport::Rdma {
         let verbs = Verbs::load().map_err(rdma::ConnectError::from)?;
-        let (ring, watch) = rdma::connect_watched(&verbs, &mut &stream, &config.rdma.ring())?;
+        let (ring, watch) = rdma::connect_watched(&verbs, &mut control, &config.rdma.ring())?;
         return Ok((ring, Some(Watch::Rdma(watch))));
     }
-    let (ring, watch) = tcp::connect_watched(stream)?;
+    let (ring, watch) = tcp::connect_watched(handshake::open_ring(control)?)?;
     Ok((ring, Some(Watch::Tcp(watch))))
 }
 
@@ -243,6 +293,8 @@ pub(super) struct Introduction {
     pub(super) port: Option<NetPort>,
     /// The host's random source, open.
     pub(super) random: File,
+    /// Whom to believe. Read before the threads are confined, which cannot open a file.
+    pub(super) trust: Trust,
 }
 
 impl Introduction {
@@ -252,6 +304,7 @@ impl Introduction {
         machine: &Machine,
         spec: &MachineSpec,
         port: Option<&NetPort>,
+        trust: Trust,
     ) -> Result<Self, SessionError> {
         let port = port.map(NetPort::try_clone).transpose();
         Ok(Self {
@@ -261,6 +314,7 @@ impl Introduction {
             spec: spec.encode(),
             port: port.map_err(SessionError::host("share the network port"))?,
             random: random_source()?,
+            trust,
         })
     }
 }
@@ -274,13 +328,14 @@ pub(super) struct Met {
     pub(super) watch: Option<Watch>,
 }
 
-/// Meets the backup at the other end: hello, welcome, port, ring. If the machine is `running`, a copy of it is due next.
+/// Meets the backup at the other end: proofs, hello, welcome, port, ring. If the machine is `running`, a copy of it is due next.
 pub(super) fn introduce(
-    control: Channel,
+    stream: Stream,
     config: &Config,
     who: &Introduction,
     running: bool,
 ) -> Result<Met, SessionError> {
+    let control = handshake::prove(stream, &who.trust)?;
     let socket = Beats::bind(config.pair.heartbeat)?;
     let mut key = [0; 16];
     let mut random = &who.random;
@@ -291,6 +346,7 @@ pub(super) fn introduce(
         version: handshake::VERSION,
         cpu: who.cpu.clone(),
         name: who.name.clone(),
+        transport: config.pair.transport.name().to_owned(),
         identity: who.me.to_string(),
         heartbeat: socket
             .local_addr()
@@ -301,9 +357,9 @@ pub(super) fn introduce(
     };
     let welcomed = handshake::introduce(&control, &hello, &who.spec)?;
     // On one host both sides share the port, so that the frames in its queue outlive either.
-    let shared = match &control {
-        Channel::Unix(_) => handshake::port_fd(who.port.as_ref()),
-        Channel::Tcp(_) => None,
+    let shared = match control.unix() {
+        Some(_) => handshake::port_fd(who.port.as_ref()),
+        None => None,
     };
     handshake::share(&control, shared)?;
     let (ring, watch) = connect_ring(&control, config)?;
@@ -317,10 +373,10 @@ pub(super) fn introduce(
     })
 }
 
-fn dial(address: SocketAddr, longest: Duration) -> io::Result<Channel> {
+fn dial(address: SocketAddr, longest: Duration) -> io::Result<Stream> {
     let stream = TcpStream::connect_timeout(&address, longest)?;
     stream.set_nodelay(true)?;
-    Ok(Channel::Tcp(stream))
+    Ok(Stream::Tcp(stream))
 }
 
 /// Where a primary finds its backup, for people.
@@ -338,9 +394,9 @@ fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
     })
 }
 
-fn call(pair: &Pair) -> Result<io::Result<Channel>, SessionError> {
+fn call(pair: &Pair) -> Result<io::Result<Stream>, SessionError> {
     Ok(match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix),
+        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix),
         Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, FIND_BACKUP),
     })
 }
@@ -351,9 +407,9 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
 }
 
 /// Calls every place at which a new backup may listen, beginning with the one of this number; the first that answers.
-pub(super) fn call_any(pair: &Pair, first: usize) -> Option<Channel> {
+pub(super) fn call_any(pair: &Pair, first: usize) -> Option<Stream> {
     match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Channel::Unix).ok(),
+        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix).ok(),
         Transport::Tcp | Transport::Rdma => {
             let places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
             let first = first % places.len().max(1);
@@ -364,7 +420,7 @@ pub(super) fn call_any(pair: &Pair, first: usize) -> Option<Channel> {
 }
 
 /// Connects to the backup that this primary starts with, and waits for one to listen.
-pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Channel, SessionError> {
+pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, SessionError> {
     let until = Instant::now() + FIND_BACKUP;
     let mut said = false;
     let mut waiter = Waiter::new();

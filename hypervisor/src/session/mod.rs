@@ -19,6 +19,7 @@ mod clerk;
 pub mod host;
 mod io;
 mod meet;
+mod porch;
 pub mod primary;
 mod recruit;
 pub mod report;
@@ -33,7 +34,7 @@ use crate::backends::link::LinkError;
 use crate::backends::tap::{BadNetwork, TapError};
 use crate::config::Config;
 use crate::file_log::FileLogError;
-use crate::handshake::HandshakeError;
+use crate::handshake::{HandshakeError, TrustError};
 use crate::machine::{MachineError, SpecError};
 use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
@@ -76,6 +77,9 @@ pub enum SessionError {
     /// The other side.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
+    /// Whom to believe.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The arbiter.
     #[error(transparent)]
     Arbiter(#[from] crate::arbiter::ArbiterError),

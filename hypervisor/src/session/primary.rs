@@ -17,7 +17,7 @@ use crate::config::{Config, Transport};
 use crate::desk::Desk;
 use crate::entry::Base;
 use crate::gate::Gate;
-use crate::handshake;
+use crate::handshake::{self, Trust};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Identity, Notice, Pair, Primary, Record, State};
@@ -45,6 +45,7 @@ pub fn run(
     json: bool,
     start: Start,
 ) -> Result<Served, SessionError> {
+    let trust = Trust::of(&config.pair)?;
     let common = Common::new(json)?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
@@ -53,16 +54,16 @@ pub fn run(
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
-    let introduction = Introduction::new(config, me, &machine, spec, port.as_ref())?;
+    let introduction = Introduction::new(config, me, &machine, spec, port.as_ref(), trust)?;
 
     let met = if start.alone {
         None
     } else {
-        let control = meet::find_backup(&config.pair, &common)?;
+        let stream = meet::find_backup(&config.pair, &common)?;
         if config.pair.transport == Transport::Rdma {
             sandbox::shed(&config.sandbox)?;
         }
-        let met = meet::introduce(control, config, &introduction, false)?;
+        let met = meet::introduce(stream, config, &introduction, false)?;
         handshake::await_ready(&met.control)?;
         Some(met)
     };

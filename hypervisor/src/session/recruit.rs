@@ -27,7 +27,7 @@ use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
 use crate::desk::{Answer, Ask, Cut, Desk};
-use crate::handshake::{self, Channel, HandshakeError};
+use crate::handshake::{self, Channel, HandshakeError, Hurried, Stream};
 use crate::machine::Machine;
 use crate::memory::GuestRam;
 use crate::orders::{Order, Orders};
@@ -55,6 +55,9 @@ const FEW_PAGES: usize = 64;
 /// Rounds without fewer pages than the least before, after which a guest is taken to write faster than the copy gets across.
 /// Its stop is then as long as its last round.
 const ROUNDS_IN_VAIN: u32 = 4;
+
+/// How long all rounds may take: the largest machine, at the least pace that a backup must keep, takes half of it for the first.
+const ROUNDS_WITHIN: Duration = Duration::from_secs(3600);
 
 /// What the thread tells the I/O thread.
 pub(super) enum News {
@@ -298,10 +301,12 @@ impl Work {
     }
 
     /// Meets the backup and makes it one: everything but the arbiter's word.
-    fn copy_to(&self, stream: Channel, epoch: rdma_log::Epoch) -> Result<Recruit, SessionError> {
+    fn copy_to(&self, stream: Stream, epoch: rdma_log::Epoch) -> Result<Recruit, SessionError> {
         let met = meet::introduce(stream, &self.config, &self.introduction, true)?;
         let started = Instant::now();
-        let mut copier = Copier::new(&met.control, Arc::clone(&self.ram));
+        // A peer that takes it a byte at a time would keep others from being looked for, and the guest's pages in vain.
+        let paced = Hurried::paced(&met.control, handshake::PATIENCE, handshake::PACE);
+        let mut copier = Copier::new(paced, Arc::clone(&self.ram));
         let rounds = self.rounds(&mut copier)?;
         let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch, false);
         let cut = self.cut(sink)?;
@@ -323,13 +328,19 @@ impl Work {
     }
 
     /// Sends what there is and what is written meanwhile, until little is left.
-    fn rounds(&self, copier: &mut Copier<&Channel>) -> Result<u32, SessionError> {
+    fn rounds(&self, copier: &mut Copier<Hurried<&Channel>>) -> Result<u32, SessionError> {
         let Answer::Watching = self.ask(Ask::Watch)? else {
             return Err(SessionError::NoCopy(AT_RANDOM.into()));
         };
+        let started = Instant::now();
         copier.everything().map_err(connection)?;
         let (mut least, mut in_vain, mut rounds) = (usize::MAX, 0, 1);
         loop {
+            if started.elapsed() > ROUNDS_WITHIN {
+                return Err(SessionError::NoCopy(
+                    "it does not get across faster than the guest writes".into(),
+                ));
+            }
             let Answer::Changed(pages) = self.ask(Ask::Changed)? else {
                 return Err(SessionError::NoCopy(AT_RANDOM.into()));
             };

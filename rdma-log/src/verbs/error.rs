@@ -11,16 +11,24 @@ use super::abi::{Failure, Step};
 /// How a request that was posted failed: `ibv_wc_status`, the ones that tell something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
+    /// 1, 2, 4: the device finds this side's request wrong: its length, its queue pair, its memory.
+    Local(u32),
     /// 5: it was in the queue behind one that failed, or the queue pair was taken down.
     Flushed,
+    /// 7: the peer's answer made no sense.
+    BadResponse,
     /// 9: the peer's queue pair refuses such requests.
     RemoteRequest,
     /// 10: the peer's memory is not registered, or not that far.
     RemoteAccess,
+    /// 11: the peer's device failed while it did what was asked.
+    RemoteOperation,
     /// 12: nothing at the other end answers.
     RetryExceeded,
     /// 13: the peer has no receive posted.
     NoReceive,
+    /// 19, 21: the device, or its port, failed as a whole.
+    Fatal(u32),
     /// Any other.
     Other(u32),
 }
@@ -28,11 +36,15 @@ pub enum Status {
 impl Status {
     pub(crate) fn of(number: u32) -> Status {
         match number {
+            local @ (1 | 2 | 4) => Status::Local(local),
             5 => Status::Flushed,
+            7 => Status::BadResponse,
             9 => Status::RemoteRequest,
             10 => Status::RemoteAccess,
+            11 => Status::RemoteOperation,
             12 => Status::RetryExceeded,
             13 => Status::NoReceive,
+            fatal @ (19 | 21) => Status::Fatal(fatal),
             other => Status::Other(other),
         }
     }
@@ -41,6 +53,20 @@ impl Status {
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Status::Local(number) => write!(
+                f,
+                "this side's request was wrong ({number}): length, queue pair or memory; this is a bug, or two builds"
+            ),
+            Status::BadResponse => f.write_str(
+                "the peer's answer made no sense (7): is it the same device and driver?",
+            ),
+            Status::RemoteOperation => {
+                f.write_str("the peer's device failed (11): its host's dmesg says more")
+            }
+            Status::Fatal(number) => write!(
+                f,
+                "the device failed as a whole ({number}): see dmesg, reset it or take another"
+            ),
             Status::Flushed => f.write_str("flushed (5): the queue pair had been taken down"),
             Status::RemoteRequest => f.write_str("remote invalid request (9)"),
             Status::RemoteAccess => f.write_str("remote access (10)"),
@@ -128,6 +154,42 @@ pub enum RdmaError {
     LockedMemory {
         /// How many bytes.
         bytes: u64,
+        /// What the system said.
+        errno: i32,
+    },
+    /// The device has no room, or none of the memory that may be locked is left.
+    #[error(
+        "cannot {what} ({}): the device has no more of them, or the limit of locked memory is reached: end other programs that \
+         use it (`rdma resource` counts), raise the limit (`ulimit -l`, LimitMEMLOCK=)", os(*.errno)
+    )]
+    NoRoom {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        errno: i32,
+    },
+    /// The device is not there any more.
+    #[error(
+        "the RDMA device is gone, it cannot {what} ({}): it was removed, reset, or its driver or network interface taken away; \
+         see dmesg and `rdma link`", os(*.errno)
+    )]
+    DeviceGone {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        errno: i32,
+    },
+    /// The peer's address, or the MTU, is none that this device can use.
+    #[error(
+        "this side's RDMA device cannot reach the peer's ({}): its GID is {gid}, the path MTU {mtu}. Both ports must be in one network \
+         and have GIDs of the same kind (set rdma.gid_index on both; /sys/class/infiniband/*/ports/*/gids), and \
+         the peer's address must be reachable through the device's own interface (`ip route get`)", os(*.errno)
+    )]
+    NoPath {
+        /// The peer's GID, as an IPv6 address.
+        gid: String,
+        /// The smaller of the two ports' active MTUs, in bytes.
+        mtu: u32,
         /// What the system said.
         errno: i32,
     },
@@ -249,6 +311,35 @@ impl RdmaError {
                 let bytes = context.bytes;
                 RdmaError::LockedMemory { bytes, errno }
             }
+            step @ (Step::CompletionQueue | Step::QueuePair | Step::Domain | Step::Channel)
+                if matches!(
+                    errno,
+                    libc::ENOMEM | libc::EAGAIN | libc::ENOSPC | libc::EMFILE
+                ) =>
+            {
+                let what = what(*step);
+                RdmaError::NoRoom { what, errno }
+            }
+            step if matches!(errno, libc::ENODEV | libc::ENXIO) => {
+                let what = what(*step);
+                RdmaError::DeviceGone { what, errno }
+            }
+            Step::Receive
+                if matches!(
+                    errno,
+                    libc::EINVAL
+                        | libc::ENETUNREACH
+                        | libc::EHOSTUNREACH
+                        | libc::EADDRNOTAVAIL
+                        | libc::EPROTONOSUPPORT
+                ) =>
+            {
+                RdmaError::NoPath {
+                    gid: std::net::Ipv6Addr::from(context.gid).to_string(),
+                    mtu: 128_u32.checked_shl(u32::from(context.mtu)).unwrap_or(0),
+                    errno,
+                }
+            }
             step if matches!(errno, libc::EACCES | libc::EPERM) => {
                 let what = what(*step);
                 RdmaError::Permission { what, errno }
@@ -271,6 +362,10 @@ pub(crate) struct Context {
     pub(super) have: Vec<String>,
     pub(super) port: u8,
     pub(super) bytes: u64,
+    /// The peer's, of a queue pair that is connected.
+    pub(super) gid: [u8; 16],
+    /// 1 to 5, for 256 to 4096 bytes.
+    pub(super) mtu: u8,
 }
 
 fn what(step: Step) -> &'static str {

@@ -125,6 +125,8 @@ struct Memory {
 struct Pair {
     card: Arc<Card>,
     tell: UnixStream,
+    /// It reaches nobody.
+    lonely: bool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -155,8 +157,9 @@ fn refused(step: Step, errno: i32) -> Failure {
     Failure::of(step, errno)
 }
 
-/// `fake…` is a device; with `-no-port`, `-no-gid`, `-forbidden`, `-memlock`, `-infiniband`, `-short` in its name it has no
-/// active port, no GID, refuses to be opened, or to register memory, is InfiniBand, or sends short messages only.
+/// `fake…` is a device; with `-no-port`, `-no-gid`, `-forbidden`, `-memlock`, `-infiniband`, `-short`, `-full`, `-no-path`, `-gone` in its
+/// name it has no active port, no GID, refuses to be opened, or to register memory, is InfiniBand, sends short messages only, has
+/// no room for queue pairs, reaches no peer, or is taken away before memory is registered.
 unsafe extern "C" fn open(
     wish: *const Wish,
     device: *mut *mut abi::Device,
@@ -228,11 +231,11 @@ unsafe extern "C" fn register(
     keys: *mut Keys,
 ) -> Failure {
     // SAFETY: an open device.
-    if unsafe { &*device.cast::<Device>() }
-        .name
-        .contains("-memlock")
-    {
-        return refused(Step::Register, libc::ENOMEM);
+    let name = &unsafe { &*device.cast::<Device>() }.name;
+    for (part, errno) in [("-memlock", libc::ENOMEM), ("-gone", libc::ENODEV)] {
+        if name.contains(part) {
+            return refused(Step::Register, errno);
+        }
     }
     let key = number();
     let span = Span {
@@ -272,11 +275,15 @@ unsafe extern "C" fn create(
 ) -> Failure {
     // SAFETY: an open device and the caller's live struct.
     let (device, limits) = unsafe { (&*device.cast::<Device>(), &mut *limits) };
+    if device.name.contains("-full") {
+        return refused(Step::QueuePair, libc::ENOMEM);
+    }
     limits.number = number();
     limits.inline = limits.inline.min(128);
     let pair = Arc::new(Pair {
         card: device.card.clone(),
         tell: device.tell.try_clone().expect("a socket"),
+        lonely: device.name.contains("-no-path"),
         state: Mutex::new(State {
             depth: limits.requests,
             ..State::default()
@@ -304,7 +311,11 @@ unsafe fn pair<'a>(queue: *mut abi::Queue) -> &'a Pair {
 
 unsafe extern "C" fn connect(queue: *mut abi::Queue, path: *const Path) -> Failure {
     // SAFETY: a live queue and the caller's live struct.
-    unsafe { lock(&pair(queue).state).peer = (*path).number };
+    let (pair, path) = unsafe { (pair(queue), &*path) };
+    if pair.lonely {
+        return refused(Step::Receive, libc::EINVAL);
+    }
+    lock(&pair.state).peer = path.number;
     Failure::NONE
 }
 

@@ -152,6 +152,76 @@ fn what_is_missing_is_said_with_what_to_do() {
     }
 }
 
+#[test]
+fn what_a_device_refuses_later_is_said_with_what_to_do() {
+    let device = |name: &str| {
+        let choice = Choice {
+            device: Some(name.to_owned()),
+            ..Choice::default()
+        };
+        Arc::new(fake::verbs().open(&choice).unwrap())
+    };
+    let full = Queue::new(&device("fake-full"), 32, 4, 0).map(drop);
+    let full = full.unwrap_err();
+    assert!(matches!(
+        full,
+        RdmaError::NoRoom {
+            errno: libc::ENOMEM,
+            ..
+        }
+    ));
+    let region = Region::locked(8192).unwrap();
+    let gone = Registered::new(&device("fake-gone"), &region, Writes::Own).map(drop);
+    let gone = gone.unwrap_err();
+    assert!(matches!(
+        gone,
+        RdmaError::DeviceGone {
+            errno: libc::ENODEV,
+            ..
+        }
+    ));
+    let lonely = device("fake-no-path");
+    let mut queue = Queue::new(&lonely, 32, 4, 0).unwrap();
+    let mut gid = [0; 16];
+    gid[10..].copy_from_slice(&[0xff, 0xff, 192, 0, 2, 7]);
+    let path = Path {
+        gid,
+        number: 1,
+        psn: 0,
+        own_psn: 0,
+        lid: 0,
+        mtu: 3,
+        timeout: 14,
+        retries: 6,
+        reserved: [0; 3],
+    };
+    let no_path = queue.connect(&path).unwrap_err();
+    let errno = libc::EINVAL;
+    let gid = "::ffff:192.0.2.7".to_owned();
+    assert_eq!(
+        no_path,
+        RdmaError::NoPath {
+            gid,
+            mtu: 1024,
+            errno
+        }
+    );
+    for (error, advice) in [
+        (full, "ulimit -l"),
+        (gone, "rdma link"),
+        (no_path, "rdma.gid_index"),
+        (RdmaError::of_status(2, 0), "queue pair"),
+        (RdmaError::of_status(7, 0), "driver"),
+        (RdmaError::of_status(11, 0), "dmesg"),
+        (RdmaError::of_status(13, 0), "receiver not ready"),
+        (RdmaError::of_status(21, 0), "reset"),
+        (RdmaError::of_status(99, 0), "ibv_wc_status"),
+    ] {
+        let text = error.to_string();
+        assert!(text.contains(advice), "{text}");
+    }
+}
+
 /// Every step that the table can name has words, and an errno is told.
 #[test]
 fn every_failure_of_the_table_has_words() {

@@ -1,17 +1,18 @@
-//! The control connection: every message that one side waits for, from a peer that says anything.
+//! The control connection: every message that one side waits for, from a peer that has proved itself and says anything.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use hypervisor::handshake::{self, Channel, Hello};
+use hypervisor::config::Transport;
+use hypervisor::handshake::{self, Hello, Stream, Trust};
 use hypervisor::kvm::CpuModel;
 use hypervisor::machine::MachineSpec;
 use hypervisor::protocol::Identity;
 
-use super::Target;
 use super::source::Source;
+use super::{Target, proof};
 
 pub(super) const TARGET: Target = Target {
     name: "handshake",
@@ -39,7 +40,7 @@ fn run(bytes: &[u8]) {
     let (who, framed) = (source.u8() % 7, source.u8() & 1 == 0);
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     // All that is said fits the socket's buffer, and then the peer is gone: nobody waits.
-    let mut said = Vec::new();
+    let mut said = proof::claim_of_this_user();
     while !source.is_over() && said.len() < 64 << 10 {
         let length = usize::from(source.u16());
         let piece = source.bytes(length);
@@ -50,9 +51,10 @@ fn run(bytes: &[u8]) {
     }
     theirs.write_all(&said).expect("room in the socket");
     theirs.shutdown(Shutdown::Write).expect("an open socket");
-    let channel = Channel::Unix(ours);
+    let channel =
+        handshake::admit(Stream::Unix(ours), &Trust::same_user()).expect("a process of ours");
     let error = match who {
-        0 => match handshake::listen_to(&channel, &cpu(), NAME) {
+        0 => match handshake::listen_to(&channel, &cpu(), NAME, Transport::Shm) {
             Ok((hello, spec)) => {
                 assert_eq!(hello.name, NAME);
                 let _ = handshake::identity_of(&hello);
@@ -97,6 +99,7 @@ fn hello(spec_bytes: usize) -> Hello {
         version: handshake::VERSION,
         cpu: cpu(),
         name: NAME.into(),
+        transport: "shm".into(),
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],

@@ -16,6 +16,7 @@ mod entry;
 mod handshake;
 mod heartbeat;
 mod log_file;
+mod proof;
 mod ring;
 mod source;
 mod stream;
@@ -37,6 +38,7 @@ pub struct Target {
 pub const ALL: &[Target] = &[
     ring::TARGET,
     stream::TARGET,
+    proof::TARGET,
     handshake::TARGET,
     heartbeat::TARGET,
     entry::TARGET,

@@ -2,6 +2,7 @@
 
 pub mod arbiter_rules;
 pub mod busy;
+pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
 pub mod forged;
@@ -29,4 +30,5 @@ pub mod signal;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;
+pub mod uninvited;
 pub mod unprivileged;

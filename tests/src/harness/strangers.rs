@@ -1,5 +1,5 @@
-//! Peers that a role must survive: of another version or CPU, cut off, too long, silent, babbling, with descriptors that
-//! nobody asked for.
+//! Peers that a role must survive although they have proved who they are: of another version or CPU, cut off, too long, silent,
+//! babbling, with descriptors that nobody asked for. Who proves nothing is in `uninvited.rs`.
 #![forbid(unsafe_code)]
 
 use std::fs::File;
@@ -8,13 +8,15 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hypervisor::handshake::{Channel, Hello, VERSION};
+use hypervisor::handshake::{self, Channel, Hello, Stream, Trust, VERSION};
 use hypervisor::kvm::{CpuModel, KvmSource};
 use hypervisor::machine::MachineSpec;
+use rdma_log::RingConfig;
 use rdma_log::fdpass::send_with_fds;
+use rdma_log::transport::tcp;
 use serde_json::{Value, json};
 
 use super::random::Random;
@@ -41,6 +43,8 @@ pub enum Stranger {
     Cpu,
     /// Another machine.
     Name,
+    /// Another way for the log.
+    Transport,
     /// A description that is longer than any.
     HugeSpec,
     /// A description that is none.
@@ -56,7 +60,7 @@ pub enum Stranger {
 }
 
 /// Strangers that are over at once.
-pub const QUICK: [Stranger; 13] = [
+pub const QUICK: [Stranger; 14] = [
     Stranger::Closes,
     Stranger::Garbage,
     Stranger::TooLong,
@@ -65,6 +69,7 @@ pub const QUICK: [Stranger; 13] = [
     Stranger::Version,
     Stranger::Cpu,
     Stranger::Name,
+    Stranger::Transport,
     Stranger::HugeSpec,
     Stranger::BadSpec,
     Stranger::CutSpec,
@@ -73,11 +78,12 @@ pub const QUICK: [Stranger; 13] = [
 ];
 
 /// A hello that this host's backup of `name` would take.
-fn good_hello(name: &str, spec_bytes: usize) -> Result<Hello> {
+fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
     Ok(Hello {
         version: VERSION,
         cpu: CpuModel::of_host(&KvmSource::default())?,
         name: name.to_owned(),
+        transport: transport.to_owned(),
         identity: "0123456789abcdef0123456789abcdef".into(),
         heartbeat: SocketAddr::from(([127, 0, 0, 1], 9)),
         key: [7; 16],
@@ -104,7 +110,8 @@ impl Stranger {
     /// If the backup cannot be reached, welcomes the stranger, or does not get rid of it in time.
     pub fn visit(self, socket: &Path, name: &str, random: &mut Random) -> Result<Option<String>> {
         let stream = UnixStream::connect(socket).context("reach the backup")?;
-        self.speak(&Channel::Unix(stream), name, random)
+        let channel = handshake::prove(Stream::Unix(stream), &Trust::same_user())?;
+        self.speak(&channel, name, random)
     }
 
     /// Visits the backup that listens at this TCP address, likewise.
@@ -115,10 +122,12 @@ impl Stranger {
         self,
         address: SocketAddr,
         name: &str,
+        trust: &Trust,
         random: &mut Random,
     ) -> Result<Option<String>> {
         let stream = TcpStream::connect(address).context("reach the backup")?;
-        self.speak(&Channel::Tcp(stream), name, random)
+        let channel = handshake::prove(Stream::Tcp(stream), trust)?;
+        self.speak(&channel, name, random)
     }
 
     fn speak(
@@ -128,7 +137,12 @@ impl Stranger {
         random: &mut Random,
     ) -> Result<Option<String>> {
         stream.set_patience(Some(PATIENCE))?;
-        let bytes = self.words(name, random)?;
+        let transport = if stream.unix().is_some() {
+            "shm"
+        } else {
+            "tcp"
+        };
+        let bytes = self.words(name, transport, random)?;
         // A backup that has heard enough closes: what it does not read is not our matter.
         match stream.unix() {
             Some(socket) if self == Self::Descriptors => {
@@ -139,9 +153,10 @@ impl Stranger {
         }
         if self != Self::Silent {
             // It may have closed already.
-            let _ = match stream {
-                Channel::Unix(stream) => stream.shutdown(Shutdown::Write),
-                Channel::Tcp(stream) => stream.shutdown(Shutdown::Write),
+            let _ = match (stream.unix(), stream.tcp()) {
+                (Some(stream), _) => stream.shutdown(Shutdown::Write),
+                (_, Some(stream)) => stream.shutdown(Shutdown::Write),
+                _ => Ok(()),
             };
         }
         let mut answer = Vec::new();
@@ -172,6 +187,7 @@ impl Stranger {
             Self::Version => Some("version"),
             Self::Cpu => Some("CPU"),
             Self::Name => Some("--name"),
+            Self::Transport => Some("--transport"),
             Self::TooLong | Self::NoHello | Self::HugeSpec => Some("same version"),
             Self::BadSpec | Self::CutSpec => Some("description"),
             Self::BadImage => Some("image"),
@@ -179,10 +195,10 @@ impl Stranger {
         }
     }
 
-    fn words(self, name: &str, random: &mut Random) -> Result<Vec<u8>> {
+    fn words(self, name: &str, transport: &str, random: &mut Random) -> Result<Vec<u8>> {
         let spec = MachineSpec::new("irq", 8, "", 0)?.encode();
         let hello = |change: &dyn Fn(&mut Hello)| -> Result<Vec<u8>> {
-            let mut hello = good_hello(name, spec.len())?;
+            let mut hello = good_hello(name, transport, spec.len())?;
             change(&mut hello);
             Ok(framed(&serde_json::to_value(&hello)?))
         };
@@ -206,6 +222,7 @@ impl Stranger {
             Self::Version => with_spec(hello(&|hello| hello.version += 1)?),
             Self::Cpu => with_spec(hello(&|hello| hello.cpu.signature ^= 0x10)?),
             Self::Name => with_spec(hello(&|hello| hello.name = "another".into())?),
+            Self::Transport => with_spec(hello(&|hello| hello.transport = "pigeons".into())?),
             Self::HugeSpec => with_spec(hello(&|hello| hello.spec_bytes = u32::MAX)?),
             Self::BadSpec => {
                 let mut bytes = hello(&|_| {})?;
@@ -226,6 +243,30 @@ impl Stranger {
             }
         })
     }
+}
+
+/// What a primary says first, and its machine's description.
+fn hear_hello(mut stream: &Channel) -> Result<Hello> {
+    let text = hear(stream).context("the primary's hello")?;
+    let hello: Hello = serde_json::from_slice(&text).context("the primary's hello")?;
+    let mut spec = vec![0; hello.spec_bytes as usize];
+    stream
+        .read_exact(&mut spec)
+        .context("the primary's machine")?;
+    Ok(hello)
+}
+
+/// One message.
+fn hear(mut stream: &Channel) -> Result<Vec<u8>> {
+    let mut length = [0; 4];
+    stream.read_exact(&mut length)?;
+    let mut text = vec![0; u32::from_le_bytes(length) as usize];
+    stream.read_exact(&mut text)?;
+    Ok(text)
+}
+
+fn welcome(identity: &str) -> Vec<u8> {
+    framed(&json!({"Welcome": {"identity": identity, "heartbeat": "127.0.0.1:9"}}))
 }
 
 /// What a false backup does to a primary.
@@ -265,36 +306,28 @@ impl Impostor {
     /// If no primary says hello.
     pub fn receive(self, listener: &UnixListener, random: &mut Random) -> Result<()> {
         let (stream, _) = listener.accept().context("await the primary")?;
-        self.play(&Channel::Unix(stream), random)
+        let channel = handshake::admit(Stream::Unix(stream), &Trust::same_user())?;
+        self.play(&channel, random)
     }
 
     /// The same over TCP.
     ///
     /// # Errors
     /// As for [`receive`](Self::receive).
-    pub fn receive_over_tcp(self, listener: &TcpListener, random: &mut Random) -> Result<()> {
+    pub fn receive_over_tcp(
+        self,
+        listener: &TcpListener,
+        trust: &Trust,
+        random: &mut Random,
+    ) -> Result<()> {
         let (stream, _) = listener.accept().context("await the primary")?;
-        self.play(&Channel::Tcp(stream), random)
+        let channel = handshake::admit(Stream::Tcp(stream), trust)?;
+        self.play(&channel, random)
     }
 
     fn play(self, mut stream: &Channel, random: &mut Random) -> Result<()> {
         stream.set_patience(Some(PATIENCE))?;
-        let mut length = [0; 4];
-        stream
-            .read_exact(&mut length)
-            .context("the primary's hello")?;
-        let mut text = vec![0; u32::from_le_bytes(length) as usize];
-        stream
-            .read_exact(&mut text)
-            .context("the primary's hello")?;
-        let hello: Hello = serde_json::from_slice(&text).context("the primary's hello")?;
-        let mut spec = vec![0; hello.spec_bytes as usize];
-        stream
-            .read_exact(&mut spec)
-            .context("the primary's machine")?;
-        let welcome = |identity: &str| {
-            framed(&json!({"Welcome": {"identity": identity, "heartbeat": "127.0.0.1:9"}}))
-        };
+        hear_hello(stream)?;
         let good = "fedcba9876543210fedcba9876543210";
         let mut answer = match self {
             Self::Closes => return Ok(()),
@@ -347,17 +380,22 @@ impl FalsePrimary {
     ///
     /// # Errors
     /// If it does not welcome us, or does not get rid of us in time.
-    pub fn deceive(self, address: SocketAddr, name: &str, random: &mut Random) -> Result<()> {
-        let mut stream = TcpStream::connect(address).context("reach the backup")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+    pub fn deceive(
+        self,
+        address: SocketAddr,
+        name: &str,
+        trust: &Trust,
+        random: &mut Random,
+    ) -> Result<()> {
+        let stream = TcpStream::connect(address).context("reach the backup")?;
+        let channel = handshake::prove(Stream::Tcp(stream), trust)?;
+        channel.set_patience(Some(PATIENCE))?;
+        let mut stream = &channel;
         let spec = MachineSpec::new("irq", 8, "", 0)?.encode();
-        let hello = good_hello(name, spec.len())?;
+        let hello = good_hello(name, "tcp", spec.len())?;
         stream.write_all(&framed(&serde_json::to_value(&hello)?))?;
         stream.write_all(&spec)?;
-        let mut length = [0; 4];
-        stream.read_exact(&mut length).context("a welcome")?;
-        let mut text = vec![0; u32::from_le_bytes(length) as usize];
-        stream.read_exact(&mut text).context("a welcome")?;
+        let text = hear(stream).context("a welcome")?;
         let answer: Value = serde_json::from_slice(&text).context("a welcome")?;
         let backup = answer["Welcome"]["identity"]
             .as_str()
@@ -383,4 +421,45 @@ impl FalsePrimary {
             Err(error) => bail!("the backup did not get rid of {self:?}: {error}"),
         }
     }
+}
+
+/// A false backup for a machine that runs, which takes the copy of it a few bytes at a time. Returns how long the primary bore it.
+///
+/// # Errors
+/// If no primary comes, or it is never through with us.
+pub fn take_slowly(listener: &TcpListener, trust: &Trust) -> Result<Duration> {
+    let (stream, _) = listener.accept().context("await the primary")?;
+    let channel = handshake::admit(Stream::Tcp(stream), trust)?;
+    channel.set_patience(Some(PATIENCE))?;
+    let hello = hear_hello(&channel)?;
+    ensure!(hello.running, "the primary does not run yet");
+    (&channel).write_all(&welcome("fedcba9876543210fedcba9876543210"))?;
+    hear(&channel).context("word on its network port")?;
+    let ticket = [3_u8; 16];
+    (&channel).write_all(&framed(&json!({"ticket": ticket})))?;
+    let (mut ring, _) = listener.accept().context("await the log")?;
+    ring.set_read_timeout(Some(PATIENCE))?;
+    let mut shown = [0; handshake::SHOWN];
+    ring.read_exact(&mut shown).context("the ticket")?;
+    ensure!(handshake::is_ring(&shown, &ticket), "a wrong ticket");
+    let sizes = RingConfig {
+        events: 1 << 16,
+        inputs: 1 << 16,
+    };
+    let _ring = tcp::accept(ring, &sizes, Duration::ZERO)?;
+    let started = Instant::now();
+    let control = channel.tcp().context("a TCP connection")?;
+    let mut bytes = [0; 512];
+    // Until it closes. A record's worth comes now and then: each single wait of the primary's is short.
+    while (&mut &*control)
+        .read(&mut bytes)
+        .is_ok_and(|count| count > 0)
+    {
+        ensure!(
+            started.elapsed() < 4 * PATIENCE,
+            "the primary goes on copying to a backup that takes nothing"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(started.elapsed())
 }

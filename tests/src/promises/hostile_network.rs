@@ -1,9 +1,11 @@
-//! A network that means harm (issue 4, point 4): junk and forgeries at the heartbeat sockets, strangers and impostors at a TCP
-//! pair, and a man in the middle of its log. Nobody dies of it who need not, nobody is declared dead who lives, and never are
-//! there two live machines.
+//! A network that means harm (issue 4, point 4; issue 5): junk and forgeries at the heartbeat sockets, peers without the pair's secret
+//! and a man in the middle of its set-up, peers that have the secret and mean harm, and a man in the middle of the log. Nobody dies
+//! of it who need not, nobody is declared dead who lives, nobody learns a key or a byte of the guest from the control connection,
+//! and never are there two live machines.
 #![forbid(unsafe_code)]
 
 mod datagrams;
+mod proofs;
 mod streams;
 
 use std::time::Duration;
@@ -16,8 +18,8 @@ use crate::promise::{Figures, Promise, Run};
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "hostile-network",
-    line: "Junk, floods, forgeries, strangers and a man in the middle neither end a pair wrongly nor make two machines live",
-    short: Duration::from_secs(45),
+    line: "Junk, floods, forgeries, peers without the secret and a man in the middle get no key, end no pair wrongly and make no two machines live",
+    short: Duration::from_secs(75),
     full: Duration::from_secs(400),
     show,
 };
@@ -29,6 +31,7 @@ fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
     datagrams::show(run, &mut random, &mut figures).context("junk at the heartbeat sockets")?;
+    proofs::show(run, &mut random, &mut figures).context("peers without the secret")?;
     streams::show(run, &mut random, &mut figures).context("hostile peers over TCP")?;
     Ok(figures)
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::demo::report::Report;
+use hypervisor::handshake::Secret;
 
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
@@ -188,6 +189,7 @@ impl Place {
     fn new() -> Result<Self> {
         let directory = tempfile::tempdir().context("make a directory")?;
         fs::create_dir(directory.path().join("arbiter")).context("make a directory")?;
+        Secret::create(&directory.path().join("pair.secret"))?;
         Ok(Self { directory })
     }
 
@@ -205,6 +207,8 @@ impl Place {
                 "--json",
                 "--transport",
                 "tcp",
+                "--secret",
+                "pair.secret",
                 "--arbiter",
                 "arbiter",
                 "--listen",
@@ -237,6 +241,8 @@ impl Place {
                 "--json",
                 "--transport",
                 "tcp",
+                "--secret",
+                "pair.secret",
                 "--arbiter",
                 "arbiter",
                 "--connect",

@@ -14,7 +14,7 @@ use crate::backends::wait::Waiter;
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
-use crate::handshake::{self, Channel, HandshakeError};
+use crate::handshake::{self, Channel, HandshakeError, Trust};
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
@@ -50,6 +50,8 @@ pub(super) struct Meeting<'a> {
     pub(super) me: Identity,
     pub(super) source: KvmSource,
     pub(super) cpu: CpuModel,
+    /// Whom to believe.
+    pub(super) trust: Trust,
     pub(super) listener: Listener,
 }
 
@@ -57,8 +59,8 @@ impl Meeting<'_> {
     /// Waits for a primary, and becomes its backup: built as the machine is described, or copied from it if it runs.
     pub(super) fn meet(&self, common: Common) -> Result<Following, SessionError> {
         let config = self.config;
-        let control = self.listener.accept(&common)?;
-        let heard = handshake::listen_to(&control, &self.cpu, &config.name);
+        let control = self.listener.accept(&common, &self.trust)?;
+        let heard = handshake::listen_to(&control, &self.cpu, &config.name, config.pair.transport);
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
@@ -71,7 +73,7 @@ impl Meeting<'_> {
             .local_addr()
             .map_err(SessionError::host("read the heartbeat socket's address"))?;
         let port = match handshake::welcome(&control, self.me, address)? {
-            Some(port) => Some(NetPort::inherited(port.as_raw_fd())?),
+            Some(port) => Some(NetPort::inherited(port.as_raw_fd()).map_err(HandshakeError::from)?),
             None if control.unix().is_some() => None,
             // Over TCP nothing is shared: this side has a port of its own.
             None => Io::port(config, self.inherited)?,
@@ -79,7 +81,14 @@ impl Meeting<'_> {
         let (ring, link) = self.listener.accept_ring(&common, &control, config)?;
 
         // Everything that takes its time is done before the copy: at its end a guest's clients wait for this side.
-        let introduction = Introduction::new(config, self.me, &machine, &spec, port.as_ref())?;
+        let introduction = Introduction::new(
+            config,
+            self.me,
+            &machine,
+            &spec,
+            port.as_ref(),
+            self.trust.clone(),
+        )?;
         let mut io = Io::new(common, config, self.json, port, Gate::new_shut())?;
         let beats = Beats::connect(socket, hello.heartbeat, handshake::key_of(&hello));
         io.listen_to(Some(beats.map_err(|error| HandshakeError::Malformed {
@@ -261,6 +270,10 @@ struct Attentive<'a> {
 
 impl Read for Attentive<'_> {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        let mut from = self.from;
+        if from.has_more() {
+            return from.read(to);
+        }
         self.waiter.clear();
         let signals = self.waiter.add(&self.io.signals, true, false);
         let stream = self.waiter.add(self.from, true, false);
@@ -271,7 +284,6 @@ impl Read for Attentive<'_> {
         if !self.waiter.ready(stream).read {
             return Err(ErrorKind::TimedOut.into());
         }
-        let mut from = self.from;
         from.read(to)
     }
 }

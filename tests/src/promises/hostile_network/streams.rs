@@ -1,4 +1,5 @@
-//! Hostile peers over TCP: strangers before a pair, impostors of either side, and a man in the middle of a pair's log.
+//! Hostile peers over TCP who hold the pair's secret: strangers before a pair, impostors of either side, a backup that takes a copy too
+//! slowly; and a man in the middle of a pair's log.
 #![forbid(unsafe_code)]
 
 use std::fs;
@@ -9,13 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use hypervisor::handshake::{Secret, Trust};
 use hypervisor::session::report::Event;
 use tempfile::TempDir;
 
 use super::LONGEST;
 use crate::harness::random::Random;
 use crate::harness::role::Role;
-use crate::harness::strangers::{FALSE_PRIMARIES, IMPOSTORS, Impostor, QUICK};
+use crate::harness::strangers::{self, FALSE_PRIMARIES, IMPOSTORS, Impostor, QUICK};
 use crate::harness::tcp_meddler::{HARMS, Harm, TcpMeddler};
 use crate::promise::{Figures, Run};
 
@@ -23,6 +25,7 @@ pub(super) fn show(run: &Run, random: &mut Random, figures: &mut Figures) -> Res
     strangers(run, random, figures).context("strangers before a pair")?;
     impostors(run, random, figures).context("impostor backups")?;
     false_primaries(run, random, figures).context("impostor primaries")?;
+    slow_backup(run, figures).context("a backup that takes its copy too slowly")?;
     let mut meddled = 0;
     for _ in 0..run.form.pick(1, 6) {
         for harm in HARMS {
@@ -34,10 +37,18 @@ pub(super) fn show(run: &Run, random: &mut Random, figures: &mut Figures) -> Res
     Ok(())
 }
 
-fn directory() -> Result<TempDir> {
+/// The pair's secret, in its directory.
+const SECRET: &str = "pair.secret";
+
+pub(super) fn trust(work: &Path) -> Result<Trust> {
+    Ok(Trust::read(&work.join(SECRET))?)
+}
+
+pub(super) fn directory() -> Result<TempDir> {
     let made = tempfile::Builder::new().prefix("doppel-test-").tempdir();
     let made = made.context("make a directory")?;
     fs::create_dir(made.path().join("arbiter")).context("make a directory")?;
+    Secret::create(&made.path().join(SECRET))?;
     fs::write(
         made.path().join("patient.toml"),
         "[timing]\nsilence_ms = 2000\n",
@@ -46,7 +57,9 @@ fn directory() -> Result<TempDir> {
     Ok(made)
 }
 
-const COMMON: [&str; 7] = [
+const COMMON: [&str; 9] = [
+    "--secret",
+    SECRET,
     "--config",
     "patient.toml",
     "--transport",
@@ -56,7 +69,7 @@ const COMMON: [&str; 7] = [
     "--json",
 ];
 
-fn start_backup(work: &Path) -> Result<(Role, SocketAddr)> {
+pub(super) fn start_backup(work: &Path) -> Result<(Role, SocketAddr)> {
     let arguments = [&["backup", "--listen", "127.0.0.1:0"], &COMMON[..]].concat();
     let mut backup = Role::start(work, "backup", &arguments)?;
     backup.until("\"ready\"", LONGEST)?;
@@ -70,21 +83,41 @@ fn start_backup(work: &Path) -> Result<(Role, SocketAddr)> {
     Ok((backup, address.context("a backup says its address")?))
 }
 
-fn start_primary(work: &Path, at: SocketAddr, words: &str) -> Result<Role> {
+pub(super) fn start_primary(work: &Path, at: SocketAddr, words: &str) -> Result<Role> {
     let at = at.to_string();
     let guest = ["--guest", "irq", "--memory", "8", "--command-line", words];
     let arguments = [&["primary", "--connect", &at], &guest[..], &COMMON[..]].concat();
     Role::start(work, "primary", &arguments)
 }
 
+/// One that runs already when it finds its backup.
+pub(super) fn start_alone(work: &Path, at: SocketAddr, guest: [&str; 3]) -> Result<Role> {
+    let at = at.to_string();
+    let [guest, memory, words] = guest;
+    let guest = [
+        "--guest",
+        guest,
+        "--memory",
+        memory,
+        "--command-line",
+        words,
+    ];
+    let start = ["primary", "--alone", "--connect", &at];
+    let arguments = [&start[..], &guest[..], &COMMON[..]].concat();
+    let mut primary = Role::start(work, "primary", &arguments)?;
+    primary.until("\"ready\"", LONGEST)?;
+    Ok(primary)
+}
+
 /// Each stranger is refused or dropped; and then a pair forms although others go on ringing at the door.
 fn strangers(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     let work = directory()?;
     let (mut backup, address) = start_backup(work.path())?;
+    let trust = trust(work.path())?;
     let mut visits = 0;
     for _ in 0..run.form.pick(1, 10) {
         for stranger in QUICK {
-            let answer = stranger.visit_over_tcp(address, "machine", random)?;
+            let answer = stranger.visit_over_tcp(address, "machine", &trust, random)?;
             if let (Some(reason), Some(answer)) = (stranger.reason(), answer) {
                 ensure!(answer.contains(reason), "{stranger:?} was told {answer:?}");
             }
@@ -168,7 +201,7 @@ fn impostors(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()
         let work = directory()?;
         let listener = TcpListener::bind("127.0.0.1:0").context("listen")?;
         let mut primary = start_primary(work.path(), listener.local_addr()?, "")?;
-        impostor.receive_over_tcp(&listener, random)?;
+        impostor.receive_over_tcp(&listener, &trust(work.path())?, random)?;
         let said = primary
             .clear_error(LONGEST, &[1])
             .with_context(|| format!("{impostor:?}"))?;
@@ -187,7 +220,7 @@ fn false_primaries(run: &Run, random: &mut Random, figures: &mut Figures) -> Res
         let work = directory()?;
         let (mut backup, address) = start_backup(work.path())?;
         primary
-            .deceive(address, "machine", random)
+            .deceive(address, "machine", &trust(work.path())?, random)
             .with_context(|| format!("{primary:?}"))?;
         backup
             .until("a primary was refused", LONGEST)
@@ -213,6 +246,31 @@ fn false_primaries(run: &Run, random: &mut Random, figures: &mut Figures) -> Res
         }
     }
     figures.add("false_primaries", FALSE_PRIMARIES.len());
+    Ok(())
+}
+
+/// A machine that runs gives a backup up that takes its copy a few bytes at a time, serves on, and finds the next one.
+fn slow_backup(run: &Run, figures: &mut Figures) -> Result<()> {
+    let work = directory()?;
+    let listener = TcpListener::bind("127.0.0.1:0").context("listen")?;
+    let address = listener.local_addr().context("an address")?;
+    // More than sockets' buffers hold, so that the copy stands still.
+    let mut primary = start_alone(work.path(), address, ["memory", "96", "mib=80"])?;
+    let bore = strangers::take_slowly(&listener, &trust(work.path())?)?;
+    drop(listener);
+    primary.until("is not taken", LONGEST)?;
+    let arguments = ["backup", "--listen", &address.to_string()];
+    let mut backup = Role::start(
+        work.path(),
+        "backup",
+        &[&arguments[..], &COMMON[..]].concat(),
+    )?;
+    backup.until("\"paired\"", LONGEST)?;
+    ensure!(primary.said().contains("too slow"), "{}", primary.said());
+    primary.stop(LONGEST)?;
+    backup.end(LONGEST)?;
+    run.say(format!("a copy at a trickle was given up after {bore:?}"));
+    figures.add("slow_backup_borne_ms", bore.as_millis() as u64);
     Ok(())
 }
 
@@ -254,7 +312,11 @@ fn meddle(run: &Run, harm: Harm) -> Result<()> {
     Ok(())
 }
 
-fn wait(until: Instant, what: &'static str, mut done: impl FnMut() -> bool) -> Result<()> {
+pub(super) fn wait(
+    until: Instant,
+    what: &'static str,
+    mut done: impl FnMut() -> bool,
+) -> Result<()> {
     while !done() {
         ensure!(Instant::now() < until, what);
         std::thread::sleep(Duration::from_millis(5));

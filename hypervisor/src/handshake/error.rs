@@ -1,0 +1,160 @@
+//! Why there is no pair, each with what to do.
+#![forbid(unsafe_code)]
+
+use std::io::ErrorKind;
+
+use rdma_log::fdpass::FdPassError;
+use rdma_log::transport::{rdma, shm, tcp};
+
+use super::{PATIENCE, VERSION};
+use crate::backends::PortError;
+use crate::checkpoint::clone::CloneError;
+use crate::config::Transport;
+use crate::kvm::CpuModel;
+use crate::machine::SpecError;
+
+/// Why there is no pair.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The connection broke.
+    #[error("the other side closed the connection, or did not answer within {} s: {source}", PATIENCE.as_secs())]
+    Connection {
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// It says something else than a doppel does.
+    #[error(
+        "whoever is at the other end does not speak as a doppel of version {VERSION} does: is the address right, and is it the \
+         same doppel on both sides?"
+    )]
+    NotDoppel,
+    /// One side has a secret and the other has none.
+    #[error(
+        "{}: give both sides a copy of the same secret (--secret, pair.secret; `doppel secret FILE` makes one), or neither, if both are \
+         processes of one host",
+        if *ours { "this side has a secret and the other has none" } else { "the other side has a secret and this one has none" }
+    )]
+    Proof {
+        /// Whether this side has one.
+        ours: bool,
+    },
+    /// The secrets differ.
+    #[error(
+        "the other side does not prove that it holds this side's secret: copy one file, made by `doppel secret`, to both hosts; \
+         if it is the same, somebody between the two changes what they say"
+    )]
+    Secret,
+    /// Another user's process.
+    #[error(
+        "the process at the other end belongs to user {theirs}, this one to user {ours}: over a Unix socket both sides run as the \
+         same user; between users use a transport over the network with a secret"
+    )]
+    User {
+        /// Its user.
+        theirs: u32,
+        /// This one's.
+        ours: u32,
+    },
+    /// A sealed message does not open.
+    #[error(
+        "a message was not said by the peer that proved itself, or was changed on its way: somebody between the two sides \
+         meddles, or the network damages what TCP does not notice; this connection is dropped"
+    )]
+    Forged,
+    /// The log is to go by other ways.
+    #[error(
+        "the primary's log goes by transport {theirs:?}, this backup's by {:?}: give both the same --transport (pair.transport)",
+        ours.name()
+    )]
+    Transport {
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: Transport,
+    },
+    /// The port that was handed over.
+    #[error("the network port that the primary handed over is of no use here: {0}")]
+    Port(#[from] PortError),
+    /// A message that makes no sense.
+    #[error("the other side sent no {expected}: {why}; is it a doppel of the same version?")]
+    Malformed {
+        /// What was expected.
+        expected: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// The other side speaks another version.
+    #[error(
+        "the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both"
+    )]
+    Version {
+        /// Its version.
+        theirs: u32,
+    },
+    /// The CPUs differ.
+    #[error(
+        "the other side's CPU is {} {:#x}, this one's {} {:#x}: replay needs the same vendor, family, model and stepping on both",
+        theirs.vendor, theirs.signature, ours.vendor, ours.signature
+    )]
+    Cpu {
+        /// The other side's CPU.
+        theirs: CpuModel,
+        /// This one's.
+        ours: CpuModel,
+    },
+    /// The machine has another name.
+    #[error(
+        "the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name"
+    )]
+    Name {
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: String,
+    },
+    /// The other side said no.
+    #[error("the other side refused: {0}")]
+    Refused(String),
+    /// The record does not entitle this backup.
+    #[error("the pair's record does not entitle this backup: {0}")]
+    NotEntitled(String),
+    /// The machine's description.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The machine that it describes cannot be built here.
+    #[error("the backup cannot build the machine: {0}")]
+    Machine(String),
+    /// Descriptors.
+    #[error("cannot pass a descriptor: {0}")]
+    Pass(#[from] FdPassError),
+    /// The ring.
+    #[error("cannot set up the ring: {0}")]
+    Ring(#[from] shm::ConnectError),
+    /// The ring over TCP.
+    #[error("cannot set up the ring: {0}")]
+    Stream(#[from] tcp::ConnectError),
+    /// The ring over RDMA.
+    #[error("cannot set up the ring: {0}")]
+    Rdma(#[from] rdma::ConnectError),
+    /// The copy does not follow the log.
+    #[error("the copy that was made here is of no use: {0}")]
+    Unfit(String),
+    /// The copy of a machine that runs.
+    #[error("the machine could not be copied: {0}")]
+    Copy(#[from] CloneError),
+    /// Descriptors cannot be passed over this connection.
+    #[error("{what} needs a pair on one host: use pair.transport \"shm\"")]
+    NotHere {
+        /// What was wanted.
+        what: &'static str,
+    },
+}
+
+impl From<std::io::Error> for HandshakeError {
+    fn from(source: std::io::Error) -> Self {
+        match source.kind() {
+            ErrorKind::InvalidData => Self::Forged,
+            _ => Self::Connection { source },
+        }
+    }
+}

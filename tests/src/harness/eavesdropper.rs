@@ -1,0 +1,208 @@
+//! A man in the middle of a pair's control connection: he hears all of it, and does harm to one message of it.
+#![forbid(unsafe_code)]
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use hypervisor::handshake::proof::{CLAIM, GREETING, VERDICT};
+
+/// Where a message goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the primary.
+    ToBackup,
+    /// From the backup.
+    ToPrimary,
+}
+
+/// What is done to a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// A bit of it is flipped, in its middle.
+    Flip,
+    /// Its first half, and then the end of the connection.
+    Cut,
+    /// Its first half, and then nothing more, with the connection open.
+    Stall,
+    /// It comes twice.
+    Repeat,
+    /// It does not come.
+    LeaveOut,
+    /// It comes after the one behind it.
+    Swap,
+}
+
+/// Which message is harmed, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meddling {
+    /// Its way.
+    pub way: Way,
+    /// Its number on that way, from 0. The first to the backup is the claim; the first two to the primary are greeting and verdict.
+    pub number: usize,
+    /// What is done.
+    pub harm: Harm,
+}
+
+/// The man in the middle.
+#[derive(Debug)]
+pub struct Eavesdropper {
+    address: SocketAddr,
+    state: Arc<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    meddling: Mutex<Option<Meddling>>,
+    heard: Mutex<[Vec<u8>; 2]>,
+}
+
+impl Eavesdropper {
+    /// Stands before the backup at this address. What is to be harmed is harmed once, in the connection in which it comes first.
+    ///
+    /// # Errors
+    /// If it cannot listen.
+    pub fn before(backup: SocketAddr, meddling: Option<Meddling>) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("listen for the primary")?;
+        let address = listener.local_addr().context("an address")?;
+        let state = Arc::new(State {
+            meddling: Mutex::new(meddling),
+            heard: Mutex::default(),
+        });
+        let of_thread = Arc::clone(&state);
+        std::thread::Builder::new()
+            .name("eavesdropper".into())
+            .spawn(move || {
+                for primary in listener.incoming().map_while(Result::ok) {
+                    // Nobody listens behind it: the primary finds its connection closed.
+                    if let Ok(backup) = TcpStream::connect(backup) {
+                        join(&primary, &backup, &of_thread);
+                    }
+                }
+            })
+            .context("start a thread")?;
+        Ok(Self { address, state })
+    }
+
+    /// Where the primary finds it.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Whether the harm was done.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        locked(&self.state.meddling).is_none()
+    }
+
+    /// All that went this way over control connections.
+    #[must_use]
+    pub fn heard(&self, way: Way) -> Vec<u8> {
+        locked(&self.state.heard)[way as usize].clone()
+    }
+}
+
+fn locked<T>(what: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn join(primary: &TcpStream, backup: &TcpStream, state: &Arc<State>) {
+    for stream in [primary, backup] {
+        let _ = stream.set_nodelay(true);
+    }
+    for way in [Way::ToBackup, Way::ToPrimary] {
+        let ends = match way {
+            Way::ToBackup => (primary.try_clone(), backup.try_clone()),
+            Way::ToPrimary => (backup.try_clone(), primary.try_clone()),
+        };
+        let (Ok(from), Ok(to)) = ends else { return };
+        let state = Arc::clone(state);
+        std::thread::spawn(move || {
+            // Either side may be gone at any time.
+            let _ = pass(&from, &to, way, &state);
+            for stream in [&from, &to] {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        });
+    }
+}
+
+/// Reads one message of this way.
+fn message(mut from: &TcpStream, way: Way, number: usize) -> Result<Vec<u8>> {
+    let fixed = match (way, number) {
+        (Way::ToBackup, 0) => Some(CLAIM),
+        (Way::ToPrimary, 0) => Some(GREETING),
+        (Way::ToPrimary, 1) => Some(VERDICT),
+        _ => None,
+    };
+    if let Some(length) = fixed {
+        let mut bytes = vec![0; length];
+        from.read_exact(&mut bytes)?;
+        return Ok(bytes);
+    }
+    let mut head = [0; 2];
+    from.read_exact(&mut head)?;
+    let mut bytes = head.to_vec();
+    bytes.resize(2 + usize::from(u16::from_le_bytes(head)), 0);
+    from.read_exact(&mut bytes[2..])?;
+    Ok(bytes)
+}
+
+/// A connection of the log's: it begins with a ticket, and is no matter of ours.
+fn is_log(from: &TcpStream) -> bool {
+    let mut word = [0; 8];
+    matches!(from.peek(&mut word), Ok(8..)) && word == *b"doppel-r"
+}
+
+fn plain(mut from: &TcpStream, mut to: &TcpStream) -> Result<()> {
+    std::io::copy(&mut from, &mut to)?;
+    Ok(())
+}
+
+fn pass(mut from: &TcpStream, mut to: &TcpStream, way: Way, state: &State) -> Result<()> {
+    // Over the log's connection the backup speaks only when it has been spoken to, and then it does not greet.
+    if way == Way::ToBackup && is_log(from) {
+        return plain(from, to);
+    }
+    let mut first = [0; 8];
+    if way == Way::ToPrimary && from.peek(&mut first)? > 0 && first != *b"doppel-b" {
+        return plain(from, to);
+    }
+    for number in 0.. {
+        let bytes = message(from, way, number)?;
+        locked(&state.heard)[way as usize].extend_from_slice(&bytes);
+        let due = {
+            let mut meddling = locked(&state.meddling);
+            meddling.take_if(|due| due.way == way && due.number == number)
+        };
+        let half = &bytes[..bytes.len() / 2];
+        match due.map(|due| due.harm) {
+            None => to.write_all(&bytes)?,
+            Some(Harm::Flip) => {
+                let mut bad = bytes.clone();
+                bad[bytes.len() / 2] ^= 0x10;
+                to.write_all(&bad)?;
+            }
+            Some(Harm::Cut) => {
+                to.write_all(half)?;
+                return Ok(());
+            }
+            Some(Harm::Stall) => {
+                to.write_all(half)?;
+                // It goes on talking; nobody hears it.
+                let mut buffer = [0; 4096];
+                while from.read(&mut buffer)? > 0 {}
+                return Ok(());
+            }
+            Some(Harm::Repeat) => to.write_all(&[&bytes[..], &bytes].concat())?,
+            Some(Harm::LeaveOut) => {}
+            Some(Harm::Swap) => {
+                let next = message(from, way, number + 1)?;
+                to.write_all(&[&next[..], &bytes].concat())?;
+            }
+        }
+    }
+    Ok(())
+}
