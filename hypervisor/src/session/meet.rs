@@ -41,8 +41,8 @@ const CALL_WITHIN: Duration = Duration::from_secs(1);
 /// How long a backup that has met its primary waits for the ring's connection.
 const RING_WITHIN: Duration = Duration::from_secs(10);
 
-/// Strangers are told of this often at the most: a flood of them fills no log.
-const TELL_AGAIN: Duration = Duration::from_secs(1);
+/// So many strangers are told of at once, and one more each second: a flood of them fills no log.
+const TELL_AT_ONCE: u64 = 20;
 
 fn setting(field: &'static str, needed: &'static str) -> SessionError {
     SessionError::Setting { field, needed }
@@ -101,7 +101,7 @@ impl Listener {
     pub(super) fn accept(&self, common: &Common, trust: &Trust) -> Result<Channel, SessionError> {
         let random = random_source()?;
         let mut porch = Porch::new();
-        let mut told = Told::default();
+        let mut told = Told::new();
         loop {
             let arrived = self.wait(common, &porch, None)?;
             if let Some(stream) = arrived {
@@ -229,19 +229,27 @@ impl Drop for Listener {
 }
 
 /// What was said of strangers.
-#[derive(Default)]
 struct Told {
-    at: Option<Instant>,
+    since: Instant,
+    said: u64,
     unsaid: u64,
 }
 
 impl Told {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            said: 0,
+            unsaid: 0,
+        }
+    }
+
     fn turned_away(&mut self, common: &Common, error: &HandshakeError) {
-        if self.at.is_some_and(|at| at.elapsed() < TELL_AGAIN) {
+        if self.said >= TELL_AT_ONCE + self.since.elapsed().as_secs() {
             self.unsaid += 1;
             return;
         }
-        self.at = Some(Instant::now());
+        self.said += 1;
         let others = match std::mem::take(&mut self.unsaid) {
             0 => String::new(),
             count => format!(" (and {count} before)"),

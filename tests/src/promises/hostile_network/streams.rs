@@ -255,7 +255,7 @@ fn slow_backup(run: &Run, figures: &mut Figures) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").context("listen")?;
     let address = listener.local_addr().context("an address")?;
     // More than sockets' buffers hold, so that the copy stands still.
-    let mut primary = start_alone(work.path(), address, ["memory", "96", "mib=80"])?;
+    let mut primary = start_alone(work.path(), address, ["memory", "96", "pages=64"])?;
     let bore = strangers::take_slowly(&listener, &trust(work.path())?)?;
     drop(listener);
     primary.until("is not taken", LONGEST)?;
