@@ -133,6 +133,14 @@ impl Following {
             self.protocol
                 .handle(now, Event::Tick(progress), &mut actions);
             self.io.reporter.watched(|| self.protocol.take_watched());
+            // The fence first: from then on the log is drained, beside the question to the arbiter, whose thread may take this one's
+            // core. People can wait, except for the last words.
+            actions.sort_by_key(|action| match action {
+                Action::Fence => 0,
+                Action::Say(_) => 2,
+                Action::Die(_) => 3,
+                _ => 1,
+            });
             let mut at = 0;
             while at < actions.len() {
                 let action = actions[at].clone();
@@ -270,6 +278,7 @@ impl Following {
         self.io.listen_to(None);
         self.io.control = None;
         self.io.link = None;
+        self.io.death = None;
         let protocol = self
             .protocol
             .into_primary(now())
