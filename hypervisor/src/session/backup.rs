@@ -251,7 +251,9 @@ impl Following {
     }
 
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.
-    fn leave(self) -> Result<Served, SessionError> {
+    fn leave(mut self) -> Result<Served, SessionError> {
+        // First of all: giving a large memory back takes its time, and the primary waits for a backup that does not replay.
+        self.io.control = None;
         self.io.order(Order::Stop);
         self.follower.end();
         Err(SessionError::Interrupted)

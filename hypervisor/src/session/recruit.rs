@@ -29,7 +29,7 @@ use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
 use crate::desk::{Answer, Ask, Cut, Desk};
 use crate::handshake::{self, Channel, HandshakeError};
-use crate::machine::Machine;
+use crate::machine::{Machine, Swept};
 use crate::memory::GuestRam;
 use crate::orders::{Order, Orders, Pace};
 use crate::protocol::Identity;
@@ -312,13 +312,14 @@ impl Work {
         let mut copier = Copier::new(&met.control, Arc::clone(&self.ram));
         let rounds = self.rounds(&mut copier)?;
         let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch, false);
-        let cut = self.cut(sink);
-        self.orders.set_pace(Pace::FULL);
-        let cut = cut?;
+        let cut = self.cut(sink)?;
+        // What it does until the backup follows, that has to catch up with, and the guest's clients wait meanwhile.
+        self.orders.set_pace(Pace::FULL.halved());
         self.tell(News::Taken(Box::new(taken)));
         copier.checkpoint(&cut.checkpoint).map_err(connection)?;
         let bytes = copier.bytes();
         handshake::await_ready(&met.control)?;
+        self.orders.set_pace(Pace::FULL);
         Ok(Recruit {
             control: met.control,
             identity: met.identity,
@@ -337,17 +338,40 @@ impl Work {
         let Answer::Watching = self.ask(Ask::Watch)? else {
             return Err(SessionError::NoCopy(AT_RANDOM.into()));
         };
-        copier.everything().map_err(connection)?;
+        let everything = self.ram.pages();
+        self.round(|from, swept| {
+            // What somebody else cleared behind the sweep is in it as well.
+            let passed = swept.pages.iter().filter(|page| page.0 < from);
+            copier.pages(&passed.collect())?;
+            let upto = swept.next.map_or(everything, |next| next.0);
+            copier.touched(from..upto)
+        })?;
         let mut convergence = Convergence::default();
         loop {
-            let Answer::Changed(pages) = self.ask(Ask::Changed)? else {
-                return Err(SessionError::NoCopy(AT_RANDOM.into()));
-            };
-            copier.pages(&pages).map_err(connection)?;
-            match convergence.round(pages.len()) {
+            let pages = self.round(|_, swept| copier.pages(&swept.pages))?;
+            match convergence.round(pages) {
                 // One for everything.
                 Next::Stop => return Ok(convergence.rounds + 1),
                 Next::Go(pace) => self.orders.set_pace(pace),
+            }
+        }
+    }
+
+    /// Sends what was written before now, part by part: each is handed over with the page at which it begins. How many pages were
+    /// sent.
+    fn round(
+        &self,
+        mut send: impl FnMut(u64, &Swept) -> Result<u64, CloneError>,
+    ) -> Result<usize, SessionError> {
+        let (mut from, mut sent) = (0, 0);
+        loop {
+            let Answer::Changed(swept) = self.ask(Ask::Changed)? else {
+                return Err(SessionError::NoCopy(AT_RANDOM.into()));
+            };
+            sent += send(from, &swept).map_err(connection)? as usize;
+            match swept.next {
+                Some(next) => from = next.0,
+                None => return Ok(sent),
             }
         }
     }
