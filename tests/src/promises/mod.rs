@@ -16,6 +16,7 @@ pub mod lab_hosts;
 pub mod leaves_nothing;
 pub mod live_join;
 pub mod no_false_failover;
+pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
@@ -41,6 +42,7 @@ pub const ALL: &[Promise] = &[
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
+    operator_view::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
 ];

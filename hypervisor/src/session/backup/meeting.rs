@@ -89,7 +89,8 @@ impl Meeting<'_> {
         io.link = link;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
-        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
+        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
+            .counted(Arc::clone(&io.samples));
         let mut base = None;
         if hello.running {
             let restored = copied(&control, &io, &mut machine)?;
@@ -127,6 +128,7 @@ impl Meeting<'_> {
             Arc::clone(&io.wake),
             io.sandbox.clone(),
             config.cpus.urgent,
+            Arc::clone(io.reporter.board()),
         )?;
         Ok(Following {
             io,
@@ -147,6 +149,7 @@ impl Meeting<'_> {
             drained: None,
             arrived: 0,
             at: Timeline::default(),
+            mac: spec.mac,
         })
     }
 
