@@ -77,6 +77,8 @@ pub enum Thread {
     RemoteArbiter,
     /// Tells whoever watches the role.
     Operator,
+    /// Waits for the death of the primary's process.
+    Mourner,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -126,6 +128,7 @@ struct Filters {
     rdma_recruiter: BpfProgram,
     remote_arbiter: BpfProgram,
     operator: BpfProgram,
+    mourner: BpfProgram,
 }
 
 impl Sandbox {
@@ -154,6 +157,7 @@ impl Sandbox {
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
                 remote_arbiter: list(Thread::RemoteArbiter)?,
                 operator: list(Thread::Operator)?,
+                mourner: list(Thread::Mourner)?,
             })),
             with_device: false,
         })
@@ -194,6 +198,7 @@ impl Sandbox {
             Thread::RdmaRecruiter => &filters.rdma_recruiter,
             Thread::RemoteArbiter => &filters.remote_arbiter,
             Thread::Operator => &filters.operator,
+            Thread::Mourner => &filters.mourner,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -409,7 +414,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Vcpu | Thread::Io | Thread::Landing | Thread::RemoteArbiter => &[SOCKETS],
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
-        Thread::LogFile | Thread::Replay => &[],
+        Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
     };
@@ -436,7 +441,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::RemoteArbiter | Thread::Operator => {
             vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?]
         }
-        Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
+        Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {
         rules.insert(libc::SYS_connect, Vec::new());
