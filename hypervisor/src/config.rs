@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use rdma_log::transport::rdma;
@@ -43,6 +44,39 @@ pub struct Config {
     pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
     pub console: Option<PathBuf>,
+    /// Directory of the roles' control sockets; see [`crate::control::default_run_dir`] if none.
+    pub run_dir: Option<PathBuf>,
+    /// Where metrics are served; nowhere if none.
+    pub metrics: Option<MetricsAddress>,
+    /// Command that is run at each change of role, by `sh -c`.
+    pub hook: Option<String>,
+}
+
+/// Where metrics are served: an address with a port, or a port of the loopback address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct MetricsAddress(pub SocketAddr);
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(port) = text.parse() {
+            return Ok(Self(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)));
+        }
+        let address = text.parse().map(Self);
+        address.map_err(|_| {
+            format!("{text:?} is no address for metrics: write ADDRESS:PORT, or a port alone for this host only")
+        })
+    }
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
 }
 
 /// The guest's network.
@@ -342,6 +376,9 @@ impl Default for Config {
             ring: Ring::default(),
             sandbox: Sandbox::default(),
             console: None,
+            run_dir: None,
+            metrics: None,
+            hook: None,
         }
     }
 }
@@ -430,13 +467,7 @@ impl Config {
                 expected,
             })
         };
-        let name_fits = (1..=63).contains(&self.name.len())
-            && !self.name.starts_with('-')
-            && self
-                .name
-                .bytes()
-                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
-        if !name_fits {
+        if !crate::control::is_name(&self.name) {
             return bad(
                 "name",
                 format!("{:?}", self.name),
@@ -561,6 +592,17 @@ mod tests {
             error.contains("line 3") && error.contains("65535"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn metrics_are_for_this_host_alone_unless_an_address_is_given() {
+        let metrics = |text: &str| Config::parse(text).map(|config| config.metrics.unwrap().0);
+        let loopback = metrics("metrics = \"9464\"").unwrap();
+        assert_eq!(loopback.to_string(), "127.0.0.1:9464");
+        let given = metrics("metrics = \"[::]:1\"").unwrap();
+        assert_eq!(given.to_string(), "[::]:1");
+        let error = metrics("metrics = \"here\"").unwrap_err().to_string();
+        assert!(error.contains("ADDRESS:PORT"), "{error}");
     }
 
     #[test]

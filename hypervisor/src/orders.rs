@@ -12,6 +12,7 @@ use rdma_log::LendingMutex;
 use crate::backends::wait::Wake;
 use crate::digest::ExitRecord;
 use crate::kvm::Kick;
+use crate::meter::Meter;
 use crate::position::Position;
 use crate::preempt::Running;
 use crate::protocol::heartbeat::Progress;
@@ -263,6 +264,12 @@ impl Orders {
         }
     }
 
+    /// Where the vCPU thread was when it last took up work.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position(self.pulse.position.load(Ordering::Relaxed))
+    }
+
     /// What heartbeats say of the vCPU thread.
     #[must_use]
     pub fn progress(&self) -> Progress {
@@ -274,7 +281,7 @@ impl Orders {
             Duration::ZERO
         };
         Progress {
-            position: Position(self.pulse.position.load(Ordering::Relaxed)),
+            position: self.position(),
             turns,
             owes,
             stood,
@@ -294,6 +301,7 @@ pub struct Samples {
     commits: ArrayQueue<u64>,
     late_ticks: ArrayQueue<u64>,
     checkpoints: ArrayQueue<(u64, u64)>,
+    meter: Meter,
 }
 
 impl Default for Samples {
@@ -304,13 +312,21 @@ impl Default for Samples {
             // A second of the fastest ticks that guests ask for, and of the most checkpoints.
             late_ticks: ArrayQueue::new(1 << 12),
             checkpoints: ArrayQueue::new(1 << 10),
+            meter: Meter::default(),
         }
     }
 }
 
 impl Samples {
+    /// The figures that stay.
+    #[must_use]
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
     /// Adds the time from an output's making to its commit.
     pub fn commit(&self, took: Duration) {
+        self.meter.commit(took);
         let _ = self.commits.push(took.as_nanos() as u64);
     }
 

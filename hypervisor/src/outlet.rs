@@ -66,6 +66,14 @@ pub(crate) fn frame_length(output: &Output) -> usize {
     }
 }
 
+/// Bytes of an output, whatever it is.
+fn length(output: &Output) -> usize {
+    match output {
+        Output::Frame(bytes) | Output::Console(bytes) => bytes.len(),
+        Output::PowerOff(_) => 0,
+    }
+}
+
 impl Outlet {
     /// An outlet to this world, through this gate.
     #[must_use]
@@ -108,6 +116,7 @@ impl Outlet {
             frame_bytes,
             full_since,
             committed,
+            samples,
             ..
         } = state;
         let committed = *committed;
@@ -124,6 +133,9 @@ impl Outlet {
                 }
             }
             *frame_bytes -= frame_length(output);
+            if let Some(samples) = samples {
+                samples.meter().left(length(output));
+            }
             Sent::Done
         });
         gate.released(committed.events)

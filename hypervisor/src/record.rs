@@ -445,7 +445,7 @@ impl<S: Sink> Recorder<S> {
         };
         // The I/O thread may have let outputs out since the last entry.
         self.sink.released(self.outlet.released());
-        let seq = self.post(&entry)?;
+        let seq = self.post(&entry, made)?;
         if let Body::Step(mut step) = entry.body {
             step.inputs.clear();
             self.step.inputs = step.inputs;
@@ -477,7 +477,7 @@ impl<S: Sink> Recorder<S> {
             position: self.machine.position(),
             body: Body::MemoryHash(hash),
         };
-        self.post(&entry)?;
+        self.post(&entry, started)?;
         self.sink.notify(true);
         if let Some(every) = self.options.memory_check {
             self.next_memory_check = Some(started + every);
@@ -487,11 +487,18 @@ impl<S: Sink> Recorder<S> {
 
     /// Posts an entry, waiting for room if the backup is behind. A fence ends this machine's reign: it freezes here until the
     /// protocol knows what became of the claim.
-    fn post(&mut self, entry: &Entry) -> Result<Seq, RecordError> {
+    fn post(&mut self, entry: &Entry, made: Instant) -> Result<Seq, RecordError> {
         self.encoder.encode(entry);
         loop {
             match self.sink.post(self.encoder.bytes()) {
-                Ok(seq) => return Ok(seq),
+                Ok(seq) => {
+                    if self.sink.keeps() {
+                        let bytes = self.encoder.bytes().len();
+                        let position = entry.position.0;
+                        self.samples.meter().posted(position, bytes, made);
+                    }
+                    return Ok(seq);
+                }
                 Err(SinkError::Full) => {
                     self.sink.wait_for_room(Duration::from_millis(1));
                     self.release();
@@ -603,7 +610,7 @@ impl<S: Sink> Recorder<S> {
                 state,
             },
         };
-        self.post(&entry)?;
+        self.post(&entry, Instant::now())?;
         self.sink.notify(true);
         Ok(Some(Finished {
             sync_points: self.machine.position().0,

@@ -12,6 +12,7 @@ use rdma_log::{
 };
 
 use crate::gate::Committed;
+use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
 use crate::sink::{Sink, SinkError};
 
@@ -259,6 +260,8 @@ pub struct RingSource {
     /// Set by the thread that fences, when the fence has returned.
     fenced: Arc<OnceLock<Fenced>>,
     arrived: Arc<AtomicU64>,
+    /// Where what comes is counted.
+    samples: Option<Arc<Samples>>,
     /// Frames that came with a copy of the running machine: staged there before this log began.
     carried: VecDeque<Vec<u8>>,
 }
@@ -276,8 +279,16 @@ impl RingSource {
             inputs,
             fenced,
             arrived: Arc::default(),
+            samples: None,
             carried: VecDeque::new(),
         }
+    }
+
+    /// What comes is counted there.
+    #[must_use]
+    pub fn counted(mut self, samples: Arc<Samples>) -> Self {
+        self.samples = Some(samples);
+        self
     }
 
     /// These frames come before those of the lane.
@@ -358,6 +369,9 @@ impl LogSource for RingSource {
         match self.events.next().map_err(log_error)? {
             Some(entry) => {
                 self.arrived.store(entry.seq().0, Ordering::Relaxed);
+                if let Some(samples) = &self.samples {
+                    samples.meter().came(entry.payload().len());
+                }
                 Ok(Some(Arrived {
                     seq: entry.seq(),
                     marks: entry.marks(),

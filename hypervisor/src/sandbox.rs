@@ -19,7 +19,9 @@
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
 //! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
 //! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
-//! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls.
+//! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls. The
+//! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
+//! files of its user's, and open none.
 //!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
@@ -73,6 +75,8 @@ pub enum Thread {
     RdmaRecruiter,
     /// Asks an arbiter over the network.
     RemoteArbiter,
+    /// Tells whoever watches the role.
+    Operator,
     /// Waits for the death of the primary's process.
     Mourner,
 }
@@ -123,6 +127,7 @@ struct Filters {
     replay: BpfProgram,
     rdma_recruiter: BpfProgram,
     remote_arbiter: BpfProgram,
+    operator: BpfProgram,
     mourner: BpfProgram,
 }
 
@@ -151,6 +156,7 @@ impl Sandbox {
                 replay: list(Thread::Replay)?,
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
                 remote_arbiter: list(Thread::RemoteArbiter)?,
+                operator: list(Thread::Operator)?,
                 mourner: list(Thread::Mourner)?,
             })),
             with_device: false,
@@ -191,6 +197,7 @@ impl Sandbox {
             Thread::Replay => &filters.replay,
             Thread::RdmaRecruiter => &filters.rdma_recruiter,
             Thread::RemoteArbiter => &filters.remote_arbiter,
+            Thread::Operator => &filters.operator,
             Thread::Mourner => &filters.mourner,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
@@ -383,6 +390,9 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_fdatasync,
 ];
 
+/// Taking in those who connect to what listens already, and taking the socket's file away at the end.
+const LISTENING: &[libc::c_long] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
+
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn compile(
@@ -406,6 +416,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Recruiter => &[SOCKETS, CALLS],
         Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
+        Thread::Operator => &[SOCKETS, LISTENING],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -427,7 +438,9 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
             argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
         ],
-        Thread::RemoteArbiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
+        Thread::RemoteArbiter | Thread::Operator => {
+            vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?]
+        }
         Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {

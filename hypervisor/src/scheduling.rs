@@ -32,6 +32,9 @@ const LOWEST_REAL_TIME: i32 = 1;
 /// Sixteen times the weight of a usual thread and more; the last five steps are left to the host's own.
 const NICE: i32 = -15;
 
+/// A tenth of the weight of a usual thread: what it does takes microseconds a second.
+const PATIENT: i32 = 10;
+
 /// Makes the calling thread as urgent as the host permits: with CAP_SYS_NICE, RLIMIT_RTPRIO or RLIMIT_NICE. Only for a thread that
 /// sleeps nearly always.
 pub fn make_this_thread_urgent() -> Urgency {
@@ -48,6 +51,13 @@ pub fn make_this_thread_urgent() -> Urgency {
         return Urgency::Nice;
     }
     Urgency::Usual
+}
+
+/// Gives way to the other threads of the host: a smaller share of the CPU where there is not enough for all. For a thread that nobody
+/// waits for.
+pub fn make_this_thread_patient() {
+    // SAFETY: no memory is passed; on Linux 0 is the calling thread, not its process.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, PATIENT) };
 }
 
 /// What the host would permit, tried on a thread of its own.

@@ -67,6 +67,19 @@ pub enum BadPlace {
     },
 }
 
+impl Place {
+    /// The same place, wherever the process that reads its name stands.
+    #[must_use]
+    pub fn absolute(&self) -> Self {
+        match self {
+            Self::Directory(path) => {
+                Self::Directory(std::path::absolute(path).unwrap_or_else(|_| path.clone()))
+            }
+            Self::Etcd(_) => self.clone(),
+        }
+    }
+}
+
 impl FromStr for Place {
     type Err = BadPlace;
 

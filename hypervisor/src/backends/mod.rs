@@ -11,6 +11,7 @@
 //! Unsafe code lives in this module and its children because they are made of system calls that the standard
 //! library has no words for; each call passes memory it owns and checks the result.
 
+pub mod announce;
 pub mod console;
 pub mod link;
 pub mod tap;

@@ -164,6 +164,7 @@ fn serve(args: &DemoArgs, port: u16) -> Result<(), Failure> {
                     "primary_pid": serving.primary,
                     "backup_pid": serving.backup,
                     "enter": serving.enter,
+                    "run_dir": serving.run_directory,
                 })
             );
             return;
@@ -195,6 +196,10 @@ fn serve(args: &DemoArgs, port: u16) -> Result<(), Failure> {
         println!(
             "  kill -9 {}              the primary goes on unprotected",
             serving.backup
+        );
+        println!(
+            "to watch: doppel top --run-dir {}",
+            serving.run_directory.display()
         );
         println!("Ctrl-C ends it all");
     };

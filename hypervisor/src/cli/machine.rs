@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use hypervisor::config::{Config, NetBackend};
+use hypervisor::config::{Config, MetricsAddress, NetBackend};
 use hypervisor::machine::MachineSpec;
 use hypervisor::preempt::Strategy;
 use hypervisor::session::host::Inherited;
@@ -49,6 +49,16 @@ pub struct MachineArgs {
     /// CPUs for the I/O thread
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     io_cpus: Option<Vec<usize>>,
+    /// Directory for this role's control socket, by which doppel status and doppel top find it [default:
+    /// $XDG_RUNTIME_DIR/doppel, or /run/doppel]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Serve metrics for Prometheus there; a port alone is for this host only
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
+    metrics: Option<MetricsAddress>,
+    /// Run this at each change of role, by sh -c, with DOPPEL_EVENT, DOPPEL_ROLE, DOPPEL_EPOCH... in its environment
+    #[arg(long, value_name = "COMMAND")]
+    hook: Option<String>,
     /// Report as JSON, one object a line
     #[arg(long)]
     pub json: bool,
@@ -97,6 +107,13 @@ impl MachineArgs {
         }
         if self.console.is_some() {
             config.console.clone_from(&self.console);
+        }
+        if self.run_dir.is_some() {
+            config.run_dir.clone_from(&self.run_dir);
+        }
+        config.metrics = self.metrics.or(config.metrics);
+        if self.hook.is_some() {
+            config.hook.clone_from(&self.hook);
         }
         if let Some(strategy) = self.preempt {
             config.preempt.strategy = strategy;

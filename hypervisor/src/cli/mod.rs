@@ -2,22 +2,26 @@
 
 mod demo;
 mod doctor;
+mod figures;
+mod hook;
 mod machine;
 mod pair;
 mod record;
 mod replay;
 mod secret;
+mod status;
+mod top;
 
 use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
+use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
 use hypervisor::replay::ReplayError;
 use hypervisor::session::SessionError;
 use hypervisor::session::serve::Served;
-use tracing_subscriber::EnvFilter;
 
 /// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
 #[derive(Debug, Parser)]
@@ -33,8 +37,26 @@ use tracing_subscriber::EnvFilter;
         Example: doppel demo"
 )]
 struct Cli {
+    /// How lines of the log look: for people, or one JSON object each
+    #[arg(long, global = true, value_enum, default_value = "text")]
+    log_format: LogFormat,
     #[command(subcommand)]
     command: Command,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl From<LogFormat> for Format {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -47,6 +69,10 @@ enum Command {
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
+    Status(status::StatusArgs),
+    Top(top::TopArgs),
+    #[command(hide = true)]
+    HookHelper(hook::HookArgs),
 }
 
 /// An exit code with its message.
@@ -85,13 +111,7 @@ impl From<SessionError> for Failure {
 
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            EnvFilter::try_from_env("DOPPEL_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
-        )
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
+    journal::start(cli.log_format.into());
     let outcome = match cli.command {
         Command::Demo(args) => demo::demo(&args),
         Command::Doctor(args) => doctor::doctor(&args),
@@ -101,6 +121,9 @@ pub fn main() -> ExitCode {
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),
+        Command::Status(args) => status::status(&args),
+        Command::Top(args) => top::top(&args),
+        Command::HookHelper(args) => hook::help(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

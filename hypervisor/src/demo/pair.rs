@@ -42,6 +42,14 @@ pub struct PairSpec {
     pub more: Vec<String>,
 }
 
+impl PairSpec {
+    /// Where the sides' control sockets are: `doppel status --run-dir` finds them there, and nobody else's.
+    #[must_use]
+    pub fn run_directory(&self) -> PathBuf {
+        self.directory.join("run")
+    }
+}
+
 /// Why a pair did not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum PairError {
@@ -161,6 +169,8 @@ impl Side {
             .arg(spec.directory.join(SECRET))
             .arg("--console")
             .arg(spec.directory.join(format!("{name}.console")))
+            .arg("--run-dir")
+            .arg(spec.run_directory())
             .args(["--memory-check-ms", &spec.memory_check_ms.to_string()])
             .args([
                 "--vcpu-cpus",

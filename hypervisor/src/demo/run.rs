@@ -559,6 +559,8 @@ pub struct Serving {
     pub backup: u32,
     /// The command that enters the namespace, if there is one.
     pub enter: Option<String>,
+    /// Where `doppel status` and `doppel top` find the sides.
+    pub run_directory: PathBuf,
 }
 
 /// Serves the guest at 127.0.0.1:`port` until both sides have ended or somebody ends it.
@@ -572,7 +574,7 @@ pub fn serve(
     mut happened: impl FnMut(&'static str, &Event),
 ) -> Result<(), DemoError> {
     let stage = Stage::set_up(options, Some(port))?;
-    let (mut pair, _) = stage.start_pair(options)?;
+    let (mut pair, spec) = stage.start_pair(options)?;
     stage.bar.finish_and_clear();
     let gateway = stage.gateway.as_ref().expect("serving has a gateway");
     let own = std::process::id();
@@ -585,6 +587,7 @@ pub fn serve(
             .namespace
             .as_ref()
             .map(|namespace| namespace.how_to_enter(own)),
+        run_directory: spec.run_directory(),
     });
     loop {
         match stage.wait(Duration::from_millis(50)) {

@@ -84,7 +84,7 @@ impl<S: Sink> Recorder<S> {
                 last: number == last,
                 bytes: part.to_vec(),
             });
-            self.post(&Entry { position, body })?;
+            self.post(&Entry { position, body }, Instant::now())?;
             // The backup takes this part while the next is written.
             self.sink.notify(true);
         }

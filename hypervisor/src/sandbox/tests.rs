@@ -30,6 +30,7 @@ fn confined() {
         "remote-arbiter" => Thread::RemoteArbiter,
         "recruiter" => Thread::Recruiter,
         "rdma-recruiter" => Thread::RdmaRecruiter,
+        "operator" => Thread::Operator,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -37,8 +38,11 @@ fn confined() {
     // Bound before: a confined thread has no business to listen.
     let listening = TcpListener::bind("127.0.0.1:0").unwrap();
     let listener: SocketAddr = listening.local_addr().unwrap();
+    // For one that takes it in.
+    let _caller = TcpStream::connect(listener).unwrap();
     sandbox.confine(thread).unwrap();
     let outcome = match action {
+        "accept" => listening.accept().map(drop),
         "open" => File::open("/dev/null").map(drop),
         "create" => File::create(std::env::temp_dir().join("doppel-test-sandbox")).map(drop),
         "connect" => TcpStream::connect_timeout(&listener, Duration::from_secs(5)).map(drop),
@@ -89,7 +93,7 @@ fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
 
 #[test]
 fn a_confined_thread_opens_and_starts_nothing() {
-    for thread in ["vcpu", "io", "landing", "log-file", "replay"] {
+    for thread in ["vcpu", "io", "landing", "log-file", "replay", "operator"] {
         for action in ["open", "create", "socket", "thread", "execute"] {
             let status = try_it(thread, "lenient", action);
             assert_eq!(status.code(), Some(11), "{thread} {action}: {status}");
@@ -118,6 +122,7 @@ fn what_a_thread_needs_stays() {
         "landing",
         "log-file",
         "replay",
+        "operator",
     ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");
@@ -176,6 +181,14 @@ fn a_thread_that_uses_a_device_has_shed_what_it_drops_before() {
     let kept = u64::from(WITH_DEVICE);
     assert_eq!(after.join().unwrap(), [before[0] & kept; 2]);
     assert_eq!(capabilities(), before, "another thread's are its own");
+}
+
+#[test]
+fn only_the_operators_thread_takes_callers_in() {
+    assert_eq!(try_it("operator", "strict", "accept").code(), Some(10));
+    assert_eq!(try_it("io", "lenient", "accept").code(), Some(11));
+    assert_eq!(try_it("operator", "lenient", "connect").code(), Some(11));
+    assert_eq!(try_it("operator", "lenient", "exec").code(), Some(11));
 }
 
 #[test]

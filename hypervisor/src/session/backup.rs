@@ -9,14 +9,17 @@ use std::sync::{Arc, OnceLock};
 
 use rdma_log::{Fenced, Fencer};
 
-use super::SessionError;
 use super::host::Inherited;
 use super::io::{Common, Io};
 use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, Staff, now};
+use super::{SessionError, why_it_ended};
 use crate::arbiter::{self, Claim, random_identity};
 use crate::config::Config;
+use crate::control::Operator;
+use crate::control::board::{Board, State};
+use crate::control::status::{Role, Standing};
 use crate::divergence::Divergence;
 use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
@@ -32,8 +35,20 @@ use meeting::Meeting;
 /// # Errors
 /// See [`SessionError`].
 pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served, SessionError> {
+    let operator = Operator::start(config, Role::Backup, json)?;
+    let outcome = wait_and_follow(config, inherited, json, operator.board());
+    operator.end(&why_it_ended(&outcome));
+    outcome
+}
+
+fn wait_and_follow(
+    config: &Config,
+    inherited: &Inherited,
+    json: bool,
+    board: Arc<Board>,
+) -> Result<Served, SessionError> {
     let trust = Trust::of(&config.pair)?;
-    let common = Common::new(json)?;
+    let common = Common::new(json, Arc::clone(&board))?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
@@ -45,6 +60,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
         pid: std::process::id(),
         address: listener.address(),
     });
+    board.stands_as(Standing::Waiting);
     let meeting = Meeting {
         config,
         inherited,
@@ -61,6 +77,7 @@ pub fn run(config: &Config, inherited: &Inherited, json: bool) -> Result<Served,
                 // It takes its socket file with it, which a confined thread could not.
                 drop(meeting);
                 following.io.settle()?;
+                following.stands();
                 common.reporter.say(&following.paired);
                 return following.follow();
             }
@@ -88,12 +105,24 @@ struct Following {
     drained: Option<Drained>,
     arrived: u64,
     at: Timeline,
+    /// The guest's address on its link.
+    mac: [u8; 6],
 }
 
 impl Following {
+    /// For those who watch.
+    fn stands(&self) {
+        self.io.reporter.board().stands(State {
+            role: Role::Backup,
+            standing: self.protocol.phase().into(),
+            record: Some(self.protocol.record()),
+        });
+    }
+
     fn follow(mut self) -> Result<Served, SessionError> {
         let mut actions = Vec::new();
         loop {
+            self.stands();
             let longest = self
                 .protocol
                 .deadline()
@@ -102,11 +131,9 @@ impl Following {
             let running = matches!(self.protocol.phase(), Phase::GoingLive | Phase::Live);
             let found = self.io.round(longest, running)?;
             let now = now();
-            if let Some(beats) = &self.io.beats {
-                while let Some(beat) = beats.receive() {
-                    self.protocol
-                        .handle(now, Event::Heartbeat(beat), &mut actions);
-                }
+            while let Some(beat) = self.io.next_beat(false) {
+                self.protocol
+                    .handle(now, Event::Heartbeat(beat), &mut actions);
             }
             if found.peer_gone {
                 self.protocol.handle(now, Event::PeerDied, &mut actions);
@@ -264,6 +291,7 @@ impl Following {
     fn open_gate(mut self) -> Result<Served, SessionError> {
         self.io.release_everything();
         self.at.open = Timeline::now();
+        self.io.announce(self.mac);
         let drained = self
             .drained
             .expect("the protocol goes live only from a drained log");

@@ -110,6 +110,11 @@ impl Beats {
         })
     }
 
+    /// Where the peer's come from.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        self.shared.socket.peer_addr().ok()
+    }
+
     /// Sends one heartbeat.
     pub(super) fn send(&self, beat: &Heartbeat) {
         let now = Instant::now();

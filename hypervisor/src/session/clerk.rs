@@ -8,6 +8,7 @@ use std::thread;
 use super::SessionError;
 use crate::arbiter::{self, Arbiter, Claim};
 use crate::backends::wait::Wake;
+use crate::control::board::Board;
 use crate::protocol::{Answer, Request};
 use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::scheduling::make_this_thread_urgent;
@@ -26,6 +27,7 @@ impl Clerk {
         wake: Arc<Wake>,
         sandbox: Sandbox,
         urgent: bool,
+        board: Arc<Board>,
     ) -> Result<Self, SessionError> {
         let (requests, incoming) = channel::<Request>();
         let (outgoing, answers) = channel();
@@ -41,10 +43,14 @@ impl Clerk {
                 });
                 confined.expect(NOT_CONFINED);
                 for request in incoming {
-                    if outgoing.send(arbiter::ask(&*arbiter, &request)).is_err() {
+                    let (answer, claim) = arbiter::ask(&*arbiter, &request);
+                    let told = answer.clone();
+                    if outgoing.send((answer, claim)).is_err() {
                         return;
                     }
                     wake.ring();
+                    // After those who wait for it.
+                    board.asked(&told);
                 }
             })
             .map_err(SessionError::host("start the arbiter thread"))?;

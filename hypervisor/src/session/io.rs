@@ -20,13 +20,16 @@ use super::report::{Event as Said, Reporter};
 use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
+use crate::backends::announce::Announcer;
 use crate::backends::wait::{Waiter, Wake};
 use crate::config::{Config, Transport};
+use crate::control::board::Board;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
 use crate::orders::{Order, Orders, Pace, Samples};
 use crate::preempt;
+use crate::protocol::heartbeat::Heartbeat;
 use crate::record::Outlet;
 use crate::sandbox::{Sandbox, Thread};
 use crate::scheduling::Urgency;
@@ -47,6 +50,8 @@ pub(super) struct Io {
     pub(super) beats: Option<Beats>,
     /// Repeats our heartbeats when this thread is late with them.
     repeater: Option<Repeater>,
+    /// Tells the guest's link that the guest is here now.
+    announcer: Option<Announcer>,
     /// For the threads that are still to be confined.
     pub(super) sandbox: Sandbox,
     pub(super) control: Option<Channel>,
@@ -97,15 +102,15 @@ impl Common {
         Ok(Self {
             wake: Arc::clone(&self.wake),
             signals: signals.map_err(SessionError::host("share a socket"))?,
-            reporter: Reporter::new(json),
+            reporter: Reporter::new(json, Arc::clone(self.reporter.board())),
         })
     }
 
-    pub(super) fn new(json: bool) -> Result<Self, SessionError> {
+    pub(super) fn new(json: bool, board: Arc<Board>) -> Result<Self, SessionError> {
         Ok(Self {
             wake: Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?),
             signals: host::stop_signals()?,
-            reporter: Reporter::new(json),
+            reporter: Reporter::new(json, board),
         })
     }
 }
@@ -145,15 +150,19 @@ impl Io {
             None => None,
         };
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
+        let samples: Arc<Samples> = Arc::default();
+        let orders = Arc::new(Orders::new(Arc::clone(&common.wake)));
+        common.reporter.board().attach(&samples, &orders);
         host::pin(&config.cpus.io, "I/O");
         Ok(Self {
-            orders: Arc::new(Orders::new(Arc::clone(&common.wake))),
-            samples: Arc::default(),
+            orders,
             outlet: Outlet::new(
                 gate,
                 Box::new(HostWorld::new(out, host::open_console(config, json)?)),
             ),
-            stager: Stager::new(port, Arc::clone(&stage)),
+            stager: Stager::new(port, Arc::clone(&stage), Arc::clone(&samples)),
+            samples,
+            announcer: None,
             reporter: common.reporter,
             stage,
             wake: common.wake,
@@ -277,7 +286,35 @@ impl Io {
         if let Some(repeater) = &self.repeater {
             repeater.repeat(beats.as_ref());
         }
+        if beats.is_none() {
+            self.samples.meter().no_peer();
+        }
+        let peer = beats.as_ref().and_then(Beats::peer);
+        self.reporter.board().peer(peer);
         self.beats = beats;
+    }
+
+    /// The next heartbeat of the peer, which is the backup or the primary.
+    pub(super) fn next_beat(&self, peer_is_backup: bool) -> Option<Heartbeat> {
+        let beat = self.beats.as_ref()?.receive()?;
+        let position = beat.progress.position.0;
+        self.samples.meter().peer_is_at(position, peer_is_backup);
+        Some(beat)
+    }
+
+    /// From now on the guest is here: its link is told, a few times.
+    pub(super) fn announce(&mut self, mac: [u8; 6]) {
+        self.announcer = Some(Announcer::new(mac, Instant::now()));
+    }
+
+    /// Announces what is due.
+    fn turn_announcer(&mut self) {
+        if let (Some(announcer), Some(port)) = (&mut self.announcer, self.stager.port())
+            && announcer.turn(port, Instant::now())
+        {
+            return;
+        }
+        self.announcer = None;
     }
 
     /// Gives the vCPU thread an order, wherever it is.
@@ -312,6 +349,9 @@ impl Io {
             _ => None,
         };
         let mut longest = longest.unwrap_or(ROUND).min(ROUND);
+        if let Some(announcer) = &self.announcer {
+            longest = longest.min(announcer.due().saturating_duration_since(Instant::now()));
+        }
         if let Some((_, again)) = &self.guest_watch {
             longest = longest.min(again.saturating_duration_since(Instant::now()));
         }
@@ -337,6 +377,9 @@ impl Io {
         }
         log_gone |= self.turn_log();
         self.watch_the_guest();
+        if self.announcer.is_some() {
+            self.turn_announcer();
+        }
         if slowed {
             // A guest without exits would run on.
             self.orders.kick();

@@ -111,6 +111,9 @@ pub enum SessionError {
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::SandboxError),
+    /// The control socket, the metrics or the hook.
+    #[error(transparent)]
+    Control(#[from] crate::control::ControlError),
     /// SIGTERM or SIGINT.
     #[error("interrupted")]
     Interrupted,
@@ -157,6 +160,14 @@ fn record_options(config: &Config) -> RecordOptions {
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
         preempt: config.preempt.by_checkpoint(),
+    }
+}
+
+/// What the last line of a role's history says.
+fn why_it_ended(outcome: &Result<serve::Served, SessionError>) -> String {
+    match outcome {
+        Ok(served) => served.reason.to_string(),
+        Err(error) => error.to_string(),
     }
 }
 

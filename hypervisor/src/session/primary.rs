@@ -10,10 +10,13 @@ use super::meet::{self, Introduction};
 use super::recruit::{Recruiter, log_to};
 use super::report::Event as Said;
 use super::serve::{self, Served, Staff, Vcpu};
-use super::{SessionError, protocol_timing, record_options};
+use super::{SessionError, protocol_timing, record_options, why_it_ended};
 use crate::arbiter::{self, Arbiter, Swap, random_identity};
 use crate::clock::GuestClock;
 use crate::config::{Config, Transport};
+use crate::control::Operator;
+use crate::control::board::{Board, State as Standing};
+use crate::control::status::Role;
 use crate::desk::Desk;
 use crate::entry::Base;
 use crate::gate::Gate;
@@ -45,8 +48,22 @@ pub fn run(
     json: bool,
     start: Start,
 ) -> Result<Served, SessionError> {
+    let operator = Operator::start(config, Role::Primary, json)?;
+    let outcome = lead(config, inherited, spec, json, start, operator.board());
+    operator.end(&why_it_ended(&outcome));
+    outcome
+}
+
+fn lead(
+    config: &Config,
+    inherited: &Inherited,
+    spec: &MachineSpec,
+    json: bool,
+    start: Start,
+    board: Arc<Board>,
+) -> Result<Served, SessionError> {
     let trust = Trust::of(&config.pair)?;
-    let common = Common::new(json)?;
+    let common = Common::new(json, Arc::clone(&board))?;
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
     let found = arbiter.read()?;
@@ -81,6 +98,7 @@ pub fn run(
         Arc::clone(&io.wake),
         io.sandbox.clone(),
         config.cpus.urgent,
+        Arc::clone(&board),
     )?;
     let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
     let staff = Staff {
@@ -119,6 +137,11 @@ pub fn run(
     let desk = staff.recruiter.as_ref().map(|r| Arc::clone(&r.desk));
     let vcpu = start_vcpu(config, &io, machine, clock, sink, desk)?;
     io.settle()?;
+    board.stands(Standing {
+        role: Role::Primary,
+        standing: protocol.phase().into(),
+        record: Some(record),
+    });
     match peer {
         Some(peer) => io.reporter.say(&Said::Paired {
             epoch: record.epoch.0,

@@ -3,11 +3,13 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::backends::wait::Moment;
+use crate::control::board::Board;
 use crate::orders::Samples;
 use crate::protocol::detector::Watched;
 
@@ -111,6 +113,52 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// A line for people, and whether protection or service is affected; none for figures.
+    fn line(&self) -> Option<(String, bool)> {
+        Some(match self {
+            Self::Notice { text, loud } => (text.clone(), *loud),
+            Self::Ready { role, pid, .. } => (format!("{role} is ready, process {pid}"), false),
+            Self::Paired { epoch, .. } => {
+                (format!("protected: both sides run, epoch {epoch}"), false)
+            }
+            Self::Joined {
+                stopped_us,
+                took_us,
+                bytes,
+                rounds,
+                ..
+            } => (
+                format!(
+                    "a new backup has a copy: {:.1} MiB in {rounds} rounds, {:.1} ms; the guest stood {:.2} ms",
+                    *bytes as f64 / f64::from(1 << 20),
+                    *took_us as f64 / 1e3,
+                    *stopped_us as f64 / 1e3
+                ),
+                false,
+            ),
+            Self::Live {
+                epoch,
+                position,
+                at,
+                ..
+            } => (
+                format!(
+                    "live in epoch {epoch} from position {position}, {:.1} ms after the first suspicion",
+                    at.open.saturating_sub(at.suspected) as f64 / 1e6
+                ),
+                true,
+            ),
+            Self::Diverged { what } => (what.clone(), true),
+            Self::Ended { why } => (why.clone(), false),
+            Self::Commits { .. }
+            | Self::Preempted { .. }
+            | Self::Watched { .. }
+            | Self::Progress { .. } => return None,
+        })
+    }
+}
+
 /// Steps of a take-over, CLOCK_MONOTONIC in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeline {
@@ -140,6 +188,8 @@ impl Timeline {
 #[derive(Debug)]
 pub struct Reporter {
     json: bool,
+    /// Where the operator's thread finds it, too.
+    board: Arc<Board>,
     commits_due: Instant,
     watched_due: Instant,
 }
@@ -153,16 +203,31 @@ const WATCHED_EVERY: Duration = Duration::from_secs(1);
 impl Reporter {
     /// A reporter; `json` writes every event to standard output.
     #[must_use]
-    pub fn new(json: bool) -> Self {
+    pub fn new(json: bool, board: Arc<Board>) -> Self {
         Self {
             json,
+            board,
             commits_due: Instant::now() + COMMITS_EVERY,
             watched_due: Instant::now() + WATCHED_EVERY,
         }
     }
 
+    /// The board of its role.
+    #[must_use]
+    pub fn board(&self) -> &Arc<Board> {
+        &self.board
+    }
+
     /// Says one event.
     pub fn say(&self, event: &Event) {
+        if let Some((text, loud)) = event.line() {
+            self.board.said(&text, loud);
+        }
+        self.repeat(event);
+    }
+
+    /// Says it without adding to the role's history.
+    pub fn repeat(&self, event: &Event) {
         if self.json {
             let mut line = serde_json::to_vec(event).expect("plain fields always encode");
             line.push(b'\n');
@@ -170,40 +235,11 @@ impl Reporter {
             let _ = std::io::stdout().lock().write_all(&line);
             return;
         }
-        match event {
-            Event::Notice { text, loud: true } => tracing::warn!("{text}"),
-            Event::Notice { text, loud: false } => tracing::info!("{text}"),
-            Event::Ready { role, pid, .. } => tracing::info!("{role} is ready, process {pid}"),
-            Event::Paired { epoch, .. } => {
-                tracing::info!("protected: both sides run, epoch {epoch}")
-            }
-            Event::Joined {
-                stopped_us,
-                took_us,
-                bytes,
-                rounds,
-                ..
-            } => tracing::info!(
-                "a new backup has a copy: {:.1} MiB in {rounds} rounds, {:.1} ms; the guest stood {:.2} ms",
-                *bytes as f64 / f64::from(1 << 20),
-                *took_us as f64 / 1e3,
-                *stopped_us as f64 / 1e3
-            ),
-            Event::Live {
-                epoch,
-                position,
-                at,
-                ..
-            } => tracing::warn!(
-                "live in epoch {epoch} from position {position}, {:.1} ms after the first suspicion",
-                at.open.saturating_sub(at.suspected) as f64 / 1e6
-            ),
-            Event::Diverged { what } => tracing::error!("{what}"),
-            Event::Ended { why } => tracing::info!("{why}"),
-            Event::Commits { .. }
-            | Event::Preempted { .. }
-            | Event::Watched { .. }
-            | Event::Progress { .. } => {}
+        match (event.line(), event) {
+            (Some((text, _)), Event::Diverged { .. }) => tracing::error!("{text}"),
+            (Some((text, true)), _) => tracing::warn!("{text}"),
+            (Some((text, false)), _) => tracing::info!("{text}"),
+            (None, _) => {}
         }
     }
 

@@ -11,6 +11,8 @@ use super::clerk::Clerk;
 use super::io::Io;
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
+use crate::control::board::State;
+use crate::control::status::Role;
 use crate::desk::Ask;
 use crate::handshake;
 use crate::orders::Order;
@@ -98,9 +100,19 @@ struct Serving {
 }
 
 impl Serving {
+    /// For those who watch.
+    fn stands(&self) {
+        self.io.reporter.board().stands(State {
+            role: Role::Primary,
+            standing: self.protocol.phase().into(),
+            record: Some(*self.protocol.record()),
+        });
+    }
+
     fn serve(mut self) -> Result<Served, SessionError> {
         let mut actions = Vec::new();
         loop {
+            self.stands();
             let longest = self
                 .protocol
                 .deadline()
@@ -108,10 +120,8 @@ impl Serving {
             let found = self.io.round(longest, true)?;
             let now = now();
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
-            if let Some(beats) = &self.io.beats {
-                while let Some(beat) = beats.receive() {
-                    handle(Event::Heartbeat(beat));
-                }
+            while let Some(beat) = self.io.next_beat(true) {
+                handle(Event::Heartbeat(beat));
             }
             if found.log_traffic {
                 handle(Event::LogTraffic);

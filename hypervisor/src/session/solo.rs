@@ -16,6 +16,9 @@ use super::report::Event;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::{self, Config};
+use crate::control::Operator;
+use crate::control::board::Board;
+use crate::control::status::{Role, Standing};
 use crate::entry::Base;
 use crate::file_log::{FileRecorder, FileSource};
 use crate::gate::Gate;
@@ -63,7 +66,8 @@ pub fn run(
     spec: &MachineSpec,
     json: bool,
 ) -> Result<Ended, SessionError> {
-    let mut solo = Solo::new(config, inherited, json, None)?;
+    let operator = Operator::start(config, Role::Solo, json)?;
+    let mut solo = Solo::new(config, inherited, json, None, operator.board())?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         preempt: config.preempt.by_checkpoint(),
@@ -86,6 +90,7 @@ pub fn record(
     json: bool,
     what: RecordFor<'_>,
 ) -> Result<Recorded, SessionError> {
+    let operator = Operator::start(config, Role::Solo, json)?;
     let ring = RingConfig {
         events: config.ring.events_kib << 10,
         inputs: config.ring.inputs_kib << 10,
@@ -96,7 +101,7 @@ pub fn record(
     let committed = Arc::new(AtomicU64::new(0));
     let epoch = Epoch(1);
     let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
-    let mut solo = Solo::new(config, inherited, json, lane)?;
+    let mut solo = Solo::new(config, inherited, json, lane, operator.board())?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         every_exit: what.every_exit,
@@ -133,9 +138,10 @@ impl Solo {
         inherited: &Inherited,
         json: bool,
         lane: Option<InputLane>,
+        board: Arc<Board>,
     ) -> Result<Self, SessionError> {
         let port = host::open_port(config, inherited)?;
-        let common = Common::new(json)?;
+        let common = Common::new(json, board)?;
         let mut io = Io::new(common, config, json, port, Gate::new())?;
         if let Some(lane) = lane {
             io.stager.attach(lane);
@@ -171,6 +177,7 @@ impl Solo {
             pid: std::process::id(),
             address: None,
         });
+        self.io.reporter.board().stands_as(Standing::Unprotected);
         std::thread::Builder::new()
             .name("vcpu".into())
             .spawn(move || {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
 
 use crate::backends::{NetPort, longest_frame};
+use crate::orders::Samples;
 use crate::ring_log::INPUT_FRAME;
 use crate::session::host::MTU;
 use crate::session::io::InputLane;
@@ -27,6 +28,7 @@ pub(super) struct Stager {
     /// Where to tell what has committed, unless the log tells it by itself.
     committed: Option<Arc<AtomicU64>>,
     stage: Arc<Stage>,
+    samples: Arc<Samples>,
     buffer: Vec<u8>,
     /// The lane was full: wait for the reader instead of asking the port.
     lane_full: bool,
@@ -39,13 +41,14 @@ pub(super) struct Stager {
 
 impl Stager {
     /// Without a lane, frames only go to the stage.
-    pub(super) fn new(port: Option<NetPort>, stage: Arc<Stage>) -> Self {
+    pub(super) fn new(port: Option<NetPort>, stage: Arc<Stage>, samples: Arc<Samples>) -> Self {
         Self {
             port,
             lane: None,
             epoch: Epoch::default(),
             committed: None,
             stage,
+            samples,
             buffer: vec![0; SLOT],
             lane_full: false,
             lane_over: false,
@@ -129,6 +132,7 @@ impl Stager {
             };
             // There was room a moment ago, and this is the only thread that adds.
             let _ = self.stage.push(Seq::ZERO, &self.buffer[..length]);
+            self.samples.meter().frame(length);
             return Ok(true);
         };
         let mut slot = match lane.reserve_for_salvage(SLOT) {
@@ -174,6 +178,7 @@ impl Stager {
             let _ = lane.notify();
         }
         let _ = self.stage.push(seq, &self.buffer[..length]);
+        self.samples.meter().frame(length);
         Ok(true)
     }
 }

@@ -151,6 +151,8 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
         "pair.sock",
         "--console",
         "console",
+        "--run-dir",
+        "run",
     ];
     let with = |role: &str, more: &[&str]| -> Result<Started> {
         let mut arguments = vec![role];
@@ -160,14 +162,26 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
     };
     let mut one = match role {
         Role::Solo => {
-            let mut solo = Started::new(work, &["run", "--json", "--guest", "irq"])?;
+            let mut solo = Started::new(
+                work,
+                &["run", "--json", "--guest", "irq", "--run-dir", "run"],
+            )?;
             solo.until("ready")?;
             solo
         }
         Role::Recording => {
             let mut recording = Started::new(
                 work,
-                &["record", "--json", "--guest", "clock", "--out", "clock.log"],
+                &[
+                    "record",
+                    "--json",
+                    "--guest",
+                    "clock",
+                    "--out",
+                    "clock.log",
+                    "--run-dir",
+                    "run",
+                ],
             )?;
             recording.until("ready")?;
             recording
@@ -212,13 +226,17 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
     one.end(signal)
 }
 
-/// What a role may leave in its own directory: the arbiter's records, a console, the log that was asked for.
+/// What a role may leave in its own directory: the arbiter's records, a console, the log that was asked for, and its run directory
+/// without a socket in it.
 fn left_behind(work: &TempDir) -> Result<()> {
+    if let Ok(sockets) = fs::read_dir(work.path().join("run")) {
+        ensure!(sockets.count() == 0, "a control socket was left");
+    }
     for entry in fs::read_dir(work.path()).context("look into the directory")? {
         let name = entry.context("look into the directory")?.file_name();
         let name = name.to_string_lossy();
         ensure!(
-            ["arbiter", "console", "clock.log"].contains(&&*name),
+            ["arbiter", "console", "clock.log", "run"].contains(&&*name),
             "{name} was left in its directory"
         );
     }

@@ -18,6 +18,7 @@ pub mod leaves_nothing;
 pub mod linearizable;
 pub mod live_join;
 pub mod no_false_failover;
+pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
 pub mod redis_clients;
@@ -45,6 +46,7 @@ pub const ALL: &[Promise] = &[
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
+    operator_view::PROMISE,
     reprotects_large::PROMISE,
     linearizable::PROMISE,
     leaves_nothing::PROMISE,

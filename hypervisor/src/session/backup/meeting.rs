@@ -103,7 +103,8 @@ impl Meeting<'_> {
             .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
-        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
+        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
+            .counted(Arc::clone(&io.samples));
         let mut base = None;
         if hello.running {
             let restored = copied(&control, &io, &mut machine)?;
@@ -141,6 +142,7 @@ impl Meeting<'_> {
             Arc::clone(&io.wake),
             io.sandbox.clone(),
             config.cpus.urgent,
+            Arc::clone(io.reporter.board()),
         )?;
         Ok(Following {
             io,
@@ -161,6 +163,7 @@ impl Meeting<'_> {
             drained: None,
             arrived: 0,
             at: Timeline::default(),
+            mac: spec.mac,
         })
     }
 

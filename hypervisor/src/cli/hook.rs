@@ -1,0 +1,36 @@
+//! The hidden command that runs a role's hook for it.
+
+use clap::Args;
+use hypervisor::control::hook;
+
+use super::Failure;
+
+/// Run a command for each change of role that standard input tells: a role starts this
+#[derive(Debug, Args)]
+pub struct HookArgs {
+    /// The command, for sh -c
+    #[arg(long)]
+    command: String,
+}
+
+pub fn help(args: &HookArgs) -> Result<(), Failure> {
+    hook::help(&args.command).map_err(|error| Failure::new(Failure::ERROR, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_role_and_the_command_line_agree_on_its_name() {
+        let names: Vec<String> = crate::cli::Cli::command()
+            .get_subcommands()
+            .map(|command| command.get_name().to_owned())
+            .collect();
+        assert!(
+            names
+                .iter()
+                .any(|name| name == hypervisor::control::hook::HELPER)
+        );
+    }
+}

@@ -1,0 +1,243 @@
+//! Where a role's threads leave what there is to say, for the operator's thread to pick up.
+//!
+//! Leaving something takes no lock that the operator's thread holds: a queue of bounded length carries it, and what finds that full is
+//! counted and lost, because a machine must not wait for those who watch it.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crossbeam::queue::ArrayQueue;
+
+use super::status::{Happened, Role, Standing};
+use crate::backends::wait::Wake;
+use crate::orders::{Orders, Samples};
+use crate::protocol::{Answer, Record};
+
+/// What may wait to be picked up: changes of role come a few at a time, and the thread is woken for each.
+const WAITING: usize = 256;
+
+/// The longest text of an event.
+const TEXT_MAX: usize = 400;
+
+/// How a role stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct State {
+    /// What the process is.
+    pub role: Role,
+    /// How it stands.
+    pub standing: Standing,
+    /// The record that its state belongs to, once there is one.
+    pub record: Option<Record>,
+}
+
+/// Something that was left.
+#[derive(Debug)]
+pub(super) enum Update {
+    /// The machine's figures are there from now on.
+    Attach(Arc<Samples>, Arc<Orders>),
+    /// The role stands so.
+    Stands(State),
+    /// Where the peer's heartbeats come from, if there is a peer.
+    Peer(Option<SocketAddr>),
+    /// The arbiter was asked; what it said if it gave no answer.
+    Arbiter(Option<String>),
+    /// Something happened.
+    Said(Happened),
+}
+
+/// What a line of the log says of its role.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Context {
+    /// The machine.
+    pub name: String,
+    /// What this process is to it.
+    pub role: Role,
+    /// The reign.
+    pub epoch: u64,
+    /// Where the guest is.
+    pub position: u64,
+}
+
+/// What every line of the log needs.
+#[derive(Debug)]
+struct Now {
+    state: State,
+    orders: Option<Arc<Orders>>,
+}
+
+/// The place.
+#[derive(Debug)]
+pub struct Board {
+    name: String,
+    updates: ArrayQueue<Update>,
+    lost: AtomicU64,
+    over: AtomicBool,
+    wake: Wake,
+    /// Not for the operator's thread, but for lines of the log.
+    now: Mutex<Now>,
+}
+
+impl Board {
+    /// An empty one, of a role that is being set up.
+    ///
+    /// # Errors
+    /// If the kernel gives no event descriptor.
+    pub fn new(name: &str, role: Role) -> io::Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            updates: ArrayQueue::new(WAITING),
+            lost: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+            wake: Wake::new()?,
+            now: Mutex::new(Now {
+                state: State {
+                    role,
+                    standing: Standing::Starting,
+                    record: None,
+                },
+                orders: None,
+            }),
+        })
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self, update: Update) {
+        if self.updates.push(update).is_err() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        self.wake.ring();
+    }
+
+    /// The machine's figures are these from now on.
+    pub fn attach(&self, samples: &Arc<Samples>, orders: &Arc<Orders>) {
+        self.now().orders = Some(Arc::clone(orders));
+        self.leave(Update::Attach(Arc::clone(samples), Arc::clone(orders)));
+    }
+
+    /// The role stands so. Cheap if it did before.
+    pub fn stands(&self, state: State) {
+        let mut now = self.now();
+        if now.state != state {
+            now.state = state;
+            drop(now);
+            self.leave(Update::Stands(state));
+        }
+    }
+
+    /// The same role stands otherwise.
+    pub fn stands_as(&self, standing: Standing) {
+        let state = self.now().state;
+        self.stands(State { standing, ..state });
+    }
+
+    /// Where the peer's heartbeats come from, if there is a peer.
+    pub fn peer(&self, address: Option<SocketAddr>) {
+        self.leave(Update::Peer(address));
+    }
+
+    /// The arbiter was asked, and this came of it.
+    pub fn asked(&self, answer: &Answer) {
+        self.leave(Update::Arbiter(match answer {
+            Answer::Failed { why, .. } => Some(why.clone()),
+            Answer::Swapped | Answer::Lost(_) | Answer::Read(_) => None,
+        }));
+    }
+
+    /// Something happened.
+    pub fn said(&self, text: &str, loud: bool) {
+        let context = self.context();
+        let end = text.floor_char_boundary(TEXT_MAX);
+        self.leave(Update::Said(Happened {
+            unix_ms: unix_ms(),
+            epoch: context.epoch,
+            position: context.position,
+            loud,
+            text: text[..end].to_owned(),
+        }));
+    }
+
+    /// What a line of the log says of the role.
+    #[must_use]
+    pub fn context(&self) -> Context {
+        // Under the lock as little as can be: the I/O thread takes it, too.
+        let (state, position) = {
+            let now = self.now();
+            let orders = now.orders.as_ref();
+            (now.state, orders.map_or(0, |orders| orders.position().0))
+        };
+        Context {
+            name: self.name.clone(),
+            role: state.role,
+            epoch: state.record.map_or(0, |record| record.epoch.0),
+            position,
+        }
+    }
+
+    /// The role is over: the operator's thread ends once it has picked everything up.
+    pub(super) fn end(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.wake.ring();
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn wake(&self) -> &Wake {
+        &self.wake
+    }
+
+    pub(super) fn next(&self) -> Option<Update> {
+        self.updates.pop()
+    }
+
+    /// Updates that found no room since the last call.
+    pub(super) fn take_lost(&self) -> u64 {
+        self.lost.swap(0, Ordering::Relaxed)
+    }
+}
+
+/// Milliseconds since 1970.
+pub(super) fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_reader_that_does_not_come() {
+        let board = Board::new("kv", Role::Primary).unwrap();
+        for number in 0..2 * WAITING {
+            board.said(&format!("event {number}"), false);
+        }
+        assert_eq!(board.take_lost(), WAITING as u64);
+        assert_eq!(std::iter::from_fn(|| board.next()).count(), WAITING);
+    }
+
+    #[test]
+    fn a_state_is_left_once_and_a_long_text_is_cut_between_characters() {
+        let board = Board::new("kv", Role::Backup).unwrap();
+        board.stands_as(Standing::Waiting);
+        board.stands_as(Standing::Waiting);
+        board.said(&"ä".repeat(TEXT_MAX), true);
+        assert!(
+            matches!(board.next(), Some(Update::Stands(state)) if state.standing == Standing::Waiting)
+        );
+        let Some(Update::Said(happened)) = board.next() else {
+            panic!("the state was left twice");
+        };
+        assert_eq!(happened.text, "ä".repeat(TEXT_MAX / 2));
+        assert!(board.next().is_none());
+    }
+}

@@ -1,0 +1,129 @@
+//! Finding roles by their control sockets, and asking them.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use super::place::{self, whose};
+use super::status::{Role, Status};
+use super::wire::{ANSWER_MAX, Answer, Ask, Outcome, Request, VERSION};
+use super::{ControlError, is_name};
+
+/// How long a role may take to answer. One that is frozen does not; a busy host takes a tenth of this.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A role that was found.
+#[derive(Debug)]
+pub struct Found {
+    /// The machine.
+    pub name: String,
+    /// The process.
+    pub pid: u32,
+    /// What it says, or why it does not.
+    pub outcome: Result<Status, String>,
+}
+
+/// Asks every role in the directory, or those of `name` alone. Sockets that dead processes left are taken away.
+///
+/// # Errors
+/// If the directory cannot be read; one that is not there holds no role.
+pub fn roles(directory: &Path, name: Option<&str>) -> Result<Vec<Found>, ControlError> {
+    if let Some(name) = name.filter(|name| !is_name(name)) {
+        return Err(ControlError::Name {
+            name: name.to_owned(),
+        });
+    }
+    let sockets = match place::sockets(directory, name) {
+        Ok(sockets) => sockets,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => {
+            return Err(ControlError::Directory {
+                directory: directory.to_owned(),
+                source,
+            });
+        }
+    };
+    // At once: several that are frozen are waited for together.
+    let mut all: Vec<Found> = std::thread::scope(|scope| {
+        let asked: Vec<_> = sockets
+            .iter()
+            .map(|path| scope.spawn(|| found(path)))
+            .collect();
+        asked
+            .into_iter()
+            .filter_map(|asked| asked.join().unwrap_or(None))
+            .collect()
+    });
+    // Of each machine whoever serves it comes first, and last who says nothing.
+    let rank = |found: &Found| match found.outcome.as_ref().map(|status| status.role) {
+        Ok(Role::Primary | Role::Solo) => 0,
+        Ok(Role::Backup) => 1,
+        Err(_) => 2,
+    };
+    all.sort_by(|one, other| {
+        (&one.name, rank(one), one.pid).cmp(&(&other.name, rank(other), other.pid))
+    });
+    Ok(all)
+}
+
+fn found(path: &Path) -> Option<Found> {
+    let (name, pid) = whose(path)?;
+    let outcome = match ask(path) {
+        Ok(status) => Ok(status),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            // Left by a process that is dead; whoever owns it can take it away.
+            let _ = fs::remove_file(path);
+            return None;
+        }
+        // It ended meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound => return None,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            Err(format!(
+                "it has not answered for {} s: it is frozen, or its host is too busy",
+                PATIENCE.as_secs()
+            ))
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    Some(Found {
+        name: name.to_owned(),
+        pid,
+        outcome,
+    })
+}
+
+/// Asks one role how it is.
+///
+/// # Errors
+/// What the kernel says, or what the role says instead.
+pub fn ask(path: &Path) -> io::Result<Status> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let request = Request {
+        doppel: VERSION,
+        ask: Ask::Status,
+    };
+    stream.write_all(&request.encode())?;
+    let mut line = Vec::new();
+    BufReader::new(stream.take(ANSWER_MAX as u64)).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Err(io::Error::new(
+            ErrorKind::UnexpectedEof,
+            "it hung up: it belongs to another user, is ending, or has too many clients",
+        ));
+    }
+    let answer: Answer = serde_json::from_slice(&line).map_err(|error| {
+        io::Error::new(
+            ErrorKind::InvalidData,
+            format!("its answer is none that this program knows ({error}); use the role's own version of doppel"),
+        )
+    })?;
+    match answer.outcome {
+        Outcome::Status(status) => Ok(*status),
+        Outcome::Error(why) => Err(io::Error::other(why)),
+    }
+}
