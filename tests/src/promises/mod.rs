@@ -18,6 +18,8 @@ pub mod live_join;
 pub mod no_false_failover;
 pub mod output_rule;
 pub mod preempts;
+pub mod protocol_modelled;
+pub mod protocol_simulated;
 pub mod redis_clients;
 pub mod replay_exact;
 pub mod zombie;
@@ -32,6 +34,8 @@ pub const ALL: &[Promise] = &[
     divergence_caught::PROMISE,
     output_rule::PROMISE,
     zombie::PROMISE,
+    protocol_simulated::PROMISE,
+    protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
     redis_clients::PROMISE,
