@@ -179,24 +179,24 @@ fn torn(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// A place for one pair.
-struct Place {
+/// A place for one pair over TCP.
+pub(super) struct Place {
     directory: tempfile::TempDir,
 }
 
 impl Place {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let directory = tempfile::tempdir().context("make a directory")?;
         fs::create_dir(directory.path().join("arbiter")).context("make a directory")?;
         Ok(Self { directory })
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.directory.path()
     }
 
     /// A backup that listens, and where.
-    fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
+    pub(super) fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
         let mut role = Role::start(
             self.path(),
             name,
@@ -228,27 +228,31 @@ impl Place {
 
     /// The same, which may die before it is ready.
     fn start_primary(&self, name: &str, guest: &str, connect: SocketAddr) -> Result<Role> {
+        self.start_alone(name, connect, &["--guest", guest, "--memory", "16"])
+    }
+
+    /// A primary that starts alone, with these arguments besides.
+    pub(super) fn start_alone(
+        &self,
+        name: &str,
+        connect: SocketAddr,
+        more: &[&str],
+    ) -> Result<Role> {
         let connect = connect.to_string();
-        Role::start(
-            self.path(),
-            name,
-            &[
-                "primary",
-                "--json",
-                "--transport",
-                "tcp",
-                "--arbiter",
-                "arbiter",
-                "--connect",
-                &connect,
-                "--alone",
-                "--cold-start",
-                "--guest",
-                guest,
-                "--memory",
-                "16",
-            ],
-        )
+        let mut arguments = vec![
+            "primary",
+            "--json",
+            "--transport",
+            "tcp",
+            "--arbiter",
+            "arbiter",
+            "--connect",
+            &connect,
+            "--alone",
+            "--cold-start",
+        ];
+        arguments.extend(more);
+        Role::start(self.path(), name, &arguments)
     }
 }
 

@@ -10,10 +10,12 @@ pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
+pub mod failover_fast;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
 pub mod leaves_nothing;
+pub mod linearizable;
 pub mod live_join;
 pub mod no_false_failover;
 pub mod output_rule;
@@ -22,6 +24,7 @@ pub mod protocol_modelled;
 pub mod protocol_simulated;
 pub mod redis_clients;
 pub mod replay_exact;
+pub mod reprotects_large;
 pub mod zombie;
 
 /// All of them, in the order in which `scripts/prove` lists them.
@@ -34,6 +37,7 @@ pub const ALL: &[Promise] = &[
     divergence_caught::PROMISE,
     output_rule::PROMISE,
     zombie::PROMISE,
+    failover_fast::PROMISE,
     protocol_simulated::PROMISE,
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
@@ -45,6 +49,8 @@ pub const ALL: &[Promise] = &[
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
+    reprotects_large::PROMISE,
+    linearizable::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
 ];

@@ -29,6 +29,7 @@ use crate::session::clerk::Clerk;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
 use crate::session::meet::{Introduction, Listener};
+use crate::session::mourner::Mourner;
 use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
@@ -79,6 +80,10 @@ impl Meeting<'_> {
             why: error.to_string(),
         })?));
         io.link = link;
+        io.death = ring
+            .robust
+            .map(|watch| Mourner::start(watch, &io.wake, &io.sandbox, config.cpus.urgent))
+            .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
