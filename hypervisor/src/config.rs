@@ -338,7 +338,7 @@ impl Preempt {
 }
 
 /// The smallest lane: an entry, which is at most a quarter of its lane, must have room for a frame and for what one exit needs.
-const LANE_KIB_MIN: usize = 64;
+pub const LANE_KIB_MIN: usize = 64;
 
 /// Sizes of the ring's lanes; powers of two.
 #[derive(Clone, Debug, Deserialize)]

@@ -40,6 +40,8 @@ pub struct Orders {
     changed: Condvar,
     waiting: AtomicBool,
     fenced: AtomicBool,
+    /// Why the log to the backup is of no use, until the I/O thread has heard of it.
+    unusable: Mutex<Option<String>>,
     kick: OnceLock<Kick>,
     reports: Arc<Wake>,
     pulse: Pulse,
@@ -104,6 +106,7 @@ impl Orders {
             changed: Condvar::new(),
             waiting: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
+            unusable: Mutex::default(),
             kick: OnceLock::new(),
             reports,
             pulse: Pulse::default(),
@@ -188,9 +191,25 @@ impl Orders {
         self.reports.ring();
     }
 
-    /// A new log begins, which nobody has fenced.
-    pub fn forget_fence(&self) {
+    /// Either thread says that the backup's end of the log breaks the rules.
+    pub fn report_unusable(&self, why: String) {
+        *self.unusable.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        self.reports.ring();
+    }
+
+    /// Why the log is of no use; told once.
+    #[must_use]
+    pub fn take_unusable(&self) -> Option<String> {
+        self.unusable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// A new log begins, which nobody has fenced or broken.
+    pub fn begin_log(&self) {
         self.fenced.store(false, Ordering::SeqCst);
+        drop(self.take_unusable());
     }
 
     /// The vCPU thread leaves its recent exits, as it freezes.

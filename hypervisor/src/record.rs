@@ -523,6 +523,13 @@ impl<S: Sink> Recorder<S> {
                         return Err(RecordError::Stopped);
                     }
                 }
+                // Whatever the other side has done to its memory, this is the copy that serves.
+                Err(SinkError::Unusable(why)) => {
+                    self.orders.report_unusable(why);
+                    if !self.obey_one(Order::Freeze) {
+                        return Err(RecordError::Stopped);
+                    }
+                }
                 Err(error) => return Err(RecordError::Log(error)),
             }
         }

@@ -33,6 +33,8 @@ pub struct RingSink {
     watch: Option<Watch>,
     /// When the oldest entry that was not pushed was posted.
     gathering: Option<Instant>,
+    /// The reader is a backup, which can be given up.
+    to_backup: bool,
 }
 
 /// How long entries that nothing waits for may gather before they are sent over a stream: a send costs the vCPU thread about
@@ -66,7 +68,15 @@ impl RingSink {
             window: None,
             watch: None,
             gathering: None,
+            to_backup: false,
         }
+    }
+
+    /// For a log to a backup: where that breaks the rules the machine goes on without it.
+    #[must_use]
+    pub fn to_backup(mut self) -> Self {
+        self.to_backup = true;
+        self
     }
 
     /// For a log over a stream, whose commits come later than the posts.
@@ -85,6 +95,7 @@ impl RingSink {
             {
                 SinkError::Closed
             }
+            other if self.to_backup => SinkError::Unusable(other.to_string()),
             other => SinkError::Broken(other.to_string()),
         }
     }

@@ -19,7 +19,10 @@ pub enum SinkError {
     /// The connection is over, and the I/O thread knows: the protocol decides how to go on.
     #[error("the connection to the backup is over")]
     Closed,
-    /// The ring is of no further use.
+    /// The backup's end of the log breaks the rules: the backup is to be given up, as one that is lost.
+    #[error("the backup's end of the log is of no use: {0}")]
+    Unusable(String),
+    /// The ring is of no further use, and there is no backup to give up.
     #[error("{0}")]
     Broken(String),
 }

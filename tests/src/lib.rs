@@ -7,4 +7,6 @@ pub mod harness;
 pub mod lab;
 pub mod promise;
 pub mod promises;
+pub mod protocol_model;
 pub mod redis_compat;
+pub mod simulator;

@@ -33,6 +33,8 @@ pub struct Run {
     pub form: Form,
     /// Where every random choice of the run comes from.
     pub seed: u64,
+    /// Whether somebody asked for this very seed: to see again what it showed.
+    pub chosen: bool,
     /// Whether to say on standard error how it goes.
     pub talkative: bool,
 }
@@ -94,6 +96,7 @@ impl Promise {
         let run = Run {
             form: Form::Short,
             seed,
+            chosen: false,
             talkative: true,
         };
         match self.run(&run) {

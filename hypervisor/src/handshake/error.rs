@@ -136,6 +136,16 @@ pub enum HandshakeError {
     /// The ring over RDMA.
     #[error("cannot set up the ring: {0}")]
     Rdma(#[from] rdma::ConnectError),
+    /// The backup offers a ring in which entries do not fit.
+    #[error(
+        "the backup offers an {lane} lane whose entries have at most {has} bytes: too small for this machine"
+    )]
+    TinyLane {
+        /// The lane.
+        lane: &'static str,
+        /// Bytes.
+        has: usize,
+    },
     /// The copy does not follow the log.
     #[error("the copy that was made here is of no use: {0}")]
     Unfit(String),

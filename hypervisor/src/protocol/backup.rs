@@ -75,7 +75,7 @@ pub enum Action {
 }
 
 /// Where a backup stands; the drawing above.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Replaying a primary that is well.
     Following,
@@ -97,7 +97,7 @@ pub enum Phase {
     Stopped,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Work {
     NotAsked,
     UnderWay,
@@ -105,7 +105,7 @@ enum Work {
 }
 
 /// A backup's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Backup {
     pair: Pair,
     timing: Timing,

@@ -17,7 +17,7 @@ use super::notice::Evidence;
 use super::time::Moment;
 
 /// The bounds of a detector.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// The timeout is never shorter. 30 ms is six heartbeats: several must be lost in a row. Too small shows as take-overs
     /// of healthy primaries on a busy host.
@@ -70,7 +70,7 @@ pub enum Trust {
 }
 
 /// What a detector saw since it was last asked, for people.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Watched {
     /// The longest time in which nothing was heard.
     pub silence: Duration,
@@ -79,7 +79,7 @@ pub struct Watched {
 }
 
 /// Watches one peer.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Detector {
     limits: Limits,
     counting_from: Moment,

@@ -21,7 +21,7 @@ use super::record::Record;
 use super::time::Moment;
 
 /// What the session asks the arbiter for a machine of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Request {
     /// Read the record.
     Read,
@@ -35,7 +35,7 @@ pub enum Request {
 }
 
 /// The arbiter's answer to a [`Request`]. Each request gets exactly one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Answer {
     /// The record is `to` now (by this attempt or an earlier one).
     Swapped,
@@ -60,14 +60,14 @@ pub(super) enum Outcome {
     Read(Record),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     InFlight { since: Moment, reported: bool },
     Waiting { until: Moment },
 }
 
 /// One request under way.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Errand {
     request: Request,
     phase: Phase,

@@ -89,7 +89,7 @@ impl std::fmt::Debug for PairKey {
 }
 
 /// How far the sender's vCPU thread has come, sampled by the session just before each tick.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Progress {
     /// The sync point reached: executed by a primary, replayed by a backup.
     pub position: Position,
@@ -103,7 +103,7 @@ pub struct Progress {
 }
 
 /// One heartbeat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Heartbeat {
     /// The machine it is about.
     pub machine: MachineId,

@@ -6,12 +6,15 @@
 //!        heartbeats, log traffic, EOF           answers                 Fenced, Drained
 //!                    │                             ▲ │                        ▲ │
 //!                    ▼                             │ ▼                        │ ▼
-//!   session ── handle(now, event) ──▶ Primary | Backup ──▶ actions ──▶ arbiter, ring, vCPU, gate
+//!   session ── handle(now, event) ──▶ Primary | Candidate | Backup ──▶ actions ──▶ arbiter, ring, vCPU, gate
 //! ```
 //!
-//! A pair begins with a record that both know: the primary swaps it in (`Record::cold_start`) with the backup's
-//! identity entitled, then each side builds its machine from it. The two machines are drawn in [`primary`] and
-//! [`backup`], the record's own steps in [`record`].
+//! A pair begins with a record that both know: the primary swaps it in (`Record::cold_start`, or `Record::entitling` when it
+//! runs already) with the backup's identity entitled, and says so; until then the backup is a candidate. The machines are drawn
+//! in [`primary`], [`candidate`] and [`backup`], the record's own steps in [`record`].
+//!
+//! The machines can be cloned and compared: a seeded simulator and a model checker (`docs/decisions/protocol-proof.md`) drive
+//! this very code.
 //!
 //! What holds, whatever the network, the schedulers and the arbiter do:
 //! - Nobody changes role without an answer from the arbiter. A request that failed is asked again, with a bounded
@@ -27,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backup;
+pub mod candidate;
 pub mod detector;
 mod errand;
 pub mod heartbeat;
@@ -39,6 +43,7 @@ mod time;
 mod tests;
 
 pub use backup::Backup;
+pub use candidate::Candidate;
 pub use errand::{Answer, Request};
 pub use notice::{Evidence, Notice, Reason, Unfit};
 pub use primary::Primary;
@@ -50,7 +55,7 @@ use std::time::Duration;
 use heartbeat::{Heartbeat, MachineId, Progress};
 
 /// Every span the protocol waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timing {
     /// Between two heartbeats. 5 ms: a loss is noticed within a client's patience, at 200 packets a second.
     pub heartbeat: Duration,
@@ -68,6 +73,16 @@ pub struct Timing {
     pub retry_max: Duration,
     /// An arbiter that has not answered for so long is reported.
     pub arbiter_slow: Duration,
+    /// How long a backup that joins may take from the cut until it is ready: to take in the last pages, and to put them in place.
+    /// Until then nobody judges it, and outputs wait for it to receive; if it does not, the guest's clients wait so long.
+    pub ready_within: Duration,
+    /// How long a candidate waits for its primary's word before it asks the arbiter by itself: an arbiter's answer, many times over.
+    /// One that knew before its primary would miss heartbeats that are not sent yet.
+    pub word_within: Duration,
+    /// Between two questions of a candidate whether it is entitled.
+    pub ask_every: Duration,
+    /// How long after its primary's end a swap that was under way may still land, and a candidate goes on asking.
+    pub late_swap: Duration,
 }
 
 impl Default for Timing {
@@ -80,12 +95,16 @@ impl Default for Timing {
             retry_min: Duration::from_millis(5),
             retry_max: Duration::from_millis(500),
             arbiter_slow: Duration::from_secs(1),
+            ready_within: Duration::from_secs(5),
+            word_within: Duration::from_secs(2),
+            ask_every: Duration::from_millis(50),
+            late_swap: Duration::from_secs(2),
         }
     }
 }
 
 /// Who is paired with whom.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Pair {
     /// The machine.
     pub machine: MachineId,
@@ -96,7 +115,7 @@ pub struct Pair {
 }
 
 /// Makes this side's heartbeats.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Beater {
     every: Duration,
     due: Moment,
@@ -149,7 +168,7 @@ enum Heard {
 }
 
 /// Sorts the peer's heartbeats from the rest.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Ear {
     last: u64,
 }

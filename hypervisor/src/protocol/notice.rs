@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::record::{Epoch, Identity, Record};
 
 /// Why the peer is given up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Evidence {
     /// Nothing was heard for this long.
     Silence(Duration),
@@ -17,8 +17,12 @@ pub enum Evidence {
     Death,
     /// The ring refused our entry: the backup has fenced us.
     Fenced,
+    /// Its end of the log breaks the rules.
+    Unusable,
     /// Its heartbeats show a newer reign or configuration than ours.
     Newer,
+    /// It was joining, and did not say within this time that its copy is whole.
+    NotReady(Duration),
 }
 
 impl fmt::Display for Evidence {
@@ -34,13 +38,19 @@ impl fmt::Display for Evidence {
             }
             Self::Death => f.write_str("its control connection closed"),
             Self::Fenced => f.write_str("it has fenced the log"),
+            Self::Unusable => f.write_str("its end of the log breaks the rules"),
             Self::Newer => f.write_str("it is in a newer reign"),
+            Self::NotReady(span) => write!(
+                f,
+                "its copy was not ready {} ms after the log began",
+                span.as_millis()
+            ),
         }
     }
 }
 
 /// Why a backup must never go live with what it has.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Unfit {
     /// Replay differed from the log; the report names position, field, expected and found.
     Diverged(String),
@@ -162,6 +172,11 @@ pub enum Notice {
     ArbiterSlow(Duration),
     /// The arbiter answers again.
     ArbiterBack,
+    /// A candidate cannot ask the arbiter whether it is entitled; it keeps its copy and asks again.
+    EntitlementUnknown {
+        /// What the arbiter said.
+        why: String,
+    },
 }
 
 impl Notice {
@@ -245,6 +260,9 @@ impl fmt::Display for Notice {
                 )
             }
             Self::ArbiterBack => f.write_str("the arbiter answers again"),
+            Self::EntitlementUnknown { why } => {
+                write!(f, "whether this backup is entitled is not known: {why}")
+            }
         }
     }
 }

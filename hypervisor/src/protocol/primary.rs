@@ -54,6 +54,8 @@ pub enum Event {
     PeerDied,
     /// The ring refused an entry: the backup has fenced this process.
     LogFenced,
+    /// The backup's end of the log breaks the rules: it is broken or hostile.
+    LogUnusable,
     /// The log goes to a new backup from here on, whose copy is not whole yet.
     Joining,
     /// The copy is whole and follows the log; the pair names the new backup.
@@ -85,7 +87,7 @@ pub enum Action {
 }
 
 /// Where a primary stands; the drawing above.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// A backup follows.
     Protected,
@@ -108,7 +110,7 @@ pub enum Phase {
 }
 
 /// A primary's state machine.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Primary {
     me: Identity,
     timing: Timing,
@@ -119,6 +121,8 @@ pub struct Primary {
     end_wanted: bool,
     errand: Option<Errand>,
     backup: Option<Peer>,
+    /// Since when the log goes to a backup that joins.
+    joining_since: Moment,
     /// The new backup was lost while the arbiter was asked to entitle it.
     lost: Option<Evidence>,
     /// The claim that froze us, and when it was first seen.
@@ -127,7 +131,7 @@ pub struct Primary {
 }
 
 /// What is known of the backup.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Peer {
     pair: Pair,
     detector: Detector,
@@ -185,6 +189,7 @@ impl Primary {
             end_wanted: false,
             errand: None,
             backup: None,
+            joining_since: now,
             lost: None,
             claim: None,
             reread_at: now,
@@ -215,6 +220,7 @@ impl Primary {
     pub fn deadline(&self) -> Option<Moment> {
         let beat = match (&self.backup, self.phase) {
             (Some(peer), Phase::Protected) => Some(peer.beater.due.min(peer.detector.deadline())),
+            (Some(peer), Phase::Entitling) if self.lost.is_none() => Some(peer.beater.due),
             _ => None,
         };
         let errand = self
@@ -223,7 +229,9 @@ impl Primary {
             .and_then(|errand| errand.deadline(&self.timing));
         let reread =
             (self.phase == Phase::Frozen && self.errand.is_none()).then_some(self.reread_at);
-        [beat, errand, reread].into_iter().flatten().min()
+        let ready =
+            (self.phase == Phase::Joining).then(|| self.joining_since + self.timing.ready_within);
+        [beat, errand, reread, ready].into_iter().flatten().min()
     }
 
     /// Takes one event; appends what is to be done to `actions`.
@@ -238,9 +246,11 @@ impl Primary {
             }
             Event::PeerDied => self.backup_lost(now, Evidence::Death, actions),
             Event::LogFenced => self.backup_lost(now, Evidence::Fenced, actions),
+            Event::LogUnusable => self.backup_lost(now, Evidence::Unusable, actions),
             Event::Joining => {
                 if self.phase == Phase::Unprotected {
                     self.phase = Phase::Joining;
+                    self.joining_since = now;
                 }
             }
             Event::Joined(pair) => self.joined(now, pair, actions),
@@ -250,8 +260,15 @@ impl Primary {
     }
 
     fn tick(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
-        if self.phase == Phase::Protected {
-            self.watch(now, progress, actions);
+        match self.phase {
+            Phase::Protected => self.watch(now, progress, actions),
+            // It is not judged before the arbiter's word, but it should know that this side is there.
+            Phase::Entitling if self.lost.is_none() => self.beat(now, progress, actions),
+            _ => {}
+        }
+        let joining = now.since(self.joining_since);
+        if self.phase == Phase::Joining && joining >= self.timing.ready_within {
+            self.backup_lost(now, Evidence::NotReady(joining), actions);
         }
         if let Some(errand) = &mut self.errand {
             let (request, notice) = errand.tick(now, &self.timing);
@@ -262,11 +279,17 @@ impl Primary {
         }
     }
 
+    fn beat(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
+        if let Some(peer) = &mut self.backup {
+            let beat = peer.beater.tick(now, &peer.pair, &self.own, progress);
+            actions.extend(beat.map(Action::SendHeartbeat));
+        }
+    }
+
     /// Beats, and judges the backup.
     fn watch(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
+        self.beat(now, progress, actions);
         let Some(peer) = &mut self.backup else { return };
-        let beat = peer.beater.tick(now, &peer.pair, &self.own, progress);
-        actions.extend(beat.map(Action::SendHeartbeat));
         let (trust, nap) = peer.detector.poll(now);
         actions.extend(nap.map(|span| Action::Say(Notice::Slept(span))));
         match trust {
@@ -301,20 +324,12 @@ impl Primary {
         match self.phase {
             Phase::Protected => {}
             // It was entitled to nothing.
-            Phase::Joining => {
-                self.phase = Phase::Unprotected;
-                actions.push(Action::RunUnprotected(self.own));
-                actions.push(Action::Say(Notice::JoinFailed(evidence)));
-                return;
-            }
+            Phase::Joining => return self.goes_on_alone(now, evidence, actions),
             // The arbiter has not heard of it.
             Phase::Entitling if self.errand.as_ref().is_some_and(Errand::can_be_dropped) => {
                 self.errand = None;
                 self.backup = None;
-                self.phase = Phase::Unprotected;
-                actions.push(Action::RunUnprotected(self.own));
-                actions.push(Action::Say(Notice::JoinFailed(evidence)));
-                return;
+                return self.goes_on_alone(now, evidence, actions);
             }
             // It may be entitled by now: nothing leaves that it has not got.
             Phase::Entitling if self.lost.is_none() => {
@@ -328,6 +343,17 @@ impl Primary {
         actions.push(Action::Say(Notice::BackupLost(evidence)));
         self.phase = Phase::Detaching;
         self.swap(now, self.own, self.own.detached(), actions);
+    }
+
+    /// A backup that joined is lost before it could be entitled.
+    fn goes_on_alone(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
+        self.phase = Phase::Unprotected;
+        if self.end_wanted {
+            self.end(now, actions);
+        } else {
+            actions.push(Action::RunUnprotected(self.own));
+        }
+        actions.push(Action::Say(Notice::JoinFailed(evidence)));
     }
 
     fn joined(&mut self, now: Moment, pair: Pair, actions: &mut Vec<Action>) {

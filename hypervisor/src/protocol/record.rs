@@ -161,6 +161,19 @@ impl Record {
         }
     }
 
+    /// Whether a machine may start, its record being `found`: from nothing, from the end of an earlier reign, or because its
+    /// operator says (`cold`) that no process of it runs any more.
+    #[must_use]
+    pub fn lets_start(found: Option<&Record>, cold: bool) -> bool {
+        cold || found.is_none_or(|record| record.state == State::Ended)
+    }
+
+    /// What every step raises: of two records of a machine the later one has more.
+    #[must_use]
+    pub fn rank(&self) -> (Epoch, Configuration, State) {
+        (self.epoch, self.configuration, self.state)
+    }
+
     /// The first step of a take-over: the next reign, claimed by the entitled backup. `None` when `claimant` is
     /// not entitled or the record is not `live`.
     #[must_use]
@@ -333,7 +346,6 @@ mod tests {
 
     #[test]
     fn every_step_raises_the_record() {
-        let rank = |r: &Record| (r.epoch, r.configuration, r.state);
         let live = Record::cold_start(None, who(1), Some(who(2)));
         let claimed = live.claimed_by(who(2)).unwrap();
         let steps = [
@@ -354,7 +366,7 @@ mod tests {
             ),
         ];
         for (from, to) in steps {
-            assert!(rank(&from) < rank(&to), "{from} -> {to}");
+            assert!(from.rank() < to.rank(), "{from} -> {to}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The two machines step by step ([`roles`]), and together in a seeded simulation ([`sim`]).
+//! The two machines step by step ([`roles`]). Together they are simulated and model-checked in the crate of the promises.
 
+mod candidate;
 mod roles;
-mod sim;
 
 use super::heartbeat::MachineId;
 use super::*;

@@ -90,7 +90,7 @@ impl<S: Sink> Recorder<S> {
         self.machine.end_copy();
         self.outlet.begin_log();
         // Before the first entry, which may meet the new log's own fence.
-        self.orders.forget_fence();
+        self.orders.begin_log();
         self.applied = Seq::ZERO;
         self.sink = sink;
         self.next_memory_check = self

@@ -205,14 +205,14 @@ impl Io {
     pub(super) fn await_word(
         &self,
         control: Option<&Channel>,
-        longest: Duration,
+        longest: Option<Duration>,
     ) -> Result<Word, SessionError> {
         let mut waiter = Waiter::new();
         let wake = waiter.add(&*self.wake, true, false);
         let signals = waiter.add(&self.signals, true, false);
         let control = control.map(|control| waiter.add(control, true, false));
         waiter
-            .wait(Some(longest))
+            .wait(longest)
             .map_err(SessionError::host("wait for events"))?;
         if waiter.ready(wake).read {
             self.wake.clear();
@@ -374,6 +374,9 @@ impl Io {
             && let Err(error) = self.stager.pump()
         {
             tracing::warn!("the guest's network port is closed: {error}");
+        }
+        if let Some(why) = self.stager.take_unusable() {
+            self.orders.report_unusable(why);
         }
         log_gone |= self.turn_log();
         self.watch_the_guest();

@@ -23,7 +23,7 @@ use super::report::Event as Said;
 use crate::arbiter::random_bytes;
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
-use crate::config::{Config, Pair, Transport};
+use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
 use crate::kvm::CpuModel;
@@ -43,6 +43,9 @@ const RING_WITHIN: Duration = Duration::from_secs(10);
 
 /// So many strangers are told of at once, and one more each second: a flood of them fills no log.
 const TELL_AT_ONCE: u64 = 20;
+
+/// The longest entry of the smallest lane that may be configured, in bytes: a quarter of it, less a header.
+const LEAST_ENTRY: usize = (LANE_KIB_MIN << 10) / 4 - 64;
 
 fn setting(field: &'static str, needed: &'static str) -> SessionError {
     SessionError::Setting { field, needed }
@@ -275,6 +278,23 @@ fn accept_rdma(
 
 /// The primary's end of the ring with the backup at the other end of `control`.
 fn connect_ring(
+    control: &Channel,
+    config: &Config,
+) -> Result<(RingWriter, Option<Watch>), HandshakeError> {
+    let (ring, watch) = any_ring(control, config)?;
+    // The backup chooses the sizes, and may be anybody.
+    for (lane, has) in [
+        ("events", ring.events.max_payload()),
+        ("inputs", ring.inputs.max_payload()),
+    ] {
+        if has < LEAST_ENTRY {
+            return Err(HandshakeError::TinyLane { lane, has });
+        }
+    }
+    Ok((ring, watch))
+}
+
+fn any_ring(
     mut control: &Channel,
     config: &Config,
 ) -> Result<(RingWriter, Option<Watch>), HandshakeError> {
@@ -469,6 +489,42 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
             .map_err(SessionError::host("wait for events"))?;
         if waiter.ready(signals).read {
             return Err(SessionError::Interrupted);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handshake::proof;
+
+    /// What a primary makes of a ring of these sizes.
+    fn offered(events: usize, inputs: usize) -> Result<(), HandshakeError> {
+        let (primary, backup) = UnixStream::pair().unwrap();
+        let backup = std::thread::spawn(move || {
+            let channel = proof::admit(Stream::Unix(backup), &Trust::same_user()).unwrap();
+            let ring = shm::accept(channel.unix().unwrap(), &RingConfig { events, inputs });
+            drop(ring.unwrap());
+        });
+        let channel = proof::prove(Stream::Unix(primary), &Trust::same_user()).unwrap();
+        let outcome = connect_ring(&channel, &Config::default());
+        backup.join().unwrap();
+        outcome.map(drop)
+    }
+
+    #[test]
+    fn a_ring_whose_entries_are_too_short_for_the_machine_is_refused() {
+        let least = LANE_KIB_MIN << 10;
+        offered(least, least).unwrap();
+        for (events, inputs, tiny) in [
+            (least / 2, least, "events"),
+            (least, rdma_log::MIN_LANE, "inputs"),
+        ] {
+            let error = offered(events, inputs).unwrap_err();
+            assert!(
+                matches!(error, HandshakeError::TinyLane { lane, .. } if lane == tiny),
+                "{error}"
+            );
         }
     }
 }

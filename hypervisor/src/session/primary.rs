@@ -23,7 +23,7 @@ use crate::gate::Gate;
 use crate::handshake::{self, Trust};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Identity, Notice, Pair, Primary, Record, State};
+use crate::protocol::{Identity, Notice, Pair, Primary, Record};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
 use crate::sandbox::{self, NOT_CONFINED, Thread};
@@ -67,7 +67,12 @@ fn lead(
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
     let found = arbiter.read()?;
-    may_start(found.as_ref(), start.cold)?;
+    if !Record::lets_start(found.as_ref(), start.cold) {
+        let found = found.map_or_else(String::new, |record| record.to_string());
+        return Err(SessionError::NotOurs(format!(
+            "{found}. If no process of this machine runs any more, say --cold-start"
+        )));
+    }
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
@@ -161,16 +166,6 @@ fn lead(
         }
     }
     serve::serve(io, staff, protocol, vcpu)
-}
-
-/// A machine may start from nothing, from the end of an earlier reign, or because its operator says so.
-fn may_start(found: Option<&Record>, cold_start: bool) -> Result<(), SessionError> {
-    match found {
-        Some(record) if record.state != State::Ended && !cold_start => Err(SessionError::NotOurs(
-            format!("{record}. If no process of this machine runs any more, say --cold-start"),
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// Begins the reign, with this backup entitled.

@@ -153,7 +153,9 @@ pub(super) fn log_to(
         Arc::clone(&replayed),
         Arc::clone(&in_step),
     );
-    let mut sink = RingSink::new(ring.events, epoch, Arc::clone(&committed)).with_window(window);
+    let mut sink = RingSink::new(ring.events, epoch, Arc::clone(&committed))
+        .to_backup()
+        .with_window(window);
     if let Some(watch) = &watch {
         sink = sink.with_watch(watch.clone());
     }

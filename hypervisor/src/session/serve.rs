@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use super::SessionError;
 use super::clerk::Clerk;
@@ -20,10 +19,6 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
 use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
 use crate::record::{Ended, RecordError};
-
-/// How long a backup that joins may take from the cut until it follows: to take in the last pages, and to put them in place. Until
-/// then nobody judges it, outputs wait for it to receive, and if it does not, the guest's clients wait so long.
-const READY_WITHIN: Duration = Duration::from_secs(5);
 
 /// The thread that runs the guest.
 pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
@@ -78,7 +73,6 @@ pub(super) fn serve(
         vcpu: Some(vcpu),
         guest: None,
         fence_told: false,
-        joining_since: None,
         in_step: None,
     }
     .serve()
@@ -93,8 +87,6 @@ struct Serving {
     fence_told: bool,
     /// The recruiter is at work.
     looking: bool,
-    /// When the guest began to log to the backup that joins.
-    joining_since: Option<Instant>,
     /// Told that this backup replays.
     in_step: Option<Arc<AtomicBool>>,
 }
@@ -144,12 +136,15 @@ impl Serving {
                 }
                 self.hear(news, now, &mut actions);
             }
-            if self
-                .joining_since
-                .is_some_and(|since| since.elapsed() > READY_WITHIN)
-                && self.protocol.phase() == Phase::Joining
+            // Before it is known that the guest logs to a backup that joins, there is none to give up.
+            if self.protocol.phase() != Phase::Unprotected
+                && let Some(why) = self.io.orders.take_unusable()
             {
-                self.protocol.handle(now, Event::PeerDied, &mut actions);
+                self.io.reporter.say(&Said::Notice {
+                    text: format!("the backup's end of the log is of no use: {why}"),
+                    loud: true,
+                });
+                self.protocol.handle(now, Event::LogUnusable, &mut actions);
             }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             if self.vcpu.as_ref().is_some_and(JoinHandle::is_finished) {
@@ -183,7 +178,6 @@ impl Serving {
             }
             News::Taken(taken) => {
                 self.fence_told = false;
-                self.joining_since = Some(Instant::now());
                 self.in_step = Some(Arc::clone(&taken.in_step));
                 self.io.join_log(*taken);
                 self.protocol.handle(now, Event::Joining, actions);

@@ -35,6 +35,8 @@ pub(super) struct Stager {
     /// The lane takes nothing more, and who goes on is being decided. Until then the port is left alone: a frame read here
     /// would be lost to the side that took over, and cost its sender a timeout.
     lane_over: bool,
+    /// Why it takes nothing more, if that is the reader's doing and the recorder may not meet it.
+    unusable: Option<String>,
     /// A new log is about to begin: what is read now would be in neither.
     paused: bool,
 }
@@ -52,8 +54,14 @@ impl Stager {
             buffer: vec![0; SLOT],
             lane_full: false,
             lane_over: false,
+            unusable: None,
             paused: false,
         }
+    }
+
+    /// Why the lane is of no use; told once.
+    pub(super) fn take_unusable(&mut self) -> Option<String> {
+        self.unusable.take()
     }
 
     /// The port, if frames should be read from it now.
@@ -74,6 +82,7 @@ impl Stager {
         self.lane = None;
         self.lane_full = false;
         self.lane_over = false;
+        self.unusable = None;
         self.paused = false;
     }
 
@@ -141,9 +150,14 @@ impl Stager {
                 self.lane_full = true;
                 return Ok(false);
             }
-            // Fenced or broken: the recorder meets the same and the protocol decides. Frames stay in the kernel's queue.
-            Err(_) => {
+            // The recorder meets the same, or the connection's end tells. Frames stay in the kernel's queue.
+            Err(WriteError::Fenced | WriteError::Closed) => {
                 self.lane_over = true;
+                return Ok(false);
+            }
+            Err(error) => {
+                self.lane_over = true;
+                self.unusable = Some(error.to_string());
                 return Ok(false);
             }
         };
@@ -162,9 +176,15 @@ impl Stager {
             epoch: self.epoch,
             ..Marks::default()
         };
-        let Ok(seq) = slot.publish(1 + length, marks) else {
-            self.lane_over = true;
-            return Ok(false);
+        let seq = match slot.publish(1 + length, marks) {
+            Ok(seq) => seq,
+            Err(error) => {
+                self.lane_over = true;
+                if !matches!(error, WriteError::Fenced | WriteError::Closed) {
+                    self.unusable = Some(error.to_string());
+                }
+                return Ok(false);
+            }
         };
         // A sleeping reader is woken by the event that applies the frame; only that decides anything.
         if let Some(told) = &self.committed

@@ -95,6 +95,7 @@ fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
     let run = Run {
         form,
         seed: arguments.seed.unwrap_or_else(today),
+        chosen: arguments.seed.is_some(),
         talkative: std::io::stderr().is_terminal() || !arguments.json,
     };
     let started = Instant::now();

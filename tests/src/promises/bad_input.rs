@@ -309,6 +309,79 @@ fn ring(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
         }
     }
     figures.add("rings_damaged", damaged);
+    for joins in [false, true] {
+        lying_backup(joins, run).with_context(|| format!("a backup that lies, joins: {joins}"))?;
+    }
+    figures.add("backups_that_lied", 2);
+    Ok(())
+}
+
+/// A backup whose counters cannot be, paired from the start or joined to the only copy: the machine goes on without it.
+fn lying_backup(joins: bool, run: &Run) -> Result<()> {
+    let work = directory()?;
+    let work = work.path();
+    fs::create_dir(work.join("arbiter"))?;
+    let common = ["--arbiter", "arbiter", "--json"];
+    let backup = ["backup", "--socket", "back.sock"];
+    let mut backup = Role::start(work, "backup", &[&backup[..], &common[..]].concat())?;
+    backup.until("\"ready\"", LONGEST)?;
+    let page = meddler::between_acks(&work.join("front.sock"), &work.join("back.sock"))?;
+    let primary = [
+        "primary",
+        "--socket",
+        "front.sock",
+        "--guest",
+        "irq",
+        "--memory",
+        "8",
+        "--command-line",
+        "hz=2000",
+    ];
+    let alone: &[&str] = if joins { &["--alone"] } else { &[] };
+    let mut primary = Role::start(
+        work,
+        "primary",
+        &[&primary[..], alone, &common[..]].concat(),
+    )?;
+    primary.until("\"paired\"", LONGEST)?;
+    let page = page
+        .recv_timeout(LONGEST)
+        .context("the return page passed by")?;
+    let until = Instant::now() + LONGEST;
+    // The backup overwrites the lie with what is true, again and again.
+    let given_up = "the backup's end of the log is of no use";
+    while !primary.said().contains(given_up) {
+        ensure!(
+            primary.runs()? && Instant::now() < until,
+            "the machine does not give the backup up, or ended by it: {}",
+            primary.said()
+        );
+        for _ in 0..100 {
+            page.lie()?;
+        }
+    }
+    primary.until("its end of the log breaks the rules", LONGEST)?;
+    let unprotected = |role: &Role| role.said().matches("UNPROTECTED").count();
+    while unprotected(&primary) < 1 + usize::from(joins) {
+        ensure!(
+            primary.runs()? && Instant::now() < until,
+            "the machine does not go on: {}",
+            primary.said()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let left = backup.end(LONGEST)?;
+    ensure!(!backup.said().contains("\"live\""), "{}", backup.said());
+    // An honest one is taken after it.
+    let honest = ["backup", "--socket", "front.sock"];
+    let mut honest = Role::start(work, "honest", &[&honest[..], &common[..]].concat())?;
+    honest.until("\"paired\"", LONGEST)?;
+    primary.stop(LONGEST)?;
+    honest.end(LONGEST)?;
+    ensure!(!primary.said().contains("panicked"), "{}", primary.said());
+    run.say(format!(
+        "a backup that lied was given up, and ended ({left})"
+    ));
     Ok(())
 }
 

@@ -21,6 +21,8 @@ pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
+pub mod protocol_modelled;
+pub mod protocol_simulated;
 pub mod redis_clients;
 pub mod replay_exact;
 pub mod reprotects_large;
@@ -37,6 +39,8 @@ pub const ALL: &[Promise] = &[
     output_rule::PROMISE,
     zombie::PROMISE,
     failover_fast::PROMISE,
+    protocol_simulated::PROMISE,
+    protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
     redis_clients::PROMISE,

@@ -6,11 +6,11 @@ use super::*;
 
 const MS: Duration = Duration::from_millis(1);
 
-fn at(ms: u64) -> Moment {
+pub(super) fn at(ms: u64) -> Moment {
     Moment(0) + Duration::from_millis(ms)
 }
 
-fn failed(may_have_landed: bool) -> Answer {
+pub(super) fn failed(may_have_landed: bool) -> Answer {
     Answer::Failed {
         may_have_landed,
         why: "down".to_owned(),
@@ -124,15 +124,15 @@ impl K {
     }
 }
 
-fn base() -> Record {
+pub(super) fn base() -> Record {
     first_record()
 }
 
-fn claim() -> Record {
+pub(super) fn claim() -> Record {
     first_record().claimed_by(B).unwrap()
 }
 
-fn beat(sender: Identity, record: Record, sequence: u64) -> Heartbeat {
+pub(super) fn beat(sender: Identity, record: Record, sequence: u64) -> Heartbeat {
     Heartbeat {
         machine: MachineId::of("sim"),
         epoch: record.epoch,
@@ -412,7 +412,11 @@ fn both_beat_on_time_with_their_own_progress_and_number_their_beats() {
 
 #[test]
 fn a_primary_that_loses_its_backup_waits_for_the_arbiter_and_then_runs_alone() {
-    for event in [primary::Event::PeerDied, primary::Event::LogFenced] {
+    for event in [
+        primary::Event::PeerDied,
+        primary::Event::LogFenced,
+        primary::Event::LogUnusable,
+    ] {
         let mut p = P::protected();
         let detached = base().detached();
         let actions = p.on(1, event);
@@ -788,4 +792,58 @@ fn a_backup_that_is_lost_while_the_arbiter_is_out_of_reach_costs_nothing() {
     );
     assert_eq!(p.machine.phase(), P_::Unprotected);
     assert_eq!(p.tick(60), [], "it is not asked again");
+}
+
+#[test]
+fn an_end_that_waited_for_a_backup_which_is_lost_comes_all_the_same() {
+    let (mut p, own, _) = entitling();
+    assert_eq!(p.answer(4, failed(false)), []);
+    assert_eq!(p.on(5, primary::Event::End), [primary::Action::Freeze]);
+    assert_eq!(
+        p.on(6, primary::Event::PeerDied),
+        [
+            primary::Action::Freeze,
+            primary::Action::Ask(swap(own, own.ended()))
+        ]
+    );
+    assert_eq!(p.machine.phase(), P_::Ending);
+}
+
+#[test]
+fn a_backup_that_joins_and_is_not_ready_in_time_is_given_up() {
+    let own = Record::cold_start(None, A, None);
+    let machine = Primary::unprotected(A, own, Timing::default(), at(0));
+    let mut p = P {
+        machine,
+        notices: Vec::new(),
+    };
+    p.on(1, primary::Event::Joining);
+    assert_eq!(p.machine.deadline(), Some(at(5001)));
+    assert_eq!(p.tick(5000), []);
+    assert_eq!(p.tick(5001), [primary::Action::RunUnprotected(own)]);
+    let span = Duration::from_secs(5);
+    assert_eq!(p.notices, [Notice::JoinFailed(Evidence::NotReady(span))]);
+}
+
+#[test]
+fn a_primary_beats_while_the_arbiter_is_asked_for_its_new_backup() {
+    let (P { mut machine, .. }, own, _) = entitling();
+    let mut beats = 0;
+    for ms in 4..=103 {
+        let mut actions = Vec::new();
+        let tick = primary::Event::Tick(Progress::default());
+        machine.handle(at(ms), tick, &mut actions);
+        for action in actions {
+            if let primary::Action::SendHeartbeat(beat) = action {
+                assert_eq!(
+                    (beat.sender, beat.configuration),
+                    (A, own.configuration),
+                    "nobody is entitled yet"
+                );
+                beats += 1;
+            }
+        }
+        assert!(machine.deadline().is_some_and(|due| due <= at(ms + 5)));
+    }
+    assert_eq!(beats, 20);
 }

@@ -1,10 +1,11 @@
 //! How a backup comes to be: it meets a primary, becomes a copy of its machine, and is entitled.
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
 
 use super::Following;
 use super::follower::{Follower, Told};
@@ -18,8 +19,9 @@ use crate::handshake::{self, Channel, HandshakeError, Trust};
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
+use crate::protocol::candidate::{Action, Event, Refusal};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Backup, Identity, Pair, Record, State};
+use crate::protocol::{Backup, Candidate, Identity, Pair, Record};
 use crate::replay::Replayer;
 use crate::ring_log::RingSource;
 use crate::session::beats::Beats;
@@ -32,16 +34,6 @@ use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
 use crate::session::{SessionError, protocol_timing};
-
-/// How often a backup that is ready asks the arbiter whether it is entitled, in case its primary cannot tell it any more.
-const ASK_EVERY: Duration = Duration::from_millis(50);
-
-/// How long its primary may take to say so itself, while it lives: an arbiter's answer, many times over. A backup that knew before its
-/// primary would miss its heartbeats.
-const WORD_WITHIN: Duration = Duration::from_secs(2);
-
-/// How long after its primary's end a swap that was under way may still land.
-const LATE_SWAP: Duration = Duration::from_secs(2);
 
 /// What it takes to meet a primary.
 pub(super) struct Meeting<'a> {
@@ -118,7 +110,12 @@ impl Meeting<'_> {
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
         let follower = Follower::start(config, &io, replayer, desk)?;
-        let record = match self.entitled(&io, &control, peer, &follower) {
+        let pair = Pair {
+            machine: MachineId::of(&config.name),
+            me: self.me,
+            peer,
+        };
+        let record = match self.entitled(&io, &control, pair, &follower) {
             Ok(record) => record,
             Err(error) => {
                 io.order(Order::Stop);
@@ -130,11 +127,6 @@ impl Meeting<'_> {
             .set_nonblocking(true)
             .map_err(SessionError::host("set up the control connection"))?;
         io.control = Some(control);
-        let pair = Pair {
-            machine: MachineId::of(&config.name),
-            me: self.me,
-            peer,
-        };
         let protocol = Backup::new(pair, record, protocol_timing(config), now())
             .ok_or_else(|| HandshakeError::NotEntitled(record.to_string()))?;
         let clerk = Clerk::start(
@@ -181,77 +173,81 @@ impl Meeting<'_> {
     }
 
     /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
-    ///
-    /// `peer` alone can entitle it: this copy is of its machine, and of no other's.
     fn entitled(
         &self,
         io: &Io,
         control: &Channel,
-        peer: Identity,
+        pair: Pair,
         follower: &Follower,
     ) -> Result<Record, SessionError> {
         let arbiter = self.arbiter()?;
-        let ours = |record: &Record| {
-            record.owner == peer && record.entitled == Some(self.me) && record.state == State::Live
-        };
         handshake::ready(control)?;
-        let ready = Instant::now();
-        let mut said = false;
-        // Once the connection is at its end: why, and since when the arbiter has answered.
-        let mut gone: Option<(HandshakeError, Option<Instant>)> = None;
+        let mut protocol = Candidate::new(pair, protocol_timing(self.config), now());
+        let mut actions = VecDeque::new();
+        // Why nothing more will be said over the connection.
+        let mut ended: Option<HandshakeError> = None;
+        let mut arrived = 0;
         loop {
-            let listening = gone.is_none().then_some(control);
-            let word = io.await_word(listening, ASK_EVERY)?;
+            let longest = protocol.deadline().map(|deadline| deadline.since(now()));
+            let listening = ended.is_none().then_some(control);
+            let word = io.await_word(listening, longest)?;
             if let Ok(Told::Failed(error)) = follower.told.try_recv() {
                 return Err(HandshakeError::Unfit(error.to_string()).into());
             }
-            let told = match word {
+            let mut handle = |event| {
+                let mut new = Vec::new();
+                protocol.handle(now(), event, &mut new);
+                new
+            };
+            match word {
                 Word::Signal => return Err(SessionError::Interrupted),
-                Word::None => None,
+                Word::None => {}
                 Word::Some => match handshake::hear_record(control, self.me) {
-                    Ok(record) => Some(record),
+                    Ok(record) => actions.extend(handle(Event::Word(record))),
                     Err(error) => {
-                        gone = Some((error, None));
-                        None
+                        ended = Some(error);
+                        actions.extend(handle(Event::PeerDied));
                     }
                 },
-            };
-            // A primary that lives says it itself: its heartbeats begin with its word.
-            if told.is_none() && gone.is_none() && ready.elapsed() < WORD_WITHIN {
-                continue;
             }
-            let found = match arbiter.read() {
-                Ok(found) => found,
-                // Nobody changes role while it is out of reach, and this copy may be entitled.
-                Err(error) => {
-                    if !std::mem::replace(&mut said, true) {
-                        io.reporter.say(&Said::Notice {
-                            text: format!("whether this backup is entitled is not known: {error}"),
-                            loud: true,
-                        });
+            while let Some(beat) = io.beats.as_ref().and_then(Beats::receive) {
+                actions.extend(handle(Event::Heartbeat(beat)));
+            }
+            let now_arrived = follower.arrived.load(Ordering::Relaxed);
+            if std::mem::replace(&mut arrived, now_arrived) != now_arrived {
+                actions.extend(handle(Event::LogTraffic));
+            }
+            actions.extend(handle(Event::Tick));
+            while let Some(action) = actions.pop_front() {
+                match action {
+                    Action::Ask(request) => {
+                        let (answer, _) = arbiter::ask(&*arbiter, &request);
+                        actions.extend(handle(Event::Arbiter(answer)));
                     }
-                    continue;
+                    Action::Follow(record) => return Ok(record),
+                    Action::Say(notice) => io.reporter.say(&Said::Notice {
+                        text: notice.to_string(),
+                        loud: notice.is_loud(),
+                    }),
+                    Action::GiveUp(refusal) => return Err(given_up(refusal, ended)),
                 }
-            };
-            if let Some(told) = told {
-                if !ours(&told) {
-                    return Err(HandshakeError::NotEntitled(told.to_string()).into());
-                }
-                check_arbiter(found, &told)?;
-                return Ok(told);
-            }
-            if let Some(record) = found.filter(ours) {
-                // Its primary swapped, and then could not say so.
-                return Ok(record);
-            }
-            if let Some((error, since)) = gone.take() {
-                let since = since.unwrap_or_else(Instant::now);
-                if since.elapsed() >= LATE_SWAP {
-                    return Err(error.into());
-                }
-                gone = Some((error, Some(since)));
             }
         }
+    }
+}
+
+/// Why a copy is given up, for people.
+fn given_up(refusal: Refusal, ended: Option<HandshakeError>) -> SessionError {
+    match refusal {
+        Refusal::Dropped => ended
+            .unwrap_or_else(|| io::Error::from(ErrorKind::ConnectionAborted).into())
+            .into(),
+        Refusal::NotEntitled(record) => HandshakeError::NotEntitled(record.to_string()).into(),
+        // Two sides with different arbiters could both win.
+        Refusal::OtherArbiter { told, found } => SessionError::NotOurs(format!(
+            "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
+            found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())
+        )),
     }
 }
 
@@ -293,23 +289,5 @@ impl Read for Attentive<'_> {
             return Err(ErrorKind::TimedOut.into());
         }
         from.read(to)
-    }
-}
-
-/// Two sides with different arbiters could both win: what the primary says must be what this side reads.
-fn check_arbiter(found: Option<Record>, told: &Record) -> Result<(), SessionError> {
-    match found {
-        Some(record) if record == *told => Ok(()),
-        // Its primary has gone on without this backup meanwhile.
-        Some(record)
-            if record.owner == told.owner
-                && (record.epoch, record.configuration) > (told.epoch, told.configuration) =>
-        {
-            Err(HandshakeError::NotEntitled(record.to_string()).into())
-        }
-        found => Err(SessionError::NotOurs(format!(
-            "the primary says {told}, this side's arbiter says {}: give both the same pair.arbiter",
-            found.map_or_else(|| "nothing".to_owned(), |record| record.to_string())
-        ))),
     }
 }

@@ -1,0 +1,163 @@
+//! Who lives (issue 6, point 2): the protocol's own code in every order of events of small configurations, exhaustively.
+#![forbid(unsafe_code)]
+
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::promise::{Figures, Form, Promise, Run};
+use crate::protocol_model::{PLANTS, Scope, World, look};
+use crate::simulator::Plant;
+
+/// The promise.
+pub const PROMISE: Promise = Promise {
+    name: "protocol-modelled",
+    line: "in every order of events of small configurations at most one machine releases output, and nothing released is lost",
+    short: Duration::from_secs(45),
+    full: Duration::from_secs(900),
+    show,
+};
+
+/// A pair, without any fault but mistaken silences.
+const PAIR: Scope = Scope {
+    joiner: false,
+    alone: false,
+    joins: 0,
+    outputs: 2,
+    deaths: 0,
+    lost_answers: 0,
+    unfit: 0,
+    power_off: false,
+};
+
+/// What is looked through in either form.
+const SMALL: &[(&str, Scope)] = &[
+    (
+        "pair",
+        Scope {
+            deaths: 1,
+            lost_answers: 1,
+            ..PAIR
+        },
+    ),
+    (
+        "pair_unfit",
+        Scope {
+            unfit: 1,
+            deaths: 1,
+            ..PAIR
+        },
+    ),
+    (
+        "join",
+        Scope {
+            alone: true,
+            joins: 1,
+            deaths: 1,
+            lost_answers: 1,
+            ..PAIR
+        },
+    ),
+];
+
+/// And in the full form.
+const LARGE: &[(&str, Scope)] = &[
+    (
+        "pair_all",
+        Scope {
+            outputs: 3,
+            deaths: 2,
+            lost_answers: 2,
+            unfit: 1,
+            power_off: true,
+            ..PAIR
+        },
+    ),
+    (
+        "three",
+        Scope {
+            joiner: true,
+            joins: 1,
+            deaths: 1,
+            lost_answers: 0,
+            ..PAIR
+        },
+    ),
+];
+
+fn show(run: &Run) -> Result<Figures> {
+    let mut figures = Figures::default();
+    let threads = available_parallelism().map_or(1, usize::from);
+    let large = if run.form == Form::Full { LARGE } else { &[] };
+    for (name, scope) in SMALL.iter().chain(large) {
+        let started = Instant::now();
+        let looked = look(
+            World {
+                scope: *scope,
+                plant: None,
+            },
+            threads,
+        );
+        if let Some(broken) = looked.broken {
+            bail!("{name}: {broken}");
+        }
+        figures.add(&format!("{name}_states"), looked.states);
+        figures.add(&format!("{name}_depth"), looked.depth);
+        run.say(format!(
+            "{name}: {} states, depth {}, {:.1} s",
+            looked.states,
+            looked.depth,
+            started.elapsed().as_secs_f64()
+        ));
+    }
+    for plant in PLANTS {
+        let looked = look(
+            World {
+                scope: scope_of(plant),
+                plant: Some(plant),
+            },
+            threads,
+        );
+        ensure!(
+            looked.broken.is_some(),
+            "{plant:?} was planted and not found in {} states: the model is wrong",
+            looked.states
+        );
+        let broken = looked.broken.unwrap_or_default();
+        run.say(format!("{plant:?} is found: {broken}"));
+        figures.add(&format!("found_{plant:?}_after_states"), looked.states);
+    }
+    Ok(figures)
+}
+
+/// The smallest world in which a plant can be told.
+#[must_use]
+pub fn scope_of(plant: Plant) -> Scope {
+    match plant {
+        Plant::NoFence
+        | Plant::DrainBeforeFence
+        | Plant::NoArbiter
+        | Plant::ClaimFromRecordJustRead
+        | Plant::EarlyRelease
+        | Plant::AckBeforeStore => PAIR,
+        Plant::JoinerNotWaitedFor | Plant::ReadyBeforeWhole => Scope {
+            alone: true,
+            joins: 1,
+            ..PAIR
+        },
+        Plant::StaleBackup => Scope {
+            joiner: true,
+            joins: 1,
+            ..PAIR
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn short() {
+        super::PROMISE.test();
+    }
+}

@@ -1,0 +1,59 @@
+//! The model itself: what it reaches, and that it can tell.
+
+use super::*;
+
+const PAIR: Scope = Scope {
+    joiner: false,
+    alone: false,
+    joins: 0,
+    outputs: 2,
+    deaths: 1,
+    lost_answers: 0,
+    unfit: 0,
+    power_off: false,
+};
+
+/// Whether some state of this scope has it.
+fn reaches(scope: Scope, what: fn(&State) -> bool) -> bool {
+    let mut seen = std::collections::HashSet::new();
+    let world = World { scope, plant: None };
+    let mut next = world.init_states();
+    while let Some(state) = next.pop() {
+        if what(&state) {
+            return true;
+        }
+        if seen.insert(state.clone()) {
+            next.extend(world.next_states(&state));
+        }
+    }
+    false
+}
+
+#[test]
+fn a_pair_is_clean_and_its_search_is_as_large_as_ever() {
+    let looked = look(
+        World {
+            scope: PAIR,
+            plant: None,
+        },
+        2,
+    );
+    assert_eq!(looked.broken, None);
+    println!("{looked:?}");
+}
+
+#[test]
+fn the_model_comes_to_what_it_is_about() {
+    assert!(reaches(PAIR, State::was_taken_over), "a take-over");
+    assert!(reaches(PAIR, State::was_reclaimed), "a claim taken back");
+    let joining = Scope {
+        alone: true,
+        joins: 1,
+        ..PAIR
+    };
+    assert!(
+        reaches(joining, State::is_protected),
+        "a backup that joined"
+    );
+    assert!(reaches(joining, State::was_taken_over), "its take-over");
+}

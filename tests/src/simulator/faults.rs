@@ -1,0 +1,196 @@
+//! What goes wrong, and when: all of it drawn from the seed.
+#![forbid(unsafe_code)]
+
+use super::{MS, Micros};
+use crate::harness::random::Random;
+
+/// Hosts, each with room for one process of the machine.
+pub(super) const HOSTS: usize = 3;
+
+/// The arbiter's place in the network.
+pub(super) const ARBITER: usize = HOSTS;
+
+/// Whom a fault strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// The owner of the arbiter's record.
+    Owner,
+    /// The other side of the pair: the entitled backup, or one that joins or waits.
+    Other,
+    /// Whoever is there.
+    Host(usize),
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The process dies; its peers' kernels hear of it.
+    Kill(Target),
+    /// The host vanishes; nobody hears of it.
+    Lose(Target),
+    /// The process stands still.
+    Freeze(Target, Micros),
+    /// What it sends does not get through.
+    Mute(Target, Micros),
+    /// What is sent to it does not get through.
+    Deafen(Target, Micros),
+    /// It is cut off, from the arbiter as well.
+    Isolate(Target, Micros),
+    /// Owner and other side do not reach each other.
+    Part(Micros),
+    /// A control connection breaks, though both ends live.
+    Reset,
+    /// It does not reach the arbiter.
+    NoArbiter(Target, Micros),
+    /// Nobody does.
+    ArbiterDown(Micros),
+    /// The arbiter takes twenty times as long.
+    ArbiterSlow(Micros),
+    /// The backup's copy turns out to be of no use.
+    Unfit,
+    /// The operator ends the machine.
+    PowerOff,
+}
+
+impl Fault {
+    /// How long it lasts.
+    pub(super) fn span(&self) -> Micros {
+        match *self {
+            Self::Freeze(_, span)
+            | Self::Mute(_, span)
+            | Self::Deafen(_, span)
+            | Self::Isolate(_, span)
+            | Self::Part(span)
+            | Self::NoArbiter(_, span)
+            | Self::ArbiterDown(span)
+            | Self::ArbiterSlow(span) => span,
+            Self::Kill(_) | Self::Lose(_) | Self::Reset | Self::Unfit | Self::PowerOff => 0,
+        }
+    }
+
+    /// Whether it needs a network between the two sides.
+    fn needs_network(&self) -> bool {
+        matches!(
+            self,
+            Self::Lose(_) | Self::Mute(..) | Self::Deafen(..) | Self::Isolate(..) | Self::Part(_)
+        )
+    }
+}
+
+/// A moment worth striking at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Point {
+    /// A guest begins to log to a backup that joins.
+    Cut,
+    /// The backup has the whole copy.
+    CopyWhole,
+    /// The primary hears so, and asks the arbiter.
+    Entitling,
+    /// The arbiter's record has changed to `live` with somebody entitled.
+    Entitled,
+    /// To `claimed`.
+    Claimed,
+    /// To `live` after a claim.
+    Live,
+    /// To `live` with nobody entitled.
+    Detached,
+    /// A backup asks for the machine.
+    Claiming,
+    /// A primary asks to go on alone.
+    Detaching,
+    /// A fence has taken effect.
+    Fenced,
+}
+
+const POINTS: [Point; 10] = [
+    Point::Cut,
+    Point::CopyWhole,
+    Point::Entitling,
+    Point::Entitled,
+    Point::Claimed,
+    Point::Live,
+    Point::Detached,
+    Point::Claiming,
+    Point::Detaching,
+    Point::Fenced,
+];
+
+/// When a fault strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// At this time.
+    At(Micros),
+    /// So long after this next happens, once this time has come.
+    After(Point, Micros, Micros),
+}
+
+/// Everything that will go wrong.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) faults: Vec<(When, Fault)>,
+    /// When the last of them begins at the latest.
+    pub(super) until: Micros,
+}
+
+fn target(random: &mut Random) -> Target {
+    match random.below(7) {
+        0..3 => Target::Owner,
+        3..6 => Target::Other,
+        _ => Target::Host(random.below(HOSTS as u64) as usize),
+    }
+}
+
+fn fault(random: &mut Random) -> Fault {
+    let span = (1 + random.below(600)) * MS;
+    let target = target(random);
+    match random.below(22) {
+        0..4 => Fault::Kill(target),
+        4..6 => Fault::Lose(target),
+        6..9 => Fault::Freeze(target, span),
+        9 | 10 => Fault::Mute(target, span),
+        11 => Fault::Deafen(target, span),
+        12 => Fault::Isolate(target, span),
+        13 | 14 => Fault::Part(span),
+        15 => Fault::Reset,
+        16 => Fault::NoArbiter(target, span),
+        17 => Fault::ArbiterDown(span),
+        18 => Fault::ArbiterSlow(span),
+        19 | 20 => Fault::Unfit,
+        _ => Fault::PowerOff,
+    }
+}
+
+/// Draws a plan. On one host (`networked` is false) there is no network between the two sides.
+pub(super) fn plan(random: &mut Random, networked: bool) -> Plan {
+    let count = if random.below(10) < 3 {
+        1
+    } else {
+        2 + random.below(9)
+    };
+    let mut faults = Vec::new();
+    let mut at = 0;
+    for _ in 0..count {
+        let fault = loop {
+            let fault = fault(random);
+            if networked || !fault.needs_network() {
+                break fault;
+            }
+        };
+        // Half of them strike while the one before is still being dealt with.
+        at += match random.below(2) {
+            0 => random.below(40 * MS),
+            _ => 150 * MS + random.below(450 * MS),
+        };
+        let when = if random.below(2) == 0 {
+            When::At(at + 60 * MS)
+        } else {
+            let point = POINTS[random.below(POINTS.len() as u64) as usize];
+            When::After(point, random.below(8 * MS), at)
+        };
+        faults.push((when, fault));
+    }
+    Plan {
+        faults,
+        until: at + 700 * MS,
+    }
+}
