@@ -123,8 +123,9 @@ pub struct Pair {
     pub standbys: Vec<SocketAddr>,
     /// Where the arbiter is: a directory that both sides see, or `etcd://HOST:PORT,…`.
     pub arbiter: Place,
-    /// Address to which this side binds its UDP heartbeats; port 0 takes a free one.
-    pub heartbeat: SocketAddr,
+    /// Address to which this side binds its UDP heartbeats; port 0 takes a free one. By default they go where the control
+    /// connection goes.
+    pub heartbeat: Option<SocketAddr>,
     /// File of the pair's secret, which both sides prove to hold. Transports `tcp` and `rdma` need one.
     pub secret: Option<PathBuf>,
 }
@@ -163,7 +164,7 @@ impl Default for Pair {
             standbys: Vec::new(),
             socket: PathBuf::from("doppel.sock"),
             arbiter: Place::Directory(PathBuf::from("doppel.arbiter")),
-            heartbeat: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+            heartbeat: None,
             secret: None,
         }
     }

@@ -53,7 +53,7 @@ struct PairArgs {
     /// Where the arbiter is: a directory that both sides see, or an etcd cluster
     #[arg(long, value_name = "DIR|etcd://HOST:PORT,...")]
     arbiter: Option<Place>,
-    /// Address for this side's UDP heartbeats; port 0 takes a free one
+    /// Address for this side's UDP heartbeats, port 0 takes a free one [default: that of the control connection]
     #[arg(long, value_name = "ADDRESS:PORT")]
     heartbeat: Option<SocketAddr>,
     /// The pair's secret, which `doppel secret` makes; both sides need a copy (transports tcp and rdma: always)
@@ -124,7 +124,7 @@ impl PairArgs {
             config.pair.arbiter.clone_from(arbiter);
         }
         if let Some(heartbeat) = self.heartbeat {
-            config.pair.heartbeat = heartbeat;
+            config.pair.heartbeat = Some(heartbeat);
         }
         if self.secret.is_some() {
             config.pair.secret.clone_from(&self.secret);
@@ -143,8 +143,8 @@ impl PairArgs {
                   doppel primary --arbiter arbiter --socket pair.sock --guest irq\n\n\
                   Between two hosts, with an arbiter that both see and one secret, made once and copied to the other:\n  \
                   doppel secret pair.secret\n  \
-                  doppel backup  --transport tcp --listen 192.0.2.2:7700 --heartbeat 192.0.2.2:0 --secret pair.secret --arbiter …\n  \
-                  doppel primary --transport tcp --connect 192.0.2.2:7700 --heartbeat 192.0.2.1:0 --secret pair.secret --arbiter …"
+                  doppel backup  --transport tcp --listen 192.0.2.2:7700 --secret pair.secret --arbiter …\n  \
+                  doppel primary --transport tcp --connect 192.0.2.2:7700 --secret pair.secret --arbiter …"
 )]
 pub struct PrimaryArgs {
     #[command(flatten)]

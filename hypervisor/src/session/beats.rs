@@ -13,7 +13,7 @@
 //! a CPU.
 #![forbid(unsafe_code)]
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use rdma_log::LendingMutex;
 
 use super::SessionError;
+use crate::handshake::Channel;
 use crate::orders::Orders;
 use crate::protocol::Moment;
 use crate::protocol::heartbeat::{Heartbeat, PairKey, SIZE};
@@ -81,7 +82,22 @@ impl Shared {
 
 impl Beats {
     /// Binds the socket; [`Beats::connect`] names the peer.
-    pub(super) fn bind(address: SocketAddr) -> Result<UdpSocket, SessionError> {
+    ///
+    /// Where nothing else is said they take the way of the control connection: an address that the peer cannot reach would leave
+    /// the loss of a host to be noticed by nothing but the log's own connection.
+    pub(super) fn bind(
+        address: Option<SocketAddr>,
+        control: &Channel,
+    ) -> Result<UdpSocket, SessionError> {
+        let address = match (address, control.tcp()) {
+            (Some(address), _) => Ok(address),
+            (None, Some(stream)) => stream.local_addr().map(|own| SocketAddr::new(own.ip(), 0)),
+            (None, None) => Ok((Ipv4Addr::LOCALHOST, 0).into()),
+        };
+        Self::bind_to(address.map_err(SessionError::host("read an address of this host"))?)
+    }
+
+    fn bind_to(address: SocketAddr) -> Result<UdpSocket, SessionError> {
         let bind = || {
             let socket = UdpSocket::bind(address)?;
             socket.set_nonblocking(true)?;
@@ -283,7 +299,7 @@ mod tests {
 
     fn pair() -> [Beats; 2] {
         let any = "127.0.0.1:0".parse().unwrap();
-        let sockets = [Beats::bind(any).unwrap(), Beats::bind(any).unwrap()];
+        let sockets = [Beats::bind_to(any).unwrap(), Beats::bind_to(any).unwrap()];
         let [a, b] = [&sockets[0], &sockets[1]].map(|socket| socket.local_addr().unwrap());
         let [one, two] = sockets;
         let key = || PairKey::from_bytes(KEY);

@@ -364,7 +364,7 @@ pub(super) fn introduce(
     running: bool,
 ) -> Result<Met, SessionError> {
     let control = handshake::prove(stream, &who.trust)?;
-    let socket = Beats::bind(config.pair.heartbeat)?;
+    let socket = Beats::bind(config.pair.heartbeat, &control)?;
     let mut key = [0; 16];
     let mut random = &who.random;
     random

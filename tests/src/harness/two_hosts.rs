@@ -186,10 +186,9 @@ impl TwoHosts {
         let port = host.port.inheritable().context("share the network port")?;
         let port = port.as_raw_fd().to_string();
         let standby = which.other().listens().to_string();
-        let heartbeats = format!("{}:0", which.address());
         let mut arguments = vec![role, "--json", "--transport", "tcp", "--arbiter", "arbiter"];
         arguments.extend(["--net-fd", &port, "--standby", &standby]);
-        arguments.extend(["--heartbeat", &heartbeats, "--secret", SECRET]);
+        arguments.extend(["--secret", SECRET]);
         arguments.extend(more);
         inside(host, || Role::start(self.directory(), name, &arguments))
     }

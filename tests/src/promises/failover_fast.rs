@@ -57,9 +57,11 @@ fn show(run: &Run) -> Result<Figures> {
     death.add_to(run, "death_two_hosts", &mut figures);
     let loss = alone(|| two_hosts(losses, true, &mut random))?;
     loss.add_to(run, "silent_loss", &mut figures);
-    death_limit(&figures, "death_one_host", DEATH_LIMIT_MS)?;
-    death_limit(&figures, "death_two_hosts", DEATH_LIMIT_MS)?;
-    death_limit(&figures, "silent_loss", LOSS_LIMIT_MS)?;
+    // Both hosts, the world and whatever else runs share this machine's cores, and a few losses make no median.
+    let slack = run.form.pick(2.0, 1.0);
+    death_limit(&figures, "death_one_host", slack * DEATH_LIMIT_MS)?;
+    death_limit(&figures, "death_two_hosts", slack * DEATH_LIMIT_MS)?;
+    death_limit(&figures, "silent_loss", slack * LOSS_LIMIT_MS)?;
     Ok(figures)
 }
 

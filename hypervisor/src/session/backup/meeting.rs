@@ -61,7 +61,7 @@ impl Meeting<'_> {
                 Ok((hello, peer, spec, machine))
             })
             .inspect_err(|error| handshake::refuse(&control, error))?;
-        let socket = Beats::bind(config.pair.heartbeat)?;
+        let socket = Beats::bind(config.pair.heartbeat, &control)?;
         let address = socket
             .local_addr()
             .map_err(SessionError::host("read the heartbeat socket's address"))?;
