@@ -63,6 +63,12 @@ impl LinearClients {
         await_more(&self.answered, &mut self.threads, more)
     }
 
+    /// Requests that were answered so far.
+    #[must_use]
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
     /// Ends the clients: what they were told, by key.
     ///
     /// # Errors

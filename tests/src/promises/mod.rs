@@ -14,6 +14,7 @@ pub mod failover_fast;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
+pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod live_join;
@@ -52,6 +53,7 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     operator_view::PROMISE,
     reprotects_large::PROMISE,
+    lag_bounded::PROMISE,
     linearizable::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
