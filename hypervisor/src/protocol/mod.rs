@@ -25,8 +25,8 @@
 //! - The tokens that let the session go live (`Claim`, `Fenced`) are not made here: the machine only says when.
 //!
 //! The session's side of the contract: hand over what has arrived (datagrams, EOF, answers) *before* a tick, tick
-//! at least at every [`Primary::deadline`](primary::Primary::deadline), run the actions in their order, and
-//! answer each [`Request`] exactly once.
+//! at least at every [`Primary::deadline`](primary::Primary::deadline), run the actions in their order
+//! (a fence may come before the rest), and answer each [`Request`] exactly once.
 #![forbid(unsafe_code)]
 
 pub mod backup;

@@ -54,6 +54,7 @@ const SMALL: &[(&str, Scope)] = &[
         Scope {
             alone: true,
             joins: 1,
+            outputs: 1,
             deaths: 1,
             lost_answers: 1,
             ..PAIR
@@ -66,21 +67,31 @@ const LARGE: &[(&str, Scope)] = &[
     (
         "pair_all",
         Scope {
-            outputs: 3,
-            deaths: 2,
-            lost_answers: 2,
+            deaths: 1,
+            lost_answers: 1,
             unfit: 1,
             power_off: true,
             ..PAIR
         },
     ),
     (
-        "three",
+        "join_longer",
         Scope {
-            joiner: true,
+            alone: true,
             joins: 1,
             deaths: 1,
-            lost_answers: 0,
+            lost_answers: 1,
+            ..PAIR
+        },
+    ),
+    (
+        "join_twice",
+        Scope {
+            alone: true,
+            joins: 2,
+            outputs: 1,
+            deaths: 1,
+            lost_answers: 1,
             ..PAIR
         },
     ),
@@ -132,22 +143,17 @@ fn show(run: &Run) -> Result<Figures> {
 }
 
 /// The smallest world in which a plant can be told.
-#[must_use]
-pub fn scope_of(plant: Plant) -> Scope {
+fn scope_of(plant: Plant) -> Scope {
     match plant {
         Plant::NoFence
         | Plant::DrainBeforeFence
         | Plant::NoArbiter
         | Plant::ClaimFromRecordJustRead
+        | Plant::StaleBackup
         | Plant::EarlyRelease
         | Plant::AckBeforeStore => PAIR,
         Plant::JoinerNotWaitedFor | Plant::ReadyBeforeWhole => Scope {
             alone: true,
-            joins: 1,
-            ..PAIR
-        },
-        Plant::StaleBackup => Scope {
-            joiner: true,
             joins: 1,
             ..PAIR
         },

@@ -296,6 +296,8 @@ impl World {
             return Ok(());
         };
         machine.handle(now, event, &mut actions);
+        // As the program does: nothing waits longer than a fence.
+        actions.sort_by_key(|action| !matches!(action, BackupDoes::Fence));
         for action in actions {
             match action {
                 BackupDoes::SendHeartbeat(beat) => self.beat(who, &beat),

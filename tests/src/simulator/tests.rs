@@ -3,7 +3,10 @@
 use super::*;
 
 /// Seeds that showed a fault of the protocol, and what it was.
-const ONCE_FAILED: &[(u64, &str)] = &[];
+const ONCE_FAILED: &[(u64, &str)] = &[(
+    114,
+    "a candidate whose primary's host had vanished kept its copy, and so did not listen, for ever",
+)];
 
 /// What seeds must have met, or they show less than they seem to.
 const SITUATIONS: &[&str] = &[
