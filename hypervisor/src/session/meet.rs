@@ -106,7 +106,7 @@ impl Listener {
         let mut porch = Porch::new();
         let mut told = Told::new();
         loop {
-            let arrived = self.wait(common, &porch, None)?;
+            let (arrived, _) = self.wait(common, &porch, None, None)?;
             if let Some(stream) = arrived {
                 match Caller::greet(stream, trust, &random) {
                     Ok(caller) => porch.take_in(caller),
@@ -125,16 +125,19 @@ impl Listener {
         }
     }
 
-    /// Waits for a new connection, or for something to happen on the porch, until a moment. The connection, if there is one.
+    /// Waits for a new connection, for something to happen on the porch, or at a primary that was met, until a moment. The
+    /// connection, if there is one, and whether the primary can be read from.
     fn wait<W: super::porch::Waiting>(
         &self,
         common: &Common,
         porch: &Porch<W>,
+        primary: Option<&Channel>,
         until: Option<Instant>,
-    ) -> Result<Option<Stream>, SessionError> {
+    ) -> Result<(Option<Stream>, bool), SessionError> {
         let mut waiter = Waiter::new();
         let signals = waiter.add(&common.signals, true, false);
         let door = waiter.add(self, true, false);
+        let primary = primary.map(|primary| waiter.add(primary, true, false));
         porch.watch(&mut waiter);
         let until = until.into_iter().chain(porch.until()).min();
         waiter
@@ -143,27 +146,30 @@ impl Listener {
         if waiter.ready(signals).read {
             return Err(SessionError::Interrupted);
         }
+        let spoke = primary.is_some_and(|primary| waiter.ready(primary).read);
         if !waiter.ready(door).read {
-            return Ok(None);
+            return Ok((None, spoke));
         }
         // Whoever connected may be gone already; then the next one is waited for.
-        Ok(match self {
+        let arrived = match self {
             Self::Unix(listener, _) => listener.accept().map(|(s, _)| Stream::Unix(s)),
             Self::Tcp(listener) => listener.accept().map(|(s, _)| Stream::Tcp(s)),
-        }
-        .ok())
+        };
+        Ok((arrived.ok(), spoke))
     }
 
-    /// The log's connection, with this ticket.
+    /// The log's connection, with this ticket, from the primary at the other end of `control`.
     fn accept_bearer(
         &self,
         common: &Common,
+        control: &Channel,
         ticket: &handshake::Ticket,
     ) -> Result<TcpStream, SessionError> {
         let until = Instant::now() + RING_WITHIN;
         let mut porch = Porch::new();
         while Instant::now() < until {
-            if let Some(Stream::Tcp(stream)) = self.wait(common, &porch, Some(until))?
+            let (arrived, spoke) = self.wait(common, &porch, Some(control), Some(until))?;
+            if let Some(Stream::Tcp(stream)) = arrived
                 && let Ok(bearer) = Bearer::new(stream)
             {
                 porch.take_in(bearer);
@@ -173,6 +179,11 @@ impl Listener {
                 if let Ok(Some(stream)) = outcome.and_then(|bearer| bearer.admit(ticket)) {
                     return Ok(stream);
                 }
+            }
+            if spoke {
+                // It has nothing to say before it has a log: it is gone, and the next primary is not to wait for that.
+                let source = io::Error::from(ErrorKind::UnexpectedEof);
+                return Err(HandshakeError::from(source).into());
             }
         }
         Err(HandshakeError::from(io::Error::from(ErrorKind::TimedOut)).into())
@@ -203,7 +214,7 @@ impl Listener {
         }
         let ticket = random_bytes().map_err(SessionError::host("draw a ticket"))?;
         handshake::give_ticket(control, ticket)?;
-        let stream = self.accept_bearer(common, &ticket)?;
+        let stream = self.accept_bearer(common, control, &ticket)?;
         host::pin(&config.cpus.io, "landing");
         let sandbox = Sandbox::prepare(&config.sandbox)?;
         let confine = move || sandbox.confine(Thread::Landing).expect(NOT_CONFINED);
