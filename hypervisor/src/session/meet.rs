@@ -210,7 +210,7 @@ fn accept_rdma(
 ) -> Result<(RingReader, Option<Link>), rdma::ConnectError> {
     let verbs = Verbs::load()?;
     let spin = config.timing.spin();
-    let (ring, link) = rdma::accept(&verbs, &mut stream, sizes, &config.rdma.ring(), spin)?;
+    let (ring, link) = rdma::accept(&verbs, &mut stream, sizes, &config.rdma_ring(), spin)?;
     Ok((ring, Some(Link::Rdma(link))))
 }
 
@@ -225,7 +225,7 @@ fn connect_ring(
     let stream = handshake::open_ring(control)?;
     if config.pair.transport == Transport::Rdma {
         let verbs = Verbs::load().map_err(rdma::ConnectError::from)?;
-        let (ring, watch) = rdma::connect_watched(&verbs, &mut &stream, &config.rdma.ring())?;
+        let (ring, watch) = rdma::connect_watched(&verbs, &mut &stream, &config.rdma_ring())?;
         return Ok((ring, Some(Watch::Rdma(watch))));
     }
     let (ring, watch) = tcp::connect_watched(stream)?;
