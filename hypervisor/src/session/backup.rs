@@ -252,6 +252,7 @@ impl Following {
     fn open_gate(mut self) -> Result<Served, SessionError> {
         self.io.release_everything();
         self.at.open = Timeline::now();
+        self.io.announce();
         let drained = self
             .drained
             .expect("the protocol goes live only from a drained log");

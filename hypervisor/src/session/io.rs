@@ -11,6 +11,7 @@ use rdma_log::WriteError;
 use rdma_log::transport::network::{Link, Watch};
 
 use super::SessionError;
+use super::announce::Announcer;
 use super::beats::{Beats, Repeater};
 use super::host::{self, Inherited};
 use super::recruit::Taken;
@@ -63,6 +64,8 @@ pub(super) struct Io {
     waiter: Waiter,
     /// Over a guest that does not exit, with the time of the next look.
     guest_watch: Option<(preempt::Watch, Instant)>,
+    /// Of a backup that has a port of its own.
+    announcer: Option<Announcer>,
 }
 
 /// What a round found.
@@ -173,6 +176,7 @@ impl Io {
                     Instant::now(),
                 )
             }),
+            announcer: None,
         })
     }
 
@@ -257,6 +261,22 @@ impl Io {
         Ok(())
     }
 
+    /// Once the guest of this address is live here, its network is told: its port is not the one that it had before.
+    pub(super) fn prepare_announcer(&mut self, mac: [u8; 6]) -> Result<(), SessionError> {
+        let announcer = self.stager.port().map(|port| Announcer::new(port, mac));
+        self.announcer = announcer
+            .transpose()
+            .map_err(SessionError::host("share the network port"))?;
+        Ok(())
+    }
+
+    /// The guest is live here.
+    pub(super) fn announce(&mut self) {
+        if let Some(announcer) = &mut self.announcer {
+            announcer.begin(Instant::now());
+        }
+    }
+
     /// From now on this peer's heartbeats are heard, and ours go to it; or nobody's.
     pub(super) fn listen_to(&mut self, beats: Option<Beats>) {
         if let Some(repeater) = &self.repeater {
@@ -317,6 +337,9 @@ impl Io {
             tracing::warn!("the guest's network port is closed: {error}");
         }
         log_gone |= self.turn_log();
+        if let Some(announcer) = &mut self.announcer {
+            announcer.turn(Instant::now());
+        }
         self.watch_the_guest();
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.

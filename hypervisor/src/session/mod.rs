@@ -13,6 +13,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod announce;
 pub mod backup;
 mod beats;
 mod clerk;

@@ -87,6 +87,9 @@ impl Meeting<'_> {
             why: error.to_string(),
         })?));
         io.link = link;
+        if control.unix().is_none() {
+            io.prepare_announcer(spec.mac)?;
+        }
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));
