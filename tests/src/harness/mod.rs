@@ -1,6 +1,7 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod built;
 pub mod busy;
 pub mod etcd;
 pub mod flips;
@@ -13,6 +14,7 @@ pub mod hostile_frames;
 pub mod hostile_gate;
 pub mod hostile_run;
 pub mod hostile_zombie;
+pub mod inside;
 pub mod kv_load;
 pub mod late_guest;
 pub mod load;
@@ -29,4 +31,5 @@ pub mod signal;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;
+pub mod torn_copy;
 pub mod unprivileged;

@@ -18,8 +18,12 @@ pub mod live_join;
 pub mod no_false_failover;
 pub mod output_rule;
 pub mod preempts;
+pub mod rdma_copy;
+pub mod rdma_pair;
+pub mod rdma_ring;
 pub mod redis_clients;
 pub mod replay_exact;
+pub mod replay_in_lab;
 pub mod zombie;
 
 /// All of them, in the order in which `scripts/prove` lists them.
@@ -43,4 +47,8 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
+    rdma_ring::PROMISE,
+    rdma_copy::PROMISE,
+    rdma_pair::PROMISE,
+    replay_in_lab::PROMISE,
 ];
