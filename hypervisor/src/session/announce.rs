@@ -1,4 +1,4 @@
-//! Tells the switches of the guest's network where the guest is now, after it went live on another host.
+//! Tells the switches of the guest's network where the guest is now, when it starts or goes live on a host.
 //!
 //! A switch sends frames where it saw their receiver's address last. The guest's clients are often the ones who have to speak
 //! first; what they send then goes to the host that is gone, until somebody gives up waiting. So the new primary sends a

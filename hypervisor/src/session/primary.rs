@@ -117,6 +117,11 @@ pub fn run(
     let clock = GuestClock::since(spec.wall_clock_ns);
     let desk = staff.recruiter.as_ref().map(|r| Arc::clone(&r.desk));
     let vcpu = start_vcpu(config, &io, machine, clock, sink, desk)?;
+    if config.pair.transport != Transport::Shm {
+        // A machine of this address may have been elsewhere on the network before.
+        io.prepare_announcer(spec.mac)?;
+        io.announce();
+    }
     io.settle()?;
     match peer {
         Some(peer) => io.reporter.say(&Said::Paired {
