@@ -13,14 +13,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::memory::DirtyPages;
+use crate::machine::Swept;
 
 /// What is asked of the vCPU thread.
 #[derive(Debug)]
 pub enum Ask<S> {
     /// Note from now on what is written.
     Watch,
-    /// Say what was written since.
+    /// Go on to say what was written since.
     Changed,
     /// Stop, take a checkpoint of what was written since, and log to this from there on.
     Cut(Box<S>),
@@ -33,8 +33,8 @@ pub enum Ask<S> {
 pub enum Answer {
     /// It notes.
     Watching,
-    /// Written since it was last asked.
-    Changed(DirtyPages),
+    /// Written since it was last asked: a part of that.
+    Changed(Swept),
     /// It has stopped and runs again.
     Cut(Cut),
     /// It could not.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,34 @@ pub struct Orders {
     /// [`OUTSIDE`], [`NOTHING_DUE`], or when something is due, in nanoseconds since `epoch`.
     inside: AtomicU64,
     inside_at: AtomicU64,
+    /// A [`Pace`].
+    pace: AtomicU32,
+}
+
+/// How much of its time a guest may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pace(u32);
+
+impl Pace {
+    /// All of it.
+    pub const FULL: Self = Self(1024);
+    /// The least that is asked of a guest.
+    pub const LEAST: Self = Self(1024 / 16);
+    /// A guest that is slowed down runs for so long at once. It then stands for fifteen times that at most: less than what a
+    /// client takes for an interruption.
+    pub const SLICE: Duration = Duration::from_micros(500);
+
+    /// Half of that, if so little is ever asked.
+    #[must_use]
+    pub fn halved(self) -> Self {
+        Self(self.0 / 2).max(Self::LEAST)
+    }
+
+    /// How long a guest stands that has run for so long.
+    #[must_use]
+    pub fn rest(self, ran: Duration) -> Duration {
+        ran * (Self::FULL.0 - self.0) / self.0
+    }
 }
 
 /// The vCPU thread is not inside the guest.
@@ -83,6 +111,7 @@ impl Orders {
             epoch: Instant::now(),
             inside: AtomicU64::new(OUTSIDE),
             inside_at: AtomicU64::new(0),
+            pace: AtomicU32::new(Pace::FULL.0),
         }
     }
 
@@ -214,6 +243,17 @@ impl Orders {
         };
         let position = Position(self.inside_at.load(Ordering::Relaxed));
         Some(Running { position, due })
+    }
+
+    /// From now on the guest runs at this pace.
+    pub fn set_pace(&self, pace: Pace) {
+        self.pace.store(pace.0, Ordering::Relaxed);
+    }
+
+    /// The pace at which the guest is to run; cheap enough for every exit.
+    #[must_use]
+    pub fn pace(&self) -> Pace {
+        Pace(self.pace.load(Ordering::Relaxed))
     }
 
     /// Makes the vCPU thread leave the guest.

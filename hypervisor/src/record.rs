@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod pacing;
 mod preempting;
 
 use std::fs::File;
@@ -22,7 +23,7 @@ use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step}
 use crate::event::{Input, Need, Output};
 use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
-use crate::orders::{Order, Orders, Samples};
+use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
@@ -105,6 +106,8 @@ pub struct Recorder<S> {
     mid_run: bool,
     /// Where the thread asks that copies this machine.
     desk: Option<Arc<Desk<S>>>,
+    /// How long the guest has run since it last stood for its pace.
+    ran: Duration,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
 }
@@ -170,6 +173,7 @@ impl<S: Sink> Recorder<S> {
             taken: Vec::new(),
             mid_run: false,
             desk: parts.desk,
+            ran: Duration::ZERO,
             cut: None,
         }
     }
@@ -213,8 +217,13 @@ impl<S: Sink> Recorder<S> {
                 continue;
             }
             self.orders.resting();
+            if self.orders.pace() < Pace::FULL
+                && let Some(ended) = self.keep_pace()?
+            {
+                return Ok(ended);
+            }
             self.entering();
-            self.mid_run = self.machine.step()? == Stepped::Kicked;
+            self.mid_run = self.step_at_pace()? == Stepped::Kicked;
             self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run

@@ -73,6 +73,8 @@ pub enum Thread {
     RdmaRecruiter,
     /// Asks an arbiter over the network.
     RemoteArbiter,
+    /// Waits for the death of the primary's process.
+    Mourner,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -121,6 +123,7 @@ struct Filters {
     replay: BpfProgram,
     rdma_recruiter: BpfProgram,
     remote_arbiter: BpfProgram,
+    mourner: BpfProgram,
 }
 
 impl Sandbox {
@@ -148,6 +151,7 @@ impl Sandbox {
                 replay: list(Thread::Replay)?,
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
                 remote_arbiter: list(Thread::RemoteArbiter)?,
+                mourner: list(Thread::Mourner)?,
             })),
             with_device: false,
         })
@@ -187,6 +191,7 @@ impl Sandbox {
             Thread::Replay => &filters.replay,
             Thread::RdmaRecruiter => &filters.rdma_recruiter,
             Thread::RemoteArbiter => &filters.remote_arbiter,
+            Thread::Mourner => &filters.mourner,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -399,7 +404,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Vcpu | Thread::Io | Thread::Landing | Thread::RemoteArbiter => &[SOCKETS],
         Thread::Arbiter => &[FILES],
         Thread::Recruiter => &[SOCKETS, CALLS],
-        Thread::LogFile | Thread::Replay => &[],
+        Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
     };
     let mut rules: Rules = COMMON
@@ -423,7 +428,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
         ],
         Thread::RemoteArbiter => vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?],
-        Thread::Arbiter | Thread::Landing | Thread::LogFile => Vec::new(),
+        Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {
         rules.insert(libc::SYS_connect, Vec::new());

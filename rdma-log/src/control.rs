@@ -56,6 +56,9 @@ pub(crate) struct LogLane {
 #[repr(C)]
 pub(crate) struct LogWords {
     lanes: [LogLane; 2],
+    /// On the robust list of a thread of the writer's: the kernel marks it when that thread dies.
+    #[cfg(not(loom))]
+    robust: Apart<FutexWord>,
 }
 
 /// What the reader acknowledged, in one line. What counts is the larger of the two.
@@ -98,6 +101,7 @@ pub(crate) struct ReturnWords {
 const _: () = {
     use std::mem::{offset_of, size_of};
     assert!(size_of::<LogWords>() <= PAGE && size_of::<ReturnWords>() <= PAGE);
+    assert!(offset_of!(LogWords, robust) == 768);
     assert!(size_of::<LogLane>() == 384 && size_of::<ReturnLane>() == 384);
     assert!(offset_of!(LogLane, tail) == 0);
     assert!(offset_of!(LogLane, open) == 128);
@@ -114,6 +118,11 @@ const _: () = {
 impl LogWords {
     pub(crate) fn lane(&self, lane: Lane) -> &LogLane {
         &self.lanes[lane.index()]
+    }
+
+    #[cfg(not(loom))]
+    pub(crate) fn robust(&self) -> &Apart<FutexWord> {
+        &self.robust
     }
 }
 

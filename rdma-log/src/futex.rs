@@ -24,8 +24,19 @@ pub(crate) struct FutexWord {
 }
 
 impl FutexWord {
-    fn load(&self) -> u32 {
+    pub(crate) fn load(&self) -> u32 {
         self.word.load(Ordering::Acquire)
+    }
+
+    /// Where it is.
+    #[cfg(not(loom))]
+    pub(crate) fn address(&self) -> *mut u32 {
+        self.word.as_ptr()
+    }
+
+    #[cfg(not(loom))]
+    pub(crate) fn store(&self, value: u32) {
+        self.word.store(value, Ordering::Release);
     }
 
     /// Changes the word and wakes everyone who sleeps on it.
@@ -34,8 +45,9 @@ impl FutexWord {
         self.wake();
     }
 
+    /// Wakes everyone who sleeps on it.
     #[cfg(not(loom))]
-    fn wake(&self) {
+    pub(crate) fn wake(&self) {
         // SAFETY: the address is that of a live, aligned 32-bit word; FUTEX_WAKE reads no other argument.
         unsafe {
             libc::syscall(
@@ -49,7 +61,7 @@ impl FutexWord {
 
     /// Sleeps while the word is `expected`. False if the time ran out; true for a wake-up, a changed word, a signal.
     #[cfg(not(loom))]
-    fn sleep(&self, expected: u32, limit: Duration) -> bool {
+    pub(crate) fn sleep(&self, expected: u32, limit: Duration) -> bool {
         let timeout = libc::timespec {
             tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
             tv_nsec: limit.subsec_nanos().into(),

@@ -45,6 +45,7 @@
 //! | `verbs` | RDMA devices, by a library that is loaded at run time |
 //! | [`mod@file`] | a log file: the very entries of the wire |
 //! | [`fdpass`] | descriptors over a Unix socket |
+//! | [`robust`] | a thread's death, told by the kernel in shared memory |
 //! | `region`, `control`, `futex`, `poll` | the memory, the shared words in it, sleeping on them and on sockets |
 //!
 //! # Threads
@@ -88,6 +89,8 @@ mod poll;
 #[cfg_attr(loom, allow(dead_code, reason = "the models map no memory"))]
 mod region;
 mod ring;
+#[cfg(not(loom))]
+pub mod robust;
 mod sync;
 pub mod transport;
 #[cfg(not(loom))]

@@ -15,6 +15,8 @@ use crate::lane::{
     WriterParts,
 };
 use crate::region::{ReadView, WriteView};
+#[cfg(not(loom))]
+use crate::robust::{DeathWatch, RobustKey};
 use crate::sync::{AtomicU64, Ordering};
 use crate::transport::{AckPort, Counters, FencePort, ProgressPort, ReadPort, WritePort};
 
@@ -78,6 +80,9 @@ pub struct RingWriter {
     pub inputs: LaneWriter,
     /// For the thread that opens the gate.
     pub progress: Progress,
+    /// For the thread whose death the reader is to learn at once, where the transport has that.
+    #[cfg(not(loom))]
+    pub robust: Option<RobustKey>,
     /// The connection's nonce.
     pub nonce: Nonce,
 }
@@ -107,6 +112,8 @@ impl RingWriter {
             events: lane(Lane::Events, events),
             inputs: lane(Lane::Inputs, inputs),
             progress: Progress::new(progress, posted.clone()),
+            #[cfg(not(loom))]
+            robust: None,
             nonce,
         }
     }
@@ -123,6 +130,9 @@ pub struct RingReader {
     pub acks: Acks,
     /// For the thread that takes over.
     pub fencer: Fencer,
+    /// For a thread that waits for the writer's death, where the transport tells it.
+    #[cfg(not(loom))]
+    pub robust: Option<DeathWatch>,
     /// The connection's nonce.
     pub nonce: Nonce,
 }
@@ -153,6 +163,8 @@ impl RingReader {
             inputs: lane(Lane::Inputs, inputs),
             acks,
             fencer: Fencer::new(fence),
+            #[cfg(not(loom))]
+            robust: None,
             nonce,
         }
     }

@@ -201,7 +201,15 @@ pub fn device_permits() -> Result<(), TapError> {
 
 /// Brings the loopback interface of the calling thread's network namespace up.
 pub fn loopback_up() -> Result<(), TapError> {
-    Interface::new("lo")?.up()
+    set_link("lo", true)
+}
+
+/// Brings an interface of the calling thread's network namespace up, or down as if its cable were cut.
+///
+/// # Errors
+/// If there is none of that name, or we may not.
+pub fn set_link(name: &str, up: bool) -> Result<(), TapError> {
+    Interface::new(name)?.set_state(up)
 }
 
 /// Whether the descriptor is an attached TAP.
@@ -290,7 +298,7 @@ impl Interface {
         self.set("address", libc::SIOCSIFADDR, &mut request)?;
         request.ifr_ifru.ifru_netmask = socket_address(network.mask());
         self.set("network mask", libc::SIOCSIFNETMASK, &mut request)?;
-        self.up()
+        self.set_state(true)
     }
 
     /// By netlink: the ioctl for it needs privilege over the whole host, which a user namespace does not give.
@@ -311,12 +319,17 @@ impl Interface {
         }
     }
 
-    fn up(&self) -> Result<(), TapError> {
+    fn set_state(&self, up: bool) -> Result<(), TapError> {
         let mut request = named(&self.name)?;
         self.set("state", libc::SIOCGIFFLAGS, &mut request)?;
         // SAFETY: the kernel has just filled in the flags.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
-        request.ifr_ifru.ifru_flags = flags | (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        let running = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        request.ifr_ifru.ifru_flags = if up {
+            flags | running
+        } else {
+            flags & !running
+        };
         self.set("state", libc::SIOCSIFFLAGS, &mut request)
     }
 

@@ -95,20 +95,23 @@ impl<W: Write> Sender<W> {
         self.bytes
     }
 
-    /// Sends every page that was ever touched; returns how many.
+    /// Sends every page of these that was ever touched; returns how many.
     ///
     /// # Errors
     /// See [`CloneError`].
-    pub fn everything(&mut self) -> Result<u64, CloneError> {
+    pub fn touched(&mut self, pages: Range<u64>) -> Result<u64, CloneError> {
         let mut batch = Batch::default();
         let mut count = 0;
-        let mut from = PageNumber(0);
+        let mut from = PageNumber(pages.start);
         while let Some(run) = self.ram.next_touched(from)? {
-            for page in run.clone().map(PageNumber) {
-                self.page(page, &mut batch)?;
+            for page in run.start..run.end.min(pages.end) {
+                self.page(PageNumber(page), &mut batch)?;
                 count += 1;
             }
             from = PageNumber(run.end);
+            if from.0 >= pages.end {
+                break;
+            }
         }
         self.flush(&mut batch)?;
         Ok(count)

@@ -21,6 +21,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 
 use crate::backends::tap::{self, Tap, TapConfig, TapError};
 
@@ -97,6 +98,19 @@ pub fn enter(config: &TapConfig) -> Result<Entered, Refused> {
     enter_with_user(config)
 }
 
+/// Moves the calling thread into a new network namespace with nothing but the loopback interface in it. Takes privilege.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_bare() -> Result<Namespace, Refused> {
+    unshare(libc::CLONE_NEWNET, "a network namespace")?;
+    tap::loopback_up()?;
+    Ok(Namespace {
+        net: current()?,
+        user: false,
+    })
+}
+
 /// Tries [`enter`] in a child process, which takes everything with it. Whether a user namespace was needed for it.
 ///
 /// # Errors
@@ -146,6 +160,12 @@ impl Namespace {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         })
+    }
+
+    /// A path by which this machine's tools (`ip link … netns PATH`) find the namespace, as long as it is kept.
+    pub fn path(&self) -> PathBuf {
+        let (pid, fd) = (std::process::id(), self.net.as_raw_fd());
+        PathBuf::from(format!("/proc/{pid}/fd/{fd}"))
     }
 
     /// Whether it lies in a user namespace of ours too, so that root was not needed.

@@ -16,13 +16,14 @@ mod spec;
 mod state;
 
 pub use spec::{MachineSpec, SpecError};
+pub use state::Swept;
 
 use crate::boot::{self, BootError, Image};
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
-use crate::memory::{DirtyLedger, GuestRam, MemoryError, MemoryHash};
+use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
 
 use std::sync::Arc;
@@ -102,6 +103,8 @@ pub struct Machine {
     /// KVM notes the pages that the guest writes.
     watched: bool,
     written: DirtyLedger,
+    /// Of a round of a copy: what was dirty when it began, and up to where that was told.
+    sweep: Option<(DirtyPages, PageNumber)>,
 }
 
 impl Machine {
@@ -129,6 +132,7 @@ impl Machine {
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
+            sweep: None,
         })
     }
 

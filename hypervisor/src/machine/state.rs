@@ -7,8 +7,17 @@ use super::{Machine, MachineError, Phase};
 use crate::devices::{BadDevices, Devices};
 use crate::digest::Digest;
 use crate::kvm::CpuState;
-use crate::memory::{Consumer, DirtyPages, GuestRam, MemoryHash};
+use crate::memory::{Consumer, DirtyPages, GuestRam, MemoryHash, PageNumber};
 use crate::position::Position;
+
+/// A part of a sweep.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Pages that were written.
+    pub pages: DirtyPages,
+    /// The sweep has come to this page. None: to the end.
+    pub next: Option<PageNumber>,
+}
 
 impl Machine {
     /// Guest memory.
@@ -115,26 +124,65 @@ impl Machine {
         Ok(self.written.take(Consumer::Checkpoint))
     }
 
-    /// Begins to note the pages that are written, for a copy of the running machine: what is written from now on is in the next
-    /// [`Machine::take_uncopied`].
+    /// Begins to note the pages that are written, for a copy of the running machine. The first sweep begins with all that was
+    /// ever written.
     ///
     /// # Errors
     /// [`MachineError::Kvm`].
     pub fn track_for_copy(&mut self) -> Result<(), MachineError> {
-        self.track(Consumer::Copy)
+        self.watch_memory()?;
+        self.sweep = None;
+        self.written.open(Consumer::Copy);
+        Ok(())
     }
 
-    /// The pages written since it was last asked or [`Machine::track_for_copy`] began.
+    /// Goes on with a sweep over the pages that were written before it began, or begins one: so many pages at once, as the guest
+    /// stands for about a microsecond for each.
+    ///
+    /// A page is whole in the copy if it is read after it was swept and is not swept again.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub fn sweep_uncopied(&mut self, pages: usize) -> Result<Swept, MachineError> {
+        let (dirty, from) = match self.sweep.take() {
+            Some(sweep) => sweep,
+            None => {
+                self.written.note(&self.ram.take_dirty());
+                (self.vm.dirty()?, PageNumber(0))
+            }
+        };
+        if !self.vm.is_cleared_by_hand() {
+            // They were cleared as they were read.
+            self.written.note(&dirty);
+            return Ok(Swept {
+                pages: self.written.take(Consumer::Copy),
+                next: None,
+            });
+        }
+        let (part, next) = dirty.part(from, pages);
+        self.vm.clear_dirty(&part, from)?;
+        // After they were cleared: one that another consumer has cleared and read meanwhile may have been written again.
+        self.written.note(&part);
+        self.sweep = next.map(|next| (dirty, next));
+        Ok(Swept {
+            pages: self.written.take(Consumer::Copy),
+            next,
+        })
+    }
+
+    /// The pages written since they were last swept, all at once.
     ///
     /// # Errors
     /// [`MachineError::Kvm`].
     pub fn take_uncopied(&mut self) -> Result<DirtyPages, MachineError> {
+        self.sweep = None;
         self.harvest()?;
         Ok(self.written.take(Consumer::Copy))
     }
 
     /// No copy is being made any more.
     pub fn end_copy(&mut self) {
+        self.sweep = None;
         self.written.close(Consumer::Copy);
     }
 

@@ -51,6 +51,31 @@ impl DirtyPages {
         })
     }
 
+    /// Those of them from this page on, a multiple of 64, as many words of 64 as hold so many of them; and the page after the
+    /// last word, if there is more.
+    #[must_use]
+    pub fn part(&self, from: PageNumber, pages: usize) -> (Self, Option<PageNumber>) {
+        let first = ((from.0 / 64) as usize).min(self.words.len());
+        let mut count = 0;
+        let end = self.words[first..]
+            .iter()
+            .position(|word| {
+                count += word.count_ones() as usize;
+                count >= pages
+            })
+            .map_or(self.words.len(), |last| first + last + 1);
+        let mut words = vec![0; first];
+        words.extend_from_slice(&self.words[first..end]);
+        let next = self.words[end..].iter().any(|&word| word != 0);
+        (Self { words }, next.then_some(PageNumber(end as u64 * 64)))
+    }
+
+    /// The bitmap from this page on, a multiple of 64.
+    #[must_use]
+    pub fn bitmap_from(&self, from: PageNumber) -> &[u64] {
+        self.words.get((from.0 / 64) as usize..).unwrap_or_default()
+    }
+
     /// How many pages there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -174,6 +199,30 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn parts_are_the_whole_each_page_once(
+            pages in prop::collection::btree_set(0u64..20_000, 0..400),
+            at_once in 1usize..200,
+        ) {
+            let set: DirtyPages = pages.iter().copied().map(PageNumber).collect();
+            let (mut from, mut found) = (PageNumber(0), Vec::new());
+            loop {
+                let (part, next) = set.part(from, at_once);
+                let numbers: Vec<u64> = part.iter().map(|p| p.0).collect();
+                let within = |page: &u64| *page >= from.0 && next.is_none_or(|next| *page < next.0);
+                prop_assert!(numbers.iter().all(within));
+                // A word more than asked for at most.
+                prop_assert!(numbers.len() < at_once + 64);
+                prop_assert_eq!(part.bitmap_from(from).iter().map(|w| w.count_ones() as usize).sum::<usize>(), numbers.len());
+                found.extend(numbers);
+                match next {
+                    Some(next) => from = next,
+                    None => break,
+                }
+            }
+            prop_assert_eq!(found, pages.into_iter().collect::<Vec<_>>());
+        }
+
         #[test]
         fn a_set_is_what_was_put_in(
             a in prop::collection::btree_set(0u64..5000, 0..60),

@@ -11,6 +11,9 @@ use crate::desk::{Answer, Ask, Cut};
 use crate::machine::Phase;
 use crate::sink::Sink;
 
+/// Pages for which the guest stands while KVM begins to note them anew: half a millisecond's worth.
+const SWEPT_AT_ONCE: usize = 512;
+
 impl<S: Sink> Recorder<S> {
     /// Answers what can be answered anywhere; a cut waits for a place.
     pub(super) fn attend(&mut self) {
@@ -22,7 +25,10 @@ impl<S: Sink> Recorder<S> {
         };
         let answer = match ask {
             Ask::Watch => self.machine.track_for_copy().map(|()| Answer::Watching),
-            Ask::Changed => self.machine.take_uncopied().map(Answer::Changed),
+            Ask::Changed => self
+                .machine
+                .sweep_uncopied(SWEPT_AT_ONCE)
+                .map(Answer::Changed),
             Ask::Cut(sink) => {
                 self.cut = Some((number, sink));
                 return;

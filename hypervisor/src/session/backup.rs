@@ -133,6 +133,14 @@ impl Following {
             self.protocol
                 .handle(now, Event::Tick(progress), &mut actions);
             self.io.reporter.watched(|| self.protocol.take_watched());
+            // The fence first: from then on the log is drained, beside the question to the arbiter, whose thread may take this one's
+            // core. People can wait, except for the last words.
+            actions.sort_by_key(|action| match action {
+                Action::Fence => 0,
+                Action::Say(_) => 2,
+                Action::Die(_) => 3,
+                _ => 1,
+            });
             let mut at = 0;
             while at < actions.len() {
                 let action = actions[at].clone();
@@ -243,7 +251,9 @@ impl Following {
     }
 
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.
-    fn leave(self) -> Result<Served, SessionError> {
+    fn leave(mut self) -> Result<Served, SessionError> {
+        // First of all: giving a large memory back takes its time, and the primary waits for a backup that does not replay.
+        self.io.control = None;
         self.io.order(Order::Stop);
         self.follower.end();
         Err(SessionError::Interrupted)
@@ -271,6 +281,7 @@ impl Following {
         self.io.listen_to(None);
         self.io.control = None;
         self.io.link = None;
+        self.io.death = None;
         let protocol = self
             .protocol
             .into_primary(now())

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_log::WriteError;
+use rdma_log::robust::RobustHolder;
 use rdma_log::transport::network::{Link, Watch};
 
 use super::SessionError;
 use super::announce::Announcer;
 use super::beats::{Beats, Repeater};
 use super::host::{self, Inherited};
+use super::mourner::Mourner;
 use super::recruit::Taken;
 use super::report::{Event as Said, Reporter};
 use super::stager::Stager;
@@ -24,7 +26,7 @@ use crate::config::{Config, Transport};
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
-use crate::orders::{Order, Orders, Samples};
+use crate::orders::{Order, Orders, Pace, Samples};
 use crate::preempt;
 use crate::record::Outlet;
 use crate::sandbox::{Sandbox, Thread};
@@ -62,6 +64,10 @@ pub(super) struct Io {
     repeat_beats: Option<Duration>,
     pub(super) signals: UnixStream,
     waiter: Waiter,
+    /// This thread, as the one whose death a backup on this host learns at once.
+    holder: Option<RobustHolder>,
+    /// On a backup: of its primary.
+    pub(super) death: Option<Mourner>,
     /// Over a guest that does not exit, with the time of the next look.
     guest_watch: Option<(preempt::Watch, Instant)>,
     /// Of a backup that has a port of its own.
@@ -170,6 +176,9 @@ impl Io {
                 .urgent
                 .then(|| Duration::from_millis(config.timing.heartbeat_ms)),
             waiter: Waiter::new(),
+            // Without it a backup learns it from the control connection, milliseconds later.
+            holder: RobustHolder::of_this_thread().ok(),
+            death: None,
             guest_watch: config.preempt.by_checkpoint().then(|| {
                 (
                     preempt::Watch::new(config.preempt.deferral()),
@@ -217,6 +226,9 @@ impl Io {
         self.exits_wanted = false;
         self.stager.attach(taken.lane);
         self.watch = taken.watch;
+        if let (Some(holder), Some(key)) = (&mut self.holder, taken.robust) {
+            holder.hold(key);
+        }
         self.replayed = taken.replayed;
         self.replayed_before = 0;
     }
@@ -227,6 +239,9 @@ impl Io {
         self.listen_to(None);
         self.control = None;
         self.watch = None;
+        if let Some(holder) = &mut self.holder {
+            holder.let_go();
+        }
     }
 
     /// Opens the port that the configuration names.
@@ -320,6 +335,10 @@ impl Io {
         if let Some((_, again)) = &self.guest_watch {
             longest = longest.min(again.saturating_duration_since(Instant::now()));
         }
+        let slowed = self.orders.pace() < Pace::FULL;
+        if slowed {
+            longest = longest.min(Pace::SLICE);
+        }
         self.waiter
             .wait(Some(longest))
             .map_err(SessionError::host("wait for events"))?;
@@ -341,6 +360,10 @@ impl Io {
             announcer.turn(Instant::now());
         }
         self.watch_the_guest();
+        if slowed {
+            // A guest without exits would run on.
+            self.orders.kick();
+        }
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
@@ -361,6 +384,10 @@ impl Io {
             && self.waiter.ready(control).read
         {
             found.peer_gone |= self.peer_is_gone();
+        }
+        if self.death.as_ref().is_some_and(Mourner::knows) {
+            self.death = None;
+            found.peer_gone = true;
         }
         Ok(found)
     }

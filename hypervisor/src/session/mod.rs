@@ -20,6 +20,7 @@ mod clerk;
 pub mod host;
 mod io;
 mod meet;
+mod mourner;
 pub mod primary;
 mod recruit;
 pub mod report;

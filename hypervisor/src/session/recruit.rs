@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rdma_log::RingWriter;
+use rdma_log::robust::RobustKey;
 use rdma_log::transport::network::Watch;
 use rdma_log::verbs::Verbs;
 
@@ -28,9 +29,9 @@ use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
 use crate::desk::{Answer, Ask, Cut, Desk};
 use crate::handshake::{self, Channel, HandshakeError};
-use crate::machine::Machine;
+use crate::machine::{Machine, Swept};
 use crate::memory::GuestRam;
-use crate::orders::{Order, Orders};
+use crate::orders::{Order, Orders, Pace};
 use crate::protocol::Identity;
 use crate::ring_log::{RingSink, Window};
 use crate::sandbox::{self, NOT_CONFINED, Sandbox, Thread};
@@ -52,8 +53,11 @@ const AT_RANDOM: &str = "the vCPU thread answers at random";
 /// So few pages are left that stopping for them costs less than a tenth of a millisecond: a microsecond a page.
 const FEW_PAGES: usize = 64;
 
-/// Rounds without fewer pages than the least before, after which a guest is taken to write faster than the copy gets across.
-/// Its stop is then as long as its last round.
+/// A guest that writes so much during a round however short is stopped for it: half a millisecond, and as much again to send it.
+const ENOUGH_PAGES: usize = 512;
+
+/// Rounds that leave no fewer pages than the least before, after which a guest at the least pace is stopped as it is: its stop is
+/// then as long as its last round.
 const ROUNDS_IN_VAIN: u32 = 4;
 
 /// What the thread tells the I/O thread.
@@ -81,6 +85,8 @@ pub(super) struct Taken {
     pub(super) replayed: Arc<AtomicU64>,
     /// Set once the backup replays: from then on the guest waits for one that is behind.
     pub(super) in_step: Arc<AtomicBool>,
+    /// By which the backup learns of this process's death at once, where the log's transport has that.
+    pub(super) robust: Option<RobustKey>,
 }
 
 /// A backup that follows.
@@ -155,6 +161,7 @@ pub(super) fn log_to(
         watch,
         replayed,
         in_step,
+        robust: ring.robust,
     };
     (sink, taken)
 }
@@ -241,6 +248,7 @@ impl Work {
                         return;
                     }
                     Err(error) => {
+                        self.orders.set_pace(Pace::FULL);
                         self.desk.leave(self.next_number(), Ask::Forget);
                         self.have_it_taken();
                         failures += 1;
@@ -305,10 +313,13 @@ impl Work {
         let rounds = self.rounds(&mut copier)?;
         let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch, false);
         let cut = self.cut(sink)?;
+        // What it does until the backup follows, that has to catch up with, and the guest's clients wait meanwhile.
+        self.orders.set_pace(Pace::FULL.halved());
         self.tell(News::Taken(Box::new(taken)));
         copier.checkpoint(&cut.checkpoint).map_err(connection)?;
         let bytes = copier.bytes();
         handshake::await_ready(&met.control)?;
+        self.orders.set_pace(Pace::FULL);
         Ok(Recruit {
             control: met.control,
             identity: met.identity,
@@ -327,21 +338,40 @@ impl Work {
         let Answer::Watching = self.ask(Ask::Watch)? else {
             return Err(SessionError::NoCopy(AT_RANDOM.into()));
         };
-        copier.everything().map_err(connection)?;
-        let (mut least, mut in_vain, mut rounds) = (usize::MAX, 0, 1);
+        let everything = self.ram.pages();
+        self.round(|from, swept| {
+            // What somebody else cleared behind the sweep is in it as well.
+            let passed = swept.pages.iter().filter(|page| page.0 < from);
+            copier.pages(&passed.collect())?;
+            let upto = swept.next.map_or(everything, |next| next.0);
+            copier.touched(from..upto)
+        })?;
+        let mut convergence = Convergence::default();
         loop {
-            let Answer::Changed(pages) = self.ask(Ask::Changed)? else {
+            let pages = self.round(|_, swept| copier.pages(&swept.pages))?;
+            match convergence.round(pages) {
+                // One for everything.
+                Next::Stop => return Ok(convergence.rounds + 1),
+                Next::Go(pace) => self.orders.set_pace(pace),
+            }
+        }
+    }
+
+    /// Sends what was written before now, part by part: each is handed over with the page at which it begins. How many pages were
+    /// sent.
+    fn round(
+        &self,
+        mut send: impl FnMut(u64, &Swept) -> Result<u64, CloneError>,
+    ) -> Result<usize, SessionError> {
+        let (mut from, mut sent) = (0, 0);
+        loop {
+            let Answer::Changed(swept) = self.ask(Ask::Changed)? else {
                 return Err(SessionError::NoCopy(AT_RANDOM.into()));
             };
-            copier.pages(&pages).map_err(connection)?;
-            rounds += 1;
-            if pages.len() < least {
-                (least, in_vain) = (pages.len(), 0);
-            } else {
-                in_vain += 1;
-            }
-            if pages.len() <= FEW_PAGES || in_vain == ROUNDS_IN_VAIN {
-                return Ok(rounds);
+            sent += send(from, &swept).map_err(connection)? as usize;
+            match swept.next {
+                Some(next) => from = next.0,
+                None => return Ok(sent),
             }
         }
     }
@@ -358,6 +388,117 @@ impl Work {
     }
 }
 
+/// What follows a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Another one, with the guest at this pace.
+    Go(Pace),
+    /// The guest stops, and what it has written since goes into the checkpoint.
+    Stop,
+}
+
+/// Whether rounds get shorter. A guest that writes too fast for that is slowed down, by half each time.
+#[derive(Debug)]
+struct Convergence {
+    pace: Pace,
+    least: usize,
+    in_vain: u32,
+    rounds: u32,
+}
+
+impl Default for Convergence {
+    fn default() -> Self {
+        Self {
+            pace: Pace::FULL,
+            least: usize::MAX,
+            in_vain: 0,
+            rounds: 0,
+        }
+    }
+}
+
+impl Convergence {
+    /// So many pages were written during the round before, and have been sent.
+    fn round(&mut self, pages: usize) -> Next {
+        self.rounds += 1;
+        if pages <= FEW_PAGES {
+            return Next::Stop;
+        }
+        // A quarter less each time is a copy that ends; anything between may be chance.
+        let shorter = pages < self.least / 4 * 3;
+        self.least = self.least.min(pages);
+        if shorter {
+            self.in_vain = 0;
+            return Next::Go(self.pace);
+        }
+        self.in_vain += 1;
+        let slowest = self.pace == Pace::LEAST;
+        if pages <= ENOUGH_PAGES || slowest && self.in_vain >= ROUNDS_IN_VAIN {
+            return Next::Stop;
+        }
+        if !slowest {
+            self.pace = self.pace.halved();
+            self.in_vain = 0;
+        }
+        Next::Go(self.pace)
+    }
+}
+
 fn connection(error: CloneError) -> SessionError {
     SessionError::Handshake(HandshakeError::Copy(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that writes so many pages while one page is sent, at full pace. How many rounds, at which pace at last, how many
+    /// pages were left.
+    fn copied(pages: f64, written_per_sent: f64, least: f64) -> (u32, Pace, f64) {
+        let mut convergence = Convergence::default();
+        let (mut pace, mut left) = (Pace::FULL, pages);
+        for _ in 0..1000 {
+            let run = Duration::from_secs(1);
+            let share = run.as_secs_f64() / (run + pace.rest(run)).as_secs_f64();
+            // A round takes some time however little it sends, and memory is finite.
+            left = (left * written_per_sent * share + least * share).min(pages);
+            match convergence.round(left as usize) {
+                Next::Stop => return (convergence.rounds, pace, left),
+                Next::Go(next) => pace = next,
+            }
+        }
+        panic!("it never ends: {pace:?}, {left} pages");
+    }
+
+    const PAGES: f64 = 262_144.0;
+
+    #[test]
+    fn a_guest_that_writes_half_as_fast_is_left_alone() {
+        let (rounds, pace, left) = copied(PAGES, 0.5, 10.0);
+        assert_eq!(pace, Pace::FULL);
+        assert!(rounds <= 14 && left <= FEW_PAGES as f64, "{rounds} {left}");
+    }
+
+    #[test]
+    fn one_that_writes_faster_is_slowed_until_it_ends() {
+        for written in [0.9, 1.5, 4.0, 8.0] {
+            let (rounds, pace, left) = copied(PAGES, written, 50.0);
+            assert!(pace < Pace::FULL && rounds < 60, "{written}: {rounds}");
+            assert!(left <= ENOUGH_PAGES as f64, "{written}: {left}");
+        }
+    }
+
+    #[test]
+    fn one_that_nothing_slows_ends_all_the_same() {
+        let (rounds, pace, _) = copied(PAGES, 1000.0, 0.0);
+        assert_eq!(pace, Pace::LEAST);
+        assert!(rounds < 20, "{rounds}");
+    }
+
+    #[test]
+    fn a_round_has_a_least_length() {
+        // It dwells at pages that are not few, which is enough.
+        let (_, _, left) = copied(PAGES, 0.3, 250.0);
+        assert!(left <= ENOUGH_PAGES as f64);
+    }
 }

@@ -38,7 +38,7 @@ const COUNTER: &str = "counter";
 
 /// One answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Reply {
+pub(super) enum Reply {
     Okay,
     Number(u64),
     Value(Vec<u8>),
@@ -47,14 +47,14 @@ enum Reply {
 
 /// One connection.
 #[derive(Debug)]
-struct Line {
+pub(super) struct Line {
     stream: BufReader<TcpStream>,
     out: Vec<u8>,
 }
 
 impl Line {
     /// Connects, trying for as long as the guest may need to start.
-    fn open(address: SocketAddrV4) -> Result<Self> {
+    pub(super) fn open(address: SocketAddrV4) -> Result<Self> {
         let until = Instant::now() + PATIENCE;
         loop {
             match TcpStream::connect_timeout(&address.into(), Duration::from_secs(1)) {
@@ -75,7 +75,7 @@ impl Line {
         }
     }
 
-    fn add(&mut self, words: &[&[u8]]) {
+    pub(super) fn add(&mut self, words: &[&[u8]]) {
         self.out
             .extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
         for word in words {
@@ -86,7 +86,7 @@ impl Line {
         }
     }
 
-    fn send(&mut self) -> Result<()> {
+    pub(super) fn send(&mut self) -> Result<()> {
         self.stream
             .get_mut()
             .write_all(&self.out)
@@ -95,7 +95,7 @@ impl Line {
         Ok(())
     }
 
-    fn reply(&mut self) -> Result<Reply> {
+    pub(super) fn reply(&mut self) -> Result<Reply> {
         let mut line = String::new();
         self.stream
             .read_line(&mut line)
@@ -254,6 +254,33 @@ fn serve_on(
     Ok(promised)
 }
 
+/// Waits until these clients have so many more answers.
+///
+/// # Errors
+/// If they do not get them, for long; or a client's own words, if one has given up.
+pub(super) fn await_more<T>(
+    answered: &AtomicU64,
+    threads: &mut Vec<JoinHandle<Result<T>>>,
+    more: u64,
+) -> Result<()> {
+    let now = || answered.load(Ordering::Relaxed);
+    let (until, enough) = (Instant::now() + PATIENCE, now() + more);
+    while now() < enough {
+        ensure!(
+            Instant::now() < until,
+            "no answers for {} s",
+            PATIENCE.as_secs()
+        );
+        if let Some(at) = threads.iter().position(JoinHandle::is_finished) {
+            let one = threads.swap_remove(at);
+            one.join().expect("a client does not panic")?;
+            bail!("a client ended before it was told to");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// Clients at work.
 #[derive(Debug)]
 pub struct Clients {
@@ -319,21 +346,7 @@ impl Clients {
     /// # Errors
     /// If they are not, for long; or a client's own words, if one has given up.
     pub fn await_answers(&mut self, more: u64) -> Result<()> {
-        let (until, enough) = (Instant::now() + PATIENCE, self.answered() + more);
-        while self.answered() < enough {
-            ensure!(
-                Instant::now() < until,
-                "no answers for {} s",
-                PATIENCE.as_secs()
-            );
-            if let Some(at) = self.threads.iter().position(JoinHandle::is_finished) {
-                let one = self.threads.swap_remove(at);
-                one.join().expect("a client does not panic")?;
-                bail!("a client ended before it was told to");
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+        await_more(&self.answered, &mut self.threads, more)
     }
 
     /// Lets them finish what they asked, then asks the machine for all that it has promised.

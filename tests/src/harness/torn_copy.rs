@@ -109,13 +109,18 @@ pub fn torn(
 }
 
 /// A place for one pair.
-struct Place {
+#[derive(Debug)]
+pub struct Place {
     ground: Ground,
     directory: tempfile::TempDir,
 }
 
 impl Place {
-    fn new(ground: &Ground) -> Result<Self> {
+    /// A new one.
+    ///
+    /// # Errors
+    /// If the host gives no directory.
+    pub fn new(ground: &Ground) -> Result<Self> {
         let directory = tempfile::tempdir().context("make a directory")?;
         fs::create_dir(directory.path().join("arbiter")).context("make a directory")?;
         fs::write(directory.path().join("times.toml"), ground.times).context("write times")?;
@@ -125,12 +130,17 @@ impl Place {
         })
     }
 
-    fn path(&self) -> &Path {
+    /// Its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         self.directory.path()
     }
 
     /// A backup that listens, and where.
-    fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
+    ///
+    /// # Errors
+    /// If it does not come so far.
+    pub fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
         let mut role = Role::start(
             self.path(),
             name,
@@ -164,29 +174,32 @@ impl Place {
 
     /// The same, which may die before it is ready.
     fn start_primary(&self, name: &str, guest: &str, connect: SocketAddr) -> Result<Role> {
+        let memory = self.ground.memory;
+        self.start_alone(name, connect, &["--guest", guest, "--memory", memory])
+    }
+
+    /// A primary that starts alone, with these arguments besides.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_alone(&self, name: &str, connect: SocketAddr, more: &[&str]) -> Result<Role> {
         let connect = connect.to_string();
-        Role::start(
-            self.path(),
-            name,
-            &[
-                "primary",
-                "--json",
-                "--config",
-                "times.toml",
-                "--transport",
-                self.ground.transport,
-                "--arbiter",
-                "arbiter",
-                "--connect",
-                &connect,
-                "--alone",
-                "--cold-start",
-                "--guest",
-                guest,
-                "--memory",
-                self.ground.memory,
-            ],
-        )
+        let mut arguments = vec![
+            "primary",
+            "--json",
+            "--config",
+            "times.toml",
+            "--transport",
+            self.ground.transport,
+            "--arbiter",
+            "arbiter",
+            "--connect",
+            &connect,
+            "--alone",
+            "--cold-start",
+        ];
+        arguments.extend(more);
+        Role::start(self.path(), name, &arguments)
     }
 }
 

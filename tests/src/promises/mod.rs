@@ -10,10 +10,12 @@ pub mod demo_without_root;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
+pub mod failover_fast;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
 pub mod leaves_nothing;
+pub mod linearizable;
 pub mod live_join;
 pub mod no_false_failover;
 pub mod output_rule;
@@ -24,6 +26,7 @@ pub mod rdma_ring;
 pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
+pub mod reprotects_large;
 pub mod zombie;
 
 /// All of them, in the order in which `scripts/prove` lists them.
@@ -36,6 +39,7 @@ pub const ALL: &[Promise] = &[
     divergence_caught::PROMISE,
     output_rule::PROMISE,
     zombie::PROMISE,
+    failover_fast::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
     redis_clients::PROMISE,
@@ -45,6 +49,8 @@ pub const ALL: &[Promise] = &[
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
+    reprotects_large::PROMISE,
+    linearizable::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,

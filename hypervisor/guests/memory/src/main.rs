@@ -1,8 +1,9 @@
 //! A guest that rewrites all of its free memory, verifies it, and starts over.
 //!
 //! Words: `passes=` how many before it powers off (default 0, endless), `pages=` pages written or verified from one
-//! exit to the next (default 64). Each pass takes its pattern from a random number. Status 0 if every word was
-//! found as it was written.
+//! exit to the next (default 64), `rate=` MiB written a second at most, after the first pass (default 0, as many as it can), `steps=1` to have the
+//! longest time from one exit to the next said after each pass. Each pass takes its pattern from a random number. Status 0 if
+//! every word was found as it was written.
 #![no_std]
 #![no_main]
 
@@ -10,7 +11,7 @@ extern crate alloc;
 
 use alloc::vec::Vec;
 use guest_runtime::boot::WordError;
-use guest_runtime::platform::{clock, random};
+use guest_runtime::platform::{GuestTime, clock, random};
 use guest_runtime::{Boot, Outcome, console_line};
 
 guest_runtime::entry!(main);
@@ -24,17 +25,30 @@ fn main(boot: &'static Boot) -> Outcome {
     if pages == 0 {
         return Err(WordError::new("pages", "at least 1").into());
     }
+    let rate = words.number_or("rate", 0)?;
+    let tells = words.number_or("steps", 0)? != 0;
     let mut memory = all_memory(boot.ram_bytes);
     console_line!("memory: {} KiB", memory.len() * size_of::<u64>() / 1024);
     let mut pass = 0;
+    let mut steps = Steps::begin();
     while passes == 0 || pass < passes {
         pass += 1;
         let seed = random();
+        let (begun, mut written) = (steps.now, 0);
+        let rate = if pass == 1 { 0 } else { rate };
         for (chunk, block) in memory.chunks_mut(pages * PAGE_WORDS).enumerate() {
             for (word, at) in block.iter_mut().zip(chunk * pages * PAGE_WORDS..) {
                 *word = pattern(seed, at);
             }
-            let _ = clock();
+            steps.step();
+            written += (block.len() * size_of::<u64>()) as u64;
+            let due = begun.0
+                + (written * 1_000_000_000)
+                    .checked_div(rate << 20)
+                    .unwrap_or(0);
+            while steps.now.0 < due {
+                steps.step();
+            }
         }
         for (chunk, block) in memory.chunks(pages * PAGE_WORDS).enumerate() {
             for (word, at) in block.iter().zip(chunk * pages * PAGE_WORDS..) {
@@ -43,11 +57,43 @@ fn main(boot: &'static Boot) -> Outcome {
                     return Ok(1);
                 }
             }
-            let _ = clock();
+            steps.step();
+        }
+        if tells {
+            console_line!(
+                "memory: pass {pass}, longest step {} us",
+                steps.longest_us()
+            );
         }
     }
     console_line!("memory: {passes} passes");
     Ok(0)
+}
+
+/// The time at exits, and the longest from one to the next.
+struct Steps {
+    now: GuestTime,
+    longest: u64,
+}
+
+impl Steps {
+    fn begin() -> Self {
+        Self {
+            now: clock(),
+            longest: 0,
+        }
+    }
+
+    fn step(&mut self) {
+        let now = clock();
+        self.longest = self.longest.max(now.0 - self.now.0);
+        self.now = now;
+    }
+
+    /// The longest since this was last asked, in microseconds.
+    fn longest_us(&mut self) -> u64 {
+        core::mem::take(&mut self.longest) / 1000
+    }
 }
 
 /// Every word differs from its neighbours and from the other passes.

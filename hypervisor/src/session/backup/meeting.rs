@@ -27,6 +27,7 @@ use crate::session::clerk::Clerk;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
 use crate::session::meet::{Introduction, Listener};
+use crate::session::mourner::Mourner;
 use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
@@ -90,6 +91,10 @@ impl Meeting<'_> {
         if control.unix().is_none() {
             io.prepare_announcer(spec.mac)?;
         }
+        io.death = ring
+            .robust
+            .map(|watch| Mourner::start(watch, &io.wake, &io.sandbox, config.cpus.urgent))
+            .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced));

@@ -17,10 +17,11 @@ use crate::entry::Nonce;
 use crate::fdpass::{recv_with_fds, send_with_fds};
 use crate::region::{Access, Region, Words, check_memfd, memfd};
 use crate::ring::{RingConfig, RingReader, RingWriter};
+use crate::robust::{DeathWatch, RobustKey};
 
 /// Version of the messages, of the layout of the memory and of the order in which it is written. Since 2 the header that
-/// a reader looks at is stored last, and there are two pairs of acknowledgements.
-const VERSION: u32 = 2;
+/// a reader looks at is stored last, and there are two pairs of acknowledgements; since 3 the writer's death is marked.
+const VERSION: u32 = 3;
 const OFFER: [u8; 8] = *b"rdmalogO";
 const ANSWER: [u8; 8] = *b"rdmalogA";
 /// Either message: magic, version, reserved, nonce, the two sizes.
@@ -118,7 +119,9 @@ pub fn accept(stream: &UnixStream, config: &RingConfig) -> Result<RingReader, Co
         log: Words::of(&page),
         back: Words::of(&back),
     };
-    Ok(reader(nonce, geometries, words, views))
+    let mut ring = reader(nonce, geometries, words.clone(), views);
+    ring.robust = Some(DeathWatch::new(words.log));
+    Ok(ring)
 }
 
 /// The writer's side: takes the memory that the reader offers, and gives it the return page.
@@ -149,5 +152,7 @@ pub fn connect(stream: &UnixStream) -> Result<RingWriter, ConnectError> {
         back: Words::of(&back),
     };
     let views = log.write_views(PAGE, [config.events, config.inputs]);
-    Ok(writer(offer.nonce, geometries, words, views))
+    let mut ring = writer(offer.nonce, geometries, words.clone(), views);
+    ring.robust = Some(RobustKey::new(words.log));
+    Ok(ring)
 }

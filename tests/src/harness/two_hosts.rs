@@ -1,0 +1,246 @@
+//! Two hosts and the world, as three network namespaces joined by cables that can be cut.
+//!
+//! ```text
+//!        the world: clients, 10.77.0.1
+//!            bridge ┬──────────┐
+//!                 to-a        to-b
+//!  ─────────────────│──────────│──────────────────
+//!   host a        world      world         host b
+//!            bridge ┤          ├ bridge
+//!                  TAP        TAP
+//!                 guest      guest
+//!                  log ──────── log
+//!               10.78.0.1   10.78.0.2
+//! ```
+//! The processes of both sides run on this machine; what is cut is only what a dead host would cut. Needs root and `ip`.
+#![forbid(unsafe_code)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use hypervisor::backends::NetPort;
+use hypervisor::backends::tap::{Tap, TapConfig, set_link};
+use hypervisor::demo::namespace::{Namespace, enter_bare};
+use tempfile::TempDir;
+
+use super::role::Role;
+use super::signal::{Signal, send};
+use super::stage::{INTERFACE, alone};
+
+/// Where a backup listens, on either host.
+const PORT: u16 = 7700;
+
+/// One of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Host a.
+    A,
+    /// Host b.
+    B,
+}
+
+impl Which {
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    fn address(self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 78, 0, if self == Self::A { 1 } else { 2 })
+    }
+
+    fn letter(self) -> &'static str {
+        if self == Self::A { "a" } else { "b" }
+    }
+
+    /// Where a backup on it listens.
+    #[must_use]
+    pub fn listens(self) -> SocketAddr {
+        (self.address(), PORT).into()
+    }
+}
+
+/// A host's network, and the guest's port in it.
+#[derive(Debug)]
+struct Host {
+    namespace: Namespace,
+    port: NetPort,
+}
+
+impl Host {
+    fn new() -> Result<Self> {
+        // A thread of its own: the caller stays in the world.
+        alone(|| {
+            let namespace = enter_bare().context("make a network namespace")?;
+            let tap = Tap::open(&TapConfig {
+                name: INTERFACE.into(),
+                address: None,
+                mtu: 1500,
+            })?;
+            ip(&["link", "add", "name", "bridge0", "type", "bridge"])?;
+            ip(&["link", "set", "dev", INTERFACE, "master", "bridge0"])?;
+            for link in [INTERFACE, "bridge0"] {
+                set_link(link, true)?;
+            }
+            Ok(Self {
+                namespace,
+                port: tap.into_port(),
+            })
+        })
+    }
+}
+
+/// The hosts, and the world around the calling thread.
+#[derive(Debug)]
+pub struct TwoHosts {
+    hosts: [Host; 2],
+    directory: TempDir,
+    // The world lives as long as its namespace is kept.
+    _world: Namespace,
+}
+
+/// The cables of a host, by their names in it.
+const CABLES: [&str; 2] = ["world", "log"];
+
+impl TwoHosts {
+    /// Moves the calling thread into a new world with two hosts.
+    ///
+    /// # Errors
+    /// If this machine does not let us, or has no bridges.
+    pub fn enter() -> Result<Self> {
+        let world = enter_bare().context("make a network namespace")?;
+        let hosts = [Host::new()?, Host::new()?];
+        ip(&["link", "add", "name", "bridge0", "type", "bridge"])?;
+        for (host, which) in hosts.iter().zip([Which::A, Which::B]) {
+            let ours = format!("to-{}", which.letter());
+            let there = host.namespace.path();
+            let there = there.to_str().context("a path of this machine")?;
+            let cable = ["type", "veth", "peer", "name", "world", "netns", there];
+            let mut words = vec!["link", "add", "name", &ours];
+            words.extend(cable);
+            ip(&words)?;
+            ip(&["link", "set", "dev", &ours, "master", "bridge0"])?;
+            set_link(&ours, true)?;
+        }
+        ip(&["address", "add", "10.77.0.1/24", "dev", "bridge0"])?;
+        set_link("bridge0", true)?;
+        let [a, b] = &hosts;
+        let there = b.namespace.path();
+        let there = there.to_str().context("a path of this machine")?;
+        inside(a, || {
+            let cable = ["type", "veth", "peer", "name", "log", "netns", there];
+            let mut words = vec!["link", "add", "name", "log"];
+            words.extend(cable);
+            ip(&words)
+        })?;
+        for (host, which) in hosts.iter().zip([Which::A, Which::B]) {
+            let own = format!("{}/24", which.address());
+            inside(host, || {
+                ip(&["address", "add", &own, "dev", "log"])?;
+                ip(&["link", "set", "dev", "world", "master", "bridge0"])?;
+                CABLES
+                    .iter()
+                    .try_for_each(|cable| Ok(set_link(cable, true)?))
+            })?;
+        }
+        let directory = tempfile::Builder::new()
+            .prefix("doppel-test-")
+            .tempdir()
+            .context("make a directory")?;
+        std::fs::create_dir(directory.path().join("arbiter")).context("make a directory")?;
+        Ok(Self {
+            hosts,
+            directory,
+            _world: world,
+        })
+    }
+
+    fn host(&self, which: Which) -> &Host {
+        &self.hosts[usize::from(which == Which::B)]
+    }
+
+    /// A directory that both hosts see.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Starts a role of a pair over TCP on this host, with these arguments besides.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(&self, which: Which, name: &str, role: &str, more: &[&str]) -> Result<Role> {
+        let host = self.host(which);
+        let port = host.port.inheritable().context("share the network port")?;
+        let port = port.as_raw_fd().to_string();
+        let standby = which.other().listens().to_string();
+        let heartbeats = format!("{}:0", which.address());
+        let mut arguments = vec![role, "--json", "--transport", "tcp", "--arbiter", "arbiter"];
+        arguments.extend(["--net-fd", &port, "--standby", &standby]);
+        arguments.extend(["--heartbeat", &heartbeats]);
+        arguments.extend(more);
+        inside(host, || Role::start(self.directory(), name, &arguments))
+    }
+
+    /// Starts a backup there.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn backup(&self, which: Which, name: &str) -> Result<Role> {
+        self.start(
+            which,
+            name,
+            "backup",
+            &["--listen", &which.listens().to_string()],
+        )
+    }
+
+    /// The host is lost, silently: its cables are cut and the process is killed, at once.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn lose(&self, which: Which, role: &Role) -> Result<()> {
+        inside(self.host(which), || {
+            CABLES.iter().try_for_each(|cable| set_link(cable, false))?;
+            send(role.pid(), Signal::Kill)
+        })
+    }
+
+    /// It comes back, with nothing running.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn mend(&self, which: Which) -> Result<()> {
+        inside(self.host(which), || {
+            CABLES
+                .iter()
+                .try_for_each(|cable| Ok(set_link(cable, true)?))
+        })
+    }
+}
+
+/// Does this on a thread in the host.
+fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    host.namespace.run(work).context("enter a host")?
+}
+
+fn ip(words: &[&str]) -> Result<()> {
+    let output = Command::new("ip")
+        .args(words)
+        .output()
+        .context("start ip (Debian's package iproute2)")?;
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        words.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
