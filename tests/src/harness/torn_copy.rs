@@ -23,7 +23,9 @@ pub struct Ground {
     transport: &'static str,
     /// What the sides are told of their times, in TOML.
     times: &'static str,
-    /// MiB of the machines' memory.
+    /// What runs in the machines, in turn.
+    guests: [&'static str; 2],
+    /// MiB of their memory.
     memory: &'static str,
     /// For each step of a role: as long as the slowest of its own time limits, twice over.
     patience: Duration,
@@ -36,6 +38,8 @@ impl Ground {
         Self {
             transport: "tcp",
             times: "",
+            // One whose copy is small and always the same, and one that writes faster than it is copied.
+            guests: ["irq", "memory"],
             memory: "16",
             patience: Duration::from_secs(20),
         }
@@ -47,15 +51,12 @@ impl Ground {
         Self {
             transport: "rdma",
             times: "[timing]\nheartbeat_ms = 50\nsilence_ms = 2000\nlag_ms = 100\n",
-            // A guest that writes faster than it is copied is sent five times over.
-            memory: "4",
+            guests: ["irq", "irq"],
+            memory: "16",
             patience: Duration::from_secs(90),
         }
     }
 }
-
-/// One whose copy is small and always the same, and one that writes faster than it is copied.
-const GUESTS: [&str; 2] = ["irq", "memory"];
 
 /// Who dies in the middle of the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,9 +76,12 @@ pub fn torn(
     random: &mut Random,
     figures: &mut Figures,
 ) -> Result<()> {
-    let whole = [ground.whole_copy(GUESTS[0])?, ground.whole_copy(GUESTS[1])?];
-    for (guest, bytes) in GUESTS.iter().zip(whole) {
-        figures.add(&format!("bytes_of_a_join_{guest}"), bytes);
+    let mut whole = Vec::new();
+    for guest in ground.guests {
+        whole.push(ground.whole_copy(guest)?);
+    }
+    for (guest, bytes) in ground.guests.iter().zip(&whole) {
+        figures.add(&format!("bytes_of_a_join_{guest}"), *bytes);
     }
     let alone = ground.held_by_a_primary_alone()?;
     figures.add("held_by_a_primary_alone", alone.told());
@@ -88,7 +92,7 @@ pub fn torn(
         } else {
             Victim::Sender
         };
-        let guest = GUESTS[death / 2 % 2];
+        let guest = ground.guests[death / 2 % 2];
         let whole = whole[death / 2 % 2];
         let after = random.below(whole);
         let outcome = match victim {
@@ -225,7 +229,7 @@ impl Ground {
         let nobody = std::net::TcpListener::bind(("127.0.0.1", 0)).context("find a port")?;
         let address = nobody.local_addr().context("find a port")?;
         drop(nobody);
-        let mut primary = place.primary("alone", GUESTS[0], address)?;
+        let mut primary = place.primary("alone", self.guests[0], address)?;
         let mut held = Holdings::of(primary.pid())?;
         // Between two calls it has one descriptor less than during one.
         for _ in 0..20 {
