@@ -196,9 +196,10 @@ pub enum CommitMode {
 }
 
 impl Rdma {
-    /// As the ring takes it.
+    /// As the ring takes it, between sides that give each other up after `silence`: a connection that has given up cannot change
+    /// its mind, so it waits longer.
     #[must_use]
-    pub fn ring(&self) -> rdma::Config {
+    pub fn ring(&self, silence: Duration) -> rdma::Config {
         rdma::Config {
             choice: rdma_log::verbs::Choice {
                 device: self.device.clone(),
@@ -209,6 +210,7 @@ impl Rdma {
                 CommitMode::Nic => rdma::Mode::Nic,
                 CommitMode::Ack => rdma::Mode::Ack,
             },
+            patience: silence * 2,
         }
     }
 }
@@ -454,6 +456,12 @@ impl Config {
         };
         let least = 4 * self.timing.heartbeat_ms;
         self.timing.silence_ms.unwrap_or(by_transport.max(least))
+    }
+
+    /// How the ring uses RDMA.
+    #[must_use]
+    pub fn rdma_ring(&self) -> rdma::Config {
+        self.rdma.ring(Duration::from_millis(self.silence_ms()))
     }
 
     /// Checks what the types cannot.

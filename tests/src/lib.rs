@@ -5,6 +5,7 @@
 
 pub mod harness;
 pub mod lab;
+pub mod lab_pair;
 pub mod promise;
 pub mod promises;
 pub mod protocol_model;

@@ -9,6 +9,8 @@ use serde_json::{Map, Value};
 /// How much is done to show a promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
+    /// A part of the short form, in a host that is emulated.
+    Brief,
     /// Enough to notice that it broke; part of every test run.
     Short,
     /// Everything the promise says.
@@ -20,8 +22,27 @@ impl Form {
     #[must_use]
     pub fn pick<T>(self, short: T, full: T) -> T {
         match self {
-            Self::Short => short,
+            Self::Brief | Self::Short => short,
             Self::Full => full,
+        }
+    }
+
+    /// How many: `short` or `full`; where emulation makes each take ten times as long, a tenth of the short form's.
+    #[must_use]
+    pub fn count(self, short: u64, full: u64) -> u64 {
+        match self {
+            Self::Brief => short.div_ceil(10),
+            _ => self.pick(short, full),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Brief => "brief",
+            Self::Short => "short",
+            Self::Full => "full",
         }
     }
 }

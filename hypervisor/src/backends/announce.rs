@@ -12,8 +12,9 @@ use super::NetPort;
 const LENGTH: usize = 60;
 
 /// Between one announcement and the next: several, because a frame may be lost, and the link of a host that has just taken over may need
-/// a moment until it forwards.
-const GAPS_MS: [u64; 4] = [50, 150, 250, 350];
+/// a moment until it forwards; and some for a minute, because an old primary that is thawed may send a frame that had committed before,
+/// by which switches look for the guest there again.
+const GAPS_MS: [u64; 8] = [50, 150, 250, 550, 2000, 7000, 20_000, 30_000];
 
 /// The frame that announces a MAC address.
 #[must_use]
@@ -83,7 +84,7 @@ mod tests {
         let mut announcer = Announcer::new(MAC, start);
         let mut seen = Vec::new();
         let mut goes_on = true;
-        for ms in 0..2000 {
+        for ms in 0..70_000 {
             let now = start + Duration::from_millis(ms);
             goes_on = goes_on && announcer.turn(&ours, now);
             let mut slot = [0; 100];
@@ -93,7 +94,7 @@ mod tests {
         }
         assert!(!goes_on);
         let times: Vec<u64> = seen.iter().map(|(at, _)| *at).collect();
-        assert_eq!(times, [0, 50, 200, 450, 800]);
+        assert_eq!(times, [0, 50, 200, 450, 1000, 3000, 10_000, 30_000, 60_000]);
         let mut expected = vec![0xff; 6];
         expected.extend(MAC);
         expected.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);

@@ -12,6 +12,8 @@ use hypervisor::session::report::Event;
 use super::Failure;
 use super::pair::Carrier;
 
+mod in_lab;
+
 /// What carries the guest's frames.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Net {
@@ -26,7 +28,7 @@ enum Net {
 /// Show a machine surviving the loss of its host process, with clients that notice nothing
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --arbiter etcd://127.0.0.1:2379\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
+    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --lab\n  doppel demo --arbiter etcd://127.0.0.1:2379\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
                   doppel demo --serve 6379      then, elsewhere: redis-cli -p 6379, and kill either side"
 )]
 pub struct DemoArgs {
@@ -39,9 +41,12 @@ pub struct DemoArgs {
     /// More words for the guest's command line
     #[arg(long, value_name = "WORDS", default_value = "")]
     command_line: String,
-    /// What carries the log from the primary to the backup
-    #[arg(long, value_enum, default_value = "shm")]
-    transport: Carrier,
+    /// What carries the log from the primary to the backup: shm, in the lab rdma, if not given
+    #[arg(long, value_enum)]
+    transport: Option<Carrier>,
+    /// Across two hosts of the lab, emulated Linux machines with RDMA, of which the primary's is killed (docs/lab.md)
+    #[arg(long, conflicts_with_all = ["serve", "net", "arbiter", "kvm", "kvm_fd", "command_line"])]
+    lab: bool,
     /// The guest's network
     #[arg(long, value_enum, default_value = "auto")]
     net: Net,
@@ -93,7 +98,7 @@ impl DemoArgs {
                 Net::Tap => Network::Tap,
                 Net::Link => Network::Link,
             },
-            transport: self.transport.into(),
+            transport: self.transport.unwrap_or(Carrier::Shm).into(),
             arbiter: self.arbiter.clone(),
             connections: self.connections,
             kills: self.kills,
@@ -116,10 +121,18 @@ impl From<DemoError> for Failure {
 }
 
 pub fn demo(args: &DemoArgs) -> Result<(), Failure> {
+    if args.lab {
+        return in_lab::demo(args);
+    }
     if let Some(port) = args.serve {
         return serve(args, port);
     }
-    let finished = run::run(&args.options())?;
+    let finished = match run::run(&args.options()) {
+        Err(DemoError::Kvm(refused)) if args.kvm_fd.is_none() => {
+            return in_lab::demo_instead(args, &refused);
+        }
+        finished => finished?,
+    };
     if args.json {
         let line = finished
             .report

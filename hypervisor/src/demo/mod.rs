@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod gateway;
+pub mod heard;
 pub mod namespace;
 pub mod pair;
 pub mod plot;

@@ -7,13 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::client::{self, Client, ClientError, Latency, Series};
+use super::client::{self, Client, ClientError, Series};
 use super::gateway::{self, Gateway, GatewayError, LinkHost};
+use super::heard::Heard;
 use super::namespace::{self, Namespace};
 use super::pair::{Join, Pair, PairError, PairSpec, this_program};
 use super::report::Report;
@@ -25,7 +25,7 @@ use crate::backends::wait::{Moment, Waiter};
 use crate::config::Transport;
 use crate::session::SessionError;
 use crate::session::host::{MTU, stop_signals};
-use crate::session::report::{Event, Timeline};
+use crate::session::report::Event;
 
 const HOST: Ipv4Network = Ipv4Network {
     address: Ipv4Addr::new(10, 77, 0, 1),
@@ -42,9 +42,6 @@ const MEMORY_CHECK_MS: u64 = 100;
 
 /// Longest wait for the backup to go live. A hundred times what it should take: past that something is broken.
 const LIVE_WITHIN: Duration = Duration::from_secs(5);
-
-/// Longest commit that the histogram tells apart: a minute, in nanoseconds.
-const COMMIT_MAX_NS: u64 = 60_000_000_000;
 
 /// How the sides are stopped at the end.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
@@ -315,80 +312,6 @@ fn over_link(listener: TcpListener) -> Result<(NetPort, Gateway, SocketAddrV4), 
     Ok((guests, gateway, address))
 }
 
-/// What the sides say while the demo runs.
-struct Heard {
-    commits: Histogram<u64>,
-    divergences: u64,
-    problems: Vec<String>,
-    notices: Vec<String>,
-    live: Option<Live>,
-}
-
-#[derive(Clone, Copy)]
-struct Live {
-    epoch: u64,
-    position: u64,
-    memory_checks: u64,
-    checked_at: u64,
-    resent: usize,
-    inherited_frames: usize,
-    at: Timeline,
-}
-
-impl Heard {
-    fn new() -> Self {
-        Self {
-            commits: Histogram::new_with_bounds(1, COMMIT_MAX_NS, 3).expect("legal bounds"),
-            divergences: 0,
-            problems: Vec::new(),
-            notices: Vec::new(),
-            live: None,
-        }
-    }
-
-    fn hear(&mut self, event: Event) {
-        match event {
-            Event::Commits { buckets } => {
-                for (nanos, count) in buckets {
-                    self.commits.saturating_record_n(nanos, count);
-                }
-            }
-            Event::Diverged { what } => {
-                self.divergences += 1;
-                self.problems.push(what);
-            }
-            Event::Live {
-                epoch,
-                position,
-                memory_checks,
-                checked_at,
-                resent,
-                inherited_frames,
-                at,
-            } => {
-                self.live = Some(Live {
-                    epoch,
-                    position,
-                    memory_checks,
-                    checked_at,
-                    resent,
-                    inherited_frames,
-                    at,
-                });
-            }
-            Event::Notice { text, loud: true } => self.notices.push(text),
-            Event::Ready { .. }
-            | Event::Paired { .. }
-            | Event::Joined { .. }
-            | Event::Preempted { .. }
-            | Event::Watched { .. }
-            | Event::Progress { .. }
-            | Event::Notice { .. }
-            | Event::Ended { .. } => {}
-        }
-    }
-}
-
 /// Runs the demo: load, kill, failover, and everything read back.
 ///
 /// # Errors
@@ -407,7 +330,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
     } else {
         None
     };
-    let mut heard = Heard::new();
+    let mut heard = Heard::default();
     let mut rounds = Vec::new();
     for kill in 1..options.kills.max(1) {
         stage.say("clients write and read; the primary will be killed at a random moment");
@@ -438,11 +361,6 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         transport: options.transport.name().into(),
         network: stage.network.into(),
         guest: options.guest.clone(),
-        memory_hash_equal: (live.memory_checks > 0 || heard.divergences > 0)
-            .then_some(heard.divergences == 0),
-        sync_points: live.position,
-        epoch: live.epoch,
-        commit_us: Latency::of_nanos(&heard.commits),
         ..Report::default()
     };
     let since_kill = |at: u64| Moment::from_nanos(at).since(killed).as_secs_f64() * 1e3;
@@ -454,8 +372,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
     for event in pair.backup.events() {
         heard.hear(event);
     }
-    report.divergences = heard.divergences;
-    report.problems.extend(heard.problems.iter().cloned());
+    heard.describe(&live, &mut report);
     let extra = [
         ("memory_checks", json!(live.memory_checks)),
         ("memory_checked_at", json!(live.checked_at)),

@@ -283,7 +283,7 @@ fn accept_rdma(
 ) -> Result<(RingReader, Option<Link>), rdma::ConnectError> {
     let verbs = Verbs::load()?;
     let spin = config.timing.spin();
-    let (ring, link) = rdma::accept(&verbs, &mut control, sizes, &config.rdma.ring(), spin)?;
+    let (ring, link) = rdma::accept(&verbs, &mut control, sizes, &config.rdma_ring(), spin)?;
     Ok((ring, Some(Link::Rdma(link))))
 }
 
@@ -314,7 +314,7 @@ fn any_ring(
     }
     if config.pair.transport == Transport::Rdma {
         let verbs = Verbs::load().map_err(rdma::ConnectError::from)?;
-        let (ring, watch) = rdma::connect_watched(&verbs, &mut control, &config.rdma.ring())?;
+        let (ring, watch) = rdma::connect_watched(&verbs, &mut control, &config.rdma_ring())?;
         return Ok((ring, Some(Watch::Rdma(watch))));
     }
     let (ring, watch) = tcp::connect_watched(handshake::open_ring(control)?)?;

@@ -141,6 +141,10 @@ fn lead(
     let clock = GuestClock::since(spec.wall_clock_ns);
     let desk = staff.recruiter.as_ref().map(|r| Arc::clone(&r.desk));
     let vcpu = start_vcpu(config, &io, machine, clock, sink, desk)?;
+    if config.pair.transport != Transport::Shm {
+        // A machine of this address may have been elsewhere on the network before.
+        io.announce(spec.mac);
+    }
     io.settle()?;
     board.stands(Standing {
         role: Role::Primary,

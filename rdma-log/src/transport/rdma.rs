@@ -59,10 +59,20 @@ use writer::{RdmaProgress, RdmaWriter, Writer};
 /// given up is lost, so it must be more patient than the heartbeats and the control connection, which decide over a failover
 /// and may change their mind. With 12 (0.12 s) two emulated hosts on a machine with ten times more work than processors gave each
 /// other up in health: soft-RoCE answers from a soft interrupt. Larger, and a writer learns late that nothing of what it posts can
-/// commit.
+/// commit. [`Config::patience`] makes it more.
 const TIMEOUT: u8 = 14;
+/// With [`RETRIES`] a minute.
+const LONGEST_TIMEOUT: u8 = 21;
 /// How often a packet is sent again. 7 means for ever on some devices, and would hide a dead peer.
 const RETRIES: u8 = 6;
+
+/// The time limit of a packet, as devices take it, by which a peer is given up after `patience` or a little later.
+fn timeout(patience: Duration) -> u8 {
+    let given_up = |exponent: u8| Duration::from_nanos(4096 << exponent) * (u32::from(RETRIES) + 1);
+    (TIMEOUT..LONGEST_TIMEOUT)
+        .find(|&exponent| given_up(exponent) >= patience)
+        .unwrap_or(LONGEST_TIMEOUT)
+}
 
 /// How to use RDMA.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,6 +81,9 @@ pub struct Config {
     pub choice: Choice,
     /// When an entry counts as committed. The same on both sides.
     pub mode: Mode,
+    /// How long a peer that does not answer is waited for at the least before its connection is given up, which cannot be taken
+    /// back: longer than whatever decides over the peer by other means. Never less than half a second.
+    pub patience: Duration,
 }
 
 /// A side's device and queue pairs, before the other side is known.
@@ -78,6 +91,7 @@ struct Local<T> {
     device: Arc<Device>,
     pipes: [Pipe<T>; 2],
     psns: [u32; 2],
+    timeout: u8,
 }
 
 impl<T> Local<T> {
@@ -94,6 +108,7 @@ impl<T> Local<T> {
             device,
             pipes,
             psns: [psn(0), psn(3)],
+            timeout: timeout(config.patience),
         })
     }
 
@@ -148,7 +163,7 @@ impl<T> Local<T> {
                 own_psn: own.psns[i],
                 lid: there.lid,
                 mtu: own.mtu.min(there.mtu),
-                timeout: TIMEOUT,
+                timeout: self.timeout,
                 retries: RETRIES,
                 reserved: [0; 3],
             })?;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -15,6 +15,9 @@ use doppel_tests::lab::supervisor::{self, Plan};
 use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
 use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, made_image, remove_remains};
+use doppel_tests::lab_pair::demo;
+use doppel_tests::promise::today;
+use hypervisor::demo::plot;
 
 /// The code when the time was up, as timeout(1) has it.
 const TIME_UP: u8 = 124;
@@ -125,6 +128,8 @@ enum Verb {
     },
     /// End the lab: nothing of it stays but its logs
     Down,
+    /// Show a pair across two hosts surviving the loss of one: doppel demo --lab
+    Demo(DemoArgs),
     /// The lab's own process
     #[command(hide = true)]
     Supervise {
@@ -206,6 +211,63 @@ struct Between {
     network: Option<u8>,
 }
 
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// The guest: kv, or an ELF file that speaks the Redis protocol
+    #[arg(long, default_value = "kv")]
+    guest: String,
+    /// Its memory, in MiB
+    #[arg(long, default_value_t = 64)]
+    memory: u32,
+    /// What carries the log: rdma or tcp
+    #[arg(long, value_parser = ["rdma", "tcp"], default_value = "rdma")]
+    transport: String,
+    /// TCP connections of the clients
+    #[arg(long, default_value_t = 8)]
+    connections: usize,
+    /// Hosts of primaries to kill, one after the other
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    kills: u32,
+    /// Seconds that the clients work before the first kill; a few if not given
+    #[arg(long)]
+    load: Option<u64>,
+    /// Chooses the moment of the kill and the requests
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Draw the clients' latency around the failover
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Print one JSON object, alone on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+fn demonstrate(arguments: &DemoArgs) -> Result<ExitCode> {
+    let options = demo::Options {
+        guest: arguments.guest.clone(),
+        memory_mib: arguments.memory,
+        over_tcp: arguments.transport == "tcp",
+        connections: arguments.connections,
+        kills: arguments.kills,
+        before: arguments.load.map(Duration::from_secs),
+        seed: arguments.seed.unwrap_or_else(today),
+    };
+    let (report, series) = demo::run(&options)?;
+    if arguments.json {
+        println!("{}", report.to_json().context("write the report")?);
+    } else {
+        print!("{}", report.table(std::io::stdout().is_terminal()));
+    }
+    if let Some(path) = &arguments.plot {
+        plot::draw(&series, path).context("draw the picture")?;
+        eprintln!("drew {}", path.display());
+    }
+    Ok(match report.failures().is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match act(&arguments) {
@@ -283,6 +345,7 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
             Ok(lab) => lab.down()?,
             Err(_) => remove_remains(&directory(name)?)?,
         },
+        Verb::Demo(arguments) => return demonstrate(arguments),
         Verb::Supervise { owned } => {
             let plan = fs::read_to_string(PLAN).context("read the plan")?;
             let plan: Plan = serde_json::from_str(&plan).context("read the plan")?;

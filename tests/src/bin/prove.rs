@@ -26,6 +26,9 @@ struct Arguments {
     /// Everything the promise says
     #[arg(long)]
     full: bool,
+    /// A part of the short form, for a host that is emulated
+    #[arg(long, conflicts_with_all = ["short", "full"])]
+    brief: bool,
     /// Where every random choice comes from; today's date if not given
     #[arg(long)]
     seed: Option<u64>,
@@ -87,10 +90,10 @@ fn time(span: Duration) -> String {
 }
 
 fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
-    let form = if arguments.full {
-        Form::Full
-    } else {
-        Form::Short
+    let form = match (arguments.full, arguments.brief) {
+        (true, _) => Form::Full,
+        (_, true) => Form::Brief,
+        _ => Form::Short,
     };
     let run = Run {
         form,
@@ -109,7 +112,7 @@ fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
         let result = json!({
             "promise": promise.name,
             "holds": holds,
-            "form": form.pick("short", "full"),
+            "form": form.name(),
             "seed": run.seed,
             "seconds": (seconds * 10.0).round() / 10.0,
             "figures": figures,
@@ -126,8 +129,8 @@ fn show(promise: &Promise, arguments: &Arguments) -> ExitCode {
         }
         match &error {
             None => println!(
-                "holds ({}, seed {}, {seconds:.1} s)",
-                form.pick("short form", "full form"),
+                "holds ({} form, seed {}, {seconds:.1} s)",
+                form.name(),
                 run.seed
             ),
             Some(error) => println!("DOES NOT HOLD (seed {}, {seconds:.1} s): {error}", run.seed),

@@ -1,6 +1,7 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod built;
 pub mod busy;
 pub mod eavesdropper;
 pub mod etcd;
@@ -14,6 +15,7 @@ pub mod hostile_frames;
 pub mod hostile_gate;
 pub mod hostile_run;
 pub mod hostile_zombie;
+pub mod inside;
 pub mod kv_load;
 pub mod late_guest;
 pub mod linear;
@@ -32,6 +34,7 @@ pub mod signal;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;
+pub mod torn_copy;
 pub mod two_hosts;
 pub mod uninvited;
 pub mod unprivileged;

@@ -13,10 +13,15 @@ use anyhow::{Context, Result};
 
 use super::switch::{Card, MAX_FRAME, QUEUE, Switch};
 
+/// Bytes that wait for somebody who is shown a host's frames: whoever judges by them must not miss one.
+const VIEWER_QUEUE: usize = 64 * QUEUE;
+
 /// The switch and the thread that serves it.
 #[derive(Clone, Debug)]
 pub struct Cables {
     switch: Arc<Mutex<Switch>>,
+    /// Who is plugged in next.
+    plugs: Arc<Mutex<Vec<(Card, Port)>>>,
     /// A byte on it makes the thread look at what is wrong anew.
     bell: Arc<UnixStream>,
 }
@@ -30,8 +35,10 @@ impl Cables {
         let cards = listeners.iter().map(|&(card, _)| card).collect();
         let switch = Arc::new(Mutex::new(Switch::new(cards)));
         let (bell, heard) = UnixStream::pair().context("make a pair of sockets")?;
+        let plugs = Arc::default();
         let mut thread = Thread {
             switch: Arc::clone(&switch),
+            plugs: Arc::clone(&plugs),
             heard,
             ports: BTreeMap::new(),
         };
@@ -39,7 +46,7 @@ impl Cables {
             listener
                 .set_nonblocking(true)
                 .context("prepare a listener")?;
-            thread.ports.insert(card, Port::new(listener));
+            thread.ports.insert(card, Port::of_host(listener));
         }
         thread
             .heard
@@ -51,8 +58,42 @@ impl Cables {
             .context("start the switch's thread")?;
         Ok(Self {
             switch,
+            plugs,
             bell: Arc::new(bell),
         })
+    }
+
+    /// Plugs in the other end of this stream: as a card of this network, or to be shown what a host sends. `first` goes out
+    /// before any frame.
+    ///
+    /// # Errors
+    /// If too many are plugged in, or the stream is no good.
+    pub fn plug(
+        &self,
+        network: u8,
+        shown: Option<u8>,
+        stream: UnixStream,
+        first: &[u8],
+    ) -> Result<()> {
+        stream.set_nonblocking(true).context("prepare a stream")?;
+        let mut port = Port {
+            stream: Some(stream),
+            unsent: first.iter().copied().collect(),
+            ..Port::default()
+        };
+        if shown.is_some() {
+            port.queue = VIEWER_QUEUE;
+        }
+        // Known to the switch and to its thread at once: no frame of it is lost.
+        let mut switch = locked(&self.switch);
+        let card = switch
+            .plug(network, shown)
+            .context("too many are plugged in")?;
+        let mut plugs = self.plugs.lock().unwrap_or_else(PoisonError::into_inner);
+        plugs.push((card, port));
+        drop((plugs, switch));
+        let _ = (&*self.bell).write(&[0]);
+        Ok(())
     }
 
     /// Looks at the switch or changes it.
@@ -71,20 +112,38 @@ fn locked(switch: &Mutex<Switch>) -> MutexGuard<'_, Switch> {
 /// One card: where its host's QEMU connects, and the connection.
 #[derive(Debug)]
 struct Port {
-    listener: UnixListener,
+    /// None for one that is plugged in by a stream of its own, and goes with it.
+    listener: Option<UnixListener>,
     stream: Option<UnixStream>,
     read: Vec<u8>,
     unsent: VecDeque<u8>,
+    /// The most bytes that may wait.
+    queue: usize,
 }
 
-impl Port {
-    fn new(listener: UnixListener) -> Self {
+impl Default for Port {
+    fn default() -> Self {
         Self {
-            listener,
+            listener: None,
             stream: None,
             read: Vec::new(),
             unsent: VecDeque::new(),
+            queue: QUEUE,
         }
+    }
+}
+
+impl Port {
+    fn of_host(listener: UnixListener) -> Self {
+        Self {
+            listener: Some(listener),
+            ..Self::default()
+        }
+    }
+
+    /// Whether nobody will ever be at the other end again.
+    fn is_over(&self) -> bool {
+        self.listener.is_none() && self.stream.is_none()
     }
 
     fn hang_up(&mut self) {
@@ -98,7 +157,7 @@ impl Port {
         if self.stream.is_none() {
             return true;
         }
-        if self.unsent.len() + frame.len() > QUEUE {
+        if self.unsent.len() + frame.len() > self.queue {
             return false;
         }
         self.unsent.extend((frame.len() as u32).to_be_bytes());
@@ -160,6 +219,7 @@ impl Port {
 
 struct Thread {
     switch: Arc<Mutex<Switch>>,
+    plugs: Arc<Mutex<Vec<(Card, Port)>>>,
     heard: UnixStream,
     ports: BTreeMap<Card, Port>,
 }
@@ -175,7 +235,7 @@ impl Thread {
             while matches!(self.heard.read(&mut bell), Ok(1..)) {}
             let mut arrived = Vec::new();
             for (&card, port) in &mut self.ports {
-                if let Ok((stream, _)) = port.listener.accept() {
+                if let Some(Ok((stream, _))) = port.listener.as_ref().map(UnixListener::accept) {
                     // A host that was started again takes its cable back.
                     port.hang_up();
                     port.stream = stream.set_nonblocking(true).is_ok().then_some(stream);
@@ -183,6 +243,10 @@ impl Thread {
                 port.receive(|frame| arrived.push((card, frame.to_vec())));
             }
             let now = Instant::now();
+            let mut switch = locked(&self.switch);
+            let mut plugs = self.plugs.lock().unwrap_or_else(PoisonError::into_inner);
+            self.ports.extend(plugs.drain(..));
+            drop(plugs);
             let ports = &mut self.ports;
             let mut overflowed = 0;
             let mut deliver = |to: Card, frame: &[u8]| {
@@ -192,16 +256,18 @@ impl Thread {
                     overflowed += 1;
                 }
             };
-            let mut switch = locked(&self.switch);
             switch.due(now, &mut deliver);
             for (from, frame) in arrived {
                 switch.frame(from, &frame, now, &mut deliver);
             }
             switch.overflowed += overflowed;
-            drop(switch);
-            for port in ports.values_mut() {
+            for (&card, port) in &mut *ports {
                 port.flush();
+                if port.is_over() {
+                    switch.unplug(card);
+                }
             }
+            ports.retain(|_, port| !port.is_over());
         }
     }
 
@@ -213,11 +279,13 @@ impl Thread {
             revents: 0,
         }];
         for port in self.ports.values() {
-            waited.push(libc::pollfd {
-                fd: port.listener.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            });
+            if let Some(listener) = &port.listener {
+                waited.push(libc::pollfd {
+                    fd: listener.as_raw_fd(),
+                    events: libc::POLLIN,
+                    revents: 0,
+                });
+            }
             if let Some(stream) = &port.stream {
                 let out = if port.unsent.is_empty() {
                     0

@@ -22,6 +22,13 @@ pub enum Request {
         /// Where.
         host: String,
     },
+    /// Plug this connection into a network: frames follow, each behind its length in four bytes, big-endian.
+    Plug {
+        /// Which network.
+        network: u8,
+        /// Not as a card: to be shown what this host sends.
+        shown: Option<String>,
+    },
     /// A host vanishes.
     Kill {
         /// Its name.

@@ -344,7 +344,8 @@ fn is_elf(path: &Path) -> bool {
 }
 
 /// A program without what is never loaded of it: symbols and what debuggers want lie behind its last segment.
-fn loaded(mut program: Vec<u8>) -> Vec<u8> {
+#[must_use]
+pub fn loaded(mut program: Vec<u8>) -> Vec<u8> {
     // Offsets in the header of a 64-bit ELF file and in its program headers (System V gABI, chapter 4 and 5).
     let number = |at: usize, bytes: usize| -> Option<usize> {
         let mut value = [0; 8];

@@ -8,11 +8,12 @@
 //!                                  shared/ ◀──────────9p────────────────────▶ /shared
 //! ```
 //! `docs/lab.md` says how it is used, what is in a host, and what it measures.
-//! Unsafe code lives in [`process`] and [`cables`] only, for a few calls that the standard library does not have.
+//! Unsafe code lives in [`process`], [`cables`] and [`tsc`] only, for a few calls that the standard library does not have.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -33,11 +34,13 @@ pub mod cpio;
 pub mod image;
 pub mod modules;
 pub mod packages;
+pub mod plug;
 pub mod process;
 pub mod qemu;
 pub mod session;
 pub mod supervisor;
 pub mod switch;
+pub mod tsc;
 pub mod wire;
 
 /// Networks that join the hosts: `eth0` and `eth1` of each.
@@ -238,6 +241,21 @@ impl Lab {
         self.directory.join("shared")
     }
 
+    /// Puts a program or library into `/shared/bin`, without what only debuggers want of it: a host that was just booted copies it
+    /// from there faster than it can be put.
+    ///
+    /// # Errors
+    /// If it cannot be read or written.
+    pub fn share_program(&self, program: &Path) -> Result<()> {
+        let what = || format!("share {}", program.display());
+        let bytes = image::loaded(fs::read(program).with_context(what)?);
+        let directory = self.shared().join("bin");
+        fs::create_dir_all(&directory).with_context(what)?;
+        let to = directory.join(program.file_name().with_context(what)?);
+        fs::write(&to, bytes).with_context(what)?;
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o755)).with_context(what)
+    }
+
     /// One of its hosts.
     #[must_use]
     pub fn host<'a>(&'a self, name: &str) -> Host<'a> {
@@ -282,6 +300,28 @@ impl Lab {
         };
         self.cable(None, one, other, cut)?;
         self.cable(None, other, one, cut)
+    }
+
+    /// Plugs this machine into a network of the lab, as another card.
+    ///
+    /// # Errors
+    /// If there is no such network.
+    pub fn plug(&self, network: u8) -> Result<plug::Plug> {
+        self.plug_in(network, None)
+    }
+
+    /// Shows every frame that a host sends on a network from now on.
+    ///
+    /// # Errors
+    /// If there is no such host or network.
+    pub fn watch(&self, host: &str, network: u8) -> Result<plug::Plug> {
+        self.plug_in(network, Some(host.to_owned()))
+    }
+
+    fn plug_in(&self, network: u8, shown: Option<String>) -> Result<plug::Plug> {
+        let request = Request::Plug { network, shown };
+        let (_, reader) = self.open(&request, ANSWER_WITHIN)?;
+        plug::Plug::new(reader)
     }
 
     /// Makes all cables sound.

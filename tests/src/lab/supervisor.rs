@@ -29,6 +29,8 @@ use super::switch::{Card, Trouble};
 use super::wire::{AGENT, Frame, Kind};
 use super::{CONTROL, NETWORKS, PLAN};
 
+mod plug;
+
 /// How long an emulator may take to end after SIGKILL: it frees its memory, on a busy machine.
 const ENDS_WITHIN: Duration = Duration::from_secs(30);
 
@@ -235,6 +237,7 @@ impl Lab {
                 }
                 Err(error) => reply(&mut writer, &Reply::Refused(format!("{error:#}"))),
             },
+            Request::Plug { network, shown } => self.plug(network, shown.as_deref(), writer),
             Request::Down => {
                 let _ = self.orders.send(Order::End(Some(writer)));
                 Ok(())
@@ -288,7 +291,9 @@ impl Lab {
                     switch.set(network, from, to, Trouble::default());
                 }
             }),
-            Request::Run { .. } | Request::Down => unreachable!("answered by the caller"),
+            Request::Run { .. } | Request::Plug { .. } | Request::Down => {
+                unreachable!("answered by the caller")
+            }
         }
         Ok(Reply::Done)
     }

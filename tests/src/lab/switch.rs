@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// Bytes that wait for one card before frames are dropped: about 10 ms of a 1 Gb/s link, as cheap switches have it.
@@ -14,6 +15,9 @@ pub const QUEUE: usize = 1024 * 1024;
 
 /// The largest frame that QEMU hands over.
 pub const MAX_FRAME: usize = 4096 + 65_536;
+
+/// Numbers of those who are plugged in without being a host.
+const OUTSIDE: RangeInclusive<u8> = 100..=u8::MAX;
 
 /// A network card: the number of its host, from 1, and of its network, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +47,8 @@ pub struct Switch {
     /// Behind which card an address was seen, by network.
     seen: BTreeMap<(u8, [u8; 6]), Card>,
     cards: Vec<Card>,
+    /// Whose frames are shown to whom besides.
+    shown: Vec<(Card, Card)>,
     late: BinaryHeap<Reverse<Late>>,
     order: u64,
     dice: u64,
@@ -99,6 +105,33 @@ impl Switch {
             .map(|(&(network, from, to), &trouble)| (network, from, to, trouble))
     }
 
+    /// Plugs in somebody who is no host: as a card, or, where a host is named, to be shown every frame that it sends and nothing
+    /// else. `None` if too many are plugged in.
+    pub fn plug(&mut self, network: u8, shown: Option<u8>) -> Option<Card> {
+        let used = |host: &u8| {
+            let showing = self.shown.iter().map(|&(_, to)| to);
+            self.cards
+                .iter()
+                .copied()
+                .chain(showing)
+                .any(|card| card.host == *host)
+        };
+        let host = OUTSIDE.into_iter().find(|host| !used(host))?;
+        let card = Card { host, network };
+        match shown {
+            Some(host) => self.shown.push((Card { host, network }, card)),
+            None => self.cards.push(card),
+        }
+        Some(card)
+    }
+
+    /// Unplugs who was plugged in by [`Switch::plug`].
+    pub fn unplug(&mut self, card: Card) {
+        self.cards.retain(|&each| each != card);
+        self.shown.retain(|&(_, to)| to != card);
+        self.forget(card.host);
+    }
+
     /// Takes a frame from a card, and hands it to `deliver` for each card that gets it now.
     pub fn frame(
         &mut self,
@@ -110,6 +143,13 @@ impl Switch {
         let Some((to, sender)) = addresses(frame) else {
             return;
         };
+        for &(shown, viewer) in &self.shown {
+            if shown == from {
+                deliver(viewer, frame);
+            } else if viewer == from {
+                return;
+            }
+        }
         self.seen.insert((from.network, sender), from);
         let known = self.seen.get(&(from.network, to)).copied();
         let receivers: Vec<Card> = match known {
@@ -260,6 +300,31 @@ mod tests {
         switch.due(now + second, |to, frame| got.push((to.host, frame[0])));
         assert_eq!(got, [(2, 4), (2, 0xff)]);
         assert_eq!(switch.next_due(), None);
+    }
+
+    #[test]
+    fn who_is_plugged_in_is_a_card_or_is_shown_what_one_host_sends() {
+        let (mut switch, now) = (switch(), Instant::now());
+        let guest = switch.plug(0, None).unwrap();
+        let viewer = switch.plug(0, Some(2)).unwrap();
+        assert_ne!(guest, viewer);
+        assert_eq!(send(&mut switch, 2, 1, now), [2, 3, guest.host]);
+        assert_eq!(send(&mut switch, 1, 2, now), [viewer.host, 1]);
+        let from = |switch: &mut Switch, card| {
+            let mut got = Vec::new();
+            switch.frame(card, &frame(2, 50), now, |to, _| got.push(to.host));
+            got
+        };
+        assert_eq!(from(&mut switch, guest), [2]);
+        assert_eq!(from(&mut switch, viewer), [0; 0], "a viewer says nothing");
+        switch.unplug(viewer);
+        switch.unplug(guest);
+        assert_eq!(send(&mut switch, EVERYBODY, 2, now), [1, 3]);
+        assert_eq!(
+            switch.plug(0, None),
+            Some(guest),
+            "its number is free again"
+        );
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn show(run: &Run) -> Result<Figures> {
             let judged = match run.form {
                 _ if !saturates => &[][..],
                 // On a busy host a primary that gets half a core is no faster than half a backup.
-                Form::Short => &["crawling"],
+                Form::Brief | Form::Short => &["crawling"],
                 Form::Full => &["half", "crawling"],
             };
             judge(&seen, judged).with_context(|| format!("{guest}: {seen}"))?;

@@ -24,8 +24,12 @@ pub mod output_rule;
 pub mod preempts;
 pub mod protocol_modelled;
 pub mod protocol_simulated;
+pub mod rdma_copy;
+pub mod rdma_pair;
+pub mod rdma_ring;
 pub mod redis_clients;
 pub mod replay_exact;
+pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod zombie;
 
@@ -57,4 +61,8 @@ pub const ALL: &[Promise] = &[
     linearizable::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
+    rdma_ring::PROMISE,
+    rdma_copy::PROMISE,
+    rdma_pair::PROMISE,
+    replay_in_lab::PROMISE,
 ];

@@ -70,11 +70,11 @@ fn show(run: &Run) -> Result<Figures> {
     figures.add("seconds_recording", sum.recording.as_secs());
     figures.add("seconds_replaying", sum.replaying.as_secs());
     ensure!(
-        run.form == Form::Short || sum.sync_points >= SYNC_POINTS,
+        run.form != Form::Full || sum.sync_points >= SYNC_POINTS,
         "only {} sync points",
         sum.sync_points
     );
-    let enough = run.form.pick(100, 2000);
+    let enough = run.form.count(100, 2000);
     ensure!(
         sum.kicks_recording >= enough && sum.kicks_replaying >= enough,
         "too few kicks to tell: {} and {}",
@@ -94,7 +94,8 @@ struct Guest {
 
 fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
     let late = directory.join("late.elf");
-    std::fs::write(&late, late_guest::elf(form.pick(500, 8000))).context("write a guest")?;
+    std::fs::write(&late, late_guest::elf(form.count(500, 8000) as u32))
+        .context("write a guest")?;
     let late = late.to_str().context("a directory with a plain name")?;
     let take = |guest: &str, memory_mib, words: &str| Take {
         memory_check_ms: 250,
@@ -108,14 +109,14 @@ fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
     Ok(vec![
         built_in(
             "irq",
-            format!("exits={} hz=2000", form.pick(26_000, 440_000)),
+            format!("exits={} hz=2000", form.count(26_000, 440_000)),
         ),
-        built_in("clock", format!("reads={}", form.pick(6000, 150_000))),
+        built_in("clock", format!("reads={}", form.count(6000, 150_000))),
         // A page from exit to exit: some 3,500 exits a pass.
-        built_in("memory", format!("passes={} pages=1", form.pick(2, 40))),
+        built_in("memory", format!("passes={} pages=1", form.count(2, 40))),
         built_in(
             "compute",
-            format!("rounds=2 reports={}", form.pick(40, 1500)),
+            format!("rounds=2 reports={}", form.count(40, 1500)),
         ),
         Guest {
             name: "late",
@@ -135,7 +136,7 @@ fn guests(form: Form, directory: &Path) -> Result<Vec<Guest>> {
         Guest {
             name: "kv",
             take: take("kv", 64, "ip=10.77.0.2/24"),
-            requests: Some(form.pick(2500, 400_000)),
+            requests: Some(form.count(2500, 400_000)),
         },
     ])
 }

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, ensure};
 use hypervisor::session::report::Event;
 use serde_json::json;
 
-use super::live_join::Place;
 use crate::harness::role::Role;
 use crate::harness::signal::{Signal, send};
+use crate::harness::torn_copy::{Ground, Place};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -160,7 +160,7 @@ impl Seen {
 
 /// Backups that join a guest of this size, one after the other; it writes so many MiB a second.
 fn joined(run: &Run, memory: u32, rate: Option<u32>, joins: usize) -> Result<Seen> {
-    let place = Place::new()?;
+    let place = Place::new(&Ground::tcp())?;
     let address = free_address()?;
     let words = format!("steps=1 rate={}", rate.unwrap_or(0));
     let mut primary = place.start_alone(

@@ -48,6 +48,7 @@ fn config(mode: Mode, device: Option<&str>) -> Config {
             ..Choice::default()
         },
         mode,
+        ..Config::default()
     }
 }
 
@@ -430,6 +431,7 @@ fn fake_config(mode: Mode, device: &str) -> Config {
             ..Choice::default()
         },
         mode,
+        ..Config::default()
     }
 }
 
@@ -524,4 +526,13 @@ fn offers_that_cannot_be_are_refused() {
     (&stream).write_all(&good.to_bytes(Side::Writer)).unwrap();
     let refusal = accepting.join().unwrap();
     assert!(matches!(refusal, Err(ConnectError::Protocol { .. })));
+}
+
+#[test]
+fn a_peer_is_given_up_after_half_a_second_or_as_late_as_is_asked_for() {
+    assert_eq!(timeout(Duration::ZERO), TIMEOUT);
+    assert_eq!(timeout(Duration::from_millis(469)), TIMEOUT);
+    assert_eq!(timeout(Duration::from_millis(470)), TIMEOUT + 1);
+    assert_eq!(timeout(Duration::from_secs(4)), 18);
+    assert_eq!(timeout(Duration::MAX), LONGEST_TIMEOUT);
 }

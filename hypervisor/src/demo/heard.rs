@@ -1,0 +1,113 @@
+//! What the sides of a pair say while clients are at work, gathered for the report.
+#![forbid(unsafe_code)]
+
+use hdrhistogram::Histogram;
+
+use super::client::Latency;
+use super::report::Report;
+use crate::session::report::{Event, Timeline};
+
+/// Longest commit that the histogram tells apart: a minute, in nanoseconds.
+const COMMIT_MAX_NS: u64 = 60_000_000_000;
+
+/// What was said so far.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// From an output's sync point to its commit, in nanoseconds.
+    pub commits: Histogram<u64>,
+    /// Differences that a backup found.
+    pub divergences: u64,
+    /// These, in words.
+    pub problems: Vec<String>,
+    /// Notices that concern protection or service.
+    pub notices: Vec<String>,
+    /// The last go-live.
+    pub live: Option<Live>,
+}
+
+/// A go-live, as the new primary tells it.
+#[derive(Clone, Copy, Debug)]
+pub struct Live {
+    /// The new reign.
+    pub epoch: u64,
+    /// The last position of the old primary.
+    pub position: u64,
+    /// Whole memories that had been compared and found equal.
+    pub memory_checks: u64,
+    /// Where they were compared last.
+    pub checked_at: u64,
+    /// Outputs sent again.
+    pub resent: usize,
+    /// Frames taken over that the old primary had read and not applied.
+    pub inherited_frames: usize,
+    /// When what was done, by the clock of the host that says so.
+    pub at: Timeline,
+}
+
+impl Default for Heard {
+    fn default() -> Self {
+        Self {
+            commits: Histogram::new_with_bounds(1, COMMIT_MAX_NS, 3).expect("legal bounds"),
+            divergences: 0,
+            problems: Vec::new(),
+            notices: Vec::new(),
+            live: None,
+        }
+    }
+}
+
+impl Heard {
+    /// Takes in an event of either side.
+    pub fn hear(&mut self, event: Event) {
+        match event {
+            Event::Commits { buckets } => {
+                for (nanos, count) in buckets {
+                    self.commits.saturating_record_n(nanos, count);
+                }
+            }
+            Event::Diverged { what } => {
+                self.divergences += 1;
+                self.problems.push(what);
+            }
+            Event::Live {
+                epoch,
+                position,
+                memory_checks,
+                checked_at,
+                resent,
+                inherited_frames,
+                at,
+            } => {
+                self.live = Some(Live {
+                    epoch,
+                    position,
+                    memory_checks,
+                    checked_at,
+                    resent,
+                    inherited_frames,
+                    at,
+                });
+            }
+            Event::Notice { text, loud: true } => self.notices.push(text),
+            Event::Ready { .. }
+            | Event::Paired { .. }
+            | Event::Joined { .. }
+            | Event::Preempted { .. }
+            | Event::Watched { .. }
+            | Event::Progress { .. }
+            | Event::Notice { .. }
+            | Event::Ended { .. } => {}
+        }
+    }
+
+    /// The pair's part of the report, whose last go-live was this.
+    pub fn describe(&self, live: &Live, report: &mut Report) {
+        report.memory_hash_equal =
+            (live.memory_checks > 0 || self.divergences > 0).then_some(self.divergences == 0);
+        report.sync_points = live.position;
+        report.epoch = live.epoch;
+        report.commit_us = Latency::of_nanos(&self.commits);
+        report.divergences = self.divergences;
+        report.problems.extend(self.problems.iter().cloned());
+    }
+}
