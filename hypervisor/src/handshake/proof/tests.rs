@@ -13,13 +13,13 @@ fn secret(byte: u8) -> Trust {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Leg {
     Greeting,
-    Proof,
+    Plea,
     Verdict,
 }
 
 const LEGS: [(Leg, usize); 3] = [
     (Leg::Greeting, GREETING),
-    (Leg::Proof, CLAIM),
+    (Leg::Plea, CLAIM),
     (Leg::Verdict, VERDICT),
 ];
 
@@ -42,7 +42,7 @@ fn meet(trust: [&Trust; 2], mut meddle: impl FnMut(Leg, &mut Vec<u8>)) -> Met {
         let backup = scope.spawn(move || admit(Stream::Unix(theirs), trust[1]));
         for (leg, length) in LEGS {
             let (mut from, mut to) = match leg {
-                Leg::Proof => (&at_primary, &at_backup),
+                Leg::Plea => (&at_primary, &at_backup),
                 _ => (&at_backup, &at_primary),
             };
             let mut bytes = vec![0; length];
@@ -153,7 +153,7 @@ fn another_version_is_named_on_both_sides() {
             bytes[8..12].copy_from_slice(&(VERSION + 4).to_le_bytes());
         }
     };
-    let met = meet([&secret(1); 2], |leg, bytes| older(leg, Leg::Proof, bytes));
+    let met = meet([&secret(1); 2], |leg, bytes| older(leg, Leg::Plea, bytes));
     assert!(met.primary.unwrap_err().to_string().contains("version"));
     match met.backup {
         Err(HandshakeError::Version { theirs }) => assert_eq!(theirs, VERSION + 4),
@@ -213,7 +213,7 @@ fn what_was_recorded_does_not_open_again() {
     let [greeting, claim, verdict] = [0, 1, 2].map(|leg| before.passed[leg].clone());
     // To a backup, whose challenge is another one now.
     let met = meet([&trust; 2], |leg, bytes| {
-        if leg == Leg::Proof {
+        if leg == Leg::Plea {
             bytes.clone_from(&claim);
         }
     });
@@ -222,7 +222,7 @@ fn what_was_recorded_does_not_open_again() {
     let met = meet([&trust; 2], |leg, bytes| match leg {
         Leg::Greeting => bytes.clone_from(&greeting),
         Leg::Verdict => bytes.clone_from(&verdict),
-        Leg::Proof => {}
+        Leg::Plea => {}
     });
     assert!(met.primary.is_err() && met.backup.is_err());
 }
@@ -237,7 +237,7 @@ fn a_side_does_not_prove_itself_to_its_own_echo() {
     });
     assert!(matches!(met.primary, Err(HandshakeError::NotDoppel)));
     let met = meet([&secret(1); 2], |leg, bytes| {
-        if leg == Leg::Proof {
+        if leg == Leg::Plea {
             bytes[..8].copy_from_slice(&BACKUP);
         }
     });

@@ -799,17 +799,17 @@ fn offer(version: u32, sizes: [u64; 2]) -> Vec<u8> {
 fn bad_offers_are_refused() {
     let lane = MIN_LANE as u64;
     let whole = PAGE + 2 * MIN_LANE;
-    let good = offer(2, [lane; 2]);
+    let good = offer(3, [lane; 2]);
     assert!(matches!(
         offered(&offer(1, [lane; 2]), whole),
         ConnectError::Protocol { .. }
     ));
     assert!(matches!(
-        offered(&offer(2, [lane, 100]), whole),
+        offered(&offer(3, [lane, 100]), whole),
         ConnectError::Size(_)
     ));
     assert!(matches!(
-        offered(&offer(2, [u64::MAX; 2]), whole),
+        offered(&offer(3, [u64::MAX; 2]), whole),
         ConnectError::Size(_)
     ));
     assert!(
