@@ -60,41 +60,6 @@ impl Memory {
     }
 }
 
-/// The page in the primary's memory where a backup says how far it is.
-#[derive(Debug)]
-pub struct ReturnPage(File);
-
-impl ReturnPage {
-    /// Says that more of the events lane was taken out than was ever put in.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn lie(&self) -> Result<()> {
-        self.0
-            .write_all_at(&(1_u64 << 60).to_le_bytes(), 0)
-            .context("write the return page")
-    }
-}
-
-/// Listens at `front` for one primary, connects it to the backup at `back`, and hands out the primary's return page when it
-/// passes. The machine must have no network port, whose descriptor would come first.
-///
-/// # Errors
-/// If it cannot listen or connect.
-pub fn between_acks(front: &Path, back: &Path) -> Result<Receiver<ReturnPage>> {
-    let listener = UnixListener::bind(front).context("listen for the primary")?;
-    let backup = UnixStream::connect(back).context("connect to the backup")?;
-    let (give, page) = channel();
-    std::thread::Builder::new()
-        .name("meddler".into())
-        .spawn(move || {
-            // When either side is gone there is nothing left to meddle with.
-            let _ = relay(&listener, &backup, None, Some(give));
-        })
-        .context("start a thread")?;
-    Ok(page)
-}
-
 /// Listens at `front` for one primary, connects it to the backup at `back`, and hands out the ring's memory when it passes.
 ///
 /// # Errors
@@ -107,30 +72,19 @@ pub fn between(front: &Path, back: &Path) -> Result<Receiver<Memory>> {
         .name("meddler".into())
         .spawn(move || {
             // When either side is gone there is nothing left to meddle with.
-            let _ = relay(&listener, &backup, Some(give), None);
+            let _ = relay(&listener, &backup, &give);
         })
         .context("start a thread")?;
     Ok(memory)
 }
 
-fn relay(
-    listener: &UnixListener,
-    backup: &UnixStream,
-    logs: Option<Sender<Memory>>,
-    pages: Option<Sender<ReturnPage>>,
-) -> Result<()> {
+fn relay(listener: &UnixListener, backup: &UnixStream, give: &Sender<Memory>) -> Result<()> {
     let (primary, _) = listener.accept().context("await the primary")?;
     let (to_primary, from_backup) = (primary.try_clone()?, backup.try_clone()?);
-    // If nobody wants what was found any more, nobody meddles.
-    let answers = std::thread::spawn(move || {
-        pass_on(&from_backup, &to_primary, |file| {
-            let _ = logs.as_ref().map(|give| give.send(Memory(file)));
-        });
-    });
+    let give = give.clone();
+    let answers = std::thread::spawn(move || pass_on(&from_backup, &to_primary, Some(&give)));
     hello(&primary, backup)?;
-    pass_on(&primary, backup, |file| {
-        let _ = pages.as_ref().map(|give| give.send(ReturnPage(file)));
-    });
+    pass_on(&primary, backup, None);
     // A thread of plain loops ends.
     let _ = answers.join();
     Ok(())
@@ -153,13 +107,14 @@ fn hello(mut from: &UnixStream, mut to: &UnixStream) -> Result<()> {
 }
 
 /// Byte by byte, so that each descriptor stays with its byte. Until either end closes.
-fn pass_on(from: &UnixStream, to: &UnixStream, found: impl Fn(File)) {
+fn pass_on(from: &UnixStream, to: &UnixStream, give: Option<&Sender<Memory>>) {
     let mut byte = [0];
     while let Ok(fds) = recv_with_fds(from, &mut byte, 1) {
-        if let Some(fd) = fds.first()
+        if let (Some(give), Some(fd)) = (give, fds.first())
             && let Ok(copy) = fd.try_clone()
         {
-            found(File::from(copy));
+            // Nobody wants it any more: then nobody meddles.
+            let _ = give.send(Memory(File::from(copy)));
         }
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         if send_with_fds(to, &byte, &fds).is_err() {
