@@ -115,8 +115,9 @@ impl FileRecorder {
     }
 }
 
-/// Between two looks at the ring: short against the time in which the fastest guest fills it.
-const NAP: Duration = Duration::from_millis(1);
+/// Between two looks at the ring: short against the time in which a fast guest fills it, long against what a look costs a core that
+/// the guest computes on.
+const NAP: Duration = Duration::from_millis(5);
 
 fn copy<W: Write>(
     mut reader: RingReader,

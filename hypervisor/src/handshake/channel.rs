@@ -117,8 +117,10 @@ struct Seal {
     length: usize,
     taken: usize,
     going: Vec<u8>,
-    /// A record that went out in part, or one that came in and did not open: nothing fits any more.
-    broken: bool,
+    /// A record came in that did not open: nothing more is heard, and nothing more said.
+    deaf: bool,
+    /// A record went out in part: nothing that followed would fit. What the peer still says (why it does not listen) is heard.
+    dumb: bool,
 }
 
 impl Seal {
@@ -131,13 +133,14 @@ impl Seal {
             length: 0,
             taken: 0,
             going: vec![0; HEAD + SEALED_MAX],
-            broken: false,
+            deaf: false,
+            dumb: false,
         }
     }
 
     /// Reads the next record as a whole; false at the end of the connection. A wait that is over too early can be gone on with.
     fn next(&mut self, mut from: &Stream, patience: Option<Duration>) -> io::Result<bool> {
-        if self.broken {
+        if self.deaf {
             return Err(forged());
         }
         let started = Instant::now();
@@ -146,7 +149,7 @@ impl Seal {
             let needed = match self.got {
                 0..HEAD => HEAD,
                 _ if sealed <= TAG => {
-                    self.broken = true;
+                    self.deaf = true;
                     return Err(forged());
                 }
                 _ => HEAD + sealed,
@@ -170,7 +173,7 @@ impl Seal {
         match self.noise.read_message(record, &mut self.said) {
             Ok(length) => (self.length, self.taken, self.got) = (length, 0, 0),
             Err(_) => {
-                self.broken = true;
+                self.deaf = true;
                 return Err(forged());
             }
         }
@@ -199,7 +202,7 @@ impl Seal {
         from: &[u8],
         patience: Option<Duration>,
     ) -> io::Result<usize> {
-        if self.broken {
+        if self.deaf || self.dumb {
             return Err(ErrorKind::BrokenPipe.into());
         }
         let piece = &from[..from.len().min(SAID_MAX)];
@@ -214,7 +217,7 @@ impl Seal {
         let started = Instant::now();
         let mut rest = &self.going[..HEAD + sealed];
         // Until all of it has gone.
-        self.broken = true;
+        self.dumb = true;
         while !rest.is_empty() {
             if patience.is_some_and(|patience| started.elapsed() > patience) {
                 return Err(ErrorKind::TimedOut.into());
@@ -226,7 +229,7 @@ impl Seal {
                 Err(error) => return Err(error),
             }
         }
-        self.broken = false;
+        self.dumb = false;
         Ok(piece.len())
     }
 }

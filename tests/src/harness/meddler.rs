@@ -17,6 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use hypervisor::handshake::proof::CLAIM;
 use rdma_log::fdpass::{recv_with_fds, send_with_fds};
 
 /// Where the events lane begins: behind the page of shared words.
@@ -90,9 +91,12 @@ fn relay(listener: &UnixListener, backup: &UnixStream, give: &Sender<Memory>) ->
     Ok(())
 }
 
-/// The first message and the machine's description, which have no descriptors and may be long.
+/// The primary's proof, its first message and the machine's description, which have no descriptors and may be long.
 fn hello(mut from: &UnixStream, mut to: &UnixStream) -> Result<()> {
     from.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let mut claim = [0; CLAIM];
+    from.read_exact(&mut claim)?;
+    to.write_all(&claim)?;
     let mut length = [0; 4];
     from.read_exact(&mut length)?;
     let mut text = vec![0; u32::from_le_bytes(length) as usize];

@@ -102,7 +102,14 @@ pub(super) fn start_alone(work: &Path, at: SocketAddr, guest: [&str; 3]) -> Resu
         "--command-line",
         words,
     ];
-    let start = ["primary", "--alone", "--connect", &at];
+    let start = [
+        "primary",
+        "--alone",
+        "--connect",
+        &at,
+        "--console",
+        "console",
+    ];
     let arguments = [&start[..], &guest[..], &COMMON[..]].concat();
     let mut primary = Role::start(work, "primary", &arguments)?;
     primary.until("\"ready\"", LONGEST)?;
@@ -254,8 +261,16 @@ fn slow_backup(run: &Run, figures: &mut Figures) -> Result<()> {
     let work = directory()?;
     let listener = TcpListener::bind("127.0.0.1:0").context("listen")?;
     let address = listener.local_addr().context("an address")?;
-    // More than sockets' buffers hold, so that the copy stands still.
-    let mut primary = start_alone(work.path(), address, ["memory", "96", "pages=64"])?;
+    drop(listener);
+    let guest = ["memory", "96", "pages=64 steps=1"];
+    let mut primary = start_alone(work.path(), address, guest)?;
+    // More than sockets' buffers hold, so that the copy stands still: once the guest has written it all.
+    let until = Instant::now() + LONGEST;
+    wait(until, "the guest does not get through its memory", || {
+        let console = std::fs::read(work.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&console).contains("pass 1")
+    })?;
+    let listener = TcpListener::bind(address).context("listen again")?;
     let bore = strangers::take_slowly(&listener, &trust(work.path())?)?;
     drop(listener);
     primary.until("is not taken", LONGEST)?;
