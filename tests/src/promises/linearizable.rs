@@ -74,11 +74,11 @@ fn lives(
         clients.await_answers(ANSWERS)?;
         std::thread::sleep(random.between(BEFORE[0], BEFORE[1]));
         pair.primary.kill();
-        let mut diverged = None;
-        let mut hear = |event| {
-            if let Event::Diverged { what } = event {
-                diverged = Some(what);
-            }
+        let (mut diverged, mut notices) = (None, Vec::new());
+        let mut hear = |event| match event {
+            Event::Diverged { what } => diverged = Some(what),
+            Event::Notice { text, .. } => notices.push(text),
+            _ => {}
         };
         let live = pair.backup.wait_for(
             LIVE_WITHIN,
@@ -96,7 +96,8 @@ fn lives(
             "kill {kill} led to epoch {epoch}"
         );
         clients.await_answers(ANSWERS)?;
-        pair.replace_primary(spec, Some(stage.port()), hear)?;
+        let replaced = pair.replace_primary(spec, Some(stage.port()), hear);
+        replaced.with_context(|| format!("kill {kill}; it said {notices:#?}"))?;
         if let Some(what) = diverged {
             bail!("kill {kill}: a backup diverged: {what}");
         }

@@ -414,7 +414,9 @@ impl Attacker {
                 1 => {
                     let at = self.arena.start() + 0x4000;
                     let count = self.below(300) as usize;
-                    let write = self.one_in(2) && !(0x3f8..0x400).contains(&port);
+                    // Two bytes in a string may happen to say that the machine is to be off.
+                    let quiet = port == POWER || (0x3f8..0x400).contains(&port);
+                    let write = self.one_in(2) && !quiet;
                     port_string(port, count, write, at);
                 }
                 _ if port == POWER && off => {}
