@@ -197,7 +197,8 @@ fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result
         ];
         harms.push(harm(
             Way::ToBackup,
-            4 + random.below(12) as usize,
+            // A copy of this guest has at the least so many messages.
+            4 + random.below(6) as usize,
             chosen[random.below(chosen.len() as u64) as usize],
         ));
     }
