@@ -2,9 +2,10 @@
 //!
 //! Unsafe: `getsockopt` with SO_PEERCRED into a struct of this function's own, and `geteuid`, which takes nothing.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 /// The user who may do everything.
 pub(crate) const ROOT: u32 = 0;
@@ -42,6 +43,11 @@ pub(crate) fn peer_user(stream: &UnixStream) -> io::Result<u32> {
         return Err(io::Error::last_os_error());
     }
     Ok(found.uid)
+}
+
+/// Whether a socket's file is there and nobody listens at it: a dead process left it.
+pub(crate) fn is_left_behind(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 #[cfg(test)]

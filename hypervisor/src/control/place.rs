@@ -6,17 +6,17 @@
 //! The directory is made for its owner alone, the socket can be opened by its owner alone, and who connects is asked of the kernel
 //! besides: another user is refused wherever the socket lies. It gets its name by a rename, when it listens already: so a socket under
 //! such a name that refuses is one that a dead process left, and can be taken away.
-//!
-//! Unsafe: `geteuid` and `SO_PEERCRED` have no wrapper among our crates.
+#![forbid(unsafe_code)]
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use super::{ControlError, is_name};
+use crate::credentials::{is_believed, is_left_behind, own_user, peer_user};
 
 /// How a control socket's name ends.
 const SUFFIX: &str = ".sock";
@@ -38,11 +38,6 @@ pub(super) fn whose(path: &Path) -> Option<(&str, u32)> {
     let (name, process) = stem.rsplit_once('.')?;
     is_name(name).then_some(())?;
     Some((name, process.parse().ok()?))
-}
-
-/// Whether a dead process left this socket.
-pub(super) fn is_stale(path: &Path) -> bool {
-    UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// A control socket that listens, under its name.
@@ -93,7 +88,7 @@ impl ControlSocket {
         Ok(Self {
             listener,
             path,
-            owner: user(),
+            owner: own_user(),
         })
     }
 
@@ -101,7 +96,7 @@ impl ControlSocket {
     pub(super) fn accept(&self) -> Option<UnixStream> {
         let (stream, _) = self.listener.accept().ok()?;
         stream.set_nonblocking(true).ok()?;
-        is_of(stream.as_fd(), self.owner).then_some(stream)
+        is_of(&stream, self.owner).then_some(stream)
     }
 }
 
@@ -118,30 +113,9 @@ impl Drop for ControlSocket {
     }
 }
 
-fn user() -> u32 {
-    // SAFETY: no memory is passed; it cannot fail.
-    unsafe { libc::geteuid() }
-}
-
 /// Whether the process at the other end is this user's, or root's.
-fn is_of(stream: BorrowedFd<'_>, owner: u32) -> bool {
-    let mut who = libc::ucred {
-        pid: 0,
-        uid: u32::MAX,
-        gid: u32::MAX,
-    };
-    let mut length = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `length` bytes into the struct, and the length.
-    let got = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut who).cast(),
-            &mut length,
-        )
-    };
-    got == 0 && (who.uid == owner || who.uid == 0)
+fn is_of(stream: &UnixStream, owner: u32) -> bool {
+    peer_user(stream).is_ok_and(|theirs| is_believed(theirs, owner))
 }
 
 /// Makes the directory, or sees that the one that is there can be trusted.
@@ -162,7 +136,7 @@ fn make(directory: &Path) -> Result<(), ControlError> {
             what,
         })
     };
-    if found.uid() != user() && found.uid() != 0 {
+    if !is_believed(found.uid(), own_user()) {
         return not_ours("belongs to another user");
     }
     const STICKY: u32 = 0o1000;
@@ -176,7 +150,7 @@ fn make(directory: &Path) -> Result<(), ControlError> {
 fn clear(directory: &Path, name: &str) {
     for path in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = path.path();
-        if whose(&path).is_some_and(|(of, _)| of == name) && is_stale(&path) {
+        if whose(&path).is_some_and(|(of, _)| of == name) && is_left_behind(&path) {
             // Another process may have been quicker.
             let _ = fs::remove_file(&path);
         }

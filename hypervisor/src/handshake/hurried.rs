@@ -12,6 +12,33 @@ use std::time::{Duration, Instant};
 /// of 100 Mb/s carries. A slower one shows as a copy that is given up; it would not keep up with the log either.
 pub const PACE: u64 = 2 << 20;
 
+/// Takes in what has come on a stream that does not block, until `into` is full; `got` counts. Whether it is.
+///
+/// # Errors
+/// If the stream is at its end, or it is past `until` and something is still missing.
+pub(crate) fn gather(
+    mut from: impl Read,
+    into: &mut [u8],
+    got: &mut usize,
+    until: Instant,
+) -> io::Result<bool> {
+    while *got < into.len() {
+        match from.read(&mut into[*got..]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(more) => *got += more,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if Instant::now() >= until {
+                    return Err(ErrorKind::TimedOut.into());
+                }
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
 /// Reads, or writes, until a moment.
 #[derive(Debug)]
 pub struct Hurried<S> {

@@ -31,6 +31,7 @@ pub mod secret;
 
 pub use channel::{Channel, Stream};
 pub use error::HandshakeError;
+pub(crate) use hurried::gather;
 pub use hurried::{Hurried, PACE};
 pub use proof::{Trust, TrustError, admit, prove};
 pub use secret::{Secret, SecretError};

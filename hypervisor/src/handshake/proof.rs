@@ -24,7 +24,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ use snow::{Builder, HandshakeState};
 
 use super::channel::{Channel, Stream};
 
-use super::hurried::Hurried;
+use super::hurried::{Hurried, gather};
 use super::secret::{Secret, SecretError};
 use super::{HandshakeError, PATIENCE, VERSION};
 use crate::config::{Pair, Transport};
@@ -292,21 +292,8 @@ impl Caller {
     /// # Errors
     /// If it is gone, or too late.
     pub fn listen(&mut self) -> io::Result<bool> {
-        while self.got < CLAIM {
-            match (&self.stream).read(&mut self.claim[self.got..]) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(more) => self.got += more,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if Instant::now() >= self.until() {
-                        return Err(ErrorKind::TimedOut.into());
-                    }
-                    return Ok(false);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
+        let until = self.until();
+        gather(&self.stream, &mut self.claim, &mut self.got, until)
     }
 
     /// When it is too late.

@@ -24,6 +24,7 @@ use crate::arbiter::random_bytes;
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
+use crate::credentials::is_left_behind;
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
 use crate::kvm::CpuModel;
@@ -81,10 +82,7 @@ impl Listener {
     }
 
     fn at_path(path: &Path) -> io::Result<Self> {
-        // A file that nobody listens at is what a killed backup left.
-        if UnixStream::connect(path)
-            .is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-        {
+        if is_left_behind(path) {
             std::fs::remove_file(path)?;
         }
         let listener = UnixListener::bind(path)?;

@@ -6,14 +6,14 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read};
+use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::backends::wait::Waiter;
 use crate::handshake::proof::Caller;
-use crate::handshake::{self, SHOWN};
+use crate::handshake::{self, SHOWN, gather};
 
 /// Places. Each costs a descriptor and some bytes; more would help a flood as much as it helps a primary.
 const PLACES: usize = 64;
@@ -79,21 +79,8 @@ impl Bearer {
 
 impl Waiting for Bearer {
     fn listen(&mut self) -> io::Result<bool> {
-        while self.got < SHOWN {
-            match self.stream.read(&mut self.shown[self.got..]) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(more) => self.got += more,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    if Instant::now() >= self.until() {
-                        return Err(ErrorKind::TimedOut.into());
-                    }
-                    return Ok(false);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
+        let until = self.until();
+        gather(&self.stream, &mut self.shown, &mut self.got, until)
     }
 
     fn until(&self) -> Instant {
@@ -154,7 +141,7 @@ impl<W: Waiting> Porch<W> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{ErrorKind, Read, Write};
     use std::net::TcpListener;
 
     use super::*;

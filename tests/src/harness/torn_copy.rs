@@ -147,24 +147,7 @@ impl Place {
     /// # Errors
     /// If it does not come so far.
     pub fn backup(&self, name: &str, listen: &str) -> Result<(Role, SocketAddr)> {
-        let mut role = Role::start(
-            self.path(),
-            name,
-            &[
-                "backup",
-                "--json",
-                "--config",
-                "times.toml",
-                "--transport",
-                self.ground.transport,
-                "--secret",
-                "pair.secret",
-                "--arbiter",
-                "arbiter",
-                "--listen",
-                listen,
-            ],
-        )?;
+        let mut role = self.start(name, "backup", &["--listen", listen])?;
         role.until("\"address\"", self.ground.patience)?;
         let said = role.said();
         let line = said.lines().find(|line| line.contains("\"address\""));
@@ -192,8 +175,14 @@ impl Place {
     /// If it cannot be started.
     pub fn start_alone(&self, name: &str, connect: SocketAddr, more: &[&str]) -> Result<Role> {
         let connect = connect.to_string();
-        let mut arguments = vec![
-            "primary",
+        let alone = ["--connect", &connect, "--alone", "--cold-start"];
+        self.start(name, "primary", &[&alone[..], more].concat())
+    }
+
+    /// A role of this pair, with these arguments besides.
+    fn start(&self, name: &str, role: &str, more: &[&str]) -> Result<Role> {
+        let pair = [
+            role,
             "--json",
             "--config",
             "times.toml",
@@ -203,13 +192,8 @@ impl Place {
             "pair.secret",
             "--arbiter",
             "arbiter",
-            "--connect",
-            &connect,
-            "--alone",
-            "--cold-start",
         ];
-        arguments.extend(more);
-        Role::start(self.path(), name, &arguments)
+        Role::start(self.path(), name, &[&pair[..], more].concat())
     }
 }
 

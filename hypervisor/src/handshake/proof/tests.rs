@@ -1,5 +1,6 @@
 //! Proofs over a wire that the test holds in its hands.
 
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
