@@ -11,7 +11,7 @@ use hypervisor::demo::report::{Report, millis};
 use hypervisor::session::report::Event;
 use serde_json::{Value, json};
 
-use super::{Choice, LabPair, PATIENCE, Site, await_answers};
+use super::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::harness::random::Random;
 
 /// What to show.
@@ -54,7 +54,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let choice = Choice {
         transport,
         name: "demo",
-        guest: &options.guest,
+        guest: Guest::Bare(&options.guest),
         memory_mib: options.memory_mib,
     };
     let mut pair = LabPair::start(&site, &choice)?;
