@@ -83,16 +83,16 @@ ip link set doppel0 master br0 up
 ip link set br0 up";
 
 impl Site {
-    /// Boots it.
+    /// Boots it, with hosts of so much memory.
     ///
     /// # Errors
     /// If there is no lab, or something for it cannot be built.
-    pub fn set_up(name: &str) -> Result<Self> {
+    pub fn set_up(name: &str, memory_mib: u32) -> Result<Self> {
         let made = [program::doppel()?, built::verbs()?];
         let lab = Lab::own(&Spec {
             name: name.into(),
             hosts: 2,
-            memory_mib: 1024,
+            memory_mib,
             ..Spec::default()
         })?;
         for path in &made {

@@ -45,7 +45,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let say = |text: &str| eprintln!("doppel: {text}");
     let mut random = Random::new(options.seed);
     say("booting two hosts in software emulation");
-    let site = Site::set_up("demo")?;
+    let site = Site::set_up("demo", 1024)?;
     let transport = match options.over_tcp {
         true => Transport::Tcp,
         false => Transport::Rdma,

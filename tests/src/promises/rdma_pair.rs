@@ -80,7 +80,7 @@ fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
     let started = Instant::now();
-    let site = Site::set_up("promise-rdma-pair")?;
+    let site = Site::set_up("promise-rdma-pair", 1024)?;
     run.say(format!(
         "two hosts are up and equipped after {:.1?}",
         started.elapsed()
