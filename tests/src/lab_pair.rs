@@ -218,6 +218,8 @@ pub enum Guest<'a> {
         kernel: &'a str,
         /// The initial RAM disk's.
         initrd: &'a str,
+        /// What it does.
+        task: &'a str,
         /// Options of the primary besides.
         options: &'a [&'a str],
     },
@@ -237,9 +239,10 @@ impl Guest<'_> {
             Self::Linux {
                 kernel,
                 initrd,
+                task,
                 options,
             } => {
-                let line = format!("quiet guest.do=redis guest.ip={address}");
+                let line = format!("quiet guest.do={task} guest.ip={address}");
                 let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
                 words.extend(
                     [

@@ -45,6 +45,7 @@ fn show(run: &Run) -> Result<Figures> {
         guest: Guest::Linux {
             kernel: "kernel",
             initrd: "initrd",
+            task: "redis",
             options: &[],
         },
         memory_mib: 256,

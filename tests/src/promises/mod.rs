@@ -17,6 +17,7 @@ pub mod lab_hosts;
 pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
+pub mod linux_busy;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
@@ -69,4 +70,5 @@ pub const ALL: &[Promise] = &[
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_pair::PROMISE,
+    linux_busy::PROMISE,
 ];
