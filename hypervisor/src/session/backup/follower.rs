@@ -15,12 +15,14 @@ use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::gate::Committed;
-use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
+use crate::record::{
+    Ended, Intervals, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source,
+};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::{RingSink, RingSource};
 use crate::sandbox::{NOT_CONFINED, Thread};
 use crate::session::io::Io;
-use crate::session::{SessionError, host, record_options};
+use crate::session::{SessionError, host, intervals, record_options};
 use crate::stage::Stage;
 
 /// What the vCPU thread says.
@@ -59,6 +61,7 @@ struct Live {
     options: RecordOptions,
     random: File,
     desk: Option<Arc<Desk<RingSink>>>,
+    intervals: Option<Intervals<RingSink>>,
 }
 
 impl Follower {
@@ -86,6 +89,7 @@ impl Follower {
             options: record_options(config),
             random: random_source()?,
             desk,
+            intervals: intervals(config, io)?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
         let sandbox = io.sandbox.clone();
@@ -122,7 +126,12 @@ fn follow(
         wake.ring();
     };
     match replayer.run() {
-        Ok(ReplayEnd::LogOver) => {}
+        Ok(ReplayEnd::LogOver) => {
+            if let Err(error) = replayer.settle() {
+                say(Told::Failed(error));
+                return Ok(Ended::Stopped);
+            }
+        }
         Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
         Err(error) => {
             say(Told::Failed(error));
@@ -138,10 +147,6 @@ fn follow(
             return Ok(Ended::Stopped);
         }
     };
-    for frame in &frames {
-        // The stage is as large as the primary's was, so they fit.
-        let _ = live.stage.push(rdma_log::Seq::ZERO, frame);
-    }
     let drained = Drained {
         position: remains.machine.position().0,
         memory_checks,
@@ -149,6 +154,7 @@ fn follow(
         resent: remains.unreleased.len(),
         inherited_frames: frames.len(),
     };
+    live.stage.inherit(frames);
     let Some(fenced) = log.into_proof() else {
         say(Told::Failed(ReplayError::Log(crate::replay::LogError(
             "the log ended without a fence".into(),
@@ -184,5 +190,6 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         options: live.options,
         random: live.random,
         desk: live.desk,
+        intervals: live.intervals,
     })
 }
