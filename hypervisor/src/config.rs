@@ -21,6 +21,10 @@ pub struct Config {
     pub name: String,
     /// `kv`, `compute`, `irq`, `clock`, `memory`, or the path of an ELF file.
     pub guest: String,
+    /// A Linux kernel, a vmlinux or a bzImage, that is booted in place of `guest`.
+    pub kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk.
+    pub initrd: Option<PathBuf>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -404,6 +408,8 @@ impl Default for Config {
         Self {
             name: "machine".into(),
             guest: "kv".into(),
+            kernel: None,
+            initrd: None,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),

@@ -55,7 +55,7 @@ const WHOLE: &[&str] = &["usr/bin", "usr/sbin", "bin", "sbin", "etc"];
 const PLUGINS: &str = "usr/lib/x86_64-linux-gnu/libibverbs";
 
 /// Libraries that programs built by Rust or C need, whether or not a packaged program does.
-const LIBRARIES: &[&str] = &[
+pub const LIBRARIES: &[&str] = &[
     "/lib/x86_64-linux-gnu/libc.so.6",
     "/lib/x86_64-linux-gnu/libdl.so.2",
     "/lib/x86_64-linux-gnu/libgcc_s.so.1",
@@ -372,7 +372,10 @@ pub fn loaded(mut program: Vec<u8>) -> Vec<u8> {
 }
 
 /// The libraries that these programs need: the packages' own before this machine's.
-fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
+///
+/// # Errors
+/// If one is not to be found.
+pub fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
     let path = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
         .map(|directory| root.join(directory).display().to_string())
         .join(":");
@@ -397,15 +400,23 @@ fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
     Ok(libraries)
 }
 
-/// A link for everything that busybox can be and no package is.
-fn busybox<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
-    let output = Command::new(root.join("bin/busybox"))
+/// What this busybox can be.
+///
+/// # Errors
+/// If it does not say.
+pub fn applets(busybox: &Path) -> Result<Vec<String>> {
+    let output = Command::new(busybox)
         .arg("--list")
         .output()
         .context("ask busybox what it can be")?;
     let list = String::from_utf8_lossy(&output.stdout);
     ensure!(list.contains("insmod"), "busybox cannot be insmod");
-    for applet in list.lines() {
+    Ok(list.lines().map(str::to_owned).collect())
+}
+
+/// A link for everything that busybox can be and no package is.
+fn busybox<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
+    for applet in applets(&root.join("bin/busybox"))? {
         let places = ["usr/bin", "usr/sbin"].map(|place| format!("{place}/{applet}"));
         if !places.iter().any(|place| archive.has(place)) {
             archive.link(&places[0], "/usr/bin/busybox")?;
