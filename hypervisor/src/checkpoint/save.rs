@@ -83,9 +83,9 @@ impl Machine {
         spare: Vec<u8>,
     ) -> Result<Capture, CheckpointError> {
         let (cpu, devices) = match self.phase() {
-            Phase::Ready | Phase::HltInstruction | Phase::Off(_) => {
-                (self.settled_cpu()?, self.save_devices())
-            }
+            Phase::Ready | Phase::HltInstruction => (self.settled_cpu()?, self.save_devices()),
+            // It never runs again: whether the last instruction is complete is nobody's business.
+            Phase::Off(_) => (self.cpu_at_exit()?, self.save_devices()),
             Phase::Halted => (self.cpu_at_exit()?, self.save_devices_before_access()),
             phase @ (Phase::Needs(_) | Phase::Crashed) => {
                 return Err(CheckpointError::NotReady { phase });

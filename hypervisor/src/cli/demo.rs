@@ -45,7 +45,7 @@ pub struct DemoArgs {
     #[arg(long, value_enum)]
     transport: Option<Carrier>,
     /// Across two hosts of the lab, emulated Linux machines with RDMA, of which the primary's is killed (docs/lab.md)
-    #[arg(long, conflicts_with_all = ["serve", "net", "arbiter", "kvm", "kvm_fd", "command_line"])]
+    #[arg(long, conflicts_with_all = ["serve", "net", "arbiter", "kvm", "kvm_fd", "command_line", "replicate"])]
     lab: bool,
     #[command(flatten)]
     replicate: ReplicateArgs,

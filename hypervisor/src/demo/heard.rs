@@ -44,6 +44,8 @@ pub struct Live {
     pub resent: usize,
     /// Frames taken over that the old primary had read and not applied.
     pub inherited_frames: usize,
+    /// Whether an interval had begun to come and was not whole.
+    pub torn: bool,
     /// When what was done, by the clock of the host that says so.
     pub at: Timeline,
 }
@@ -93,6 +95,7 @@ impl Heard {
                 checked_at,
                 resent,
                 inherited_frames,
+                torn,
                 at,
             } => {
                 self.live = Some(Live {
@@ -102,6 +105,7 @@ impl Heard {
                     checked_at,
                     resent,
                     inherited_frames,
+                    torn,
                     at,
                 });
             }

@@ -322,7 +322,7 @@ impl fmt::Display for Table<'_> {
             let written = format!(
                 "{} pages, {} KiB on average",
                 thousands(report.interval_pages / intervals),
-                thousands(report.interval_bytes / intervals >> 10),
+                thousands((report.interval_bytes / intervals) >> 10),
             );
             row(f, "written in an interval", &written)?;
             row(f, "epoch", &report.epoch.to_string())?;

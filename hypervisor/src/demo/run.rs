@@ -387,6 +387,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         ("memory_checked_at", json!(live.checked_at)),
         ("outputs_sent_again", json!(live.resent)),
         ("frames_taken_over", json!(live.inherited_frames)),
+        ("torn", json!(live.torn)),
         ("suspected_ms", json!(since_kill(live.at.suspected))),
         ("fenced_ms", json!(since_kill(live.at.fenced))),
         ("claimed_ms", json!(since_kill(live.at.claimed))),

@@ -80,6 +80,7 @@ pub struct Hello {
     /// What carries its log.
     pub transport: String,
     /// How the machine is replicated.
+    #[serde(default)]
     pub replication: String,
     /// The primary's process.
     pub identity: String,

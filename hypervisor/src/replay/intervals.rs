@@ -62,6 +62,12 @@ impl<L: LogSource> Replayer<L> {
         Ok(())
     }
 
+    /// Whether an interval has begun to come and is not whole.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.adopts.is_some() && !self.shadow.is_empty()
+    }
+
     /// Makes the machine one that can run, after the log is over: the vCPU takes the state of the last interval. Does nothing where
     /// the machine was run all the time.
     ///

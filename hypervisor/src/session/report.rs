@@ -100,6 +100,9 @@ pub enum Event {
         resent: usize,
         /// Frames taken over that the old primary had read and not applied.
         inherited_frames: usize,
+        /// An interval had begun to come and was not whole: nothing of it counts.
+        #[serde(default)]
+        torn: bool,
         /// CLOCK_MONOTONIC, nanoseconds: suspicion, claim won, fence returned, drained, gate open.
         at: Timeline,
     },

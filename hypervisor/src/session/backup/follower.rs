@@ -41,6 +41,7 @@ pub(super) struct Drained {
     pub(super) last_memory_check: Option<MemoryCheck>,
     pub(super) resent: usize,
     pub(super) inherited_frames: usize,
+    pub(super) torn: bool,
 }
 
 /// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
@@ -139,6 +140,7 @@ fn follow(
         }
     }
     let (memory_checks, last_memory_check) = replayer.memory_checks();
+    let torn = replayer.is_torn();
     let (remains, mut log) = replayer.into_remains();
     let frames = match log.leftover_frames() {
         Ok(frames) => frames,
@@ -153,6 +155,7 @@ fn follow(
         last_memory_check,
         resent: remains.unreleased.len(),
         inherited_frames: frames.len(),
+        torn,
     };
     live.stage.inherit(frames);
     let Some(fenced) = log.into_proof() else {
