@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::arbiter::Place;
 use crate::intervals::{Ends, Lengths, Replication};
+use crate::machine::ClockSource;
 use crate::preempt::Strategy;
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
@@ -25,6 +26,8 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk.
     pub initrd: Option<PathBuf>,
+    /// Where a Linux guest reads the time: `timer` or `page`.
+    pub clock: ClockSource,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -410,6 +413,7 @@ impl Default for Config {
             guest: "kv".into(),
             kernel: None,
             initrd: None,
+            clock: ClockSource::default(),
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -569,6 +573,14 @@ impl Config {
                 "replicate.interval_ms",
                 self.replicate.interval_ms.to_string(),
                 "choose 1 to 1000",
+            );
+        }
+        if self.clock == ClockSource::Page && !self.preempt.by_checkpoint() {
+            return bad(
+                "clock",
+                "page".into(),
+                "choose preemption by checkpoint with it (--preempt checkpoint): a guest that makes no exit to read the time would \
+                 see it stand still",
             );
         }
         for (field, kib) in [

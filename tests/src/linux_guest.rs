@@ -7,9 +7,12 @@
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
+use crate::harness::program;
 use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
@@ -34,8 +37,6 @@ pub struct LinuxGuest {
     pub packed: PathBuf,
     /// The same, unpacked (an ELF file).
     pub kernel: PathBuf,
-    /// Its symbols.
-    pub symbols: PathBuf,
     /// The initial RAM disk.
     pub initrd: PathBuf,
 }
@@ -51,23 +52,52 @@ impl LinuxGuest {
             .parent()
             .context("the kernel lies in the lab's cache")?
             .join("root");
-        let boot = |prefix: &str| -> Result<PathBuf> {
-            packages::listing(&root.join("boot"))?
-                .into_iter()
-                .find(|path| {
-                    path.file_name()
-                        .is_some_and(|name| name.to_string_lossy().starts_with(prefix))
-                })
-                .with_context(|| format!("the kernel's package has no {prefix}*"))
-        };
         fs::create_dir_all(directory).context("make a directory")?;
         let initrd = directory.join("guest.cpio");
         write(&root, &initrd)?;
         Ok(Self {
-            packed: boot("vmlinuz-")?,
-            symbols: boot("System.map-")?,
+            packed: image::packed_kernel(&root)?,
             kernel,
             initrd,
+        })
+    }
+}
+
+/// A guest's files after `doppel prepare`, for exact replay.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// The kernel (an ELF file).
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: PathBuf,
+    /// What was found and done, as the program reports it.
+    pub report: Value,
+}
+
+impl LinuxGuest {
+    /// Prepares it into `directory`.
+    ///
+    /// # Errors
+    /// What the program says.
+    pub fn prepare(&self, directory: &Path) -> Result<Prepared> {
+        let output = Command::new(program::doppel()?)
+            .args(["prepare", "--json", "--kernel"])
+            .arg(&self.packed)
+            .arg("--initrd")
+            .arg(&self.initrd)
+            .arg("--out")
+            .arg(directory)
+            .output()
+            .context("run doppel prepare")?;
+        ensure!(
+            output.status.success(),
+            "doppel prepare: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(Prepared {
+            kernel: directory.join("vmlinux"),
+            initrd: directory.join("initramfs.cpio"),
+            report: serde_json::from_slice(&output.stdout).context("read its report")?,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, MetricsAddress, NetBackend};
-use hypervisor::machine::MachineSpec;
+use hypervisor::machine::{ClockSource, MachineSpec};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
@@ -31,6 +31,9 @@ pub struct MachineArgs {
     /// The kernel's initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
+    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs --preempt checkpoint
+    #[arg(long, value_name = "timer|page", value_parser = clock)]
+    clock: Option<ClockSource>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
@@ -79,6 +82,14 @@ pub struct MachineArgs {
     kvm_fd: Option<RawFd>,
 }
 
+fn clock(text: &str) -> Result<ClockSource, String> {
+    match text {
+        "timer" => Ok(ClockSource::Timer),
+        "page" => Ok(ClockSource::Page),
+        _ => Err("choose timer or page".into()),
+    }
+}
+
 fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
@@ -106,6 +117,7 @@ impl MachineArgs {
         if self.kernel.is_some() {
             config.kernel.clone_from(&self.kernel);
         }
+        config.clock = self.clock.unwrap_or(config.clock);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -172,7 +184,7 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
         config.memory_mib,
         &config.command_line,
         now,
-        seed,
+        (config.clock, seed),
     )
     .map_err(usage)
 }

@@ -57,6 +57,12 @@ impl Cmos {
         }
     }
 
+    /// The wall clock at which the guest's clock reads 0.
+    #[must_use]
+    pub fn wall_clock_ns(&self) -> u64 {
+        self.wall_clock_ns
+    }
+
     /// Whether the clock can be in this state.
     #[must_use]
     pub fn is_sound(&self) -> bool {

@@ -26,6 +26,7 @@ mod pic;
 mod pit;
 mod platform;
 pub mod power;
+pub mod pvclock;
 mod saved;
 mod serial;
 pub mod tsc;
@@ -43,6 +44,7 @@ use cmos::Cmos;
 use pic::Pic;
 use pit::{Access, Pit, Waiting};
 use platform::{REGISTER_BYTES, Register};
+use pvclock::PvClock;
 use serial::Serial;
 use virtio::Line;
 use virtio::mmio::{self, Mmio};
@@ -137,6 +139,8 @@ enum Awaiting {
     /// The power-management timer.
     PmTimer,
     TimeStamp,
+    /// The clock page was placed, and is to show the time.
+    ClockPage,
 }
 
 /// The state of all devices: plain data.
@@ -147,6 +151,7 @@ struct Board {
     serial: Serial,
     cmos: Cmos,
     events: acpi::Events,
+    clock_page: PvClock,
     net: Mmio<Net, 2>,
     rng: Mmio<Rng, 1>,
     awaiting: Option<Awaiting>,
@@ -207,6 +212,7 @@ impl Devices {
                 serial: Serial::default(),
                 cmos: Cmos::new(config.wall_clock_ns),
                 events: acpi::Events::default(),
+                clock_page: PvClock::default(),
                 net: Mmio::new(Net::new(config.mac, config.mtu)),
                 rng: Mmio::new(Rng::default()),
                 awaiting: None,
@@ -314,6 +320,40 @@ impl Devices {
         Effect::Done
     }
 
+    /// A guest's write to a model-specific register that is filtered. Those that nothing here knows are ignored.
+    pub fn write_msr(&mut self, ram: &GuestRam, index: u32, value: u64) -> Effect {
+        match index {
+            pvclock::WALL_CLOCK => {
+                pvclock::write_wall_clock(ram, value, self.board.cmos.wall_clock_ns());
+            }
+            pvclock::SYSTEM_TIME => {
+                self.board.clock_page.place(ram, value);
+                if self.shows_time() {
+                    return self.wait(Awaiting::ClockPage);
+                }
+            }
+            _ => {}
+        }
+        Effect::Done
+    }
+
+    /// Whether the guest reads the time from a page, which is to be [kept up to date](Self::show_time).
+    #[must_use]
+    pub fn shows_time(&self) -> bool {
+        self.board.clock_page.is_on()
+    }
+
+    /// What time the page shows.
+    #[must_use]
+    pub fn shown_time(&self) -> GuestTime {
+        self.board.clock_page.shown()
+    }
+
+    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given.
+    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime) {
+        self.board.clock_page.show(ram, now);
+    }
+
     /// The guest is off: by its power-off port, by its reset register, or because it can never run again.
     pub fn turn_off(&mut self, status: u8) -> Effect {
         self.outputs.push(Output::PowerOff(status));
@@ -362,6 +402,7 @@ impl Devices {
                 fill(data, &low.to_le_bytes());
                 rdx = Some(high);
             }
+            (Some(Awaiting::ClockPage), Input::Clock(_)) => {}
             _ => return Err(unexpected(input)),
         }
         board.awaiting = None;
@@ -491,7 +532,8 @@ impl Devices {
             | Awaiting::Timer(_)
             | Awaiting::RealTime
             | Awaiting::PmTimer
-            | Awaiting::TimeStamp => Effect::Needs(Need::Clock),
+            | Awaiting::TimeStamp
+            | Awaiting::ClockPage => Effect::Needs(Need::Clock),
         }
     }
 

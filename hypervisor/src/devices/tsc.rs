@@ -7,7 +7,7 @@
 use crate::event::GuestTime;
 
 /// The port; below 0x100, as the instruction has it in one byte.
-pub const PORT: u16 = 0xee;
+pub const PORT: u16 = 0xe4;
 
 /// The lower half, for EAX, and the upper, for RDX.
 #[must_use]

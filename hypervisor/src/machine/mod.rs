@@ -15,7 +15,7 @@
 mod spec;
 mod state;
 
-pub use spec::{BootProtocol, ENCODED_MAX, MachineSpec, SpecError};
+pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, SpecError};
 pub use state::Swept;
 
 use crate::boot::linux::{self, Linux};
@@ -118,7 +118,7 @@ impl Machine {
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let vm = Vm::new(source.open()?, &ram)?;
-        let (vcpu, cpu_model) = vm.create_vcpu()?;
+        let (vcpu, cpu_model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
         match spec.boot {
             BootProtocol::Bare => {
                 let image =
@@ -213,6 +213,13 @@ impl Machine {
     #[must_use]
     pub fn console_room(&self) -> usize {
         self.devices.console_room()
+    }
+
+    /// The time that the guest reads from memory, if it does: it is renewed by each clock value that is handed in.
+    #[must_use]
+    pub fn shown_time(&self) -> Option<GuestTime> {
+        let shows = self.devices.shows_time();
+        shows.then(|| self.devices.shown_time())
     }
 
     /// When the next tick of the timer is due.
@@ -331,10 +338,14 @@ impl Machine {
                 }
                 self.end_of_guest()
             }
-            // A guest that asks for time this way is told 0; writing it is ignored.
-            Exit::ReadMsr { .. } | Exit::WriteMsr { .. } => {
+            // A guest that asks for time this way is told 0.
+            Exit::ReadMsr { .. } => {
                 self.vcpu.answer_msr(0, false);
                 Effect::Done
+            }
+            Exit::WriteMsr { index, value } => {
+                self.vcpu.answer_msr(value, false);
+                self.devices.write_msr(&self.ram, index, value)
             }
             Exit::Shutdown => self.end_of_guest(),
             Exit::Interrupted => Effect::Done,
@@ -375,11 +386,14 @@ impl Machine {
             if let Some(rdx) = self.devices.answer(input, self.vcpu.data())? {
                 self.vcpu.set_rdx(rdx);
             }
+            if let Input::Clock(now) = input {
+                self.devices.show_time(&self.ram, *now);
+            }
             self.phase = Phase::Ready;
             return Ok(());
         }
         let fits = match input {
-            Input::Clock(_) => false,
+            Input::Clock(_) => self.injectable && self.devices.shows_time(),
             Input::Random(_) => true,
             Input::Tick(_) | Input::Frame(_) | Input::Console(_) => self.injectable,
         };
@@ -389,6 +403,10 @@ impl Machine {
                 phase: self.phase,
                 injectable: self.injectable,
             });
+        }
+        if let Input::Clock(now) = input {
+            self.devices.show_time(&self.ram, *now);
+            return Ok(());
         }
         self.devices.apply(&self.ram, input)?;
         if self.phase == Phase::HltInstruction && self.deliverable() {

@@ -15,6 +15,17 @@ pub const ENCODED_MAX: u32 = 256 << 20;
 /// Bytes of a kernel or an initial RAM disk.
 const FILE_MAX: u64 = 120 << 20;
 
+/// Where a Linux guest reads the time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockSource {
+    /// At a port, the power-management timer: each read is an exit, and so a place for what is due.
+    #[default]
+    Timer,
+    /// In a page of its memory, KVM's paravirtual clock: a read costs nothing, and time goes on only at exits, ticks and preemptions.
+    Page,
+}
+
 /// A locally administered address.
 const MAC: [u8; 6] = [0x02, 0xd0, 0x99, 0xe1, 0, 1];
 const MTU: u16 = 1500;
@@ -48,6 +59,8 @@ pub struct MachineSpec {
     pub mac: [u8; 6],
     /// MTU of the network device.
     pub mtu: u16,
+    /// Where a Linux guest reads the time; a bare-metal one has a clock of its own.
+    pub clock: ClockSource,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
     /// Bytes of the image; the initial RAM disk follows it.
@@ -121,6 +134,7 @@ impl MachineSpec {
         let image = Image::find(guest)?;
         Ok(Self {
             boot: BootProtocol::Bare,
+            clock: ClockSource::default(),
             seed: [0; SEED_BYTES],
             guest: guest.to_owned(),
             memory_mib,
@@ -144,11 +158,12 @@ impl MachineSpec {
         memory_mib: u32,
         command_line: &str,
         wall_clock_ns: u64,
-        seed: [u8; SEED_BYTES],
+        (clock, seed): (ClockSource, [u8; SEED_BYTES]),
     ) -> Result<Self, SpecError> {
         let image = read(kernel)?;
         Ok(Self {
             boot: BootProtocol::Linux,
+            clock,
             guest: kernel.display().to_string(),
             memory_mib,
             command_line: command_line.to_owned(),

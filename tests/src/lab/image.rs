@@ -99,13 +99,7 @@ pub fn image(cache: &Path, agent: &Path, more: &[String]) -> Result<Image> {
     }
     let full = !more.is_empty();
     let root = packages::unpack(&names, cache)?;
-    let kernel = listing(&root.join("boot"))?
-        .into_iter()
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-        })
-        .context("the kernel's package has no vmlinuz")?;
+    let kernel = packed_kernel(&root)?;
 
     let made_of = made_of(&names, agent)?;
     let initramfs = cache.join("initramfs.cpio");
@@ -121,6 +115,20 @@ pub fn image(cache: &Path, agent: &Path, more: &[String]) -> Result<Image> {
         kernel: unpacked_kernel(&root, &kernel, cache)?,
         initramfs,
     })
+}
+
+/// The kernel as its package has it, a bzImage.
+///
+/// # Errors
+/// If there is none.
+pub fn packed_kernel(root: &Path) -> Result<PathBuf> {
+    listing(&root.join("boot"))?
+        .into_iter()
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        })
+        .context("the kernel's package has no vmlinuz")
 }
 
 /// The kernel as the ELF file that is packed in its image, which QEMU boots as well (it has a PVH entry point): the emulated
