@@ -353,7 +353,7 @@ fn spec(directory: &Path, guest: &str, words: &str) -> Result<PairSpec> {
     })
 }
 
-/// On one host: the backup is killed, and the primary goes on; the primary is frozen, and the backup goes on alone; the guest turns
+/// On one host: the backup is killed, or frozen, and the primary goes on; the primary is frozen, and the backup goes on alone; the guest turns
 /// itself off, and both are done.
 fn others_die(
     directory: &Path,
@@ -370,6 +370,23 @@ fn others_die(
         .context("the backup was killed")?;
     compare(reference, "", &after)?;
     stops.hear(pair.primary.events());
+    let _ = pair.primary.stop(PATIENCE);
+
+    let place = directory.join("backup-freezes");
+    let mut pair = Pair::start(&spec(&place, "compute", WORDS)?, None)?;
+    std::thread::sleep(Duration::from_millis(400));
+    pair.backup.signal(libc::SIGSTOP);
+    let before = console(&place, "primary");
+    let read = || console(&place, "primary");
+    let after = await_reports(read, &before, || pair.primary.messages())
+        .context("the backup was frozen")?;
+    compare(reference, "", &after)?;
+    pair.backup.signal(libc::SIGCONT);
+    let ended = pair.backup.wait(PATIENCE);
+    ensure!(
+        ended.code().is_some() && console(&place, "backup").is_empty(),
+        "the old backup did not end by itself, or let something out: {ended}"
+    );
     let _ = pair.primary.stop(PATIENCE);
 
     let place = directory.join("primary-freezes");
