@@ -3,6 +3,7 @@
 use crate::promise::Promise;
 
 pub mod bad_input;
+pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
 pub mod demo_loses_nothing;
@@ -42,6 +43,7 @@ pub const ALL: &[Promise] = &[
     demo_without_root::PROMISE,
     replay_exact::PROMISE,
     preempts::PROMISE,
+    checkpoint_replicates::PROMISE,
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,
