@@ -21,6 +21,7 @@ use hypervisor::demo::client::{self, Client};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
 use hypervisor::handshake::Secret;
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use self::side::{End, Side};
@@ -205,6 +206,8 @@ pub struct Choice<'a> {
     pub guest: Guest<'a>,
     /// `--memory`.
     pub memory_mib: u32,
+    /// How it is replicated.
+    pub replicate: Replication,
 }
 
 /// What a machine runs.
@@ -280,6 +283,8 @@ impl<'a> LabPair<'a> {
             "/etc/pair.secret",
             "--arbiter",
             "/shared/arbiter",
+            "--replicate",
+            choice.replicate.name(),
             "--tap",
             "doppel0",
         ]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::config::Transport;
+use hypervisor::intervals::Replication;
 use serde_json::{Value, json};
 
 use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site};
@@ -56,6 +57,7 @@ fn show(run: &Run) -> Result<Figures> {
             options: &["--preempt", "checkpoint"],
         },
         memory_mib: 256,
+        replicate: Replication::Replay,
     };
     let mut pair = LabPair::start(&site, &choice)?;
     let mut asked = Asked::connect(site.address().into())?;
