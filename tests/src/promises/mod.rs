@@ -22,6 +22,7 @@ pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
+pub mod prepare_exact;
 pub mod protocol_modelled;
 pub mod protocol_simulated;
 pub mod rdma_copy;
@@ -65,4 +66,5 @@ pub const ALL: &[Promise] = &[
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
+    prepare_exact::PROMISE,
 ];
