@@ -39,6 +39,7 @@ pub mod orders;
 pub mod outlet;
 pub mod position;
 pub mod preempt;
+pub mod prepare;
 pub mod protocol;
 pub mod record;
 pub mod replay;

@@ -26,6 +26,7 @@ pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
+pub mod prepare_exact;
 pub mod protocol_modelled;
 pub mod protocol_simulated;
 pub mod rdma_copy;
@@ -73,4 +74,5 @@ pub const ALL: &[Promise] = &[
     linux_replays::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
+    prepare_exact::PROMISE,
 ];
