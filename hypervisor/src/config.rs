@@ -26,8 +26,8 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// Where a Linux guest reads the time: `timer` or `page`.
-    pub clock: ClockSource,
+    /// Where a Linux guest reads the time: `timer` or `page`; see [`Config::clock_source`] if none.
+    pub clock: Option<ClockSource>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -413,7 +413,7 @@ impl Default for Config {
             guest: "kv".into(),
             kernel: None,
             initrd: None,
-            clock: ClockSource::default(),
+            clock: None,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -506,6 +506,16 @@ impl Config {
         self.timing.silence_ms.unwrap_or(by_transport.max(least))
     }
 
+    /// Where a Linux guest reads the time. Where the log is one of its steps, each read is an exit, and so a place for what is due; by
+    /// checkpoints a guest is stopped anywhere, so that its reads need cost nothing.
+    #[must_use]
+    pub fn clock_source(&self) -> ClockSource {
+        self.clock.unwrap_or(match self.replicate.mode {
+            Replication::Replay => ClockSource::Timer,
+            Replication::Checkpoint => ClockSource::Page,
+        })
+    }
+
     /// How the ring uses RDMA.
     #[must_use]
     pub fn rdma_ring(&self) -> rdma::Config {
@@ -575,11 +585,13 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        if self.clock == ClockSource::Page && !self.preempt.by_checkpoint() {
+        let preempts =
+            self.preempt.by_checkpoint() || self.replicate.mode == Replication::Checkpoint;
+        if self.clock_source() == ClockSource::Page && !preempts {
             return bad(
                 "clock",
                 "page".into(),
-                "choose preemption by checkpoint with it (--preempt checkpoint): a guest that makes no exit to read the time would \
+                "choose preemption or replication by checkpoint with it (--preempt, --replicate): a guest that makes no exit to read the time would \
                  see it stand still",
             );
         }
