@@ -9,7 +9,8 @@
 //! ```
 //! Stock KVM cannot trap RDTSC, and an x86-64 Linux executes it however much CPUID hides it. So the kernel's and its modules' sites
 //! become `IN EAX, TSC_PORT`, which is as long and exits, and is logged as any input is. A program may not use ports: its sites
-//! become `MOV EAX, EDX`, as long, which changes no flag and yields what registers hold. What else is of the family needs a CPU that
+//! become `MOV EAX, EDX`, as long, which changes no flag and yields what registers hold. So do the kernel's own in the reader of KVM's
+//! clock page, which must not exit: the page's scale makes nothing of what they read (`devices/pvclock.rs`). What else is of the family needs a CPU that
 //! has it by CPUID, which the template of replay hides; it is reported and left.
 //!
 //! Nothing is searched for by its bytes (`code`): functions start where symbols, the kernel's own table of them and the tables for
@@ -45,7 +46,7 @@ pub use tree::{modules, root};
 /// The port whose four-byte read stands for RDTSC in a prepared kernel: the machine answers EAX with the counter's lower half and
 /// sets RDX to its upper half. No PC has anything at 0xe4 to 0xe7, and no read of it by this form of IN is in Debian's kernel
 /// ([`FileReport::prepared`] counts them).
-pub const TSC_PORT: u8 = 0xe4;
+pub const TSC_PORT: u8 = crate::devices::tsc::PORT as u8;
 
 /// How much a preparation takes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
