@@ -6,9 +6,12 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod deeds;
+mod obeying;
 mod pacing;
 mod preempting;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
@@ -21,7 +24,6 @@ use crate::clock::GuestClock;
 use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{Input, Need, Output};
-use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
@@ -100,6 +102,8 @@ pub struct Recorder<S> {
     next_memory_check: Option<Instant>,
     /// The latest staged input that was applied: outputs depend on it.
     applied: Seq,
+    /// The latest entry.
+    posted: Seq,
     step: Step,
     taken: Vec<Output>,
     /// The guest has run on from its sync point and was kicked: its state is no state that a replay could stop at.
@@ -110,6 +114,8 @@ pub struct Recorder<S> {
     ran: Duration,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
+    /// What is to be done at the next sync point.
+    deeds: VecDeque<Order>,
 }
 
 /// Everything a recorder is made of.
@@ -169,12 +175,14 @@ impl<S: Sink> Recorder<S> {
                 .filter(|_| keeps)
                 .map(|every| Instant::now() + every),
             applied: Seq::ZERO,
+            posted: Seq::ZERO,
             step: Step::default(),
             taken: Vec::new(),
             mid_run: false,
             desk: parts.desk,
             ran: Duration::ZERO,
             cut: None,
+            deeds: VecDeque::new(),
         }
     }
 
@@ -212,6 +220,15 @@ impl<S: Sink> Recorder<S> {
             self.cut_if_wanted()?;
             if self.wants_place() {
                 if let Some(ended) = self.make_place()? {
+                    return Ok(ended);
+                }
+                continue;
+            }
+            if let Some(ended) = self.do_deeds()? {
+                return Ok(ended);
+            }
+            if self.is_paused() {
+                if let Some(ended) = self.stand_paused()? {
                     return Ok(ended);
                 }
                 continue;
@@ -278,8 +295,9 @@ impl<S: Sink> Recorder<S> {
                 return Ok(Some(ended));
             }
             self.orders.resting();
-            let orders = &self.orders;
+            let (orders, since) = (&self.orders, Instant::now());
             self.stage.bell().wait(CATCH_UP, || orders.waiting());
+            orders.add_stood(since.elapsed());
         }
         Ok(None)
     }
@@ -298,6 +316,17 @@ impl<S: Sink> Recorder<S> {
                 && let Some(ended) = self.obey()?
             {
                 return Ok(Some(ended));
+            }
+            if let Some(ended) = self.do_deeds()? {
+                return Ok(Some(ended));
+            }
+            if self.is_paused() {
+                if self.cut.is_some() && self.machine.phase() == Phase::Halted {
+                    return Ok(None);
+                }
+                self.cut_if_wanted()?;
+                self.rest_while_paused();
+                continue;
             }
             self.gather()?;
             if self.machine.awake() {
@@ -492,6 +521,7 @@ impl<S: Sink> Recorder<S> {
         loop {
             match self.sink.post(self.encoder.bytes()) {
                 Ok(seq) => {
+                    self.posted = seq;
                     if self.sink.keeps() {
                         let bytes = self.encoder.bytes().len();
                         let position = entry.position.0;
@@ -500,7 +530,9 @@ impl<S: Sink> Recorder<S> {
                     return Ok(seq);
                 }
                 Err(SinkError::Full) => {
+                    let since = Instant::now();
                     self.sink.wait_for_room(Duration::from_millis(1));
+                    self.orders.add_stood(since.elapsed());
                     self.release();
                     while let Some(order) =
                         self.orders.take_if(|order| order != Order::StopAtSyncPoint)
@@ -553,43 +585,6 @@ impl<S: Sink> Recorder<S> {
             }
         }
         Ok(Ended::PoweredOff(status))
-    }
-
-    fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
-        let mid_run = self.mid_run;
-        while let Some(order) = self
-            .orders
-            .take_if(|order| !mid_run || order != Order::StopAtSyncPoint)
-        {
-            if !self.obey_one(order) {
-                return Ok(Some(Ended::Stopped));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Obeys an order; false if this recording ends by it.
-    fn obey_one(&mut self, order: Order) -> bool {
-        match order {
-            Order::Stop | Order::StopAtSyncPoint => false,
-            Order::Attend => {
-                self.attend();
-                true
-            }
-            Order::RunUnprotected => {
-                self.sink.detach();
-                self.next_memory_check = None;
-                self.outlet.open();
-                self.outlet.release(Committed::EVERYTHING);
-                true
-            }
-            Order::Freeze => {
-                self.outlet.shut();
-                self.orders.resting();
-                let order = self.orders.wait_out_freeze();
-                self.obey_one(order)
-            }
-        }
     }
 
     /// Ends the log on purpose: the last entry says what the whole state hashes to. `None` if the guest was stopped between

@@ -96,6 +96,7 @@ impl Heard {
             | Event::Watched { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
+            | Event::SwitchedOver { .. }
             | Event::Ended { .. } => {}
         }
     }

@@ -346,6 +346,11 @@ impl Devices {
         self.board.serial.room()
     }
 
+    /// The machine is turned off from outside, with this status: the output is as if its guest had done it.
+    pub fn turn_off(&mut self, status: u8) {
+        self.outputs.push(Output::PowerOff(status));
+    }
+
     /// Whether [`outputs`](Self::outputs) would yield any.
     #[must_use]
     pub fn has_outputs(&self) -> bool {

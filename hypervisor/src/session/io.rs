@@ -355,7 +355,7 @@ impl Io {
         if let Some((_, again)) = &self.guest_watch {
             longest = longest.min(again.saturating_duration_since(Instant::now()));
         }
-        let slowed = self.orders.pace() < Pace::FULL;
+        let slowed = self.orders.pace().is_slowed();
         if slowed {
             longest = longest.min(Pace::SLICE);
         }

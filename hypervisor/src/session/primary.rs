@@ -109,6 +109,7 @@ fn lead(
     let staff = Staff {
         clerk,
         recruiter,
+        lag: config.lag,
         machine: MachineId::of(&config.name),
         me,
     };

@@ -169,6 +169,7 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
+    live.orders.set_share(remains.share);
     // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
     // something to log.
     live.outlet.release(Committed::EVERYTHING);

@@ -141,6 +141,7 @@ impl Meeting<'_> {
             staff: Staff {
                 clerk,
                 recruiter,
+                lag: config.lag,
                 machine: pair.machine,
                 me: pair.me,
             },
@@ -155,6 +156,7 @@ impl Meeting<'_> {
             drained: None,
             arrived: 0,
             at: Timeline::default(),
+            handed: None,
             mac: spec.mac,
         })
     }
