@@ -10,6 +10,7 @@ use rdma_log::transport::rdma;
 use serde::Deserialize;
 
 use crate::arbiter::Place;
+use crate::machine::ClockSource;
 use crate::preempt::Strategy;
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
@@ -20,6 +21,12 @@ pub struct Config {
     pub name: String,
     /// `kv`, `compute`, `irq`, `clock`, `memory`, or the path of an ELF file.
     pub guest: String,
+    /// A Linux kernel, a vmlinux or a bzImage, that is booted in place of `guest`.
+    pub kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Where a Linux guest reads the time: `timer` or `page`.
+    pub clock: ClockSource,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -408,6 +415,9 @@ impl Default for Config {
         Self {
             name: "machine".into(),
             guest: "kv".into(),
+            kernel: None,
+            initrd: None,
+            clock: ClockSource::default(),
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -567,6 +577,14 @@ impl Config {
                 "preempt.deferral_ms",
                 self.preempt.deferral_ms.to_string(),
                 "choose 1 to 1000",
+            );
+        }
+        if self.clock == ClockSource::Page && !self.preempt.by_checkpoint() {
+            return bad(
+                "clock",
+                "page".into(),
+                "choose preemption by checkpoint with it (--preempt checkpoint): a guest that makes no exit to read the time would \
+                 see it stand still",
             );
         }
         for (field, kib) in [

@@ -23,7 +23,7 @@ use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
-use crate::event::{Input, Need, Output};
+use crate::event::{GuestTime, Input, Need, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
@@ -35,6 +35,10 @@ const FRAMES_AT_ONCE: u32 = 64;
 
 /// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
 const RANDOM_AT_ONCE: usize = 8 << 10;
+
+/// A shown time of this age is renewed at an exit that has no input: at most a thousand more entries a second, of one cache line, and
+/// a clock as fine as what programs sleep by.
+const SHOWN_TIME_STALE_NS: u64 = 1_000_000;
 
 /// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
@@ -411,6 +415,7 @@ impl<S: Sink> Recorder<S> {
         }
         let now = self.clock.now();
         let ticks = self.machine.ticks_due(now);
+        self.renew_shown_time(now, ticks > 0)?;
         if ticks > 0 {
             if let Some(due) = self.machine.next_tick() {
                 self.samples
@@ -448,6 +453,22 @@ impl<S: Sink> Recorder<S> {
                     self.step.inputs.push(LoggedInput::Console(bytes));
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// A guest that reads the time from memory reads the one of its last input; at an exit without one it is renewed, so that it
+    /// does not stand still where no timer ticks.
+    fn renew_shown_time(&mut self, now: GuestTime, ticks: bool) -> Result<(), RecordError> {
+        let Some(shown) = self.machine.shown_time() else {
+            return Ok(());
+        };
+        let frames = self.stage.has_frames() && self.machine.can_receive();
+        let stale = self.machine.phase() == Phase::Ready
+            && now.0.saturating_sub(shown.0) >= SHOWN_TIME_STALE_NS;
+        if ticks || frames || self.stage.has_typed() || stale {
+            self.machine.supply(&Input::Clock(now))?;
+            self.step.inputs.push(LoggedInput::Clock(now));
         }
         Ok(())
     }

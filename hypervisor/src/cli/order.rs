@@ -166,15 +166,22 @@ fn whom(directory: &Path, name: &str) -> Result<u32, Failure> {
 
 /// The process that had the order is no more.
 fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
-    if what != Ask::Switch {
-        println!("{}: its process has ended", of.name);
-        return Ok(());
-    }
     let roles = find::roles(directory, Some(&of.name)).unwrap_or_default();
     let heir = roles
         .iter()
         .filter_map(|found| found.outcome.as_ref().ok())
         .find(|status| status.role == Role::Primary);
+    if what != Ask::Switch {
+        if let Some(heir) = heir {
+            let why = format!(
+                "the process that had the order is gone, and process {} serves machine {} now: order it again",
+                heir.pid, of.name
+            );
+            return Err(Failure::new(Failure::ERROR, why));
+        }
+        println!("{}: off", of.name);
+        return Ok(());
+    }
     match heir {
         Some(heir) => {
             let stood = heir

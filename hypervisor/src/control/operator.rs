@@ -350,8 +350,8 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
             }
             _ => {}
         },
-        (Command::Switch, Standing::SwitchingOver) => {
-            return Err("a switch-over is under way".to_owned());
+        (_, Standing::SwitchingOver) => {
+            return Err("a switch-over is under way: order it again when it is over".to_owned());
         }
         (Command::Switch, Standing::Unprotected | Standing::Joining) => {
             return Err(format!(
@@ -359,8 +359,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
                  PROTECTED, and try again"
             ));
         }
-        (_, Standing::Protected | Standing::SwitchingOver)
-        | (_, Standing::Unprotected | Standing::Joining) => {}
+        (_, Standing::Protected | Standing::Unprotected | Standing::Joining) => {}
         (_, standing) => {
             return Err(format!(
                 "this process does not serve machine {name} now ({}): ask again when it is decided who does",
@@ -400,6 +399,77 @@ mod tests {
     use super::super::find;
     use super::*;
     use crate::config;
+
+    #[test]
+    fn what_cannot_be_done_is_refused_with_what_to_do() {
+        use super::super::board::{State, Update};
+        use super::super::view::tests::at_work;
+
+        let board = Board::new("kv", Role::Primary).unwrap();
+        let mut view = at_work();
+        let now = Instant::now();
+        assert_eq!(order(&view, &board, Ask::Switch), Ok(1));
+        assert_eq!(order(&view, &board, Ask::Share(512)), Ok(2));
+        assert_eq!(board.take_command(), Some((1, Command::Switch)));
+        assert_eq!(
+            board.take_command(),
+            Some((2, Command::Share(Pace::of(512))))
+        );
+        let share = order(&view, &board, Ask::Share(3)).unwrap_err();
+        assert!(share.contains("64 to 1024"), "{share}");
+        let mut refused = |role, standing, ask| {
+            let state = State {
+                role,
+                standing,
+                record: None,
+            };
+            view.take(Update::Stands(state), now);
+            order(&view, &board, ask).unwrap_err()
+        };
+        for (role, standing, ask, word) in [
+            (
+                Role::Backup,
+                Standing::Following,
+                Ask::Switch,
+                "go to the one that serves it",
+            ),
+            (Role::Solo, Standing::Unprotected, Ask::PowerOff, "SIGTERM"),
+            (
+                Role::Primary,
+                Standing::Unprotected,
+                Ask::Switch,
+                "has no backup",
+            ),
+            (
+                Role::Primary,
+                Standing::SwitchingOver,
+                Ask::PowerOff,
+                "is under way",
+            ),
+            (
+                Role::Primary,
+                Standing::Frozen,
+                Ask::Share(0),
+                "when it is decided",
+            ),
+        ] {
+            let why = refused(role, standing, ask);
+            assert!(why.contains(word), "{why}");
+        }
+        assert_eq!(board.take_command(), None);
+    }
+
+    #[test]
+    fn nothing_is_handed_to_a_backup_that_lags() {
+        use super::super::view::tests::lagging_by;
+
+        let board = Board::new("kv", Role::Primary).unwrap();
+        let view = lagging_by(4 * LAGS);
+        let why = order(&view, &board, Ask::Switch).unwrap_err();
+        assert!(why.contains("ms behind"), "{why}");
+        assert!(order(&view, &board, Ask::Share(0)).is_ok());
+        assert!(order(&lagging_by(LAGS / 4), &board, Ask::Switch).is_ok());
+    }
 
     fn config(directory: &std::path::Path) -> Config {
         Config {

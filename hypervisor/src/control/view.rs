@@ -437,6 +437,24 @@ pub(super) mod tests {
             told(Primary, &primary),
             ["protected", "unprotected", "protected", "ended"]
         );
+        let switched = [
+            (Primary, Protected),
+            (Primary, SwitchingOver),
+            (Primary, Protected),
+            (Primary, SwitchingOver),
+            (Primary, Deciding),
+            (Primary, Ended),
+        ];
+        assert_eq!(
+            told(Primary, &switched),
+            [
+                "protected",
+                "switching-over",
+                "protected",
+                "switching-over",
+                "ended"
+            ]
+        );
         let backup = [
             (Backup, Waiting),
             (Backup, Following),
@@ -476,6 +494,23 @@ pub(super) mod tests {
         samples.meter().left(60);
         samples.meter().frame(70);
         samples.meter().peer_is_at(1000, true);
+        view.take(Update::Attach(samples, orders), Instant::now());
+        stands(&mut view, Role::Primary, Standing::Protected);
+        view
+    }
+
+    /// A view of a primary whose backup has not replayed an entry of this age.
+    pub(in crate::control) fn lagging_by(age: Duration) -> View {
+        let mut view = view(Role::Primary);
+        let samples: Arc<Samples> = Arc::default();
+        let orders = Arc::new(Orders::new(Arc::new(Wake::new().unwrap())));
+        // The meter counts time from its own beginning.
+        let since = Instant::now();
+        samples.meter().posted(1000, 64, since);
+        while since.elapsed() < age {
+            std::thread::sleep(age - since.elapsed().min(age));
+        }
+        samples.meter().peer_is_at(999, true);
         view.take(Update::Attach(samples, orders), Instant::now());
         stands(&mut view, Role::Primary, Standing::Protected);
         view

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Board, Devices};
 
 /// Grows with every change to a model's fields.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Serialize)]
 struct Written<'a> {
@@ -85,6 +85,7 @@ impl Devices {
             ("interrupt controller", board.pic.is_sound()),
             ("timer", board.pit.is_sound()),
             ("console", board.serial.is_sound()),
+            ("real-time clock", board.cmos.is_sound()),
             ("entropy device", board.rng.device().is_sound()),
             ("platform page", board.awaiting.is_none()),
         ] {
@@ -114,6 +115,8 @@ mod tests {
         Devices::new(&DevicesConfig {
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
+            wall_clock_ns: 0,
+            firmware: false,
         })
     }
 

@@ -49,19 +49,16 @@ use serde::{Deserialize, Serialize};
 use crate::config::Transport;
 use crate::digest::ExitRecord;
 use crate::kvm::CpuModel;
-use crate::machine::MachineSpec;
+use crate::machine::{ENCODED_MAX, MachineSpec};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
 use proof::FIRST_WORDS;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
-
-/// Longest image; as in the machine's description.
-const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -244,7 +241,7 @@ pub fn listen_to(
             theirs: hello.version,
         });
     }
-    if hello.spec_bytes > IMAGE_MAX {
+    if hello.spec_bytes > ENCODED_MAX {
         return Err(HandshakeError::Malformed {
             expected: "machine description",
             why: format!("{} bytes", hello.spec_bytes),

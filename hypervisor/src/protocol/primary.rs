@@ -133,6 +133,17 @@ pub enum Phase {
     Dead,
 }
 
+impl Phase {
+    /// The guest runs here, and goes on here unless something is lost.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        matches!(
+            self,
+            Self::Protected | Self::Unprotected | Self::Joining | Self::Entitling
+        )
+    }
+}
+
 /// A primary's state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Primary {

@@ -209,6 +209,11 @@ impl Serving {
                 let why = "there is no backup any more that could take the machine".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
             }
+            // One that comes between the guest's last exit here and its first one there would be lost.
+            _ if !self.protocol.phase().is_settled() => {
+                let why = "who serves the machine is just being decided: order it again".to_owned();
+                return self.tell_ordered(number, command, Some(Err(why)));
+            }
             Command::PowerOff => Order::PowerOff(0),
             Command::Share(share) => Order::Share(share),
         };

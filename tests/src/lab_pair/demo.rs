@@ -11,7 +11,7 @@ use hypervisor::demo::report::{Report, millis};
 use hypervisor::session::report::Event;
 use serde_json::{Value, json};
 
-use super::{Choice, LabPair, PATIENCE, Site, await_answers};
+use super::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::harness::random::Random;
 
 /// What to show.
@@ -45,7 +45,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let say = |text: &str| eprintln!("doppel: {text}");
     let mut random = Random::new(options.seed);
     say("booting two hosts in software emulation");
-    let site = Site::set_up("demo")?;
+    let site = Site::set_up("demo", 1024)?;
     let transport = match options.over_tcp {
         true => Transport::Tcp,
         false => Transport::Rdma,
@@ -54,7 +54,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let choice = Choice {
         transport,
         name: "demo",
-        guest: &options.guest,
+        guest: Guest::Bare(&options.guest),
         memory_mib: options.memory_mib,
     };
     let mut pair = LabPair::start(&site, &choice)?;

@@ -17,6 +17,8 @@ pub mod lab_hosts;
 pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
+pub mod linux_pair;
+pub mod linux_replays;
 pub mod live_join;
 pub mod no_false_failover;
 pub mod operator_view;
@@ -67,4 +69,6 @@ pub const ALL: &[Promise] = &[
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
+    linux_replays::PROMISE,
+    linux_pair::PROMISE,
 ];

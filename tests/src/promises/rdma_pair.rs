@@ -17,7 +17,7 @@ use hypervisor::session::report::Event;
 
 use crate::harness::random::Random;
 use crate::lab_pair::side::End;
-use crate::lab_pair::{Choice, LabPair, PATIENCE, Site, await_answers};
+use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -80,7 +80,7 @@ fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
     let started = Instant::now();
-    let site = Site::set_up("promise-rdma-pair")?;
+    let site = Site::set_up("promise-rdma-pair", 1024)?;
     run.say(format!(
         "two hosts are up and equipped after {:.1?}",
         started.elapsed()
@@ -106,7 +106,7 @@ fn over(
     let choice = Choice {
         transport,
         name: &format!("promise-{name}"),
-        guest: "kv",
+        guest: Guest::Bare("kv"),
         memory_mib: 32,
     };
     let mut pair = LabPair::start(site, &choice)?;
