@@ -588,26 +588,6 @@ impl<S: Sink> Recorder<S> {
         }
     }
 
-    /// The guest turned itself off: that is an output like any other, and only its release ends the machine.
-    fn wait_for_power_off(&mut self, status: u8) -> Result<Ended, RecordError> {
-        while !self.outlet.powered_off() {
-            if self.orders.waiting()
-                && let Some(ended) = self.obey()?
-            {
-                return Ok(ended);
-            }
-            let committed = self.sink.committed();
-            self.outlet.release(committed);
-            if !self.outlet.powered_off() {
-                let orders = &self.orders;
-                self.stage
-                    .bell()
-                    .wait(Duration::from_millis(1), || orders.waiting());
-            }
-        }
-        Ok(Ended::PoweredOff(status))
-    }
-
     /// Ends the log on purpose: the last entry says what the whole state hashes to. `None` if the guest was stopped between
     /// two sync points, where no replay can compare.
     ///

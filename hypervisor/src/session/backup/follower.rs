@@ -131,6 +131,8 @@ fn follow(
     }
     let (memory_checks, last_memory_check) = replayer.memory_checks();
     let (remains, mut log) = replayer.into_remains();
+    // Before anybody is told that this side is live.
+    live.orders.set_share(remains.share);
     let frames = match log.leftover_frames() {
         Ok(frames) => frames,
         Err(error) => {
@@ -169,7 +171,6 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
-    live.orders.set_share(remains.share);
     // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
     // something to log.
     live.outlet.release(Committed::EVERYTHING);
