@@ -7,6 +7,7 @@ mod hook;
 mod machine;
 mod order;
 mod pair;
+mod prepare;
 mod record;
 mod replay;
 mod secret;
@@ -67,6 +68,7 @@ enum Command {
     Run(machine::RunArgs),
     Primary(pair::PrimaryArgs),
     Backup(pair::BackupArgs),
+    Prepare(prepare::PrepareArgs),
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
@@ -124,6 +126,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => machine::run(&args),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => pair::backup(&args),
+        Command::Prepare(args) => prepare::prepare(&args),
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),

@@ -375,7 +375,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
 fn answer(view: &View, board: &Board, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
     match kind {
         Kind::Scrape => prometheus::respond(request, || {
-            prometheus::page(&view.status(now), &view.latencies())
+            prometheus::page(&view.status(now), &view.latencies(), &view.stops())
         }),
         Kind::Control => Answer::new(match Request::decode(request) {
             Ok(Request {

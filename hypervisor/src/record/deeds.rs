@@ -134,24 +134,4 @@ impl<S: Sink> Recorder<S> {
             self.stage.bell().wait(SLEEP_MAX, || orders.waiting());
         }
     }
-
-    /// The guest turned itself off: that is an output like any other, and only its release ends the machine.
-    pub(super) fn wait_for_power_off(&mut self, status: u8) -> Result<Ended, RecordError> {
-        while !self.outlet.powered_off() {
-            if self.orders.waiting()
-                && let Some(ended) = self.obey()?
-            {
-                return Ok(ended);
-            }
-            let committed = self.sink.committed();
-            self.outlet.release(committed);
-            if !self.outlet.powered_off() {
-                let orders = &self.orders;
-                self.stage
-                    .bell()
-                    .wait(Duration::from_millis(1), || orders.waiting());
-            }
-        }
-        Ok(Ended::PoweredOff(status))
-    }
 }

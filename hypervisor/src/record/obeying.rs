@@ -41,6 +41,9 @@ impl<S: Sink> Recorder<S> {
             Order::RunUnprotected => {
                 self.forget_hand_over();
                 self.sink.detach();
+                if let Some(intervals) = &mut self.intervals {
+                    intervals.leave_log(&self.outlet);
+                }
                 self.next_memory_check = None;
                 self.outlet.open();
                 self.outlet.release(Committed::EVERYTHING);

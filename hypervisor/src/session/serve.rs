@@ -17,6 +17,7 @@ use crate::control::board::{Command, State};
 use crate::control::status::Role;
 use crate::desk::Ask;
 use crate::handshake;
+use crate::intervals::Replication;
 use crate::orders::Order;
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
@@ -25,6 +26,10 @@ use crate::record::{Ended, RecordError};
 
 /// The thread that runs the guest.
 pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
+
+/// Why an order that is an entry of the log is not done.
+const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their log has no such entries yet: only a machine that is \
+    replicated by replay is switched over, paused, or left a share of its time";
 
 /// Now, for the protocol.
 pub(super) fn now() -> Moment {
@@ -47,6 +52,8 @@ pub(super) struct Staff {
     pub(super) recruiter: Option<Recruiter>,
     /// What becomes of a backup that does not keep up.
     pub(super) lag: Lag,
+    /// How the machine is replicated.
+    pub(super) replication: Replication,
     pub(super) machine: MachineId,
     pub(super) me: Identity,
 }
@@ -199,6 +206,10 @@ impl Serving {
     /// Does what an operator orders, or says why not.
     fn command(&mut self, number: u64, command: Command, now: Moment, actions: &mut Vec<Action>) {
         let order = match command {
+            Command::Switch if self.staff.replication == Replication::Checkpoint => {
+                self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
+                return;
+            }
             Command::Switch if self.protocol.phase() == Phase::Protected => {
                 self.switch = Some(number);
                 self.tell_ordered(number, command, None);
@@ -208,6 +219,9 @@ impl Serving {
             Command::Switch => {
                 let why = "there is no backup any more that could take the machine".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
+            }
+            Command::Share(_) if self.staff.replication == Replication::Checkpoint => {
+                return self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
             }
             // One that comes between the guest's last exit here and its first one there would be lost.
             _ if !self.protocol.phase().is_settled() => {

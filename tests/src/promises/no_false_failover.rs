@@ -83,6 +83,7 @@ impl Seen {
             | Event::Paired { .. }
             | Event::Commits { .. }
             | Event::Preempted { .. }
+            | Event::Intervals { .. }
             | Event::Progress { .. } => {}
         }
     }

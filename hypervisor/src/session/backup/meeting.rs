@@ -15,7 +15,8 @@ use crate::backends::wait::Waiter;
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
-use crate::handshake::{self, Channel, HandshakeError, Trust};
+use crate::handshake::{self, Channel, HandshakeError, Ours, Trust};
+use crate::intervals::Replication;
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
@@ -53,7 +54,13 @@ impl Meeting<'_> {
     pub(super) fn meet(&self, common: Common) -> Result<Following, SessionError> {
         let config = self.config;
         let control = self.listener.accept(&common, &self.trust)?;
-        let heard = handshake::listen_to(&control, &self.cpu, &config.name, config.pair.transport);
+        let ours = Ours {
+            cpu: &self.cpu,
+            name: &config.name,
+            transport: config.pair.transport,
+            replication: config.replicate.mode,
+        };
+        let heard = handshake::listen_to(&control, &ours);
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
@@ -108,6 +115,9 @@ impl Meeting<'_> {
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
         }
+        if config.replicate.mode == Replication::Checkpoint {
+            replayer = replayer.of_intervals();
+        }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
         let follower = Follower::start(config, &io, replayer, desk)?;
         let pair = Pair {
@@ -142,6 +152,7 @@ impl Meeting<'_> {
                 clerk,
                 recruiter,
                 lag: config.lag,
+                replication: config.replicate.mode,
                 machine: pair.machine,
                 me: pair.me,
             },
