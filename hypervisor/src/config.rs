@@ -44,6 +44,8 @@ pub struct Config {
     pub cpus: Cpus,
     /// Times.
     pub timing: Timing,
+    /// A backup that does not keep up.
+    pub lag: Lag,
     /// Guests that do not exit.
     pub preempt: Preempt,
     /// How the machine is replicated.
@@ -298,6 +300,45 @@ impl Timing {
     }
 }
 
+/// What becomes of a backup that does not keep up at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lag {
+    /// `throttle` or `drop`.
+    pub policy: LagPolicy,
+    /// For how long the guest must have had less than a quarter of its time because of the backup. Shorter takes a busy moment of
+    /// its host for more than that.
+    pub after_ms: u64,
+}
+
+/// The same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LagPolicy {
+    /// The guest stays as slow as its backup, and protected.
+    #[default]
+    Throttle,
+    /// The backup is let go: the guest runs at its own speed, unprotected, until another one joins.
+    Drop,
+}
+
+impl Default for Lag {
+    fn default() -> Self {
+        Self {
+            policy: LagPolicy::default(),
+            after_ms: 5000,
+        }
+    }
+}
+
+impl Lag {
+    /// As a duration.
+    #[must_use]
+    pub fn after(&self) -> Duration {
+        Duration::from_millis(self.after_ms)
+    }
+}
+
 /// What the threads may still do once all is set up.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -422,6 +463,7 @@ impl Default for Config {
             rdma: Rdma::default(),
             cpus: Cpus::default(),
             timing: Timing::default(),
+            lag: Lag::default(),
             preempt: Preempt::default(),
             replicate: Replicate::default(),
             ring: Ring::default(),
@@ -569,6 +611,13 @@ impl Config {
                 "timing.lag_ms",
                 self.timing.lag_ms.to_string(),
                 "choose 1 to 100",
+            );
+        }
+        if !(100..=600_000).contains(&self.lag.after_ms) {
+            return bad(
+                "lag.after_ms",
+                self.lag.after_ms.to_string(),
+                "choose 100 to 600000",
             );
         }
         if !(1..=1000).contains(&self.preempt.deferral_ms) {

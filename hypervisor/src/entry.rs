@@ -5,6 +5,7 @@
 //!   step          digest (8) | items…      several steps at one position are several rounds of inputs there
 //!   memory hash   hash (8)
 //!   end           digest (8) | memory hash (8) | state digest (8)
+//!   control       digest (8) | what (1) | value (varint)      done on purpose, after the steps before: see [`Control`]
 //!   part          number (varint) | 1 if it is the last (1) | bytes      of a checkpoint, which holds after the step before
 //! item: tag (1) | clock: distance from the clock before (varint)     | random: length (varint), bytes
 //!               | tick: count (varint)                              | frames: count (varint), CRC-32C of their bytes (4)
@@ -37,6 +38,13 @@ pub enum Body {
     MemoryHash(u64),
     /// A part of a checkpoint, taken after the sync point and its inputs. The last one puts it in place.
     Part(Part),
+    /// Something was done to the machine on purpose, at the sync point and after its inputs.
+    Control {
+        /// Digest over all exits up to this one.
+        digest: Digest,
+        /// What.
+        what: Control,
+    },
     /// The recorder ended here, on purpose.
     End {
         /// Digest over all exits.
@@ -48,6 +56,20 @@ pub enum Body {
     },
 }
 
+/// What an operator does to a machine: it is in the log, so that it happens to both sides, and a take-over keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// The primary stands here, and all its outputs have left: the backup is to claim the machine.
+    HandOver {
+        /// For how long the guest had stood when this was posted, in nanoseconds.
+        stood: u64,
+    },
+    /// The machine is turned off, with this status.
+    PowerOff(u8),
+    /// From here on the guest may run for so many 1024ths of its time; at 0 it stands.
+    Share(u16),
+}
+
 /// A part of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -57,6 +79,11 @@ pub struct Part {
     pub last: bool,
     /// What it holds.
     pub bytes: Vec<u8>,
+}
+
+impl Control {
+    /// The share of a guest that is not held back.
+    pub const WHOLE: u16 = 1024;
 }
 
 /// Inputs and outputs of a sync point.
@@ -140,6 +167,11 @@ const KIND_STEP: u8 = 1;
 const KIND_MEMORY_HASH: u8 = 2;
 const KIND_END: u8 = 3;
 const KIND_PART: u8 = 4;
+const KIND_CONTROL: u8 = 5;
+
+const CONTROL_HAND_OVER: u8 = 1;
+const CONTROL_POWER_OFF: u8 = 2;
+const CONTROL_SHARE: u8 = 3;
 
 const TAG_CLOCK: u8 = 1;
 const TAG_RANDOM: u8 = 2;
@@ -220,12 +252,23 @@ impl Encoder {
             Body::MemoryHash(_) => KIND_MEMORY_HASH,
             Body::End { .. } => KIND_END,
             Body::Part(_) => KIND_PART,
+            Body::Control { .. } => KIND_CONTROL,
         };
         self.begin(kind, entry.position);
         match &entry.body {
             Body::Step(step) => self.step(step),
             Body::MemoryHash(hash) => self.bytes.extend_from_slice(&hash.to_le_bytes()),
             Body::Part(part) => self.part(part.number, part.last, &part.bytes),
+            Body::Control { digest, what } => {
+                self.bytes.extend_from_slice(&digest.0.to_le_bytes());
+                let (code, value) = match *what {
+                    Control::HandOver { stood } => (CONTROL_HAND_OVER, stood),
+                    Control::PowerOff(status) => (CONTROL_POWER_OFF, status.into()),
+                    Control::Share(share) => (CONTROL_SHARE, share.into()),
+                };
+                self.bytes.push(code);
+                self.varint(value);
+            }
             Body::End {
                 digest,
                 memory,
@@ -354,6 +397,10 @@ impl Decoder {
                 last: rest.flag("mark of the last part")?,
                 bytes: std::mem::take(&mut rest.0).to_vec(),
             }),
+            KIND_CONTROL => Body::Control {
+                digest: Digest(rest.word("digest")?),
+                what: control(&mut rest)?,
+            },
             KIND_END => Body::End {
                 digest: Digest(rest.word("digest")?),
                 memory: rest.word("memory hash")?,
@@ -431,6 +478,27 @@ impl Decoder {
         }
         Ok(step)
     }
+}
+
+fn control(rest: &mut Bytes<'_>) -> Result<Control, EntryError> {
+    let code = rest.byte("control")?;
+    let value = rest.varint("control's value")?;
+    let refused = EntryError::Value {
+        field: "control's value",
+        value,
+    };
+    Ok(match code {
+        CONTROL_HAND_OVER => Control::HandOver { stood: value },
+        CONTROL_POWER_OFF => Control::PowerOff(u8::try_from(value).map_err(|_| refused)?),
+        CONTROL_SHARE if value <= u64::from(Control::WHOLE) => Control::Share(value as u16),
+        CONTROL_SHARE => return Err(refused),
+        other => {
+            return Err(EntryError::Value {
+                field: "control",
+                value: other.into(),
+            });
+        }
+    })
 }
 
 struct Bytes<'a>(&'a [u8]);
@@ -524,6 +592,14 @@ mod tests {
         ]
     }
 
+    fn control_of_any_kind() -> impl Strategy<Value = Control> {
+        prop_oneof![
+            any::<u64>().prop_map(|stood| Control::HandOver { stood }),
+            any::<u8>().prop_map(Control::PowerOff),
+            (0..=Control::WHOLE).prop_map(Control::Share),
+        ]
+    }
+
     fn body() -> impl Strategy<Value = Body> {
         prop_oneof![
             (
@@ -548,6 +624,10 @@ mod tests {
                     last,
                     bytes
                 })),
+            (any::<u64>(), control_of_any_kind()).prop_map(|(digest, what)| Body::Control {
+                digest: Digest(digest),
+                what,
+            }),
             any::<(u64, u64, u64)>().prop_map(|(digest, memory, state)| Body::End {
                 digest: Digest(digest),
                 memory,

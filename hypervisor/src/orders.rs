@@ -7,10 +7,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
-use rdma_log::LendingMutex;
+use rdma_log::{LendingMutex, Seq};
 
 use crate::backends::wait::Wake;
 use crate::digest::ExitRecord;
+use crate::entry::Control;
 use crate::kvm::Kick;
 use crate::meter::Meter;
 use crate::position::Position;
@@ -31,6 +32,23 @@ pub enum Order {
     Freeze,
     /// Something lies on the desk.
     Attend,
+    /// Stop at a sync point, let everything out, and hand the machine over to the backup, once the inputs lane has committed up to
+    /// this entry.
+    HandOver(Seq),
+    /// It was not taken: go on as before.
+    Resume,
+    /// Turn the machine off at a sync point, with this status.
+    PowerOff(u8),
+    /// From the next sync point on the guest may have so much of its time; none: it stands.
+    Share(Pace),
+}
+
+impl Order {
+    /// Whether it is done at a sync point at which nothing is under way.
+    #[must_use]
+    pub fn is_deed(self) -> bool {
+        matches!(self, Self::HandOver(_) | Self::PowerOff(_) | Self::Share(_))
+    }
 }
 
 /// The queue of orders and what the vCPU thread reports back.
@@ -58,6 +76,12 @@ pub struct Orders {
     interval: AtomicU64,
     /// A [`Pace`].
     pace: AtomicU32,
+    /// The same: what the operator leaves the guest.
+    share: AtomicU32,
+    /// The primary hands its machine over to this replica: for how long the guest had stood when it said so, and when that came.
+    handed: Mutex<Option<(Duration, Instant)>>,
+    /// For how long in all the guest has stood because the backup had not kept up, in nanoseconds.
+    stood: AtomicU64,
 }
 
 /// How much of its time a guest may run.
@@ -66,12 +90,38 @@ pub struct Pace(u32);
 
 impl Pace {
     /// All of it.
-    pub const FULL: Self = Self(1024);
+    pub const FULL: Self = Self(Control::WHOLE as u32);
+    /// None of it: the guest stands.
+    pub const NONE: Self = Self(0);
     /// The least that is asked of a guest.
     pub const LEAST: Self = Self(1024 / 16);
     /// A guest that is slowed down runs for so long at once. It then stands for fifteen times that at most: less than what a
     /// client takes for an interruption.
     pub const SLICE: Duration = Duration::from_micros(500);
+
+    /// So many 1024ths of it.
+    #[must_use]
+    pub fn of(share: u16) -> Self {
+        Self(share.into()).min(Self::FULL)
+    }
+
+    /// In 1024ths.
+    #[must_use]
+    pub fn share(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// In per cent, rounded.
+    #[must_use]
+    pub fn percent(self) -> u32 {
+        (self.0 * 100 + Self::FULL.0 / 2) / Self::FULL.0
+    }
+
+    /// Whether a guest at this pace runs and stands by turns.
+    #[must_use]
+    pub fn is_slowed(self) -> bool {
+        Self::NONE < self && self < Self::FULL
+    }
 
     /// Half of that, if so little is ever asked.
     #[must_use]
@@ -119,6 +169,9 @@ impl Orders {
             inside_at: AtomicU64::new(0),
             interval: AtomicU64::new(NOTHING_DUE),
             pace: AtomicU32::new(Pace::FULL.0),
+            share: AtomicU32::new(Pace::FULL.0),
+            handed: Mutex::default(),
+            stood: AtomicU64::new(0),
         }
     }
 
@@ -291,10 +344,53 @@ impl Orders {
         self.pace.store(pace.0, Ordering::Relaxed);
     }
 
+    /// What the operator leaves the guest of its time.
+    pub fn set_share(&self, share: Pace) {
+        self.share.store(share.0, Ordering::Relaxed);
+    }
+
+    /// The same.
+    #[must_use]
+    pub fn share(&self) -> Pace {
+        Pace(self.share.load(Ordering::Relaxed))
+    }
+
     /// The pace at which the guest is to run; cheap enough for every exit.
     #[must_use]
     pub fn pace(&self) -> Pace {
-        Pace(self.pace.load(Ordering::Relaxed))
+        Pace(self.pace.load(Ordering::Relaxed)).min(self.share())
+    }
+
+    /// A replica's vCPU thread has come to where its primary hands the machine over; the guest had stood for so long by then.
+    pub fn report_handed_over(&self, stood: Duration) {
+        *self.handed.lock().unwrap_or_else(PoisonError::into_inner) = Some((stood, Instant::now()));
+        self.reports.ring();
+    }
+
+    /// Since when the guest stands, if the machine was handed over; told once.
+    #[must_use]
+    pub fn take_handed_over(&self) -> Option<(Duration, Instant)> {
+        self.handed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// The guest has stood for so long because the backup had not kept up. By the vCPU thread.
+    pub(crate) fn add_stood(&self, span: Duration) {
+        self.stood
+            .fetch_add(span.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// For how long in all it has.
+    #[must_use]
+    pub fn stood(&self) -> Duration {
+        Duration::from_nanos(self.stood.load(Ordering::Relaxed))
+    }
+
+    /// Something has come for the thread that gives the orders.
+    pub fn ring_reports(&self) {
+        self.reports.ring();
     }
 
     /// Makes the vCPU thread leave the guest.

@@ -6,11 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod deeds;
 mod ending;
 mod intervals;
+mod obeying;
 mod pacing;
 mod preempting;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::sync::Arc;
@@ -23,7 +26,6 @@ use crate::clock::GuestClock;
 use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use crate::event::{GuestTime, Input, Need, Output};
-use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
@@ -108,6 +110,8 @@ pub struct Recorder<S> {
     next_memory_check: Option<Instant>,
     /// The latest staged input that was applied: outputs depend on it.
     applied: Seq,
+    /// The latest entry.
+    posted: Seq,
     step: Step,
     taken: Vec<Output>,
     /// The guest has run on from its sync point and was kicked: its state is no state that a replay could stop at.
@@ -120,6 +124,8 @@ pub struct Recorder<S> {
     intervals: Option<Intervals<S>>,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
+    /// What is to be done at the next sync point.
+    deeds: VecDeque<Order>,
 }
 
 /// Everything a recorder is made of.
@@ -181,6 +187,7 @@ impl<S: Sink> Recorder<S> {
                 .filter(|_| keeps)
                 .map(|every| Instant::now() + every),
             applied: Seq::ZERO,
+            posted: Seq::ZERO,
             step: Step::default(),
             taken: Vec::new(),
             mid_run: false,
@@ -188,6 +195,7 @@ impl<S: Sink> Recorder<S> {
             intervals: parts.intervals,
             ran: Duration::ZERO,
             cut: None,
+            deeds: VecDeque::new(),
         }
     }
 
@@ -229,6 +237,15 @@ impl<S: Sink> Recorder<S> {
             self.cut_if_wanted()?;
             if self.wants_place() {
                 if let Some(ended) = self.make_place()? {
+                    return Ok(ended);
+                }
+                continue;
+            }
+            if let Some(ended) = self.do_deeds()? {
+                return Ok(ended);
+            }
+            if self.is_paused() {
+                if let Some(ended) = self.stand_paused()? {
                     return Ok(ended);
                 }
                 continue;
@@ -295,8 +312,9 @@ impl<S: Sink> Recorder<S> {
                 return Ok(Some(ended));
             }
             self.orders.resting();
-            let orders = &self.orders;
+            let (orders, since) = (&self.orders, Instant::now());
             self.stage.bell().wait(CATCH_UP, || orders.waiting());
+            orders.add_stood(since.elapsed());
         }
         Ok(None)
     }
@@ -315,6 +333,17 @@ impl<S: Sink> Recorder<S> {
                 && let Some(ended) = self.obey()?
             {
                 return Ok(Some(ended));
+            }
+            if let Some(ended) = self.do_deeds()? {
+                return Ok(Some(ended));
+            }
+            if self.is_paused() {
+                if self.cut.is_some() && self.machine.phase() == Phase::Halted {
+                    return Ok(None);
+                }
+                self.cut_if_wanted()?;
+                self.rest_while_paused();
+                continue;
             }
             self.gather()?;
             if self.machine.awake() {
@@ -546,6 +575,7 @@ impl<S: Sink> Recorder<S> {
         loop {
             match self.sink.post(self.encoder.bytes()) {
                 Ok(seq) => {
+                    self.posted = seq;
                     if self.sink.keeps() {
                         let bytes = self.encoder.bytes().len();
                         let position = entry.position.0;
@@ -554,7 +584,9 @@ impl<S: Sink> Recorder<S> {
                     return Ok(seq);
                 }
                 Err(SinkError::Full) => {
+                    let since = Instant::now();
                     self.sink.wait_for_room(Duration::from_millis(1));
+                    self.orders.add_stood(since.elapsed());
                     self.release();
                     while let Some(order) =
                         self.orders.take_if(|order| order != Order::StopAtSyncPoint)
@@ -585,46 +617,6 @@ impl<S: Sink> Recorder<S> {
                     }
                 }
                 Err(error) => return Err(RecordError::Log(error)),
-            }
-        }
-    }
-
-    fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
-        let mid_run = self.mid_run;
-        while let Some(order) = self
-            .orders
-            .take_if(|order| !mid_run || order != Order::StopAtSyncPoint)
-        {
-            if !self.obey_one(order) {
-                return Ok(Some(Ended::Stopped));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Obeys an order; false if this recording ends by it.
-    fn obey_one(&mut self, order: Order) -> bool {
-        match order {
-            Order::Stop | Order::StopAtSyncPoint => false,
-            Order::Attend => {
-                self.attend();
-                true
-            }
-            Order::RunUnprotected => {
-                self.sink.detach();
-                if let Some(intervals) = &mut self.intervals {
-                    intervals.leave_log(&self.outlet);
-                }
-                self.next_memory_check = None;
-                self.outlet.open();
-                self.outlet.release(Committed::EVERYTHING);
-                true
-            }
-            Order::Freeze => {
-                self.outlet.shut();
-                self.orders.resting();
-                let order = self.orders.wait_out_freeze();
-                self.obey_one(order)
             }
         }
     }

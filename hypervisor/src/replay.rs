@@ -17,11 +17,11 @@ use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
 use crate::divergence::Divergence;
 use crate::entry::{
-    Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
+    Base, Body, Control, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
 };
 use crate::event::{GuestTime, Input, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
-use crate::orders::{Order, Orders};
+use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use intervals::Adopting;
@@ -146,6 +146,8 @@ pub struct Replayer<L> {
     memory_checks: u64,
     last_memory_check: Option<MemoryCheck>,
     spin: Duration,
+    /// What the guest may have of its time, once it is live here.
+    share: Pace,
     /// A checkpoint, or an interval, of which not all parts have come: nothing of it counts.
     shadow: Shadow,
     /// The log carries intervals.
@@ -162,6 +164,8 @@ pub struct Remains {
     pub unreleased: Vec<Output>,
     /// When the last clock value came: guest time goes on from there.
     pub clock_came: Instant,
+    /// What the guest may have of its time.
+    pub share: Pace,
     /// The last clock value.
     pub clock: GuestTime,
 }
@@ -185,6 +189,7 @@ impl<L: LogSource> Replayer<L> {
             memory_checks: 0,
             last_memory_check: None,
             spin,
+            share: Pace::FULL,
             shadow,
             adopts: None,
         }
@@ -290,6 +295,7 @@ impl<L: LogSource> Replayer<L> {
                 });
                 Ok(None)
             }
+            Body::Control { digest, what } => self.control(digest, what).map(|()| None),
             Body::End {
                 digest,
                 memory,
@@ -384,6 +390,24 @@ impl<L: LogSource> Replayer<L> {
             return Err(self.divergence("digest", expected, digest.to_string()));
         }
         self.last_digest_at = position;
+        Ok(())
+    }
+
+    /// What was done to the recorded machine on purpose is done to this one.
+    fn control(&mut self, digest: Digest, what: Control) -> Result<(), ReplayError> {
+        self.compare_digest(digest)?;
+        if self.machine.has_outputs() {
+            let count = self.machine.outputs().count();
+            return Err(self.divergence("outputs", "none".into(), count.to_string()));
+        }
+        match what {
+            Control::HandOver { stood } => {
+                self.orders.report_handed_over(Duration::from_nanos(stood))
+            }
+            Control::PowerOff(status) => self.machine.turn_off(status),
+            // A replay has no reason to be slow; whoever goes live from it has.
+            Control::Share(share) => self.share = Pace::of(share),
+        }
         Ok(())
     }
 
@@ -487,6 +511,7 @@ impl<L: LogSource> Replayer<L> {
                     .map(|(_, output)| output)
                     .collect(),
                 clock_came: self.clock_came,
+                share: self.share,
                 clock: base.clock(),
             },
             self.source,

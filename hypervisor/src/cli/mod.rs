@@ -5,6 +5,7 @@ mod doctor;
 mod figures;
 mod hook;
 mod machine;
+mod order;
 mod pair;
 mod prepare;
 mod record;
@@ -72,6 +73,11 @@ enum Command {
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
     Status(status::StatusArgs),
+    Switch(order::SwitchArgs),
+    PowerOff(order::PowerOffArgs),
+    Pause(order::PauseArgs),
+    Resume(order::ResumeArgs),
+    Share(order::ShareArgs),
     Top(top::TopArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
@@ -125,6 +131,11 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),
         Command::Status(args) => status::status(&args),
+        Command::Switch(args) => order::switch(&args),
+        Command::PowerOff(args) => order::power_off(&args),
+        Command::Pause(args) => order::pause(&args),
+        Command::Resume(args) => order::resume(&args),
+        Command::Share(args) => order::share(&args),
         Command::Top(args) => top::top(&args),
         Command::HookHelper(args) => hook::help(&args),
     };
@@ -156,7 +167,7 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) => Ok(()),
+        (Reason::PoweredOff, None) | (Reason::HandedOver { .. }, _) => Ok(()),
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

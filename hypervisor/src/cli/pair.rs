@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use hypervisor::arbiter::Place;
-use hypervisor::config::{CommitMode, Config, Transport};
+use hypervisor::config::{CommitMode, Config, LagPolicy, Transport};
 use hypervisor::intervals::{Ends, Replication};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
@@ -62,11 +62,26 @@ struct PairArgs {
     secret: Option<PathBuf>,
     #[command(flatten)]
     rdma: RdmaArgs,
+    /// What becomes of a backup because of which the guest gets next to none of its time
+    #[arg(long, value_enum, value_name = "throttle|drop")]
+    lag_policy: Option<Lagging>,
+    /// For how long that must be so, in milliseconds
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..))]
+    lag_after_ms: Option<u64>,
     #[command(flatten)]
     replicate: ReplicateArgs,
     /// Compare whole memories every so many milliseconds; 0 is never
     #[arg(long, value_name = "MS")]
     memory_check_ms: Option<u64>,
+}
+
+/// What becomes of a backup that does not keep up.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Lagging {
+    /// The guest stays as slow, and protected
+    Throttle,
+    /// It is let go: the guest runs on unprotected
+    Drop,
 }
 
 /// When an entry of a log over RDMA counts as committed.
@@ -212,6 +227,13 @@ impl PairArgs {
             config.pair.secret.clone_from(&self.secret);
         }
         self.rdma.apply(config);
+        if let Some(policy) = self.lag_policy {
+            config.lag.policy = match policy {
+                Lagging::Throttle => LagPolicy::Throttle,
+                Lagging::Drop => LagPolicy::Drop,
+            };
+        }
+        config.lag.after_ms = self.lag_after_ms.unwrap_or(config.lag.after_ms);
         self.replicate.apply(config);
         if let Some(every) = self.memory_check_ms {
             config.timing.memory_check_ms = every;

@@ -9,6 +9,8 @@ use hypervisor::arbiter::{self, Place};
 use hypervisor::control::find::{self, Found};
 use hypervisor::control::status::{Role, Status};
 use hypervisor::control::{ControlError, default_run_dir};
+use hypervisor::entry::Control;
+use hypervisor::orders::Pace;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -275,6 +277,14 @@ fn role(status: &Status, asked: Option<&Asked>, paint: Paint) -> String {
             count(rates.exits)
         ),
     );
+    match status.share {
+        0 => row("share", paint.alarm(" PAUSED ")),
+        Control::WHOLE => {}
+        share => row(
+            "share",
+            format!("{} % of its time", Pace::of(share).percent()),
+        ),
+    }
     if let Some(transport) = &status.transport
         && !status.standing.is_unprotected()
     {
@@ -520,6 +530,8 @@ pub mod tests {
                 },
                 changes: BTreeMap::new(),
                 hook: Default::default(),
+                share: Control::WHOLE,
+                ordered: None,
                 metrics: None,
                 history: (0..60).collect(),
                 events: vec![Happened {
@@ -539,6 +551,20 @@ pub mod tests {
             pid: 7,
             outcome: Err("it has not answered".into()),
         }
+    }
+
+    #[test]
+    fn a_guest_that_is_held_back_is_told_of() {
+        let shown = |share| {
+            let mut found = found("kv", Role::Primary, Standing::Protected);
+            if let Ok(status) = &mut found.outcome {
+                status.share = share;
+            }
+            details_of(&[found], &Arbiters::new(), Paint(false))
+        };
+        assert!(shown(0).contains("PAUSED"));
+        assert!(shown(205).contains("20 % of its time"));
+        assert!(!shown(Control::WHOLE).contains("share"));
     }
 
     #[test]

@@ -12,9 +12,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crossbeam::queue::ArrayQueue;
 
-use super::status::{Happened, Role, Standing};
+use super::status::{Happened, Ordered, Role, Standing};
 use crate::backends::wait::Wake;
-use crate::orders::{Orders, Samples};
+use crate::orders::{Orders, Pace, Samples};
 use crate::protocol::{Answer, Record};
 
 /// What may wait to be picked up: changes of role come a few at a time, and the thread is woken for each.
@@ -47,7 +47,37 @@ pub(super) enum Update {
     Arbiter(Option<String>),
     /// Something happened.
     Said(Happened),
+    /// Something was ordered, or has come of it.
+    Ordered(Ordered),
 }
+
+/// What an operator orders of the role that serves a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// The backup is to have the machine.
+    Switch,
+    /// The machine is to be turned off.
+    PowerOff,
+    /// The guest may have so much of its time.
+    Share(Pace),
+}
+
+impl Command {
+    /// In a few words.
+    #[must_use]
+    pub fn words(self) -> String {
+        match self {
+            Self::Switch => "switch-over".to_owned(),
+            Self::PowerOff => "power-off".to_owned(),
+            Self::Share(Pace::NONE) => "pause".to_owned(),
+            Self::Share(Pace::FULL) => "resume".to_owned(),
+            Self::Share(pace) => format!("a share of {} %", pace.percent()),
+        }
+    }
+}
+
+/// Orders that may wait for the I/O thread. It takes them within a round, so more than one is somebody's impatience.
+const ORDERS: usize = 8;
 
 /// What a line of the log says of its role.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +104,10 @@ struct Now {
 pub struct Board {
     name: String,
     updates: ArrayQueue<Update>,
+    /// The other way: for the I/O thread, by number.
+    commands: ArrayQueue<(u64, Command)>,
+    /// Orders that were left there.
+    given: AtomicU64,
     lost: AtomicU64,
     over: AtomicBool,
     wake: Wake,
@@ -90,6 +124,8 @@ impl Board {
         Ok(Self {
             name: name.to_owned(),
             updates: ArrayQueue::new(WAITING),
+            commands: ArrayQueue::new(ORDERS),
+            given: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             over: AtomicBool::new(false),
             wake: Wake::new()?,
@@ -160,6 +196,32 @@ impl Board {
             position: context.position,
             loud,
             text: text[..end].to_owned(),
+        }));
+    }
+
+    /// Leaves an order for the I/O thread: its number, or none if too many wait.
+    pub(super) fn order(&self, command: Command) -> Option<u64> {
+        let number = self.given.fetch_add(1, Ordering::Relaxed) + 1;
+        self.commands.push((number, command)).ok()?;
+        let orders = self.now().orders.clone();
+        if let Some(orders) = orders {
+            orders.ring_reports();
+        }
+        Some(number)
+    }
+
+    /// The next order. By the I/O thread, in each of its rounds.
+    #[must_use]
+    pub fn take_command(&self) -> Option<(u64, Command)> {
+        self.commands.pop()
+    }
+
+    /// An order is under way, or something has come of it: what, or why not.
+    pub fn ordered(&self, number: u64, command: Command, outcome: Option<Result<String, String>>) {
+        self.leave(Update::Ordered(Ordered {
+            number,
+            what: command.words(),
+            outcome,
         }));
     }
 

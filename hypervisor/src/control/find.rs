@@ -100,12 +100,40 @@ fn found(path: &Path) -> Option<Found> {
 /// # Errors
 /// What the kernel says, or what the role says instead.
 pub fn ask(path: &Path) -> io::Result<Status> {
+    match exchange(path, Ask::Status)? {
+        Outcome::Status(status) => Ok(*status),
+        Outcome::Error(why) => Err(io::Error::other(why)),
+        Outcome::Ordered(_) => Err(io::Error::other("it answers another question")),
+    }
+}
+
+/// Orders something of the role whose process this is; its number among that role's orders.
+///
+/// # Errors
+/// What the kernel says, or why the role does not do it.
+pub fn order(directory: &Path, name: &str, pid: u32, what: Ask) -> io::Result<u64> {
+    match exchange(&place::path(directory, name, pid), what)? {
+        Outcome::Ordered(number) => Ok(number),
+        Outcome::Error(why) => Err(io::Error::other(why)),
+        Outcome::Status(_) => Err(io::Error::other("it answers another question")),
+    }
+}
+
+/// Asks the role whose process this is how it is.
+///
+/// # Errors
+/// As [`ask`]; of the kind `NotFound` or `ConnectionRefused` if the process is no more.
+pub fn ask_process(directory: &Path, name: &str, pid: u32) -> io::Result<Status> {
+    ask(&place::path(directory, name, pid))
+}
+
+fn exchange(path: &Path, ask: Ask) -> io::Result<Outcome> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let request = Request {
         doppel: VERSION,
-        ask: Ask::Status,
+        ask,
     };
     stream.write_all(&request.encode())?;
     let mut line = Vec::new();
@@ -122,8 +150,5 @@ pub fn ask(path: &Path) -> io::Result<Status> {
             format!("its answer is none that this program knows ({error}); use the role's own version of doppel"),
         )
     })?;
-    match answer.outcome {
-        Outcome::Status(status) => Ok(*status),
-        Outcome::Error(why) => Err(io::Error::other(why)),
-    }
+    Ok(answer.outcome)
 }

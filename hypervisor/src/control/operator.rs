@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::ControlError;
-use super::board::Board;
+use super::board::{Board, Command};
 use super::clients::{Clients, Kind, Socket};
 use super::hook::{Change, Helper};
 use super::place::{ControlSocket, default_run_dir};
@@ -18,6 +18,8 @@ use super::view::{About, View};
 use super::wire::{Answer, Ask, Outcome, Request};
 use crate::backends::wait::Waiter;
 use crate::config::Config;
+use crate::entry::Control;
+use crate::orders::Pace;
 use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::scheduling::make_this_thread_patient;
 use crate::session::report::{Event, Reporter};
@@ -200,9 +202,14 @@ impl Desk {
             if helper.is_some_and(|helper| waiter.ready(helper).read) {
                 self.hear_helper();
             }
-            let Self { clients, view, .. } = &mut self;
+            let Self {
+                clients,
+                view,
+                board,
+                ..
+            } = &mut self;
             clients.turn(&waiter, now, |kind, request| {
-                answer(view, kind, request, now)
+                answer(view, board, kind, request, now)
             });
             if control.is_some_and(|index| waiter.ready(index).read) {
                 admit_at[0] = now + Kind::Control.pace();
@@ -299,7 +306,73 @@ impl Desk {
     }
 }
 
-fn answer(view: &View, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
+/// A backup that is further behind than this gets no machine handed to: its guest would stand for all of that. The primary waits for
+/// one that is `timing.lag_ms` behind, so such a one is in trouble.
+const LAGS: Duration = Duration::from_millis(50);
+
+/// Orders what can be ordered of this role as it stands.
+fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
+    let (state, name) = (view.state(), view.name());
+    if state.role == Role::Backup {
+        return Err(format!(
+            "this process is the backup of machine {name}, and orders go to the one that serves it: its primary, on this host or \
+             another. doppel status {name} shows what runs here"
+        ));
+    }
+    if state.role == Role::Solo {
+        return Err(format!(
+            "machine {name} runs without a pair (doppel run, doppel record): end it with SIGTERM, or start it as doppel primary --alone"
+        ));
+    }
+    let command = match ask {
+        Ask::Status => return Err("a status is no order".to_owned()),
+        Ask::Switch => Command::Switch,
+        Ask::PowerOff => Command::PowerOff,
+        Ask::Share(share @ 0) => Command::Share(Pace::of(share)),
+        Ask::Share(share) if Pace::LEAST <= Pace::of(share) && share <= Control::WHOLE => {
+            Command::Share(Pace::of(share))
+        }
+        Ask::Share(share) => {
+            return Err(format!(
+                "a share is 0, or from {} to {} 1024ths, not {share}",
+                Pace::LEAST.share(),
+                Control::WHOLE
+            ));
+        }
+    };
+    match (command, state.standing) {
+        (Command::Switch, Standing::Protected) => match view.lag() {
+            Some(lag) if lag > LAGS => {
+                return Err(format!(
+                    "the backup is {} ms behind, and the guest would stand for as long: see why (doppel status {name}), and try again",
+                    lag.as_millis()
+                ));
+            }
+            _ => {}
+        },
+        (_, Standing::SwitchingOver) => {
+            return Err("a switch-over is under way: order it again when it is over".to_owned());
+        }
+        (Command::Switch, Standing::Unprotected | Standing::Joining) => {
+            return Err(format!(
+                "machine {name} has no backup that could take it: start one (doppel backup), wait until doppel status {name} says \
+                 PROTECTED, and try again"
+            ));
+        }
+        (_, Standing::Protected | Standing::Unprotected | Standing::Joining) => {}
+        (_, standing) => {
+            return Err(format!(
+                "this process does not serve machine {name} now ({}): ask again when it is decided who does",
+                standing.word()
+            ));
+        }
+    }
+    board
+        .order(command)
+        .ok_or_else(|| "too many orders wait already".to_owned())
+}
+
+fn answer(view: &View, board: &Board, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
     match kind {
         Kind::Scrape => prometheus::respond(request, || {
             prometheus::page(&view.status(now), &view.latencies(), &view.stops())
@@ -308,6 +381,10 @@ fn answer(view: &View, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
             Ok(Request {
                 ask: Ask::Status, ..
             }) => Outcome::Status(Box::new(view.status(now))),
+            Ok(Request { ask, .. }) => match order(view, board, ask) {
+                Ok(number) => Outcome::Ordered(number),
+                Err(why) => Outcome::Error(why),
+            },
             Err(why) => Outcome::Error(why),
         })
         .encode(),
@@ -322,6 +399,77 @@ mod tests {
     use super::super::find;
     use super::*;
     use crate::config;
+
+    #[test]
+    fn what_cannot_be_done_is_refused_with_what_to_do() {
+        use super::super::board::{State, Update};
+        use super::super::view::tests::at_work;
+
+        let board = Board::new("kv", Role::Primary).unwrap();
+        let mut view = at_work();
+        let now = Instant::now();
+        assert_eq!(order(&view, &board, Ask::Switch), Ok(1));
+        assert_eq!(order(&view, &board, Ask::Share(512)), Ok(2));
+        assert_eq!(board.take_command(), Some((1, Command::Switch)));
+        assert_eq!(
+            board.take_command(),
+            Some((2, Command::Share(Pace::of(512))))
+        );
+        let share = order(&view, &board, Ask::Share(3)).unwrap_err();
+        assert!(share.contains("64 to 1024"), "{share}");
+        let mut refused = |role, standing, ask| {
+            let state = State {
+                role,
+                standing,
+                record: None,
+            };
+            view.take(Update::Stands(state), now);
+            order(&view, &board, ask).unwrap_err()
+        };
+        for (role, standing, ask, word) in [
+            (
+                Role::Backup,
+                Standing::Following,
+                Ask::Switch,
+                "go to the one that serves it",
+            ),
+            (Role::Solo, Standing::Unprotected, Ask::PowerOff, "SIGTERM"),
+            (
+                Role::Primary,
+                Standing::Unprotected,
+                Ask::Switch,
+                "has no backup",
+            ),
+            (
+                Role::Primary,
+                Standing::SwitchingOver,
+                Ask::PowerOff,
+                "is under way",
+            ),
+            (
+                Role::Primary,
+                Standing::Frozen,
+                Ask::Share(0),
+                "when it is decided",
+            ),
+        ] {
+            let why = refused(role, standing, ask);
+            assert!(why.contains(word), "{why}");
+        }
+        assert_eq!(board.take_command(), None);
+    }
+
+    #[test]
+    fn nothing_is_handed_to_a_backup_that_lags() {
+        use super::super::view::tests::lagging_by;
+
+        let board = Board::new("kv", Role::Primary).unwrap();
+        let view = lagging_by(4 * LAGS);
+        let why = order(&view, &board, Ask::Switch).unwrap_err();
+        assert!(why.contains("ms behind"), "{why}");
+        assert!(order(&view, &board, Ask::Share(0)).is_ok());
+        assert!(order(&lagging_by(LAGS / 4), &board, Ask::Switch).is_ok());
+    }
 
     fn config(directory: &std::path::Path) -> Config {
         Config {

@@ -40,6 +40,11 @@ pub(super) fn whose(path: &Path) -> Option<(&str, u32)> {
     Some((name, process.parse().ok()?))
 }
 
+/// Where the control socket of this machine's role that is this process lies.
+pub(super) fn path(directory: &Path, name: &str, process: u32) -> PathBuf {
+    directory.join(format!("{name}.{process}{SUFFIX}"))
+}
+
 /// A control socket that listens, under its name.
 #[derive(Debug)]
 pub(super) struct ControlSocket {
@@ -59,7 +64,7 @@ impl ControlSocket {
         }
         make(directory)?;
         clear(directory, name);
-        let path = directory.join(format!("{name}.{process}{SUFFIX}"));
+        let path = path(directory, name, process);
         let failed = |source| ControlError::Socket {
             path: path.clone(),
             source,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::entry::Control;
 use crate::meter::Latencies;
 use crate::protocol::{backup, primary};
 
@@ -46,6 +47,8 @@ pub enum Standing {
     TakingOver,
     /// A backup can take over.
     Protected,
+    /// A backup can take over, and is told to: the operator wants it to have the machine.
+    SwitchingOver,
     /// It serves with nobody to take over.
     Unprotected,
     /// It serves with nobody to take over yet: a new backup is being given a copy.
@@ -60,12 +63,13 @@ pub enum Standing {
 
 impl Standing {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Starting,
         Self::Waiting,
         Self::Following,
         Self::TakingOver,
         Self::Protected,
+        Self::SwitchingOver,
         Self::Unprotected,
         Self::Joining,
         Self::Deciding,
@@ -82,6 +86,7 @@ impl Standing {
             Self::Following => "following",
             Self::TakingOver => "taking_over",
             Self::Protected => "protected",
+            Self::SwitchingOver => "switching_over",
             Self::Unprotected => "unprotected",
             Self::Joining => "joining",
             Self::Deciding => "deciding",
@@ -93,7 +98,10 @@ impl Standing {
     /// Whether the machine survives the loss of either side.
     #[must_use]
     pub fn is_protected(self) -> bool {
-        matches!(self, Self::Protected | Self::Following)
+        matches!(
+            self,
+            Self::Protected | Self::SwitchingOver | Self::Following
+        )
     }
 
     /// Whether this process serves the machine with nobody to take over.
@@ -107,6 +115,7 @@ impl From<primary::Phase> for Standing {
     fn from(phase: primary::Phase) -> Self {
         match phase {
             primary::Phase::Protected => Self::Protected,
+            primary::Phase::HandingOver => Self::SwitchingOver,
             primary::Phase::Unprotected => Self::Unprotected,
             primary::Phase::Joining | primary::Phase::Entitling => Self::Joining,
             primary::Phase::Detaching | primary::Phase::Reclaiming => Self::Deciding,
@@ -226,6 +235,21 @@ pub struct Hook {
     pub failures: u64,
 }
 
+/// What an operator ordered last, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ordered {
+    /// Its number, from 1.
+    pub number: u64,
+    /// What.
+    pub what: String,
+    /// What came of it; none while it is under way.
+    pub outcome: Option<Result<String, String>>,
+}
+
+fn whole() -> u16 {
+    Control::WHOLE
+}
+
 /// Everything about a role.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -279,6 +303,12 @@ pub struct Status {
     pub changes: BTreeMap<String, u64>,
     /// The hook.
     pub hook: Hook,
+    /// What of its time the operator leaves the guest, in 1024ths; at 0 it is paused.
+    #[serde(default = "whole")]
+    pub share: u16,
+    /// What was ordered last.
+    #[serde(default)]
+    pub ordered: Option<Ordered>,
     /// Where metrics are served.
     pub metrics: Option<String>,
     /// Exits in each of the last seconds, the oldest first.

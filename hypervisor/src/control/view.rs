@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 use super::board::{State, Update};
 use super::hook::Change;
-use super::status::{Arbiter, Happened, Hook, Latency, Peer, Role, Standing, Status, Totals};
+use super::status::{
+    Arbiter, Happened, Hook, Latency, Ordered, Peer, Role, Standing, Status, Totals,
+};
 use crate::meter::Latencies;
-use crate::orders::{Orders, Samples};
+use crate::orders::{Orders, Pace, Samples};
 
 /// Events that are kept for who asks later.
 const EVENTS: usize = 32;
@@ -54,6 +56,7 @@ pub(super) struct View {
     changes: BTreeMap<String, u64>,
     hook: Hook,
     events: VecDeque<Happened>,
+    ordered: Option<Ordered>,
     figures: Option<(Arc<Samples>, Arc<Orders>)>,
     /// As they stood at the last second.
     totals: Totals,
@@ -78,6 +81,7 @@ fn event(
         Standing::Waiting => "waiting",
         Standing::Following => "following",
         Standing::Protected => "protected",
+        Standing::SwitchingOver => "switching-over",
         Standing::Unprotected | Standing::Joining if before == Role::Backup => "live",
         Standing::Unprotected | Standing::Joining => "unprotected",
         Standing::Frozen => "frozen",
@@ -114,6 +118,7 @@ impl View {
             asked_at: None,
             changes: BTreeMap::new(),
             events: VecDeque::new(),
+            ordered: None,
             figures: None,
             totals: Totals::default(),
             seconds: VecDeque::new(),
@@ -127,6 +132,7 @@ impl View {
             Update::Attach(samples, orders) => self.figures = Some((samples, orders)),
             Update::Peer(address) => self.peer = address,
             Update::Said(happened) => self.note(happened),
+            Update::Ordered(ordered) => self.ordered = Some(ordered),
             Update::Arbiter(error) => {
                 self.asked_at = Some(now);
                 self.arbiter.answered = Some(error.is_none());
@@ -225,7 +231,7 @@ impl View {
         let record = self.state.record?;
         let peer = match self.state.standing {
             Standing::Following | Standing::TakingOver => Some(record.owner),
-            Standing::Protected => record.entitled,
+            Standing::Protected | Standing::SwitchingOver => record.entitled,
             _ => None,
         };
         peer.map(|peer| peer.to_string())
@@ -258,6 +264,29 @@ impl View {
         }
     }
 
+    fn has_backup(&self) -> bool {
+        matches!(
+            self.state.standing,
+            Standing::Protected | Standing::SwitchingOver
+        )
+    }
+
+    /// The machine's name.
+    pub(super) fn name(&self) -> &str {
+        &self.about.name
+    }
+
+    /// How the role stands.
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    /// How far the backup is behind, by its last heartbeat.
+    pub(super) fn lag(&self) -> Option<Duration> {
+        let (samples, _) = self.figures.as_ref()?;
+        samples.meter().lag().filter(|_| self.has_backup())
+    }
+
     /// Stops of the guest at the ends of intervals, since the start.
     pub(super) fn stops(&self) -> Latencies {
         match &self.figures {
@@ -276,7 +305,7 @@ impl View {
         let micros = |span: Duration| span.as_nanos() as f64 / 1000.0;
         let meter = self.figures.as_ref().map(|(samples, _)| samples.meter());
         let lag = meter.and_then(|meter| meter.lag());
-        let has_backup = self.state.standing == Standing::Protected;
+        let has_backup = self.has_backup();
         let latest = self.seconds.iter().rev();
         let longest = latest.clone().take(RECENT).map(|second| second.lag).max();
         Status {
@@ -313,6 +342,11 @@ impl View {
             },
             changes: self.changes.clone(),
             hook: self.hook,
+            share: match &self.figures {
+                Some((_, orders)) => orders.share().share(),
+                None => Pace::FULL.share(),
+            },
+            ordered: self.ordered.clone(),
             metrics: self.about.metrics.map(|address| address.to_string()),
             history: self
                 .seconds
@@ -413,6 +447,24 @@ pub(super) mod tests {
             told(Primary, &primary),
             ["protected", "unprotected", "protected", "ended"]
         );
+        let switched = [
+            (Primary, Protected),
+            (Primary, SwitchingOver),
+            (Primary, Protected),
+            (Primary, SwitchingOver),
+            (Primary, Deciding),
+            (Primary, Ended),
+        ];
+        assert_eq!(
+            told(Primary, &switched),
+            [
+                "protected",
+                "switching-over",
+                "protected",
+                "switching-over",
+                "ended"
+            ]
+        );
         let backup = [
             (Backup, Waiting),
             (Backup, Following),
@@ -452,6 +504,23 @@ pub(super) mod tests {
         samples.meter().left(60);
         samples.meter().frame(70);
         samples.meter().peer_is_at(1000, true);
+        view.take(Update::Attach(samples, orders), Instant::now());
+        stands(&mut view, Role::Primary, Standing::Protected);
+        view
+    }
+
+    /// A view of a primary whose backup has not replayed an entry of this age.
+    pub(in crate::control) fn lagging_by(age: Duration) -> View {
+        let mut view = view(Role::Primary);
+        let samples: Arc<Samples> = Arc::default();
+        let orders = Arc::new(Orders::new(Arc::new(Wake::new().unwrap())));
+        // The meter counts time from its own beginning.
+        let since = Instant::now();
+        samples.meter().posted(1000, 64, since);
+        while since.elapsed() < age {
+            std::thread::sleep(age - since.elapsed().min(age));
+        }
+        samples.meter().peer_is_at(999, true);
         view.take(Update::Attach(samples, orders), Instant::now());
         stands(&mut view, Role::Primary, Standing::Protected);
         view

@@ -30,6 +30,12 @@ pub struct Request {
 pub enum Ask {
     /// How the role is.
     Status,
+    /// That the backup gets the machine.
+    Switch,
+    /// That the machine is turned off.
+    PowerOff,
+    /// That the guest has so many 1024ths of its time.
+    Share(u16),
 }
 
 /// An answer.
@@ -48,6 +54,8 @@ pub struct Answer {
 pub enum Outcome {
     /// How the role is.
     Status(Box<Status>),
+    /// It is ordered, by this number: what comes of it is told by the status.
+    Ordered(u64),
     /// Why it is not answered.
     Error(String),
 }
@@ -82,6 +90,14 @@ impl Request {
 }
 
 const EXAMPLE: &str = "{\"doppel\":1,\"ask\":\"status\"}";
+
+impl Ask {
+    /// Whether it changes something.
+    #[must_use]
+    pub fn is_order(self) -> bool {
+        self != Self::Status
+    }
+}
 
 impl Answer {
     /// An answer of this version.
@@ -120,6 +136,19 @@ mod tests {
         let bytes = request.encode();
         assert_eq!(bytes, format!("{EXAMPLE}\n").as_bytes());
         assert_eq!(Request::decode(&bytes).unwrap(), request);
+    }
+
+    #[test]
+    fn orders_survive_the_wire() {
+        for ask in [Ask::Switch, Ask::PowerOff, Ask::Share(512)] {
+            let request = Request {
+                doppel: VERSION,
+                ask,
+            };
+            assert_eq!(Request::decode(&request.encode()).unwrap(), request);
+            assert!(ask.is_order());
+        }
+        assert!(!Ask::Status.is_order());
     }
 
     #[test]

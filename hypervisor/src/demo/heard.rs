@@ -117,6 +117,7 @@ impl Heard {
             | Event::Watched { .. }
             | Event::Progress { .. }
             | Event::Notice { .. }
+            | Event::SwitchedOver { .. }
             | Event::Ended { .. } => {}
         }
     }

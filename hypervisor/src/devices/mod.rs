@@ -354,7 +354,8 @@ impl Devices {
         self.board.clock_page.show(ram, now);
     }
 
-    /// The guest is off: by its power-off port, by its reset register, or because it can never run again.
+    /// The guest is off: by its power-off port, by its reset register, because it can never run again, or because its
+    /// operator wants it so.
     pub fn turn_off(&mut self, status: u8) -> Effect {
         self.outputs.push(Output::PowerOff(status));
         Effect::PowerOff(status)

@@ -415,6 +415,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Turns the machine off where it stands, with this status: the same as if its guest had done it, and an output as then.
+    pub fn turn_off(&mut self, status: u8) {
+        self.devices.turn_off(status);
+        self.phase = Phase::Off(status);
+    }
+
     /// Makes the calling thread's KVM_RUN end early when kicked.
     #[must_use]
     pub fn kick_handle(&self) -> Kick {

@@ -19,6 +19,9 @@
 //! early, so they start at once then. Silence alone may be a mistake, and with the arbiter out of reach nobody may
 //! change role: there the fence waits for the claim, and the backup goes on following meanwhile.
 //!
+//! A primary that hands the machine over beats on while it waits, and is only claimed from: fence and drain wait for the claim, so that
+//! an arbiter out of reach costs its guest a pause and nothing else. The claim is dropped, as above, if the arbiter has not heard of it.
+//!
 //! Unfit (diverged, corrupt, broken) at any time before going live: first the fence, so that nothing more commits
 //! to a copy that cannot serve; then the report; then, if the machine was claimed, `abandoned`.
 
@@ -42,6 +45,8 @@ pub enum Event {
     LogTraffic,
     /// The control connection closed: the primary's process is gone.
     PeerDied,
+    /// The log's last entry so far was replayed, by which the primary hands the machine over.
+    HandedOver,
     /// The fence has returned: nothing can commit any more.
     Fenced,
     /// The log was replayed to its end after the fence, and everything that could fail in going live is done.
@@ -116,6 +121,8 @@ pub struct Backup {
     fence: Work,
     drain: Work,
     unfit: Option<Unfit>,
+    /// The claim is made because the primary hands the machine over.
+    handed: bool,
     errand: Option<Errand>,
     detector: Detector,
     beater: Beater,
@@ -135,6 +142,7 @@ impl Backup {
             fence: Work::NotAsked,
             drain: Work::NotAsked,
             unfit: None,
+            handed: false,
             errand: None,
             detector: Detector::new(now, timing.detector),
             beater: Beater::new(now, timing.heartbeat),
@@ -163,6 +171,12 @@ impl Backup {
     pub fn into_primary(self, now: Moment) -> Option<Primary> {
         (self.phase == Phase::Live)
             .then(|| Primary::unprotected(self.pair.me, self.claim.gone_live(), self.timing, now))
+    }
+
+    /// Whether it takes the machine over because its primary wants it to.
+    #[must_use]
+    pub fn is_switch_over(&self) -> bool {
+        self.handed
     }
 
     /// What was seen of the primary since the last call, while it is followed.
@@ -195,6 +209,11 @@ impl Backup {
             Event::Heartbeat(beat) => self.heartbeat(now, &beat, actions),
             Event::LogTraffic => self.detector.heard_log(now),
             Event::PeerDied => self.peer_died(now, actions),
+            Event::HandedOver => {
+                if matches!(self.phase, Phase::Following | Phase::Suspecting) {
+                    self.claim(now, Evidence::HandedOver, actions);
+                }
+            }
             Event::Fenced => self.fenced(now, actions),
             Event::Drained => {
                 self.drain = Work::Done;
@@ -252,6 +271,7 @@ impl Backup {
 
     fn trust_again(&mut self, actions: &mut Vec<Action>) {
         self.phase = Phase::Following;
+        self.handed = false;
         actions.push(Action::Say(Notice::HeardAgain));
     }
 
@@ -279,6 +299,7 @@ impl Backup {
 
     fn claim(&mut self, now: Moment, because: Evidence, actions: &mut Vec<Action>) {
         self.phase = Phase::Claiming;
+        self.handed = because == Evidence::HandedOver;
         // The request first: people can wait.
         self.swap(now, self.base, self.claim, actions);
         actions.push(Action::Say(Notice::Claiming {

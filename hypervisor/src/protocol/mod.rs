@@ -79,6 +79,9 @@ pub struct Timing {
     /// How long a candidate waits for its primary's word before it asks the arbiter by itself: an arbiter's answer, many times over.
     /// One that knew before its primary would miss heartbeats that are not sent yet.
     pub word_within: Duration,
+    /// How long a guest that was stopped for a switch-over waits for the backup to take the machine. Many times what that takes (two answers
+    /// of the arbiter, a fence); longer only lengthens the pause of a switch-over that comes to nothing.
+    pub switch_within: Duration,
     /// Between two questions of a candidate whether it is entitled.
     pub ask_every: Duration,
     /// How long after its primary's end a swap that was under way may still land, and a candidate goes on asking.
@@ -97,6 +100,7 @@ impl Default for Timing {
             arbiter_slow: Duration::from_secs(1),
             ready_within: Duration::from_secs(5),
             word_within: Duration::from_secs(2),
+            switch_within: Duration::from_millis(500),
             ask_every: Duration::from_millis(50),
             late_swap: Duration::from_secs(2),
         }

@@ -21,6 +21,10 @@ pub enum Evidence {
     Unusable,
     /// Its heartbeats show a newer reign or configuration than ours.
     Newer,
+    /// It does not keep up: for so long the guest stood for it nearly all of its time.
+    Lagging(Duration),
+    /// It hands the machine over, by its operator's will.
+    HandedOver,
     /// It was joining, and did not say within this time that its copy is whole.
     NotReady(Duration),
 }
@@ -40,6 +44,12 @@ impl fmt::Display for Evidence {
             Self::Fenced => f.write_str("it has fenced the log"),
             Self::Unusable => f.write_str("its end of the log breaks the rules"),
             Self::Newer => f.write_str("it is in a newer reign"),
+            Self::Lagging(span) => write!(
+                f,
+                "it has not kept up for {} ms, and lag.policy is drop",
+                span.as_millis()
+            ),
+            Self::HandedOver => f.write_str("it hands the machine over"),
             Self::NotReady(span) => write!(
                 f,
                 "its copy was not ready {} ms after the log began",
@@ -73,8 +83,15 @@ impl fmt::Display for Unfit {
 /// Why a process ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// The machine was powered off. The only clean one.
+    /// The machine was powered off.
     PoweredOff,
+    /// The backup has the machine now, as the operator wanted.
+    HandedOver {
+        /// Its reign.
+        epoch: Epoch,
+        /// The process.
+        to: Identity,
+    },
     /// Another process has the machine now.
     Replaced {
         /// Its reign.
@@ -95,7 +112,7 @@ impl Reason {
     /// Whether the process ended as it should: exit code 0.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        matches!(self, Self::PoweredOff)
+        matches!(self, Self::PoweredOff | Self::HandedOver { .. })
     }
 }
 
@@ -103,6 +120,11 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PoweredOff => f.write_str("the machine was powered off"),
+            Self::HandedOver { epoch, to } => write!(
+                f,
+                "handed over: process {to} serves the machine (epoch {epoch}), and this one ends. Start it again as a \
+                 backup to protect the machine"
+            ),
             Self::Replaced { epoch, by } => write!(
                 f,
                 "process {by} has taken the machine over (epoch {epoch}); this copy is out of date and ends. \
@@ -134,6 +156,12 @@ pub enum Notice {
     HeardAgain,
     /// This process was not scheduled for so long; it counts the peer's silence afresh.
     Slept(Duration),
+    /// The operator wants the backup to have the machine: the guest stops, and the backup is to claim this reign.
+    HandingOver(Epoch),
+    /// The backup that was told to take the machine has, or is lost: the arbiter is asked which.
+    AskingWho(Evidence),
+    /// The backup did not take the machine within this time; the guest runs on here.
+    NotTaken(Duration),
     /// The backup asks for the machine.
     Claiming {
         /// The reign it asks for.
@@ -185,7 +213,11 @@ impl Notice {
     pub fn is_loud(&self) -> bool {
         !matches!(
             self,
-            Self::Doubted(_) | Self::HeardAgain | Self::Slept(_) | Self::ArbiterBack
+            Self::Doubted(_)
+                | Self::HeardAgain
+                | Self::Slept(_)
+                | Self::AskingWho(_)
+                | Self::ArbiterBack
         )
     }
 }
@@ -201,6 +233,28 @@ impl fmt::Display for Notice {
                 f,
                 "this process was not scheduled for {} ms; it gives the peer a fresh chance",
                 span.as_millis()
+            ),
+            Self::HandingOver(epoch) => {
+                write!(
+                    f,
+                    "switch-over: the guest stops, and the backup is told to claim epoch {epoch}"
+                )
+            }
+            Self::AskingWho(evidence) => write!(
+                f,
+                "the backup that is to take the machine has, or is lost ({evidence}): asking the arbiter"
+            ),
+            Self::NotTaken(span) => write!(
+                f,
+                "switch-over called off: the backup has not taken the machine within {} ms; it runs on here, protected as before",
+                span.as_millis()
+            ),
+            Self::Claiming {
+                epoch,
+                because: Evidence::HandedOver,
+            } => write!(
+                f,
+                "the primary hands the machine over: claiming epoch {epoch}"
             ),
             Self::Claiming { epoch, because } => {
                 write!(

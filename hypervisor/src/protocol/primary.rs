@@ -14,6 +14,10 @@
 //!                     ▲                                                        │
 //!                     └────────────────────── End ─────────────────────────────┘
 //!
+//!   Protected ── Switch ──▶ HandingOver ── backup lost, log fenced ──▶ Detaching, as from Protected: there it shows who has it
+//!       ▲                       │
+//!       └── not taken in time ──┘
+//!
 //!   Unprotected ── Joining ──▶ Joining ── Joined ──▶ Entitling ── swapped ──▶ Protected
 //!        ▲                       │                       │ backup lost: swapped, then as from Protected
 //!        └────── backup lost ────┘                       ▼
@@ -25,6 +29,12 @@
 //! entitle it; while that is under way the swap may have landed, so a backup that is lost then is only given up by the next
 //! swap.
 //!
+//! A switch-over makes the backup claim without a failure: the guest stops where nothing is under way, all that it made leaves, and
+//! the log's last entry tells the backup to claim in its two ordinary steps. This side goes on beating, so that the backup does
+//! not fence before its claim is won, and knows that it was taken at its word by the ordinary signs: silence, the fence, the end of the
+//! connection. If none comes within `switch_within` the guest runs on; that is safe whenever it happens, since nothing leaves that a
+//! backup that has claimed meanwhile did not get.
+//!
 //! From Detaching on, the guest is frozen and this process sends no heartbeats: a machine that does not serve
 //! must not keep its backup waiting. Whoever reaches the arbiter first has the machine. An End that comes while
 //! this is being decided waits for Unprotected.
@@ -32,6 +42,8 @@
 //! A frozen primary keeps its state until another is *live*. A claim that was abandoned, or that stays unfinished
 //! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct
 //! claim on its own record; a claim of a later reign means that somebody was live in between.
+
+use std::time::Duration;
 
 use super::detector::{Detector, Trust, Watched};
 use super::errand::{Answer, Errand, Outcome, Request};
@@ -60,6 +72,11 @@ pub enum Event {
     Joining,
     /// The copy is whole and follows the log; the pair names the new backup.
     Joined(Pair),
+    /// The guest has had next to none of its time for so long because the backup does not keep up, and a machine that serves is worth more
+    /// than one that is protected.
+    Lagging(Duration),
+    /// The operator wants the backup to have the machine. Ignored unless it is [`Phase::Protected`].
+    Switch,
     /// The guest's power-off has committed, or the operator ends the machine: the reign ends with it.
     End,
     /// The arbiter answered.
@@ -80,6 +97,11 @@ pub enum Action {
     RunUnprotected(Record),
     /// The backup that joined is entitled by this record: tell it.
     Protect(Record),
+    /// Stop the guest at a sync point, let out all that it made, and tell the backup by the log's last entry to claim. If another order
+    /// comes before that is done, it is not done.
+    HandOver,
+    /// The backup did not take the machine: let the guest run on as before, or go on as if it had never been asked to stop.
+    Resume,
     /// Tell people.
     Say(Notice),
     /// End the process, with this message. Nothing held may leave.
@@ -91,6 +113,8 @@ pub enum Action {
 pub enum Phase {
     /// A backup follows.
     Protected,
+    /// The guest stops, and the backup is told to claim.
+    HandingOver,
     /// Frozen; asking the arbiter to go on without the backup.
     Detaching,
     /// Frozen; the backup has claimed the machine.
@@ -109,6 +133,17 @@ pub enum Phase {
     Dead,
 }
 
+impl Phase {
+    /// The guest runs here, and goes on here unless something is lost.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        matches!(
+            self,
+            Self::Protected | Self::Unprotected | Self::Joining | Self::Entitling
+        )
+    }
+}
+
 /// A primary's state machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Primary {
@@ -125,6 +160,8 @@ pub struct Primary {
     joining_since: Moment,
     /// The new backup was lost while the arbiter was asked to entitle it.
     lost: Option<Evidence>,
+    /// The backup that was told to claim, and when the guest was told to stop for it.
+    handed: Option<(Identity, Moment)>,
     /// The claim that froze us, and when it was first seen.
     claim: Option<(Record, Moment)>,
     reread_at: Moment,
@@ -191,6 +228,7 @@ impl Primary {
             backup: None,
             joining_since: now,
             lost: None,
+            handed: None,
             claim: None,
             reread_at: now,
         }
@@ -219,7 +257,9 @@ impl Primary {
     #[must_use]
     pub fn deadline(&self) -> Option<Moment> {
         let beat = match (&self.backup, self.phase) {
-            (Some(peer), Phase::Protected) => Some(peer.beater.due.min(peer.detector.deadline())),
+            (Some(peer), Phase::Protected | Phase::HandingOver) => {
+                Some(peer.beater.due.min(peer.detector.deadline()))
+            }
             (Some(peer), Phase::Entitling) if self.lost.is_none() => Some(peer.beater.due),
             _ => None,
         };
@@ -231,7 +271,12 @@ impl Primary {
             (self.phase == Phase::Frozen && self.errand.is_none()).then_some(self.reread_at);
         let ready =
             (self.phase == Phase::Joining).then(|| self.joining_since + self.timing.ready_within);
-        [beat, errand, reread, ready].into_iter().flatten().min()
+        let taken = self.handed.filter(|_| self.phase == Phase::HandingOver);
+        let taken = taken.map(|(_, since)| since + self.timing.switch_within);
+        [beat, errand, reread, ready, taken]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Takes one event; appends what is to be done to `actions`.
@@ -247,6 +292,7 @@ impl Primary {
             Event::PeerDied => self.backup_lost(now, Evidence::Death, actions),
             Event::LogFenced => self.backup_lost(now, Evidence::Fenced, actions),
             Event::LogUnusable => self.backup_lost(now, Evidence::Unusable, actions),
+            Event::Lagging(span) => self.backup_lost(now, Evidence::Lagging(span), actions),
             Event::Joining => {
                 if self.phase == Phase::Unprotected {
                     self.phase = Phase::Joining;
@@ -254,6 +300,7 @@ impl Primary {
                 }
             }
             Event::Joined(pair) => self.joined(now, pair, actions),
+            Event::Switch => self.hand_over(now, actions),
             Event::End => self.end(now, actions),
             Event::Arbiter(answer) => self.answered(now, answer, actions),
         }
@@ -261,7 +308,7 @@ impl Primary {
 
     fn tick(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
         match self.phase {
-            Phase::Protected => self.watch(now, progress, actions),
+            Phase::Protected | Phase::HandingOver => self.watch(now, progress, actions),
             // It is not judged before the arbiter's word, but it should know that this side is there.
             Phase::Entitling if self.lost.is_none() => self.beat(now, progress, actions),
             _ => {}
@@ -269,6 +316,15 @@ impl Primary {
         let joining = now.since(self.joining_since);
         if self.phase == Phase::Joining && joining >= self.timing.ready_within {
             self.backup_lost(now, Evidence::NotReady(joining), actions);
+        }
+        if let Some((_, since)) = self.handed
+            && self.phase == Phase::HandingOver
+            && now.since(since) >= self.timing.switch_within
+        {
+            self.phase = Phase::Protected;
+            self.handed = None;
+            actions.push(Action::Resume);
+            actions.push(Action::Say(Notice::NotTaken(now.since(since))));
         }
         if let Some(errand) = &mut self.errand {
             let (request, notice) = errand.tick(now, &self.timing);
@@ -308,7 +364,7 @@ impl Primary {
 
     fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
         // A new backup may know that it is entitled before we do; its beats count once we know it too.
-        if self.phase != Phase::Protected {
+        if !matches!(self.phase, Phase::Protected | Phase::HandingOver) {
             return;
         }
         let Some(peer) = &mut self.backup else { return };
@@ -322,7 +378,7 @@ impl Primary {
     /// Only the arbiter can tell whether it is the backup or this process that goes on.
     fn backup_lost(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
         match self.phase {
-            Phase::Protected => {}
+            Phase::Protected | Phase::HandingOver => {}
             // It was entitled to nothing.
             Phase::Joining => return self.goes_on_alone(now, evidence, actions),
             // The arbiter has not heard of it.
@@ -340,7 +396,10 @@ impl Primary {
             _ => return,
         }
         actions.push(Action::Freeze);
-        actions.push(Action::Say(Notice::BackupLost(evidence)));
+        actions.push(Action::Say(match self.phase {
+            Phase::HandingOver => Notice::AskingWho(evidence),
+            _ => Notice::BackupLost(evidence),
+        }));
         self.phase = Phase::Detaching;
         self.swap(now, self.own, self.own.detached(), actions);
     }
@@ -354,6 +413,18 @@ impl Primary {
             actions.push(Action::RunUnprotected(self.own));
         }
         actions.push(Action::Say(Notice::JoinFailed(evidence)));
+    }
+
+    fn hand_over(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        let Some(peer) = self.backup.as_ref().map(|peer| peer.pair.peer) else {
+            return;
+        };
+        if self.phase == Phase::Protected {
+            self.phase = Phase::HandingOver;
+            self.handed = Some((peer, now));
+            actions.push(Action::HandOver);
+            actions.push(Action::Say(Notice::HandingOver(self.own.epoch.next())));
+        }
     }
 
     fn joined(&mut self, now: Moment, pair: Pair, actions: &mut Vec<Action>) {
@@ -387,7 +458,7 @@ impl Primary {
     fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
         self.end_wanted = true;
         match self.phase {
-            Phase::Protected | Phase::Unprotected | Phase::Joining => {
+            Phase::Protected | Phase::HandingOver | Phase::Unprotected | Phase::Joining => {
                 actions.push(Action::Freeze);
                 self.phase = Phase::Ending;
                 self.swap(now, self.own, self.own.ended(), actions);
@@ -420,6 +491,7 @@ impl Primary {
         self.own = record;
         self.claim = None;
         self.backup = None;
+        self.handed = None;
         if self.phase == Phase::Ending {
             self.die(Reason::PoweredOff, actions);
             return;
@@ -455,6 +527,15 @@ impl Primary {
         if !found.is_unfinished_claim_on(&self.own) {
             let reason = match found.state {
                 State::Ended => Reason::PoweredOff,
+                State::Live
+                    if self.handed.is_some_and(|(to, _)| to == found.owner)
+                        && found.epoch == self.own.epoch.next() =>
+                {
+                    Reason::HandedOver {
+                        epoch: found.epoch,
+                        to: found.owner,
+                    }
+                }
                 _ => Reason::Replaced {
                     epoch: found.epoch,
                     by: found.owner,

@@ -2,6 +2,7 @@
 
 mod candidate;
 mod roles;
+mod switch;
 
 use super::heartbeat::MachineId;
 use super::*;

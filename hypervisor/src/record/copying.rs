@@ -66,6 +66,7 @@ impl<S: Sink> Recorder<S> {
                     stopped,
                 };
                 desk.answer(number, Answer::Cut(cut));
+                self.tell_share()?;
             }
             // The guest is as it was, and goes on as before.
             Err(error) => desk.answer(number, Answer::Failed(error.to_string())),
@@ -90,6 +91,7 @@ impl<S: Sink> Recorder<S> {
         // Before the first entry, which may meet the new log's own fence.
         self.orders.begin_log();
         self.applied = Seq::ZERO;
+        self.posted = Seq::ZERO;
         match &mut self.intervals {
             Some(intervals) => intervals.begin_log(sink, self.encoder.base()),
             None => self.sink = sink,

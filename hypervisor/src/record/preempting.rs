@@ -48,7 +48,9 @@ impl<S: Sink> Recorder<S> {
             return false;
         }
         // An order that waits still is one that needs a place to stop at.
-        self.orders.waiting() || self.something_is_due() && self.machine.preemptible()
+        self.orders.waiting()
+            || !self.deeds.is_empty()
+            || self.something_is_due() && self.machine.preemptible()
     }
 
     fn something_is_due(&mut self) -> bool {

@@ -6,6 +6,7 @@ mod meeting;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use rdma_log::{Fenced, Fencer};
 
@@ -105,6 +106,8 @@ struct Following {
     drained: Option<Drained>,
     arrived: u64,
     at: Timeline,
+    /// Since when the guest stands, if its primary handed it over: for how long by then, and when that came.
+    handed: Option<(Duration, Instant)>,
     /// The guest's address on its link.
     mac: [u8; 6],
 }
@@ -152,6 +155,10 @@ impl Following {
             while let Ok(told) = self.follower.told.try_recv() {
                 let event = self.hear(told);
                 self.protocol.handle(now, event, &mut actions);
+            }
+            if let Some(handed) = self.io.orders.take_handed_over() {
+                self.handed = Some(handed);
+                self.protocol.handle(now, Event::HandedOver, &mut actions);
             }
             let arrived = self.follower.arrived.load(Ordering::Relaxed);
             if arrived != self.arrived {
@@ -291,6 +298,10 @@ impl Following {
     fn open_gate(mut self) -> Result<Served, SessionError> {
         self.io.release_everything();
         self.at.open = Timeline::now();
+        let stood = self
+            .handed
+            .filter(|_| self.protocol.is_switch_over())
+            .map(|(before, since)| before + since.elapsed());
         self.io.announce(self.mac);
         let drained = self
             .drained
@@ -308,6 +319,13 @@ impl Following {
             torn: drained.torn,
             at: self.at,
         });
+        if let Some(stood) = stood {
+            self.io.reporter.say(&Said::SwitchedOver {
+                epoch: record.epoch.0,
+                stood_us: stood.as_micros() as u64,
+                resent: drained.resent,
+            });
+        }
         self.io.listen_to(None);
         self.io.control = None;
         self.io.link = None;

@@ -372,7 +372,7 @@ impl Io {
             });
             longest = longest.min(again);
         }
-        let slowed = self.orders.pace() < Pace::FULL;
+        let slowed = self.orders.pace().is_slowed();
         if slowed {
             longest = longest.min(Pace::SLICE);
         }

@@ -18,6 +18,7 @@ mod beats;
 mod clerk;
 pub mod host;
 mod io;
+mod lagging;
 mod meet;
 mod mourner;
 mod porch;

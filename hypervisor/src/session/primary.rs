@@ -110,6 +110,8 @@ fn lead(
     let staff = Staff {
         clerk,
         recruiter,
+        lag: config.lag,
+        replication: config.replicate.mode,
         machine: MachineId::of(&config.name),
         me,
     };

@@ -106,6 +106,15 @@ pub enum Event {
         /// CLOCK_MONOTONIC, nanoseconds: suspicion, claim won, fence returned, drained, gate open.
         at: Timeline,
     },
+    /// The machine was handed over to this process by its operator's will.
+    SwitchedOver {
+        /// The new reign.
+        epoch: u64,
+        /// How long the guest stood: on its old side until it said so, and here from when that came; the way between is not known.
+        stood_us: u64,
+        /// Outputs sent again: none, or the old side could not let all of them out.
+        resent: usize,
+    },
     /// The replayed machine is not the recorded one.
     Diverged {
         /// Position, field, expected, found.
@@ -158,6 +167,15 @@ impl Event {
                 format!(
                     "live in epoch {epoch} from position {position}, {:.1} ms after the first suspicion",
                     at.open.saturating_sub(at.suspected) as f64 / 1e6
+                ),
+                true,
+            ),
+            Self::SwitchedOver {
+                epoch, stood_us, ..
+            } => (
+                format!(
+                    "switched over: this process serves the machine in epoch {epoch}; the guest stood {:.2} ms",
+                    *stood_us as f64 / 1e3
                 ),
                 true,
             ),

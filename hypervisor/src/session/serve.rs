@@ -4,16 +4,20 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::SessionError;
 use super::clerk::Clerk;
 use super::io::Io;
+use super::lagging::{self, Found};
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
-use crate::control::board::State;
+use crate::config::Lag;
+use crate::control::board::{Command, State};
 use crate::control::status::Role;
 use crate::desk::Ask;
 use crate::handshake;
+use crate::intervals::Replication;
 use crate::orders::Order;
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
@@ -22,6 +26,10 @@ use crate::record::{Ended, RecordError};
 
 /// The thread that runs the guest.
 pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
+
+/// Why an order that is an entry of the log is not done.
+const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their log has no such entries yet: only a machine that is \
+    replicated by replay is switched over, paused, or left a share of its time";
 
 /// Now, for the protocol.
 pub(super) fn now() -> Moment {
@@ -42,6 +50,10 @@ pub(super) struct Staff {
     pub(super) clerk: Clerk,
     /// None where there is no place to look for a backup.
     pub(super) recruiter: Option<Recruiter>,
+    /// What becomes of a backup that does not keep up.
+    pub(super) lag: Lag,
+    /// How the machine is replicated.
+    pub(super) replication: Replication,
     pub(super) machine: MachineId,
     pub(super) me: Identity,
 }
@@ -67,6 +79,7 @@ pub(super) fn serve(
     }
     Serving {
         looking: protocol.phase() == Phase::Unprotected,
+        lagging: lagging::Watch::new(staff.lag),
         io,
         staff,
         protocol,
@@ -74,6 +87,7 @@ pub(super) fn serve(
         guest: None,
         fence_told: false,
         in_step: None,
+        switch: None,
     }
     .serve()
 }
@@ -85,10 +99,13 @@ struct Serving {
     vcpu: Option<Vcpu>,
     guest: Option<Ended>,
     fence_told: bool,
+    lagging: lagging::Watch,
     /// The recruiter is at work.
     looking: bool,
     /// Told that this backup replays.
     in_step: Option<Arc<AtomicBool>>,
+    /// The number of the order by which the machine is being handed over.
+    switch: Option<u64>,
 }
 
 impl Serving {
@@ -146,6 +163,9 @@ impl Serving {
                 });
                 self.protocol.handle(now, Event::LogUnusable, &mut actions);
             }
+            while let Some((number, command)) = self.io.reporter.board().take_command() {
+                self.command(number, command, now, &mut actions);
+            }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             if self.vcpu.as_ref().is_some_and(JoinHandle::is_finished) {
                 self.guest = end_of(self.vcpu.take())?;
@@ -155,10 +175,80 @@ impl Serving {
                 handle(Event::End);
             }
             handle(Event::Tick(self.io.orders.progress()));
+            self.watch_lag(now, &mut actions);
             self.io.reporter.watched(|| self.protocol.take_watched());
             if let Some(served) = self.perform(&mut actions) {
                 return Ok(served);
             }
+        }
+    }
+
+    /// Whether the backup keeps up, and what follows if it does not.
+    fn watch_lag(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        if self.protocol.phase() != Phase::Protected {
+            return self.lagging.forget();
+        }
+        let text = match self.lagging.look(Instant::now(), self.io.orders.stood()) {
+            None => return,
+            Some(Found::Drop(span)) => {
+                return self.protocol.handle(now, Event::Lagging(span), actions);
+            }
+            Some(Found::Slowed(span)) => format!(
+                "the backup does not keep up: for {} ms the guest has stood for it most of the time. It stays as slow, and \
+                 protected (lag.policy is throttle)",
+                span.as_millis()
+            ),
+            Some(Found::KeepsUp) => "the backup keeps up again".to_owned(),
+        };
+        self.io.reporter.say(&Said::Notice { text, loud: true });
+    }
+
+    /// Does what an operator orders, or says why not.
+    fn command(&mut self, number: u64, command: Command, now: Moment, actions: &mut Vec<Action>) {
+        let order = match command {
+            Command::Switch if self.staff.replication == Replication::Checkpoint => {
+                self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
+                return;
+            }
+            Command::Switch if self.protocol.phase() == Phase::Protected => {
+                self.switch = Some(number);
+                self.tell_ordered(number, command, None);
+                self.protocol.handle(now, Event::Switch, actions);
+                return;
+            }
+            Command::Switch => {
+                let why = "there is no backup any more that could take the machine".to_owned();
+                return self.tell_ordered(number, command, Some(Err(why)));
+            }
+            Command::Share(_) if self.staff.replication == Replication::Checkpoint => {
+                return self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
+            }
+            // One that comes between the guest's last exit here and its first one there would be lost.
+            _ if !self.protocol.phase().is_settled() => {
+                let why = "who serves the machine is just being decided: order it again".to_owned();
+                return self.tell_ordered(number, command, Some(Err(why)));
+            }
+            Command::PowerOff => Order::PowerOff(0),
+            Command::Share(share) => Order::Share(share),
+        };
+        self.io.order(order);
+        self.io.reporter.say(&Said::Notice {
+            text: format!("the operator orders: {}", command.words()),
+            loud: true,
+        });
+        let done = "from the guest's next exit on".to_owned();
+        self.tell_ordered(number, command, Some(Ok(done)));
+    }
+
+    fn tell_ordered(&self, number: u64, command: Command, outcome: Option<Result<String, String>>) {
+        let board = self.io.reporter.board();
+        board.ordered(number, command, outcome);
+    }
+
+    /// A switch-over came to nothing.
+    fn switch_failed(&mut self, why: &str) {
+        if let Some(number) = self.switch.take() {
+            self.tell_ordered(number, Command::Switch, Some(Err(why.to_owned())));
         }
     }
 
@@ -250,7 +340,21 @@ impl Serving {
                 io.outlet.shut();
                 io.order(Order::Freeze);
             }
+            Action::HandOver => {
+                // What comes from now on is for the heir, in the kernel's queue; what was read has to be with it first.
+                io.stager.pause();
+                io.order(Order::HandOver(io.stager.published()));
+            }
+            Action::Resume => {
+                io.stager.resume();
+                io.order(Order::Resume);
+                self.switch_failed("the backup did not take the machine in time; it runs on here, protected as before");
+            }
             Action::RunUnprotected(_) => {
+                self.switch_failed(
+                    "the backup was lost meanwhile; the machine runs on here, UNPROTECTED",
+                );
+                let io = &mut self.io;
                 io.leave_log();
                 io.order(Order::RunUnprotected);
                 if self.vcpu.is_none() {
@@ -276,6 +380,16 @@ impl Serving {
                 loud: notice.is_loud(),
             }),
             Action::Die(reason) => {
+                if let Reason::HandedOver { .. } = reason {
+                    io.reporter.say(&Said::Notice {
+                        text: reason.to_string(),
+                        loud: false,
+                    });
+                    if let Some(number) = self.switch.take() {
+                        let done = Some(Ok(reason.to_string()));
+                        io.reporter.board().ordered(number, Command::Switch, done);
+                    }
+                }
                 io.order(Order::Stop);
                 // A recorder that stops in the middle of a post says so; that is how it was told to end.
                 let _ = end_of(self.vcpu.take());

@@ -37,8 +37,10 @@ pub(super) struct Stager {
     lane_over: bool,
     /// Why it takes nothing more, if that is the reader's doing and the recorder may not meet it.
     unusable: Option<String>,
-    /// A new log is about to begin: what is read now would be in neither.
+    /// A new log is about to begin, and what is read now would be in neither; or the machine is handed over, and its heir reads.
     paused: bool,
+    /// The latest frame of the lane.
+    published: Seq,
 }
 
 impl Stager {
@@ -56,6 +58,7 @@ impl Stager {
             lane_over: false,
             unusable: None,
             paused: false,
+            published: Seq::ZERO,
         }
     }
 
@@ -84,11 +87,22 @@ impl Stager {
         self.lane_over = false;
         self.unusable = None;
         self.paused = false;
+        self.published = Seq::ZERO;
     }
 
     /// Reads nothing until there is a new lane, or none.
     pub(super) fn pause(&mut self) {
         self.paused = true;
+    }
+
+    /// Reads on.
+    pub(super) fn resume(&mut self) {
+        self.paused = false;
+    }
+
+    /// The number of the latest frame that was read into the lane.
+    pub(super) fn published(&self) -> Seq {
+        self.published
     }
 
     /// From now on what is read goes into this lane.
@@ -186,6 +200,7 @@ impl Stager {
                 return Ok(false);
             }
         };
+        self.published = seq;
         // A sleeping reader is woken by the event that applies the frame; only that decides anything.
         if let Some(told) = &self.committed
             && let Ok(committed) = lane.committed()

@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 use hypervisor::digest::Digest;
-use hypervisor::entry::{Body, Decoder, Encoder, Entry, LoggedInput, OutputsDigest, Part, Step};
+use hypervisor::entry::{
+    Body, Control, Decoder, Encoder, Entry, LoggedInput, OutputsDigest, Part, Step,
+};
 use hypervisor::event::GuestTime;
 use hypervisor::position::Position;
 
@@ -59,6 +61,13 @@ fn seeds() -> Vec<Vec<u8>> {
         at(1, Body::Step(Step::default())),
         at(300, Body::Step(step)),
         at(300, Body::MemoryHash(9)),
+        at(
+            300,
+            Body::Control {
+                digest: Digest(1),
+                what: Control::Share(512),
+            },
+        ),
         at(
             301,
             Body::Part(Part {

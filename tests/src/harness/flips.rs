@@ -117,7 +117,7 @@ impl Decoded {
     fn step(&mut self, entry: usize) -> Option<&mut Step> {
         match &mut self.entries.get_mut(entry)?.1.body {
             Body::Step(step) => Some(step),
-            Body::MemoryHash(_) | Body::End { .. } | Body::Part(_) => None,
+            Body::MemoryHash(_) | Body::End { .. } | Body::Part(_) | Body::Control { .. } => None,
         }
     }
 

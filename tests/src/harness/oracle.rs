@@ -190,9 +190,9 @@ pub fn judge(log: &Log, entries: &[(usize, Entry)], exits: &[Words]) -> Result<T
                     }
                 }
             }
-            Body::MemoryHash(_) | Body::Part(_) => {
+            Body::MemoryHash(_) | Body::Part(_) | Body::Control { .. } => {
                 bail!(
-                    "a recording for this is made without comparing memory or checkpoints on the way"
+                    "a recording for this is made without comparing memory, checkpoints or orders on the way"
                 )
             }
             Body::End { memory, state, .. } => {

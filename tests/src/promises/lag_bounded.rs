@@ -25,7 +25,7 @@ use crate::promise::{Figures, Form, Promise, Run};
 pub const PROMISE: Promise = Promise {
     name: "lag-bounded",
     line: "with the backup slowed to half speed the lag stays under 100 ms, the primary slows down with it, and is back within a second",
-    short: Duration::from_secs(25),
+    short: Duration::from_secs(40),
     full: Duration::from_secs(200),
     show,
 };
@@ -74,8 +74,84 @@ fn show(run: &Run) -> Result<Figures> {
         }
         Ok(())
     })?;
+    for policy in ["throttle", "drop"] {
+        let seen = alone(|| at_its_floor(policy, run.form.pick(2, 10))).context(policy)?;
+        run.say(format!("policy {policy}: {seen}"));
+        figures.0.insert(format!("policy_{policy}"), seen);
+    }
     figures.add("seconds_each", span.as_secs());
     Ok(figures)
+}
+
+/// The backup stands for so many turns of its own while it cannot keep up at all: still for less than what it is given up after.
+const HOPELESS: u32 = 60;
+
+/// A backup that hardly runs: by the policy the guest stays as slow and protected, or goes on at its own speed, unprotected.
+fn at_its_floor(policy: &str, seconds: u64) -> Result<serde_json::Value> {
+    let stage = Stage::enter()?;
+    let mut spec = stage.spec("compute", "rounds=1")?;
+    spec.memory_check_ms = 0;
+    let after = Duration::from_secs(seconds).as_millis().to_string();
+    let words = ["--lag-policy", policy, "--lag-after-ms", &after];
+    spec.more = words.map(str::to_owned).to_vec();
+    let mut pair = Pair::start(&spec, Some(stage.port()))?;
+    let work = Work::Console(spec.directory.join("primary.console"));
+    let pace = |span: Duration| -> Result<f64> {
+        let (since, begun) = (Instant::now(), work.done()?);
+        std::thread::sleep(span);
+        Ok((work.done()? - begun) / since.elapsed().as_secs_f64())
+    };
+    std::thread::sleep(Duration::from_secs(1));
+    let before = pace(Duration::from_secs(1))?;
+    let slow = Slowed::start(pair.backup.pid(), HOPELESS);
+    let (since, mut told) = (Instant::now(), Vec::new());
+    let word = match policy {
+        "drop" => "UNPROTECTED",
+        _ => "does not keep up",
+    };
+    let said =
+        |event: &Event| matches!(event, Event::Notice { text, loud: true } if text.contains(word));
+    let heard = pair.primary.wait_for(PATIENCE, said, |event| {
+        if let Event::Notice { text, .. } = event {
+            told.push(text);
+        }
+    });
+    let took = since.elapsed();
+    ensure!(heard.is_some(), "nothing was said of it, only {told:?}");
+    let during = pace(Duration::from_secs(1))?;
+    let status = status_of(&spec, pair.primary.pid())?;
+    slow.end()?;
+    let arbiter = status.configuration;
+    match policy {
+        "drop" => {
+            let why = told.iter().any(|text| text.contains("lag.policy is drop"));
+            ensure!(why, "it was let go for another reason: {told:?}");
+            ensure!(
+                !status.protected && arbiter == 2,
+                "it stands so: {status:?}"
+            );
+            ensure!(
+                during > before / 2.0,
+                "the guest did {during:.0} of {before:.0} a second"
+            );
+        }
+        _ => {
+            ensure!(status.protected && arbiter == 1, "it stands so: {status:?}");
+            ensure!(
+                during < before / 2.0,
+                "the guest did {during:.0} of {before:.0} a second"
+            );
+            let back = |event: &Event| matches!(event, Event::Notice { text, .. } if text.contains("keeps up again"));
+            let heard = pair.primary.wait_for(PATIENCE, back, drop);
+            ensure!(
+                heard.is_some(),
+                "it was not told that the backup keeps up again"
+            );
+        }
+    }
+    pair.primary.stop(PATIENCE);
+    pair.backup.stop(PATIENCE);
+    Ok(json!({"after_ms": took.as_millis() as u64, "pace": (during / before * 1e3).round() / 1e3}))
 }
 
 fn judge(seen: &serde_json::Value, saturated: &[&str]) -> Result<()> {

@@ -36,6 +36,7 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod switch_over;
 pub mod zombie;
 
 /// All of them, in the order in which `scripts/prove` lists them.
@@ -65,6 +66,7 @@ pub const ALL: &[Promise] = &[
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
+    switch_over::PROMISE,
     leaves_nothing::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,

@@ -71,7 +71,9 @@ impl Seen {
             Event::Notice { text, loud: true } | Event::Ended { why: text } => {
                 self.given_up.push(format!("the {side} says: {text}"));
             }
-            Event::Live { .. } => self.given_up.push(format!("the {side} went live")),
+            Event::Live { .. } | Event::SwitchedOver { .. } => {
+                self.given_up.push(format!("the {side} went live"))
+            }
             Event::Joined { .. } => {
                 self.given_up
                     .push(format!("a new backup joined the {side}"));

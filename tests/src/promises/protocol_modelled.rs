@@ -29,6 +29,7 @@ const PAIR: Scope = Scope {
     lost_answers: 0,
     unfit: 0,
     power_off: false,
+    switches: 0,
 };
 
 /// What is looked through in either form.
@@ -46,6 +47,15 @@ const SMALL: &[(&str, Scope)] = &[
         Scope {
             unfit: 1,
             deaths: 1,
+            ..PAIR
+        },
+    ),
+    (
+        "switch",
+        Scope {
+            switches: 1,
+            deaths: 1,
+            lost_answers: 1,
             ..PAIR
         },
     ),
@@ -71,6 +81,29 @@ const LARGE: &[(&str, Scope)] = &[
             lost_answers: 1,
             unfit: 1,
             power_off: true,
+            ..PAIR
+        },
+    ),
+    (
+        "switch_all",
+        Scope {
+            switches: 2,
+            deaths: 1,
+            lost_answers: 1,
+            unfit: 1,
+            power_off: true,
+            outputs: 1,
+            ..PAIR
+        },
+    ),
+    (
+        "switch_and_join",
+        Scope {
+            joiner: true,
+            joins: 1,
+            switches: 1,
+            deaths: 1,
+            outputs: 1,
             ..PAIR
         },
     ),
@@ -152,6 +185,10 @@ fn scope_of(plant: Plant) -> Scope {
         | Plant::StaleBackup
         | Plant::EarlyRelease
         | Plant::AckBeforeStore => PAIR,
+        Plant::HandsOverAndRunsOn => Scope {
+            switches: 1,
+            ..PAIR
+        },
         Plant::JoinerNotWaitedFor | Plant::ReadyBeforeWhole => Scope {
             alone: true,
             joins: 1,

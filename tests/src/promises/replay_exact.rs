@@ -183,7 +183,7 @@ fn record_and_replay(stage: &Stage, guest: &Guest, random: &mut Random) -> Resul
     };
     for (_, entry) in Log::read(&recorded.log)?.entries()? {
         match entry.body {
-            Body::Step(_) => sum.entries += 1,
+            Body::Step(_) | Body::Control { .. } => sum.entries += 1,
             Body::MemoryHash(_) => sum.memory_hashes += 1,
             Body::Part(part) => sum.checkpoints += u64::from(part.last),
             Body::End { .. } => {

@@ -84,6 +84,12 @@ impl State {
             && self.processes[1..].iter().any(|process| process.runs)
     }
 
+    /// A backup serves, its primary is alive or has ended well, and nobody has died.
+    #[cfg(test)]
+    pub(super) fn was_handed_over(&self) -> bool {
+        self.was_taken_over() && self.switches > 0 && self.processes[0].role == Role::Dead
+    }
+
     /// The first primary serves again after a claim.
     #[cfg(test)]
     pub(super) fn was_reclaimed(&self) -> bool {

@@ -43,6 +43,8 @@ pub struct Scope {
     pub unfit: u8,
     /// Whether the machine may be powered off.
     pub power_off: bool,
+    /// Switch-overs that the operator orders at most.
+    pub switches: u8,
 }
 
 /// The model of this scope, with a rule broken if one is planted.
@@ -55,7 +57,7 @@ pub struct World {
 }
 
 /// The plants that this model can tell.
-pub const PLANTS: [Plant; 9] = Plant::ALL;
+pub const PLANTS: [Plant; 10] = Plant::ALL;
 
 impl Model for World {
     type State = State;

@@ -43,6 +43,7 @@ pub(super) fn timing() -> Timing {
         retry_max: Duration::ZERO,
         arbiter_slow: Duration::MAX,
         ready_within: SPAN,
+        switch_within: SPAN,
         word_within: SPAN,
         ask_every: Duration::ZERO,
         late_swap: SPAN,
@@ -104,6 +105,10 @@ pub(super) struct Process {
     pub(super) drain: Work,
     /// Replayed to the end.
     pub(super) drained: bool,
+    /// It is to hand the machine over, and still lets outputs out.
+    pub(super) handing: bool,
+    /// The entry by which its primary hands the machine over was replayed, and its I/O thread has not heard so yet.
+    pub(super) handed: bool,
     /// The word of its primary is on its way: the record that entitles it.
     pub(super) word: Option<Record>,
     /// It is on its way to its primary that it is ready.
@@ -130,6 +135,8 @@ impl Process {
             fence: Work::None,
             drain: Work::None,
             drained: false,
+            handing: false,
+            handed: false,
             word: None,
             ready: false,
             asks: false,
@@ -152,5 +159,7 @@ pub(super) struct Log {
     pub(super) sent: Vec<Guest>,
     /// Commits on their way back: up to which entry.
     pub(super) committed: u8,
+    /// The entry that hands the machine over, if it is on its way.
+    pub(super) hands_over: Option<u8>,
     pub(super) fenced: bool,
 }

@@ -38,6 +38,7 @@ pub struct State {
     pub(super) unfit: u8,
     pub(super) powered_off: bool,
     pub(super) joins: u8,
+    pub(super) switches: u8,
 }
 
 const PROGRESS: Progress = Progress {
@@ -88,6 +89,7 @@ impl State {
             unfit: 0,
             powered_off: false,
             joins: 0,
+            switches: 0,
         }
     }
 
@@ -165,6 +167,15 @@ impl State {
                 self.powered_off = true;
                 self.primary(who, NOW, PrimarySees::End);
             }
+            Step::Switch(who) => {
+                self.switches += 1;
+                self.primary(who, NOW, PrimarySees::Switch);
+            }
+            Step::HandsOver(who) => self.hands_over(world, who),
+            Step::HandedOver(who) => {
+                self.processes[who].handed = false;
+                self.backup(world, who, NOW, BackupSees::HandedOver);
+            }
         }
         self.check();
     }
@@ -220,6 +231,27 @@ impl State {
             return self.let_out(writer, upto);
         }
         log.stored = (log.stored.0 + 1, entry);
+        if log.hands_over == Some(log.stored.0) {
+            log.hands_over = None;
+            self.processes[number].handed = true;
+        }
+    }
+
+    /// The guest stands, and the log's last entry says so. It makes no output.
+    fn hands_over(&mut self, world: &World, who: usize) {
+        let process = &mut self.processes[who];
+        (process.handing, process.runs, process.shut) = (false, false, true);
+        let guest = process.guest.clone();
+        let Some(log) = process.log.and_then(|log| self.logs[log].as_mut()) else {
+            return;
+        };
+        log.sent.push(guest);
+        log.hands_over = Some(log.stored.0 + log.sent.len() as u8);
+        if world.plant == Some(Plant::HandsOverAndRunsOn) {
+            // It lets out what it makes from here on, and logs none of it.
+            let process = &mut self.processes[who];
+            (process.runs, process.shut, process.log) = (true, false, None);
+        }
     }
 
     fn commits(&mut self, number: usize) {
@@ -352,6 +384,7 @@ impl State {
         process.role = Role::Listening;
         process.source = None;
         process.ready = false;
+        process.handed = false;
         process.guest.clear();
         self.hang_up(who);
         self.forget_unused();
@@ -437,10 +470,20 @@ impl State {
                 PrimaryDoes::Ask(request) => self.ask(who, request),
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
-                    (process.runs, process.shut) = (false, true);
+                    (process.runs, process.shut, process.handing) = (false, true, false);
+                }
+                PrimaryDoes::HandOver => self.processes[who].handing = true,
+                PrimaryDoes::Resume => {
+                    let process = &mut self.processes[who];
+                    (process.runs, process.shut, process.handing) = (true, false, false);
+                    let log = process.log.and_then(|log| self.logs[log].as_ref());
+                    if let Some(upto) = log.map(|log| log.committed) {
+                        self.let_out(who, upto);
+                    }
                 }
                 PrimaryDoes::RunUnprotected(_) => {
                     self.processes[who].log = None;
+                    self.processes[who].handing = false;
                     self.processes[who].refused = false;
                     self.processes[who].eof = false;
                     self.hang_up(who);
@@ -551,6 +594,7 @@ impl Log {
             stored: (0, base),
             sent: Vec::new(),
             committed: 0,
+            hands_over: None,
             fenced: false,
         }
     }

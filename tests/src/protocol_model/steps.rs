@@ -56,6 +56,12 @@ pub enum Step {
     Unfit(usize),
     /// The machine is powered off.
     PowerOff(usize),
+    /// The operator wants the backup to have the machine.
+    Switch(usize),
+    /// All outputs have left: the log's last entry hands the machine over.
+    HandsOver(usize),
+    /// The backup's machine hears of that entry.
+    HandedOver(usize),
 }
 
 impl Step {
@@ -67,7 +73,8 @@ impl Step {
             | Self::NotSent(_)
             | Self::Dies(_)
             | Self::Unfit(_)
-            | Self::PowerOff(_) => false,
+            | Self::PowerOff(_)
+            | Self::Switch(_) => false,
             Self::Decides(number) => state.requests[number].heard,
             _ => true,
         }
@@ -136,11 +143,20 @@ impl State {
         if process.ready {
             steps.push(Step::Ready(who));
         }
+        if process.handing && process.runs && process.held.is_empty() {
+            steps.push(Step::HandsOver(who));
+        }
+        if process.handed && matches!(process.role, Role::Backup(_)) {
+            steps.push(Step::HandedOver(who));
+        }
         match &process.role {
             Role::Primary(machine) => {
                 steps.extend([Step::Tick(who), Step::Late(who)]);
                 if scope.power_off && !self.powered_off && process.runs {
                     steps.push(Step::PowerOff(who));
+                }
+                if self.switches < scope.switches && machine.phase() == Phase::Protected {
+                    steps.push(Step::Switch(who));
                 }
                 let free = self.joins < scope.joins
                     && machine.phase() == Phase::Unprotected

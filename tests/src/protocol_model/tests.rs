@@ -11,6 +11,7 @@ const PAIR: Scope = Scope {
     lost_answers: 0,
     unfit: 0,
     power_off: false,
+    switches: 0,
 };
 
 /// Whether some state of this scope has it.
@@ -51,6 +52,12 @@ fn the_model_comes_to_what_it_is_about() {
         joins: 1,
         ..PAIR
     };
+    let switching = Scope {
+        deaths: 0,
+        switches: 1,
+        ..PAIR
+    };
+    assert!(reaches(switching, State::was_handed_over), "a switch-over");
     assert!(
         reaches(joining, State::is_protected),
         "a backup that joined"

@@ -34,6 +34,8 @@ impl World {
             runs: false,
             shut: false,
             held: Default::default(),
+            handing: false,
+            handed: false,
             log: None,
             source: None,
             connection: None,

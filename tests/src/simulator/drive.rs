@@ -5,7 +5,9 @@ use hypervisor::protocol::backup::{Action as BackupDoes, Event as BackupSees};
 use hypervisor::protocol::candidate::{Action as CandidateDoes, Event as CandidateSees};
 use hypervisor::protocol::heartbeat::{Heartbeat, Progress};
 use hypervisor::protocol::primary::{Action as PrimaryDoes, Event as PrimarySees, Phase};
-use hypervisor::protocol::{Answer, Backup, Candidate, Notice, Primary, Record, Request};
+use hypervisor::protocol::{
+    Answer, Backup, Candidate, Evidence, Notice, Primary, Reason, Record, Request,
+};
 
 use super::arbiter::Asked;
 use super::process::{Input, Role};
@@ -69,6 +71,11 @@ impl World {
             Input::Drained => self.backup(who, BackupSees::Drained),
             Input::Unfit(unfit) => self.backup(who, BackupSees::Unfit(unfit)),
             Input::End => self.primary(who, PrimarySees::End),
+            Input::Switch => self.primary(who, PrimarySees::Switch),
+            Input::HandedOver(log) => {
+                self.processes[who].handed = self.processes[who].source == Some(log);
+                self.hears_handed_over(who)
+            }
             Input::Answer(answer) => self.answered(who, answer),
             Input::Taken(number) => {
                 if self.processes[who].log == self.attempts[number].log {
@@ -84,6 +91,16 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// A backup hears it at once, a candidate when it is entitled.
+    fn hears_handed_over(&mut self, who: usize) -> Result<(), String> {
+        let process = &mut self.processes[who];
+        if process.handed && matches!(process.role, Role::Backup { .. }) {
+            process.handed = false;
+            return self.backup(who, BackupSees::HandedOver);
+        }
+        Ok(())
     }
 
     fn tick(&mut self, who: usize) -> Result<(), String> {
@@ -215,12 +232,15 @@ impl World {
                 PrimaryDoes::Ask(request) => self.ask(who, Asked::Protocol(request))?,
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
-                    (process.runs, process.shut) = (false, true);
+                    (process.runs, process.shut, process.handing) = (false, true, false);
                 }
+                PrimaryDoes::HandOver => self.processes[who].handing = true,
+                PrimaryDoes::Resume => self.resume(who)?,
                 PrimaryDoes::RunUnprotected(_) => {
                     let process = &mut self.processes[who];
                     process.log = None;
                     process.peer = None;
+                    process.handing = false;
                     if let Some(connection) = process.connection.take() {
                         self.hang_up(connection, who);
                     }
@@ -230,6 +250,9 @@ impl World {
                 PrimaryDoes::Protect(record) => self.tell(who, record),
                 PrimaryDoes::Say(notice) => self.say(who, &notice),
                 PrimaryDoes::Die(reason) => {
+                    if matches!(reason, Reason::HandedOver { .. }) {
+                        self.count("switched over");
+                    }
                     self.note(|world| format!("{} ends: {reason}", world.processes[who].name));
                     self.end_process(who);
                 }
@@ -282,6 +305,7 @@ impl World {
             drained: false,
         };
         self.note(|world| format!("{} is the backup by {record}", world.processes[who].name));
+        self.hears_handed_over(who)?;
         if self.processes[who].connection.is_none() {
             return self.backup(who, BackupSees::PeerDied);
         }
@@ -342,6 +366,16 @@ impl World {
         Ok(())
     }
 
+    /// The guest runs on as before it was to be handed over; what has committed meanwhile leaves.
+    fn resume(&mut self, who: usize) -> Result<(), String> {
+        let process = &mut self.processes[who];
+        (process.runs, process.shut, process.handing) = (true, false, false);
+        match process.log {
+            Some(log) => self.let_out_committed(who, log),
+            None => Ok(()),
+        }
+    }
+
     /// The process serves with nobody behind it: what it held leaves.
     fn serve(&mut self, who: usize) -> Result<(), String> {
         self.note(|world| format!("{} serves alone", world.processes[who].name));
@@ -377,7 +411,12 @@ impl World {
             Notice::Reclaiming(_) => "asked to go on after a claim",
             Notice::HeardAgain => "heard again",
             Notice::BackupLost(_) => "backup lost",
+            Notice::Claiming {
+                because: Evidence::HandedOver,
+                ..
+            } => "claimed as told",
             Notice::Claiming { .. } => "primary given up",
+            Notice::NotTaken(_) => "switch-over called off",
             _ => "other notices",
         });
         self.note(|world| format!("{} says: {notice}", world.processes[who].name));

@@ -50,6 +50,8 @@ pub(super) enum Fault {
     Unfit,
     /// The operator ends the machine.
     PowerOff,
+    /// The operator wants the backup to have the machine: no fault, but the middle of it is a good time for one.
+    Switch,
 }
 
 impl Fault {
@@ -64,7 +66,12 @@ impl Fault {
             | Self::NoArbiter(_, span)
             | Self::ArbiterDown(span)
             | Self::ArbiterSlow(span) => span,
-            Self::Kill(_) | Self::Lose(_) | Self::Reset | Self::Unfit | Self::PowerOff => 0,
+            Self::Kill(_)
+            | Self::Lose(_)
+            | Self::Reset
+            | Self::Unfit
+            | Self::PowerOff
+            | Self::Switch => 0,
         }
     }
 
@@ -100,6 +107,8 @@ pub(super) enum Point {
     Detaching,
     /// A fence has taken effect.
     Fenced,
+    /// The entry that hands the machine over was posted.
+    HandedOver,
 }
 
 const POINTS: [Point; 10] = [
@@ -192,5 +201,40 @@ pub(super) fn plan(random: &mut Random, networked: bool) -> Plan {
     Plan {
         faults,
         until: at + 700 * MS,
+    }
+}
+
+/// Adds switch-overs to the plans of a third of all seeds, drawn apart: the other seeds' plans are what they were before there were
+/// switch-overs, those that once failed among them.
+pub(super) fn add_switches(plan: &mut Plan, seed: u64) {
+    if seed % 3 != 1 {
+        return;
+    }
+    let mut random = Random::new(!seed);
+    if plan.faults.len() == 1 && random.below(2) == 0 {
+        // Nothing else happens.
+        let at = 60 * MS + random.below(200 * MS);
+        plan.faults = vec![(When::At(at), Fault::Switch)];
+        return;
+    }
+    for number in 0..plan.faults.len() {
+        if random.below(2) == 0 {
+            continue;
+        }
+        let before = match plan.faults[number].0 {
+            When::At(at) | When::After(_, _, at) => at.saturating_sub(random.below(20 * MS)),
+        };
+        plan.faults.push((When::At(before), Fault::Switch));
+        let point = [
+            Point::HandedOver,
+            Point::Claiming,
+            Point::Claimed,
+            Point::Fenced,
+            Point::Live,
+        ][random.below(5) as usize];
+        if random.below(2) == 0 {
+            // In the middle of it.
+            plan.faults[number].0 = When::After(point, random.below(8 * MS), before);
+        }
     }
 }

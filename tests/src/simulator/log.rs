@@ -26,7 +26,11 @@ pub(super) struct Log {
     pub(super) stored: (u64, Node),
     /// Entries given out.
     last: u64,
+    /// The newest of which its writer knows that it has committed.
+    committed: u64,
     pub(super) fenced: bool,
+    /// The entry that hands the machine over, if it is on its way.
+    hands_over: Option<u64>,
     /// Nothing overtakes what was sent before: when the newest arrives, there and back.
     there: Micros,
     back: Micros,
@@ -40,7 +44,9 @@ impl World {
             reader,
             stored: (0, base),
             last: 0,
+            committed: 0,
             fenced: false,
+            hands_over: None,
             there: 0,
             back: 0,
         });
@@ -52,7 +58,8 @@ impl World {
         let pace = 2 * MS + self.random.below(4 * MS);
         self.after(pace, What::Guest(who));
         self.cut_if_wanted(who);
-        if !self.processes[who].runs {
+        self.hand_over_if_wanted(who);
+        if !self.processes[who].runs || self.processes[who].handing {
             return Ok(());
         }
         let node = self.history.grow(self.processes[who].guest);
@@ -81,6 +88,35 @@ impl World {
             return self.let_out(who, seq);
         }
         Ok(())
+    }
+
+    /// The guest of a process that is to hand the machine over stands, once all that it made has left; the log's last entry says so.
+    fn hand_over_if_wanted(&mut self, who: usize) {
+        let process = &mut self.processes[who];
+        let Some(log) = process.log else { return };
+        if !process.handing || !process.runs {
+            return;
+        }
+        if !process.held.is_empty() {
+            // It makes nothing more meanwhile.
+            return;
+        }
+        process.handing = false;
+        (process.runs, process.shut) = (false, true);
+        let node = process.guest;
+        if self.plant == Some(Plant::HandsOverAndRunsOn) {
+            let process = &mut self.processes[who];
+            (process.runs, process.shut, process.log) = (true, false, None);
+        }
+        if self.carrier == Carrier::Shm && self.logs[log].fenced {
+            return self.refused(who, log);
+        }
+        self.logs[log].last += 1;
+        let seq = self.logs[log].last;
+        self.logs[log].hands_over = Some(seq);
+        self.count("handed over");
+        self.point(Point::HandedOver);
+        self.post(log, seq, node);
     }
 
     fn post(&mut self, log: usize, seq: u64, node: Node) {
@@ -129,6 +165,12 @@ impl World {
         }
         entry.stored = (seq, node);
         let reader = entry.reader;
+        let handed = entry.hands_over == Some(seq);
+        if handed && self.processes[reader].source == Some(log) {
+            // When the vCPU thread has come so far.
+            let late = self.random.below(5 * MS);
+            self.after(late, What::Told(reader, Input::HandedOver(log)));
+        }
         if self.processes[reader].source == Some(log) {
             self.deliver(reader, Input::LogTraffic(log));
         }
@@ -148,10 +190,16 @@ impl World {
             return Ok(());
         }
         self.deliver(writer, Input::LogTraffic(log));
+        self.logs[log].committed = self.logs[log].committed.max(seq);
         if self.processes[writer].shut {
             return Ok(());
         }
         self.let_out(writer, seq)
+    }
+
+    /// Lets out what has committed while the gate was shut.
+    pub(super) fn let_out_committed(&mut self, who: usize, log: usize) -> Result<(), String> {
+        self.let_out(who, self.logs[log].committed)
     }
 
     fn let_out(&mut self, who: usize, seq: u64) -> Result<(), String> {

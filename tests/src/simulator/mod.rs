@@ -71,11 +71,13 @@ pub enum Plant {
     JoinerNotWaitedFor,
     /// A backup that joins says that it is ready before its copy is whole.
     ReadyBeforeWhole,
+    /// A primary that has handed the machine over lets its guest run on, and its outputs out.
+    HandsOverAndRunsOn,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::NoFence,
         Self::DrainBeforeFence,
         Self::NoArbiter,
@@ -85,6 +87,7 @@ impl Plant {
         Self::AckBeforeStore,
         Self::JoinerNotWaitedFor,
         Self::ReadyBeforeWhole,
+        Self::HandsOverAndRunsOn,
     ];
 }
 

@@ -81,6 +81,10 @@ pub(super) enum Input {
     Drained,
     Unfit(Unfit),
     End,
+    /// The operator wants the backup to have the machine.
+    Switch,
+    /// The log's entry that hands the machine over was replayed.
+    HandedOver(usize),
     Answer(Answer),
     /// News of the recruiter: the guest logs to the joiner of this attempt.
     Taken(usize),
@@ -107,6 +111,10 @@ pub(super) struct Process {
     pub(super) shut: bool,
     /// Outputs that wait, with the number of their entry.
     pub(super) held: VecDeque<(u64, Node)>,
+    /// It is to hand the machine over once all that its guest made has left.
+    pub(super) handing: bool,
+    /// It is to hear that the machine was handed over to it, when it is entitled.
+    pub(super) handed: bool,
     /// What it logs to.
     pub(super) log: Option<usize>,
     /// What it follows.

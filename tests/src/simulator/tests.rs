@@ -22,6 +22,10 @@ const SITUATIONS: &[&str] = &[
     "copies that failed",
     "started anew",
     "ended",
+    "handed over",
+    "switched over",
+    "switch-over called off",
+    "claimed as told",
     "questions that failed",
 ];
 

@@ -142,6 +142,8 @@ impl World {
             ask_every: some(5, 50),
             // Longer than the arbiter can take: an answer that is 60 ms late, twenty times slower than usual.
             late_swap: some(250, 400),
+            // Shorter than a switch-over takes, and longer.
+            switch_within: ms(10 + seed % 191),
             ..Timing::default()
         };
         let carrier = match random.below(3) {
@@ -149,7 +151,8 @@ impl World {
             1 => Carrier::Nic,
             _ => Carrier::Ack,
         };
-        let plan = faults::plan(&mut random, carrier != Carrier::Shm);
+        let mut plan = faults::plan(&mut random, carrier != Carrier::Shm);
+        faults::add_switches(&mut plan, seed);
         // Lost datagrams make mistakes likelier, which together with a fault are more than one.
         let loss = match random.below(2) {
             1 if plan.faults.len() > 1 => random.below(15),
@@ -503,12 +506,16 @@ impl World {
                     self.deliver(who, Input::Unfit(unfit));
                 }
             }
-            Fault::PowerOff => {
+            Fault::PowerOff | Fault::Switch => {
                 let serves = |process: &Process| {
                     process.alive && process.runs && matches!(process.role, Role::Primary(_))
                 };
                 if let Some(who) = self.processes.iter().position(serves) {
-                    self.deliver(who, Input::End);
+                    let input = match fault {
+                        Fault::Switch => Input::Switch,
+                        _ => Input::End,
+                    };
+                    self.deliver(who, input);
                 }
             }
         }

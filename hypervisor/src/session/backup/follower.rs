@@ -142,6 +142,8 @@ fn follow(
     let (memory_checks, last_memory_check) = replayer.memory_checks();
     let torn = replayer.is_torn();
     let (remains, mut log) = replayer.into_remains();
+    // Before anybody is told that this side is live.
+    live.orders.set_share(remains.share);
     let frames = match log.leftover_frames() {
         Ok(frames) => frames,
         Err(error) => {

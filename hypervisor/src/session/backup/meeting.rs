@@ -151,6 +151,8 @@ impl Meeting<'_> {
             staff: Staff {
                 clerk,
                 recruiter,
+                lag: config.lag,
+                replication: config.replicate.mode,
                 machine: pair.machine,
                 me: pair.me,
             },
@@ -165,6 +167,7 @@ impl Meeting<'_> {
             drained: None,
             arrived: 0,
             at: Timeline::default(),
+            handed: None,
             mac: spec.mac,
         })
     }

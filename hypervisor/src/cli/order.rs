@@ -1,0 +1,204 @@
+//! `doppel switch`, `power-off`, `pause`, `resume` and `share`: orders to the role that serves a machine.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use hypervisor::control::default_run_dir;
+use hypervisor::control::find;
+use hypervisor::control::status::{Role, Status};
+use hypervisor::control::wire::Ask;
+use hypervisor::entry::Control;
+
+use super::Failure;
+
+/// How long an order may take to be done. A switch-over is called off after half a second; a busy host takes some of these.
+const WITHIN: Duration = Duration::from_secs(10);
+
+/// Between two looks at what has come of it.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Which machine.
+#[derive(Debug, Args)]
+struct Of {
+    /// The machine
+    name: String,
+    /// Directory of the roles' control sockets [default: $XDG_RUNTIME_DIR/doppel, or /run/doppel]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+/// Move a machine to its backup, without a failure: nothing is lost or sent twice, and the old primary ends
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Said on the host of the primary. Ends 0 once the backup has the machine. If the backup cannot take it, the machine runs on \
+                  where it was, and this ends 1.\nExample, before a host is serviced:\n  doppel switch kv"
+)]
+pub struct SwitchArgs {
+    #[command(flatten)]
+    of: Of,
+}
+
+/// Turn a machine off, on both sides: nobody takes it over
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  doppel power-off kv")]
+pub struct PowerOffArgs {
+    #[command(flatten)]
+    of: Of,
+}
+
+/// Let a machine's guest stand until `doppel resume`; whoever takes it over lets it stand, too
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Its clock goes on, as on a computer that was suspended. Example:\n  doppel pause kv && doppel resume kv"
+)]
+pub struct PauseArgs {
+    #[command(flatten)]
+    of: Of,
+}
+
+/// Give a machine's guest all of its time again
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    #[command(flatten)]
+    of: Of,
+}
+
+/// Leave a machine's guest so much of a CPU's time; whoever takes it over leaves it as much
+#[derive(Debug, Args)]
+#[command(after_help = "Example, a quarter:\n  doppel share kv 25")]
+pub struct ShareArgs {
+    #[command(flatten)]
+    of: Of,
+    /// Per cent
+    #[arg(value_parser = clap::value_parser!(u16).range(7..=100))]
+    percent: u16,
+}
+
+pub fn switch(args: &SwitchArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::Switch)
+}
+
+pub fn power_off(args: &PowerOffArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::PowerOff)
+}
+
+pub fn pause(args: &PauseArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::Share(0))
+}
+
+pub fn resume(args: &ResumeArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::Share(Control::WHOLE))
+}
+
+pub fn share(args: &ShareArgs) -> Result<(), Failure> {
+    let share = u32::from(Control::WHOLE) * u32::from(args.percent) / 100;
+    give(&args.of, Ask::Share(share as u16))
+}
+
+/// Gives an order, and waits for what comes of it.
+fn give(of: &Of, what: Ask) -> Result<(), Failure> {
+    let directory = of.run_dir.clone().unwrap_or_else(default_run_dir);
+    let pid = whom(&directory, &of.name)?;
+    let failed = |why: &dyn std::fmt::Display| Failure::new(Failure::ERROR, why);
+    let number = find::order(&directory, &of.name, pid, what).map_err(|error| failed(&error))?;
+    let until = Instant::now() + WITHIN;
+    loop {
+        match find::ask_process(&directory, &of.name, pid) {
+            Ok(status) => {
+                if let Some(outcome) = outcome_of(&status, number) {
+                    let said = outcome.map_err(|why| failed(&why))?;
+                    // These end the process, which then says it best.
+                    if !matches!(what, Ask::PowerOff | Ask::Switch) {
+                        println!("{}: {said}", of.name);
+                        return Ok(());
+                    }
+                }
+            }
+            Err(error) if is_gone(error.kind()) => return ended(&directory, of, what),
+            // It may be ending.
+            Err(_) => {}
+        }
+        if Instant::now() >= until {
+            return Err(failed(&format!(
+                "machine {} has not done it within {} s: see doppel status {}",
+                of.name,
+                WITHIN.as_secs(),
+                of.name
+            )));
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn is_gone(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::UnexpectedEof
+    )
+}
+
+fn outcome_of(status: &Status, number: u64) -> Option<Result<String, String>> {
+    let ordered = status.ordered.as_ref()?;
+    (ordered.number == number)
+        .then(|| ordered.outcome.clone())
+        .flatten()
+}
+
+/// The process of the role that serves the machine; if none is here, of one that says why it takes no orders.
+fn whom(directory: &Path, name: &str) -> Result<u32, Failure> {
+    let found =
+        find::roles(directory, Some(name)).map_err(|error| Failure::new(Failure::ERROR, error))?;
+    // Those that serve come first.
+    let first = found.iter().find(|found| found.outcome.is_ok());
+    match first.or(found.first()) {
+        Some(found) => Ok(found.pid),
+        None => Err(Failure::new(
+            Failure::ERROR,
+            format!(
+                "no process of machine {name:?} runs on this host, or none that leaves its socket in {} (--run-dir names another place)",
+                directory.display()
+            ),
+        )),
+    }
+}
+
+/// The process that had the order is no more.
+fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
+    let roles = find::roles(directory, Some(&of.name)).unwrap_or_default();
+    let heir = roles
+        .iter()
+        .filter_map(|found| found.outcome.as_ref().ok())
+        .find(|status| status.role == Role::Primary);
+    if what != Ask::Switch {
+        if let Some(heir) = heir {
+            let why = format!(
+                "the process that had the order is gone, and process {} serves machine {} now: order it again",
+                heir.pid, of.name
+            );
+            return Err(Failure::new(Failure::ERROR, why));
+        }
+        println!("{}: off", of.name);
+        return Ok(());
+    }
+    match heir {
+        Some(heir) => {
+            let stood = heir
+                .events
+                .iter()
+                .rev()
+                .find(|happened| happened.text.starts_with("switched over"));
+            let text = stood.map_or_else(
+                || format!("process {} serves it in epoch {}", heir.pid, heir.epoch),
+                |happened| happened.text.clone(),
+            );
+            println!("{}: {text}", of.name);
+        }
+        None => println!(
+            "{}: its process here has ended; the other host has the machine (doppel status there tells how long its guest stood)",
+            of.name
+        ),
+    }
+    Ok(())
+}
