@@ -48,6 +48,8 @@ pub enum Effect {
     Halt,
     /// The guest turned itself off, with this status (0 is well).
     PowerOff(u8),
+    /// The guest can never run again.
+    Crash,
 }
 
 /// Something the guest sends to the world. It leaves only through the gate.

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod ending;
+mod intervals;
 mod pacing;
 mod preempting;
 
@@ -20,19 +22,25 @@ use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
-use crate::event::{Input, Need, Output};
+use crate::event::{GuestTime, Input, Need, Output};
 use crate::gate::Committed;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
+pub use ending::Finished;
+pub use intervals::Intervals;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
 
 /// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
 const RANDOM_AT_ONCE: usize = 8 << 10;
+
+/// A shown time of this age is renewed at an exit that has no input: at most a thousand more entries a second, of one cache line, and
+/// a clock as fine as what programs sleep by.
+const SHOWN_TIME_STALE_NS: u64 = 1_000_000;
 
 /// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
@@ -108,6 +116,8 @@ pub struct Recorder<S> {
     desk: Option<Arc<Desk<S>>>,
     /// How long the guest has run since it last stood for its pace.
     ran: Duration,
+    /// Where the machine is replicated by checkpoints: the sink is then nowhere, and the courier has the log.
+    intervals: Option<Intervals<S>>,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
 }
@@ -136,6 +146,8 @@ pub struct Parts<S> {
     pub random: File,
     /// Where the thread asks that copies this machine to a new backup, if there is one.
     pub desk: Option<Arc<Desk<S>>>,
+    /// Where the machine is replicated by checkpoints; the sink is then nowhere.
+    pub intervals: Option<Intervals<S>>,
 }
 
 /// Opens the host's random source.
@@ -173,6 +185,7 @@ impl<S: Sink> Recorder<S> {
             taken: Vec::new(),
             mid_run: false,
             desk: parts.desk,
+            intervals: parts.intervals,
             ran: Duration::ZERO,
             cut: None,
         }
@@ -204,6 +217,10 @@ impl<S: Sink> Recorder<S> {
             return Ok(ended);
         }
         loop {
+            // Before the orders are looked at: completing an instruction swallows the kick that came with one.
+            if let Some(ended) = self.keep_intervals()? {
+                return Ok(ended);
+            }
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -244,7 +261,7 @@ impl<S: Sink> Recorder<S> {
         match self.machine.phase() {
             Phase::Crashed => {
                 self.post_step()?;
-                return Ok(Some(Ended::Crashed));
+                return Ok(Some(self.see_off()?.unwrap_or(Ended::Crashed)));
             }
             Phase::Off(status) => {
                 self.post_step()?;
@@ -311,6 +328,9 @@ impl<S: Sink> Recorder<S> {
                 // It changed the machine but did not wake it: the log must say so before the next round.
                 self.post_step()?;
             }
+            if let Some(ended) = self.keep_intervals()? {
+                return Ok(Some(ended));
+            }
             self.cut_if_wanted()?;
             if spin_until.is_some_and(|until| Instant::now() < until) {
                 if self.outlet.waiting() > 0 {
@@ -320,20 +340,29 @@ impl<S: Sink> Recorder<S> {
                 continue;
             }
             spin_until = None;
-            let longest = match self.machine.next_tick() {
-                Some(tick) => self.clock.until(tick).min(SLEEP_MAX),
-                None => SLEEP_MAX,
-            };
+            let longest = self.longest_sleep();
             // What gathered must not wait as long as the guest does.
             self.sink.notify(true);
             let (stage, orders) = (&self.stage, &self.orders);
             let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
+            let intervals = self.intervals.as_ref();
             orders.resting();
             stage.bell().wait(longest, || {
-                (room && stage.has_frames()) || (console && stage.has_typed()) || orders.waiting()
+                (room && stage.has_frames())
+                    || (console && stage.has_typed())
+                    || orders.waiting()
+                    || intervals.is_some_and(Intervals::calls)
             });
             orders.working(self.machine.position());
         }
+    }
+
+    fn longest_sleep(&self) -> Duration {
+        let tick = self.machine.next_tick().map(|tick| self.clock.until(tick));
+        let interval = self.intervals.as_ref().and_then(Intervals::ends);
+        let interval = interval.map(|ends| ends.saturating_duration_since(Instant::now()));
+        let first = [tick, interval].into_iter().flatten().min();
+        first.map_or(SLEEP_MAX, |first| first.min(SLEEP_MAX))
     }
 
     /// Supplies what the entropy device waits for, in as many entries as it takes.
@@ -382,6 +411,7 @@ impl<S: Sink> Recorder<S> {
         }
         let now = self.clock.now();
         let ticks = self.machine.ticks_due(now);
+        self.renew_shown_time(now, ticks > 0)?;
         if ticks > 0 {
             if let Some(due) = self.machine.next_tick() {
                 self.samples
@@ -423,8 +453,28 @@ impl<S: Sink> Recorder<S> {
         Ok(())
     }
 
+    /// A guest that reads the time from memory reads the one of its last input; at an exit without one it is renewed, so that it
+    /// does not stand still where no timer ticks.
+    fn renew_shown_time(&mut self, now: GuestTime, ticks: bool) -> Result<(), RecordError> {
+        let Some(shown) = self.machine.shown_time() else {
+            return Ok(());
+        };
+        let frames = self.stage.has_frames() && self.machine.can_receive();
+        let stale = self.machine.phase() == Phase::Ready
+            && now.0.saturating_sub(shown.0) >= SHOWN_TIME_STALE_NS;
+        if ticks || frames || self.stage.has_typed() || stale {
+            self.machine.supply(&Input::Clock(now))?;
+            self.step.inputs.push(LoggedInput::Clock(now));
+        }
+        Ok(())
+    }
+
     /// Posts what has gathered at this sync point, and sends the outputs as soon as that has committed.
     fn post_step(&mut self) -> Result<(), RecordError> {
+        if self.intervals.is_some() {
+            self.note_step();
+            return Ok(());
+        }
         let made = Instant::now();
         self.taken.extend(self.machine.outputs());
         if !self.taken.is_empty() {
@@ -465,6 +515,10 @@ impl<S: Sink> Recorder<S> {
 
     /// Lets out what has committed.
     fn release(&mut self) {
+        if self.intervals.is_some() {
+            // The courier does, or nothing waits.
+            return;
+        }
         let committed = self.sink.committed();
         let released = self.outlet.release(committed);
         self.sink.released(released);
@@ -535,26 +589,6 @@ impl<S: Sink> Recorder<S> {
         }
     }
 
-    /// The guest turned itself off: that is an output like any other, and only its release ends the machine.
-    fn wait_for_power_off(&mut self, status: u8) -> Result<Ended, RecordError> {
-        while !self.outlet.powered_off() {
-            if self.orders.waiting()
-                && let Some(ended) = self.obey()?
-            {
-                return Ok(ended);
-            }
-            let committed = self.sink.committed();
-            self.outlet.release(committed);
-            if !self.outlet.powered_off() {
-                let orders = &self.orders;
-                self.stage
-                    .bell()
-                    .wait(Duration::from_millis(1), || orders.waiting());
-            }
-        }
-        Ok(Ended::PoweredOff(status))
-    }
-
     fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
         let mid_run = self.mid_run;
         while let Some(order) = self
@@ -578,6 +612,9 @@ impl<S: Sink> Recorder<S> {
             }
             Order::RunUnprotected => {
                 self.sink.detach();
+                if let Some(intervals) = &mut self.intervals {
+                    intervals.leave_log(&self.outlet);
+                }
                 self.next_memory_check = None;
                 self.outlet.open();
                 self.outlet.release(Committed::EVERYTHING);
@@ -591,46 +628,4 @@ impl<S: Sink> Recorder<S> {
             }
         }
     }
-
-    /// Ends the log on purpose: the last entry says what the whole state hashes to. `None` if the guest was stopped between
-    /// two sync points, where no replay can compare.
-    ///
-    /// # Errors
-    /// See [`RecordError`].
-    pub fn finish(&mut self) -> Result<Option<Finished>, RecordError> {
-        if self.mid_run {
-            return Ok(None);
-        }
-        // A guest that was stopped while it waits stands at an exit that was not posted, if it had nothing to say of it.
-        let unlogged =
-            self.options.every_exit && self.encoder.base().position() < self.machine.position();
-        if unlogged || self.machine.has_outputs() || !self.step.inputs.is_empty() {
-            self.post_step()?;
-        }
-        let memory = self.machine.memory_hash_full()?;
-        let state = self.machine.final_state()?;
-        let entry = Entry {
-            position: self.machine.position(),
-            body: Body::End {
-                digest: self.machine.digest(),
-                memory,
-                state,
-            },
-        };
-        self.post(&entry, Instant::now())?;
-        self.sink.notify(true);
-        Ok(Some(Finished {
-            sync_points: self.machine.position().0,
-            memory_hash: memory,
-        }))
-    }
-}
-
-/// What a finished recording amounts to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Finished {
-    /// Sync points since the guest started.
-    pub sync_points: u64,
-    /// Hash of its whole memory at the end.
-    pub memory_hash: u64,
 }

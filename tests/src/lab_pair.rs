@@ -21,6 +21,7 @@ use hypervisor::demo::client::{self, Client};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
 use hypervisor::handshake::Secret;
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use self::side::{End, Side};
@@ -83,16 +84,16 @@ ip link set doppel0 master br0 up
 ip link set br0 up";
 
 impl Site {
-    /// Boots it.
+    /// Boots it, with hosts of so much memory.
     ///
     /// # Errors
     /// If there is no lab, or something for it cannot be built.
-    pub fn set_up(name: &str) -> Result<Self> {
+    pub fn set_up(name: &str, memory_mib: u32) -> Result<Self> {
         let made = [program::doppel()?, built::verbs()?];
         let lab = Lab::own(&Spec {
             name: name.into(),
             hosts: 2,
-            memory_mib: 1024,
+            memory_mib,
             ..Spec::default()
         })?;
         for path in &made {
@@ -201,10 +202,67 @@ pub struct Choice<'a> {
     pub transport: Transport,
     /// The machine's name, by which the arbiter knows it.
     pub name: &'a str,
-    /// `--guest`.
-    pub guest: &'a str,
+    /// What it runs.
+    pub guest: Guest<'a>,
     /// `--memory`.
     pub memory_mib: u32,
+    /// How it is replicated.
+    pub replicate: Replication,
+}
+
+/// What a machine runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Guest<'a> {
+    /// `--guest`: a bare-metal one.
+    Bare(&'a str),
+    /// A Linux guest ([`linux_guest`](crate::linux_guest)) that serves redis, from files in the hosts' shared directory.
+    Linux {
+        /// The kernel's name there.
+        kernel: &'a str,
+        /// The initial RAM disk's.
+        initrd: &'a str,
+        /// What it does.
+        task: &'a str,
+        /// Options of the primary besides.
+        options: &'a [&'a str],
+    },
+}
+
+impl Guest<'_> {
+    /// The primary's options for it.
+    fn options(&self) -> Vec<String> {
+        let network = GATEWAY.address;
+        let address = format!("{}/{}", GUEST.ip(), network.prefix);
+        let mut words: Vec<String> = Vec::new();
+        match self {
+            Self::Bare(name) => {
+                let line = format!("ip={address} gw={}", network.address);
+                words.extend(["--guest", name, "--command-line", &line].map(str::to_owned));
+            }
+            Self::Linux {
+                kernel,
+                initrd,
+                task,
+                options,
+            } => {
+                let line = format!("quiet guest.do={task} guest.ip={address}");
+                let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
+                words.extend(
+                    [
+                        "--kernel",
+                        &kernel,
+                        "--initrd",
+                        &initrd,
+                        "--command-line",
+                        &line,
+                    ]
+                    .map(str::to_owned),
+                );
+                words.extend(options.iter().map(|&word| word.to_owned()));
+            }
+        }
+        words
+    }
 }
 
 impl<'a> LabPair<'a> {
@@ -225,6 +283,8 @@ impl<'a> LabPair<'a> {
             "/etc/pair.secret",
             "--arbiter",
             "/shared/arbiter",
+            "--replicate",
+            choice.replicate.name(),
             "--tap",
             "doppel0",
         ]
@@ -235,18 +295,8 @@ impl<'a> LabPair<'a> {
         let mut words = vec!["doppel".to_owned(), "primary".to_owned()];
         words.extend(options.iter().cloned());
         words.extend(["--connect".into(), format!("{}:{PORT}", address(HOSTS[1]))]);
-        words.extend(["--guest".into(), choice.guest.to_owned()]);
+        words.extend(choice.guest.options());
         words.extend(["--memory".into(), choice.memory_mib.to_string()]);
-        let network = GATEWAY.address;
-        words.extend([
-            "--command-line".into(),
-            format!(
-                "ip={}/{} gw={}",
-                GUEST.ip(),
-                network.prefix,
-                network.address
-            ),
-        ]);
         let mut primary = Side::start(&first, &words, PATIENCE)?;
         let mut heard = Heard::default();
         for side in [&mut primary, &mut backup] {

@@ -1,7 +1,8 @@
-//! Loading a bare-metal guest: what `docs/guest-abi.md` promises at the entry point.
+//! Loading a guest: a bare-metal one, with what `docs/guest-abi.md` promises at the entry point, or Linux.
 #![forbid(unsafe_code)]
 
 mod image;
+pub mod linux;
 mod tables;
 
 pub use image::{Image, ImageError};
@@ -32,6 +33,9 @@ pub enum BootError {
     /// The image is not one we can load.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The kernel is not one we can load, or does not fit.
+    #[error(transparent)]
+    Linux(#[from] linux::LinuxError),
     /// The command line is too long.
     #[error("the command line has {length} bytes; at most {COMMAND_LINE_MAX} fit")]
     CommandLine {

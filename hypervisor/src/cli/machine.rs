@@ -1,13 +1,16 @@
 //! What every command that has a machine takes, and `doppel run`.
 
+use std::io::Read;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
+use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, MetricsAddress, NetBackend};
-use hypervisor::machine::MachineSpec;
+use hypervisor::machine::{ClockSource, MachineSpec};
 use hypervisor::preempt::Strategy;
+use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
 use hypervisor::session::solo;
 
@@ -22,11 +25,21 @@ pub struct MachineArgs {
     /// kv, compute, irq, clock, memory, or an ELF file (docs/guest-abi.md says what it must be)
     #[arg(long, value_name = "GUEST")]
     guest: Option<String>,
+    /// Boot this Linux kernel, a vmlinux or a bzImage (docs/linux.md says how to prepare one for replay)
+    #[arg(long, value_name = "FILE", conflicts_with = "guest")]
+    kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs
+    /// --preempt checkpoint or --replicate checkpoint, and is the default with that
+    #[arg(long, value_name = "timer|page", value_parser = clock)]
+    clock: Option<ClockSource>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
-    /// The guest's command line, such as "ip=10.77.0.2/24 maxmemory=32m"
-    #[arg(long, value_name = "WORDS")]
+    /// The guest's command line, such as "ip=10.77.0.2/24 maxmemory=32m"; a Linux kernel gets it after words of ours
+    #[arg(long, alias = "cmdline", value_name = "WORDS")]
     command_line: Option<String>,
     /// The machine's name, by which the arbiter knows it
     #[arg(long)]
@@ -70,6 +83,14 @@ pub struct MachineArgs {
     kvm_fd: Option<RawFd>,
 }
 
+fn clock(text: &str) -> Result<ClockSource, String> {
+    match text {
+        "timer" => Ok(ClockSource::Timer),
+        "page" => Ok(ClockSource::Page),
+        _ => Err("choose timer or page".into()),
+    }
+}
+
 fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
@@ -94,6 +115,13 @@ impl MachineArgs {
         set(&mut config.guest, &self.guest);
         set(&mut config.command_line, &self.command_line);
         set(&mut config.name, &self.name);
+        if self.kernel.is_some() {
+            config.kernel.clone_from(&self.kernel);
+        }
+        config.clock = self.clock.or(config.clock);
+        if self.initrd.is_some() {
+            config.initrd.clone_from(&self.initrd);
+        }
         if let Some(memory) = self.memory {
             config.memory_mib = memory;
         }
@@ -142,14 +170,30 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
-    MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
-        .map_err(|error| Failure::new(Failure::USAGE, error))
+    let usage = |error| Failure::new(Failure::USAGE, error);
+    let Some(kernel) = &config.kernel else {
+        return MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
+            .map_err(usage);
+    };
+    let mut seed = [0; SEED_BYTES];
+    random_source()
+        .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
+        .map_err(|error| Failure::new(Failure::ERROR, error))?;
+    MachineSpec::linux(
+        kernel,
+        config.initrd.as_deref(),
+        config.memory_mib,
+        &config.command_line,
+        now,
+        (config.clock_source(), seed),
+    )
+    .map_err(usage)
 }
 
 /// Run a machine unprotected, for comparison
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel run --guest compute --command-line reports=3\n  doppel run --guest my.elf --memory 16"
+    after_help = "Examples:\n  doppel run --guest compute --command-line reports=3\n  doppel run --guest my.elf --memory 16\n  doppel run --kernel vmlinuz --initrd initrd.img --memory 256"
 )]
 pub struct RunArgs {
     #[command(flatten)]

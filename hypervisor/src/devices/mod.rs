@@ -5,7 +5,7 @@
 //!          read / write                      answer / apply
 //!                └──────────────┬──────────────────┘
 //!                               ▼
-//!   platform page   8259 ◀─lines─ 8254, 16550, virtio-net, virtio-rng   power-off port
+//!   platform page   8259 ◀─lines─ 8254, 16550, virtio-net, virtio-rng   RTC, ACPI registers, time stamp
 //!                    │                          │
 //!                    ▼                          ▼
 //!        interrupt_pending / acknowledge     outputs
@@ -20,12 +20,16 @@
 //! stops its device ([`Devices::faults`]).
 #![forbid(unsafe_code)]
 
+pub mod acpi;
+pub mod cmos;
 mod pic;
 mod pit;
 mod platform;
-mod power;
+pub mod power;
+pub mod pvclock;
 mod saved;
 mod serial;
+pub mod tsc;
 mod virtio;
 
 use std::hash::{Hash, Hasher};
@@ -36,9 +40,11 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::memory::GuestRam;
 
+use cmos::Cmos;
 use pic::Pic;
 use pit::{Access, Pit, Waiting};
 use platform::{REGISTER_BYTES, Register};
+use pvclock::PvClock;
 use serial::Serial;
 use virtio::Line;
 use virtio::mmio::{self, Mmio};
@@ -52,15 +58,23 @@ pub use virtio::net::MAX_FRAME;
 pub use virtio::queue::QueueFault;
 pub use virtio::rng::MAX_REQUEST;
 
+/// The windows of the virtio devices, by what they are and the interrupt they raise: what a firmware's table says of them.
+pub const WINDOWS: [(&str, u64, u8); 2] =
+    [("NET0", NET_BASE, IRQ_NET), ("RNG0", RNG_BASE, IRQ_RNG)];
+/// Bytes of each.
+pub const WINDOW_LEN: u64 = mmio::LEN;
+
 const NET_BASE: u64 = platform::BASE + platform::LEN;
 const RNG_BASE: u64 = NET_BASE + mmio::LEN;
 
 const IRQ_TIMER: u8 = 0;
-const IRQ_CONSOLE: u8 = 4;
+/// The console's interrupt.
+pub const IRQ_CONSOLE: u8 = 4;
 const IRQ_NET: u8 = 5;
 const IRQ_RNG: u8 = 6;
 
-const CONSOLE: u16 = 0x3f8;
+/// The first port of the console.
+pub const CONSOLE: u16 = 0x3f8;
 
 /// What differs between boards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +83,10 @@ pub struct DevicesConfig {
     pub mac: [u8; 6],
     /// The network device's MTU: the largest IP packet in bytes. A frame has 14 more.
     pub mtu: u16,
+    /// Wall clock (Unix time, nanoseconds) at which the guest's clock reads 0.
+    pub wall_clock_ns: u64,
+    /// The board is as a PC's firmware would leave it, and not as it is at power-on.
+    pub firmware: bool,
 }
 
 /// The address space of an access.
@@ -116,6 +134,13 @@ pub enum DeviceError {
 enum Awaiting {
     Register(Register),
     Timer(Waiting),
+    /// The selected register of the real-time clock.
+    RealTime,
+    /// The power-management timer.
+    PmTimer,
+    TimeStamp,
+    /// The clock page was placed, and is to show the time.
+    ClockPage,
 }
 
 /// The state of all devices: plain data.
@@ -124,6 +149,9 @@ struct Board {
     pic: Pic,
     pit: Pit,
     serial: Serial,
+    cmos: Cmos,
+    events: acpi::Events,
+    clock_page: PvClock,
     net: Mmio<Net, 2>,
     rng: Mmio<Rng, 1>,
     awaiting: Option<Awaiting>,
@@ -157,7 +185,12 @@ enum Place {
     Pic(u16),
     Pit(u16),
     Serial(u16),
+    Cmos(u16),
+    Events(u16),
+    PmTimer,
+    TimeStamp,
     Power,
+    Reset,
     Platform(u64),
     Net(u64),
     Rng(u64),
@@ -171,8 +204,15 @@ impl Devices {
         Self {
             board: Board {
                 pic: Pic::default(),
-                pit: Pit::default(),
+                pit: if config.firmware {
+                    Pit::as_firmware_leaves_it()
+                } else {
+                    Pit::default()
+                },
                 serial: Serial::default(),
+                cmos: Cmos::new(config.wall_clock_ns),
+                events: acpi::Events::default(),
+                clock_page: PvClock::default(),
                 net: Mmio::new(Net::new(config.mac, config.mtu)),
                 rng: Mmio::new(Rng::default()),
                 awaiting: None,
@@ -213,7 +253,16 @@ impl Devices {
             }
             Place::Net(offset) => board.net.read(offset, data),
             Place::Rng(offset) => board.rng.read(offset, data),
-            Place::Power | Place::Nothing => {}
+            Place::Cmos(port) => match board.cmos.read(port) {
+                Some(byte) => data[0] = byte,
+                None => return self.wait(Awaiting::RealTime),
+            },
+            Place::Events(port) => fill(data, &board.events.read(port).to_le_bytes()),
+            Place::PmTimer => return self.wait(Awaiting::PmTimer),
+            Place::TimeStamp => return self.wait(Awaiting::TimeStamp),
+            // PM1 control: no sleep type, nothing enabled.
+            Place::Power => data.fill(0),
+            Place::Reset | Place::Nothing => {}
         }
         Effect::Done
     }
@@ -243,8 +292,15 @@ impl Devices {
             }
             Place::Power => {
                 if let Some(status) = power::power_off(data) {
-                    self.outputs.push(Output::PowerOff(status));
-                    return Effect::PowerOff(status);
+                    return self.turn_off(status);
+                }
+            }
+            // There is no second start: who resets the machine has it end, and starts it again.
+            Place::Reset if data[0] == acpi::RESET_VALUE => return self.turn_off(0),
+            Place::Cmos(port) => board.cmos.write(port, data[0]),
+            Place::Events(port) => {
+                if let Some(value) = data.first_chunk() {
+                    board.events.write(port, u16::from_le_bytes(*value));
                 }
             }
             Place::Net(offset) => {
@@ -255,18 +311,63 @@ impl Devices {
                 let line = board.rng.write(ram, offset, data, &mut self.outputs);
                 board.drive(IRQ_RNG, line);
             }
-            Place::Platform(_) | Place::Nothing => {}
+            Place::Platform(_)
+            | Place::PmTimer
+            | Place::TimeStamp
+            | Place::Reset
+            | Place::Nothing => {}
         }
         Effect::Done
     }
 
+    /// A guest's write to a model-specific register that is filtered. Those that nothing here knows are ignored.
+    pub fn write_msr(&mut self, ram: &GuestRam, index: u32, value: u64) -> Effect {
+        match index {
+            pvclock::WALL_CLOCK => {
+                pvclock::write_wall_clock(ram, value, self.board.cmos.wall_clock_ns());
+            }
+            pvclock::SYSTEM_TIME => {
+                self.board.clock_page.place(ram, value);
+                if self.shows_time() {
+                    return self.wait(Awaiting::ClockPage);
+                }
+            }
+            _ => {}
+        }
+        Effect::Done
+    }
+
+    /// Whether the guest reads the time from a page, which is to be [kept up to date](Self::show_time).
+    #[must_use]
+    pub fn shows_time(&self) -> bool {
+        self.board.clock_page.is_on()
+    }
+
+    /// What time the page shows.
+    #[must_use]
+    pub fn shown_time(&self) -> GuestTime {
+        self.board.clock_page.shown()
+    }
+
+    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given.
+    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime) {
+        self.board.clock_page.show(ram, now);
+    }
+
+    /// The guest is off: by its power-off port, by its reset register, or because it can never run again.
+    pub fn turn_off(&mut self, status: u8) -> Effect {
+        self.outputs.push(Output::PowerOff(status));
+        Effect::PowerOff(status)
+    }
+
     /// Completes the access that returned [`Effect::Needs`], with what it needs, or [`Effect::Halt`], with
-    /// [`Input::Clock`]. `data` is the read's; for a write it is empty.
+    /// [`Input::Clock`]. `data` is the read's; for a write it is empty. What comes back is for RDX: a time stamp's upper half.
     ///
     /// # Errors
     /// [`DeviceError::Unexpected`] and [`DeviceError::WrongLength`]: the access still waits.
-    pub fn answer(&mut self, input: &Input, data: &mut [u8]) -> Result<(), DeviceError> {
+    pub fn answer(&mut self, input: &Input, data: &mut [u8]) -> Result<Option<u64>, DeviceError> {
         let board = &mut self.board;
+        let mut rdx = None;
         match (board.awaiting, input) {
             (Some(Awaiting::Register(Register::Random)), Input::Random(bytes)) => {
                 if bytes.len() != REGISTER_BYTES {
@@ -290,10 +391,22 @@ impl Devices {
                 let byte = board.pit.answer(waiting, *now);
                 fill(data, &[byte]);
             }
+            (Some(Awaiting::RealTime), Input::Clock(now)) => {
+                fill(data, &[board.cmos.answer(*now)]);
+            }
+            (Some(Awaiting::PmTimer), Input::Clock(now)) => {
+                fill(data, &acpi::timer(*now).to_le_bytes());
+            }
+            (Some(Awaiting::TimeStamp), Input::Clock(now)) => {
+                let (low, high) = tsc::halves(*now);
+                fill(data, &low.to_le_bytes());
+                rdx = Some(high);
+            }
+            (Some(Awaiting::ClockPage), Input::Clock(_)) => {}
             _ => return Err(unexpected(input)),
         }
         board.awaiting = None;
-        Ok(())
+        Ok(rdx)
     }
 
     /// What the entropy device waits for: 1 to [`MAX_REQUEST`] random bytes, given by
@@ -415,7 +528,12 @@ impl Devices {
         match awaiting {
             Awaiting::Register(Register::Halt) => Effect::Halt,
             Awaiting::Register(Register::Random) => Effect::Needs(Need::Random(REGISTER_BYTES)),
-            Awaiting::Register(Register::Clock) | Awaiting::Timer(_) => Effect::Needs(Need::Clock),
+            Awaiting::Register(Register::Clock)
+            | Awaiting::Timer(_)
+            | Awaiting::RealTime
+            | Awaiting::PmTimer
+            | Awaiting::TimeStamp
+            | Awaiting::ClockPage => Effect::Needs(Need::Clock),
         }
     }
 
@@ -517,8 +635,8 @@ impl Board {
     }
 }
 
-/// What an access of `len` bytes at `addr` reaches. The port devices are a byte wide; a wider access, as one past
-/// a window's end, reaches nothing.
+/// What an access of `len` bytes at `addr` reaches. Each port has its width; an access of another, as one past a window's end,
+/// reaches nothing.
 fn place(bus: Bus, addr: u64, len: usize) -> Place {
     match (bus, u16::try_from(addr)) {
         (Bus::Port, Ok(power::PORT)) => Place::Power,
@@ -526,6 +644,14 @@ fn place(bus: Bus, addr: u64, len: usize) -> Place {
             0x20 | 0x21 | 0xa0 | 0xa1 => Place::Pic(port),
             0x40..=0x43 | pit::PORT_B => Place::Pit(port),
             CONSOLE..=0x3ff => Place::Serial(port - CONSOLE),
+            cmos::INDEX | cmos::DATA => Place::Cmos(port),
+            acpi::RESET => Place::Reset,
+            _ => Place::Nothing,
+        },
+        (Bus::Port, Ok(port)) => match (port, len) {
+            (acpi::EVENTS | acpi::ENABLE, 2) => Place::Events(port),
+            (acpi::TIMER, 4) => Place::PmTimer,
+            (tsc::PORT, 4) => Place::TimeStamp,
             _ => Place::Nothing,
         },
         (Bus::Port, _) => Place::Nothing,

@@ -332,6 +332,16 @@ impl Default for Pit {
 }
 
 impl Pit {
+    /// As a PC's firmware leaves it: channel 0 counts the largest count over and over, 18.2 times a second. Linux reads it before it
+    /// sets it, and would wait for ever for a count that was never loaded.
+    #[must_use]
+    pub fn as_firmware_leaves_it() -> Self {
+        let mut pit = Self::default();
+        pit.channels[0].control(0x36);
+        pit.channels[0].load(GuestTime(0));
+        pit
+    }
+
     /// Whether an 8254 can be in this state.
     #[must_use]
     pub fn is_sound(&self) -> bool {

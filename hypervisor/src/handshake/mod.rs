@@ -49,20 +49,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Transport;
 use crate::digest::ExitRecord;
+use crate::intervals::Replication;
 use crate::kvm::CpuModel;
-use crate::machine::MachineSpec;
+use crate::machine::{ENCODED_MAX, MachineSpec};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
 use proof::FIRST_WORDS;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
-
-/// Longest image; as in the machine's description.
-const IMAGE_MAX: u32 = 65 << 20;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -82,6 +80,9 @@ pub struct Hello {
     pub name: String,
     /// What carries its log.
     pub transport: String,
+    /// How the machine is replicated.
+    #[serde(default)]
+    pub replication: String,
     /// The primary's process.
     pub identity: String,
     /// Where it expects heartbeats.
@@ -92,6 +93,19 @@ pub struct Hello {
     pub running: bool,
     /// Bytes of the machine's description, which follows.
     pub spec_bytes: u32,
+}
+
+/// What a backup has of its own, which a primary must have as well.
+#[derive(Clone, Copy, Debug)]
+pub struct Ours<'a> {
+    /// The host's CPU.
+    pub cpu: &'a CpuModel,
+    /// The machine's name.
+    pub name: &'a str,
+    /// What carries its log.
+    pub transport: Transport,
+    /// How it is replicated.
+    pub replication: Replication,
 }
 
 /// What a backup answers.
@@ -233,9 +247,7 @@ pub fn agree(stream: &Channel, record: &Record) -> Result<(), HandshakeError> {
 /// See [`HandshakeError`]. The caller tells the primary by [`refuse`].
 pub fn listen_to(
     stream: &Channel,
-    ours: &CpuModel,
-    name: &str,
-    transport: Transport,
+    ours: &Ours<'_>,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
     stream.set_patience(Some(FIRST_WORDS))?;
@@ -245,7 +257,7 @@ pub fn listen_to(
             theirs: hello.version,
         });
     }
-    if hello.spec_bytes > IMAGE_MAX {
+    if hello.spec_bytes > ENCODED_MAX {
         return Err(HandshakeError::Malformed {
             expected: "machine description",
             why: format!("{} bytes", hello.spec_bytes),
@@ -262,22 +274,28 @@ pub fn listen_to(
             why: format!("{} of {} bytes", spec.len(), hello.spec_bytes),
         });
     }
-    if &hello.cpu != ours {
+    if &hello.cpu != ours.cpu {
         return Err(HandshakeError::Cpu {
             theirs: hello.cpu,
-            ours: ours.clone(),
+            ours: ours.cpu.clone(),
         });
     }
-    if hello.name != name {
+    if hello.name != ours.name {
         return Err(HandshakeError::Name {
             theirs: hello.name,
-            ours: name.to_owned(),
+            ours: ours.name.to_owned(),
         });
     }
-    if hello.transport != transport.name() {
+    if hello.transport != ours.transport.name() {
         return Err(HandshakeError::Transport {
             theirs: hello.transport,
-            ours: transport,
+            ours: ours.transport,
+        });
+    }
+    if hello.replication != ours.replication.name() {
+        return Err(HandshakeError::Replication {
+            theirs: hello.replication,
+            ours: ours.replication.name(),
         });
     }
     Ok((hello, MachineSpec::decode(&spec)?))

@@ -126,7 +126,7 @@ impl CpuModel {
             .open()?
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(deterministic(&supported)?.1)
+        Ok(deterministic(&supported, false)?.1)
     }
 
     fn of(entries: &[kvm_cpuid_entry2]) -> Option<Self> {
@@ -143,11 +143,12 @@ impl CpuModel {
     }
 }
 
-/// Turns what KVM supports on this host into the deterministic template.
+/// Turns what KVM supports on this host into the deterministic template. With `clock_page` it offers KVM's paravirtual clock, whose
+/// other side is ours (`devices/pvclock.rs`), and nothing else of KVM's.
 ///
 /// # Errors
 /// [`KvmError::Missing`] if KVM reports no basic leaves.
-pub fn deterministic(supported: &CpuId) -> Result<(CpuId, CpuModel), KvmError> {
+pub fn deterministic(supported: &CpuId, clock_page: bool) -> Result<(CpuId, CpuModel), KvmError> {
     let model = CpuModel::of(supported.as_slice()).ok_or(KvmError::Missing {
         what: "the basic CPUID leaves",
     })?;
@@ -182,10 +183,42 @@ pub fn deterministic(supported: &CpuId) -> Result<(CpuId, CpuModel), KvmError> {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
     }
+    if clock_page {
+        offer_clock_page(&mut entries);
+    }
     let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Missing {
         what: "room for its own CPUID leaves",
     })?;
     Ok((cpuid, model))
+}
+
+/// KVM's leaves (Documentation/virt/kvm/x86/cpuid.rst) with one feature, and the bit that tells a guest to look for them.
+fn offer_clock_page(entries: &mut Vec<kvm_cpuid_entry2>) {
+    const SIGNATURE: [u32; 3] = [
+        u32::from_le_bytes(*b"KVMK"),
+        u32::from_le_bytes(*b"VMKV"),
+        u32::from_le_bytes(*b"M\0\0\0"),
+    ];
+    const FEATURES: u32 = 0x4000_0001;
+    const CLOCK_SOURCE_2: u32 = 1 << 3;
+    const HYPERVISOR: u32 = 1 << 31;
+    for entry in entries.iter_mut().filter(|entry| entry.function == 1) {
+        entry.ecx |= HYPERVISOR;
+    }
+    let [ebx, ecx, edx] = SIGNATURE;
+    entries.push(kvm_cpuid_entry2 {
+        function: 0x4000_0000,
+        eax: FEATURES,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    });
+    entries.push(kvm_cpuid_entry2 {
+        function: FEATURES,
+        eax: CLOCK_SOURCE_2,
+        ..Default::default()
+    });
 }
 
 #[cfg(test)]
@@ -218,7 +251,7 @@ mod tests {
         .iter()
         .map(|&(f, i)| entry(f, i))
         .collect();
-        let (cpuid, _) = deterministic(&CpuId::from_entries(&all).unwrap()).unwrap();
+        let (cpuid, _) = deterministic(&CpuId::from_entries(&all).unwrap(), false).unwrap();
         let find = |f, i| {
             *cpuid
                 .as_slice()
@@ -235,5 +268,21 @@ mod tests {
         assert_eq!(find(0xd, 0).eax, 0, "xsave leaf");
         assert!(cpuid.as_slice().iter().all(|e| e.function != 0x4000_0000));
         assert_ne!(find(1, 0).edx & 1, 0, "the fpu stays");
+    }
+
+    #[test]
+    fn offers_the_clock_page_and_nothing_else_of_kvms() {
+        let all = [entry(0, 0), entry(1, 0), entry(0x4000_0001, 0)];
+        let all = CpuId::from_entries(&all).unwrap();
+        let (cpuid, _) = deterministic(&all, true).unwrap();
+        let find = |function| {
+            let mut of = cpuid.as_slice().iter().filter(|e| e.function == function);
+            let found = *of.next().unwrap();
+            assert!(of.next().is_none());
+            found
+        };
+        assert_ne!(find(1).ecx & 1 << 31, 0);
+        assert_eq!(find(0x4000_0000).ebx.to_le_bytes(), *b"KVMK");
+        assert_eq!(find(0x4000_0001).eax, 8);
     }
 }

@@ -246,6 +246,13 @@ impl Vcpu {
         self.fd.sync_regs_mut().regs
     }
 
+    /// Changes RDX before the guest goes on: of a read of a time stamp, whose other half KVM puts into EAX when it completes the
+    /// read. KVM takes the registers over before that.
+    pub fn set_rdx(&mut self, value: u64) {
+        self.fd.sync_regs_mut().regs.rdx = value;
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+    }
+
     /// Whether the guest would take an interrupt at this exit.
     pub fn ready_for_interrupt(&mut self) -> bool {
         let run = self.fd.get_kvm_run();

@@ -259,16 +259,16 @@ impl Vm {
         Ok(())
     }
 
-    /// Creates the one vCPU with the deterministic CPU template.
+    /// Creates the one vCPU with the deterministic CPU template; with `clock_page` it is told of KVM's paravirtual clock.
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_vcpu(&self) -> Result<(Vcpu, CpuModel), KvmError> {
+    pub fn create_vcpu(&self, clock_page: bool) -> Result<(Vcpu, CpuModel), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-        let (cpuid, model) = deterministic_cpuid(&supported)?;
+        let (cpuid, model) = deterministic_cpuid(&supported, clock_page)?;
         let fd = self
             .fd
             .create_vcpu(0)

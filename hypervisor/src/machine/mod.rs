@@ -15,9 +15,10 @@
 mod spec;
 mod state;
 
-pub use spec::{MachineSpec, SpecError};
+pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, SpecError};
 pub use state::Swept;
 
+use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError, Image};
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
@@ -97,6 +98,8 @@ pub struct Machine {
     digest: Digest,
     history: History,
     phase: Phase,
+    /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
+    halts_for_good: bool,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -115,9 +118,24 @@ impl Machine {
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let vm = Vm::new(source.open()?, &ram)?;
-        let (vcpu, cpu_model) = vm.create_vcpu()?;
-        let image = Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;
-        boot::load(&ram, &vcpu, &image, &spec.command_line, spec.wall_clock_ns)?;
+        let (vcpu, cpu_model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+        match spec.boot {
+            BootProtocol::Bare => {
+                let image =
+                    Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;
+                boot::load(&ram, &vcpu, &image, &spec.command_line, spec.wall_clock_ns)?;
+            }
+            BootProtocol::Linux => {
+                let linux = Linux {
+                    name: &spec.guest,
+                    kernel: &spec.image,
+                    initrd: &spec.initrd,
+                    command_line: &spec.command_line,
+                    seed: spec.seed,
+                };
+                linux::load(&ram, &vcpu, &linux)?;
+            }
+        }
         Ok(Self {
             vcpu,
             vm,
@@ -128,6 +146,7 @@ impl Machine {
             digest: Digest(0),
             history: History::default(),
             phase: Phase::Ready,
+            halts_for_good: spec.boot == BootProtocol::Linux,
             injectable: false,
             memory_hash: None,
             watched: false,
@@ -194,6 +213,13 @@ impl Machine {
     #[must_use]
     pub fn console_room(&self) -> usize {
         self.devices.console_room()
+    }
+
+    /// The time that the guest reads from memory, if it does: it is renewed by each clock value that is handed in.
+    #[must_use]
+    pub fn shown_time(&self) -> Option<GuestTime> {
+        let shows = self.devices.shows_time();
+        shows.then(|| self.devices.shown_time())
     }
 
     /// When the next tick of the timer is due.
@@ -304,20 +330,24 @@ impl Machine {
                 }
             }
             Exit::Hlt => {
-                return if self.deliverable() {
-                    Phase::Ready
-                } else if self.vcpu.ready_for_interrupt() {
-                    Phase::HltInstruction
-                } else {
-                    Phase::Crashed
-                };
+                if self.deliverable() {
+                    return Phase::Ready;
+                }
+                if self.vcpu.ready_for_interrupt() {
+                    return Phase::HltInstruction;
+                }
+                self.end_of_guest()
             }
-            // A guest that asks for time this way is told 0; writing it is ignored.
-            Exit::ReadMsr { .. } | Exit::WriteMsr { .. } => {
+            // A guest that asks for time this way is told 0.
+            Exit::ReadMsr { .. } => {
                 self.vcpu.answer_msr(0, false);
                 Effect::Done
             }
-            Exit::Shutdown => return Phase::Crashed,
+            Exit::WriteMsr { index, value } => {
+                self.vcpu.answer_msr(value, false);
+                self.devices.write_msr(&self.ram, index, value)
+            }
+            Exit::Shutdown => self.end_of_guest(),
             Exit::Interrupted => Effect::Done,
         };
         match effect {
@@ -325,6 +355,16 @@ impl Machine {
             Effect::Needs(need) => Phase::Needs(need),
             Effect::Halt => Phase::Halted,
             Effect::PowerOff(status) => Phase::Off(status),
+            Effect::Crash => Phase::Crashed,
+        }
+    }
+
+    /// What it means that the guest can never run again.
+    fn end_of_guest(&mut self) -> Effect {
+        if self.halts_for_good {
+            self.devices.turn_off(0)
+        } else {
+            Effect::Crash
         }
     }
 
@@ -343,12 +383,17 @@ impl Machine {
                 // An interrupt delivered now is what ended the wait: before the answer, which clears the latch.
                 self.deliver()?;
             }
-            self.devices.answer(input, self.vcpu.data())?;
+            if let Some(rdx) = self.devices.answer(input, self.vcpu.data())? {
+                self.vcpu.set_rdx(rdx);
+            }
+            if let Input::Clock(now) = input {
+                self.devices.show_time(&self.ram, *now);
+            }
             self.phase = Phase::Ready;
             return Ok(());
         }
         let fits = match input {
-            Input::Clock(_) => false,
+            Input::Clock(_) => self.injectable && self.devices.shows_time(),
             Input::Random(_) => true,
             Input::Tick(_) | Input::Frame(_) | Input::Console(_) => self.injectable,
         };
@@ -358,6 +403,10 @@ impl Machine {
                 phase: self.phase,
                 injectable: self.injectable,
             });
+        }
+        if let Input::Clock(now) = input {
+            self.devices.show_time(&self.ram, *now);
+            return Ok(());
         }
         self.devices.apply(&self.ram, input)?;
         if self.phase == Phase::HltInstruction && self.deliverable() {

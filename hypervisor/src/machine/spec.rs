@@ -1,18 +1,52 @@
 //! What a machine is: all that both sides must agree on before the first instruction.
 #![forbid(unsafe_code)]
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
+use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::DevicesConfig;
 
-/// Bytes of an encoded description, image included.
-const ENCODED_MAX: usize = 65 << 20;
+/// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
+pub const ENCODED_MAX: u32 = 256 << 20;
+
+/// Bytes of a kernel or an initial RAM disk.
+const FILE_MAX: u64 = 120 << 20;
+
+/// Where a Linux guest reads the time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClockSource {
+    /// At a port, the power-management timer: each read is an exit, and so a place for what is due.
+    #[default]
+    Timer,
+    /// In a page of its memory, KVM's paravirtual clock: a read costs nothing, and time goes on only at exits, ticks and preemptions.
+    Page,
+}
+
+/// A locally administered address.
+const MAC: [u8; 6] = [0x02, 0xd0, 0x99, 0xe1, 0, 1];
+const MTU: u16 = 1500;
+
+/// How a guest is loaded and started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// The guest ABI (docs/guest-abi.md).
+    #[default]
+    Bare,
+    /// Linux's 64-bit boot protocol.
+    Linux,
+}
 
 /// A machine's description. It travels in the handshake and stands at the head of a log file, so a backup and a replay
 /// need nothing else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSpec {
+    /// How it is loaded.
+    pub boot: BootProtocol,
     /// Name of the guest: built in, or the path it was read from.
     pub guest: String,
     /// RAM in MiB.
@@ -25,9 +59,18 @@ pub struct MachineSpec {
     pub mac: [u8; 6],
     /// MTU of the network device.
     pub mtu: u16,
-    /// The ELF file.
+    /// Where a Linux guest reads the time; a bare-metal one has a clock of its own.
+    pub clock: ClockSource,
+    /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
+    pub seed: [u8; SEED_BYTES],
+    /// Bytes of the image; the initial RAM disk follows it.
+    image_bytes: u64,
+    /// The guest: an ELF file, or a Linux kernel.
     #[serde(skip)]
     pub image: Vec<u8>,
+    /// A Linux kernel's initial RAM disk.
+    #[serde(skip)]
+    pub initrd: Vec<u8>,
 }
 
 /// Why a description is refused.
@@ -42,6 +85,39 @@ pub enum SpecError {
     /// The image.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A file of a Linux guest.
+    #[error("cannot read {path:?}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: std::io::Error,
+    },
+    /// A file that is too large for what it is said to be.
+    #[error(
+        "{path:?} has {bytes} bytes, more than a kernel or an initial RAM disk may have ({FILE_MAX})"
+    )]
+    Large {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, SpecError> {
+    let failed = |source| SpecError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = std::fs::metadata(path).map_err(failed)?.len();
+    if bytes > FILE_MAX {
+        return Err(SpecError::Large {
+            path: path.to_owned(),
+            bytes,
+        });
+    }
+    std::fs::read(path).map_err(failed)
 }
 
 impl MachineSpec {
@@ -57,13 +133,47 @@ impl MachineSpec {
     ) -> Result<Self, SpecError> {
         let image = Image::find(guest)?;
         Ok(Self {
+            boot: BootProtocol::Bare,
+            clock: ClockSource::default(),
+            seed: [0; SEED_BYTES],
             guest: guest.to_owned(),
             memory_mib,
             command_line: command_line.to_owned(),
             wall_clock_ns,
-            mac: [0x02, 0xd0, 0x99, 0xe1, 0, 1],
-            mtu: 1500,
+            mac: MAC,
+            mtu: MTU,
+            image_bytes: image.bytes().len() as u64,
             image: image.bytes().to_vec(),
+            initrd: Vec::new(),
+        })
+    }
+
+    /// A description of a machine that boots the Linux kernel in this file.
+    ///
+    /// # Errors
+    /// [`SpecError::File`], [`SpecError::Large`].
+    pub fn linux(
+        kernel: &Path,
+        initrd: Option<&Path>,
+        memory_mib: u32,
+        command_line: &str,
+        wall_clock_ns: u64,
+        (clock, seed): (ClockSource, [u8; SEED_BYTES]),
+    ) -> Result<Self, SpecError> {
+        let image = read(kernel)?;
+        Ok(Self {
+            boot: BootProtocol::Linux,
+            clock,
+            guest: kernel.display().to_string(),
+            memory_mib,
+            command_line: command_line.to_owned(),
+            wall_clock_ns,
+            mac: MAC,
+            mtu: MTU,
+            seed,
+            image_bytes: image.len() as u64,
+            image,
+            initrd: initrd.map_or_else(|| Ok(Vec::new()), read)?,
         })
     }
 
@@ -71,17 +181,20 @@ impl MachineSpec {
         DevicesConfig {
             mac: self.mac,
             mtu: self.mtu,
+            wall_clock_ns: self.wall_clock_ns,
+            firmware: self.boot == BootProtocol::Linux,
         }
     }
 
-    /// Length of the text (u32, little-endian), the text (JSON), the image.
+    /// Length of the text (u32, little-endian), the text (JSON), the image, the initial RAM disk.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let text = serde_json::to_vec(self).expect("plain fields always encode");
-        let mut bytes = Vec::with_capacity(4 + text.len() + self.image.len());
+        let mut bytes = Vec::with_capacity(4 + text.len() + self.image.len() + self.initrd.len());
         bytes.extend_from_slice(&(text.len() as u32).to_le_bytes());
         bytes.extend_from_slice(&text);
         bytes.extend_from_slice(&self.image);
+        bytes.extend_from_slice(&self.initrd);
         bytes
     }
 
@@ -93,21 +206,29 @@ impl MachineSpec {
         let malformed = |why: &str| SpecError::Malformed {
             why: why.to_owned(),
         };
-        if bytes.len() > ENCODED_MAX {
+        if bytes.len() > ENCODED_MAX as usize {
             return Err(malformed("it is too large"));
         }
         let (length, rest) = bytes
             .split_first_chunk::<4>()
             .ok_or_else(|| malformed("it is cut short"))?;
         let length = u32::from_le_bytes(*length) as usize;
-        let (text, image) = rest
+        let (text, files) = rest
             .split_at_checked(length)
             .ok_or_else(|| malformed("it is cut short"))?;
         let mut spec: Self =
             serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
                 why: error.to_string(),
             })?;
+        let (image, initrd) = usize::try_from(spec.image_bytes)
+            .ok()
+            .and_then(|length| files.split_at_checked(length))
+            .ok_or_else(|| malformed("it is cut short"))?;
+        if spec.boot == BootProtocol::Bare && !initrd.is_empty() {
+            return Err(malformed("bytes follow its image"));
+        }
         spec.image = image.to_vec();
+        spec.initrd = initrd.to_vec();
         Ok(spec)
     }
 }

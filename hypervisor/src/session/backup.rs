@@ -305,6 +305,7 @@ impl Following {
                 .map_or(0, |check| check.position.0),
             resent: drained.resent,
             inherited_frames: drained.inherited_frames,
+            torn: drained.torn,
             at: self.at,
         });
         self.io.listen_to(None);

@@ -169,6 +169,7 @@ impl Solo {
             options,
             random: random_source()?,
             desk: None,
+            intervals: None,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
         let sandbox = self.io.sandbox.clone();

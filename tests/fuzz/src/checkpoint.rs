@@ -29,6 +29,8 @@ fn board() -> Devices {
     Devices::new(&DevicesConfig {
         mac: [2; 6],
         mtu: 1500,
+        wall_clock_ns: 0,
+        firmware: false,
     })
 }
 

@@ -6,7 +6,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use hypervisor::config::Transport;
-use hypervisor::handshake::{self, Hello, Stream, Trust};
+use hypervisor::handshake::{self, Hello, Ours, Stream, Trust};
+use hypervisor::intervals::Replication;
 use hypervisor::kvm::CpuModel;
 use hypervisor::machine::MachineSpec;
 use hypervisor::protocol::Identity;
@@ -54,7 +55,7 @@ fn run(bytes: &[u8]) {
     let channel =
         handshake::admit(Stream::Unix(ours), &Trust::same_user()).expect("a process of ours");
     let error = match who {
-        0 => match handshake::listen_to(&channel, &cpu(), NAME, Transport::Shm) {
+        0 => match handshake::listen_to(&channel, &this_backup(&cpu())) {
             Ok((hello, spec)) => {
                 assert_eq!(hello.name, NAME);
                 let _ = handshake::identity_of(&hello);
@@ -94,12 +95,22 @@ fn run(bytes: &[u8]) {
     assert!(error.is_none_or(|words| !words.is_empty()));
 }
 
+fn this_backup(cpu: &CpuModel) -> Ours<'_> {
+    Ours {
+        cpu,
+        name: NAME,
+        transport: Transport::Shm,
+        replication: Replication::Replay,
+    }
+}
+
 fn hello(spec_bytes: usize) -> Hello {
     Hello {
         version: handshake::VERSION,
         cpu: cpu(),
         name: NAME.into(),
         transport: "shm".into(),
+        replication: "replay".into(),
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],

@@ -16,6 +16,7 @@ use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
 use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, made_image, remove_remains};
 use doppel_tests::lab_pair::demo;
+use doppel_tests::linux_guest::LinuxGuest;
 use doppel_tests::promise::today;
 use hypervisor::demo::plot;
 
@@ -50,6 +51,11 @@ enum Verb {
         /// As up has it
         #[arg(long, value_delimiter = ',')]
         packages: Vec<String>,
+    },
+    /// Make the files of a Linux guest, kernel and initial RAM disk, in a directory
+    Guest {
+        /// Where to
+        directory: PathBuf,
     },
     /// Run a command in a host; one word with spaces is a line of shell
     Run(Run),
@@ -288,6 +294,10 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
     let lab = || Lab::find(name);
     match &arguments.command {
         Verb::Up(up) => bring_up(name, up)?,
+        Verb::Guest { directory } => {
+            let guest = LinuxGuest::make(directory)?;
+            println!("{} and {}", guest.kernel.display(), guest.initrd.display());
+        }
         Verb::Fetch { packages } => {
             let image = made_image(packages)?;
             println!(

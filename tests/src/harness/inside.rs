@@ -16,6 +16,9 @@ use crate::promise::{Form, Run};
 /// For copying programs into a host that is emulated on a busy machine.
 const BRING_WITHIN: Duration = Duration::from_secs(120);
 
+/// Of the host: room for a Linux guest and the log of it.
+const MEMORY_MIB: u32 = 2048;
+
 /// Where the verbs' library lies in a host: beside the programs.
 const VERBS: &str = "/usr/bin/libdoppel_verbs.so";
 
@@ -48,6 +51,7 @@ impl Inside {
         let lab = Lab::own(&Spec {
             name: name.into(),
             hosts: 1,
+            memory_mib: MEMORY_MIB,
             ..Spec::default()
         })?;
         let inside = Self { lab };
@@ -71,6 +75,12 @@ impl Inside {
     #[must_use]
     pub fn host(&self) -> Host<'_> {
         self.lab.host("h1")
+    }
+
+    /// The directory that the host sees as `/shared`.
+    #[must_use]
+    pub fn shared(&self) -> PathBuf {
+        self.lab.shared()
     }
 
     /// Runs tests of libtest's in it, over the host's RDMA device: what they printed. The code must be 0.

@@ -30,7 +30,7 @@ const PORT_WITHIN: Duration = Duration::from_secs(30);
 /// # Errors
 /// If there is no port, or what is read from it is out of step.
 pub fn serve() -> Result<()> {
-    let _still = keep_the_kernel_still();
+    let _held = hold_a_machine();
     let port = find_port()?;
     let mut reader = OpenOptions::new()
         .read(true)
@@ -68,20 +68,17 @@ pub fn serve() -> Result<()> {
     Ok(())
 }
 
-/// Holds a virtual machine with a vCPU, which does nothing, for as long as the host runs.
+/// A virtual machine that does nothing, for as long as the host runs; none where there is no KVM.
 ///
-/// With its first machine KVM patches a jump into the scheduler's code (`preempt_notifier_key`) and with the last one out of it, and
-/// likewise for the first vCPU that has no interrupt controller of KVM's (`kvm_has_noapic_vcpu`); meanwhile a breakpoint stands there.
-/// The emulator may translate that code at the very moment at which the breakpoint is taken away, and keep what it translated: from
-/// then on its processors meet, with interrupts off, a breakpoint that is not there, and the host stands still. Emulators since QEMU
-/// 8.1 lock a page before they translate it; for those before, what is never patched cannot hit. Seen after 140 to 300 seconds of one
-/// short-lived machine after the other.
-fn keep_the_kernel_still() -> Option<impl Sized> {
-    // Where there is no KVM nothing is patched.
-    let kvm = KvmSource::default().open().ok()?;
-    let machine = kvm.create_vm().ok()?;
-    let vcpu = machine.create_vcpu(0).ok()?;
-    Some((vcpu, machine))
+/// When the first one of a host is made, or the last one ends, the kernel patches its own scheduler (the static key of preemption
+/// notifiers; with a vCPU that has no local APIC, parts of KVM, too), while both CPUs run through it. The emulator, which
+/// translates for each CPU in a thread of its own, was seen to go on for ever with the breakpoint that stands there for the time of
+/// the patch: one CPU in `asm_exc_int3` at `__schedule`, over and over, with the lock of its run queue, the other waiting for
+/// that. So the first comes while the host still has nothing to do, and the last is this one.
+fn hold_a_machine() -> Option<impl Sized> {
+    let vm = KvmSource::default().open().ok()?.create_vm().ok()?;
+    let vcpu = vm.create_vcpu(0).ok()?;
+    Some((vm, vcpu))
 }
 
 type Writer = Arc<Mutex<File>>;

@@ -55,7 +55,7 @@ const WHOLE: &[&str] = &["usr/bin", "usr/sbin", "bin", "sbin", "etc"];
 const PLUGINS: &str = "usr/lib/x86_64-linux-gnu/libibverbs";
 
 /// Libraries that programs built by Rust or C need, whether or not a packaged program does.
-const LIBRARIES: &[&str] = &[
+pub const LIBRARIES: &[&str] = &[
     "/lib/x86_64-linux-gnu/libc.so.6",
     "/lib/x86_64-linux-gnu/libdl.so.2",
     "/lib/x86_64-linux-gnu/libgcc_s.so.1",
@@ -99,13 +99,7 @@ pub fn image(cache: &Path, agent: &Path, more: &[String]) -> Result<Image> {
     }
     let full = !more.is_empty();
     let root = packages::unpack(&names, cache)?;
-    let kernel = listing(&root.join("boot"))?
-        .into_iter()
-        .find(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-        })
-        .context("the kernel's package has no vmlinuz")?;
+    let kernel = packed_kernel(&root)?;
 
     let made_of = made_of(&names, agent)?;
     let initramfs = cache.join("initramfs.cpio");
@@ -121,6 +115,20 @@ pub fn image(cache: &Path, agent: &Path, more: &[String]) -> Result<Image> {
         kernel: unpacked_kernel(&root, &kernel, cache)?,
         initramfs,
     })
+}
+
+/// The kernel as its package has it, a bzImage.
+///
+/// # Errors
+/// If there is none.
+pub fn packed_kernel(root: &Path) -> Result<PathBuf> {
+    listing(&root.join("boot"))?
+        .into_iter()
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        })
+        .context("the kernel's package has no vmlinuz")
 }
 
 /// The kernel as the ELF file that is packed in its image, which QEMU boots as well (it has a PVH entry point): the emulated
@@ -372,7 +380,10 @@ pub fn loaded(mut program: Vec<u8>) -> Vec<u8> {
 }
 
 /// The libraries that these programs need: the packages' own before this machine's.
-fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
+///
+/// # Errors
+/// If one is not to be found.
+pub fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
     let path = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
         .map(|directory| root.join(directory).display().to_string())
         .join(":");
@@ -397,15 +408,23 @@ fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
     Ok(libraries)
 }
 
-/// A link for everything that busybox can be and no package is.
-fn busybox<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
-    let output = Command::new(root.join("bin/busybox"))
+/// What this busybox can be.
+///
+/// # Errors
+/// If it does not say.
+pub fn applets(busybox: &Path) -> Result<Vec<String>> {
+    let output = Command::new(busybox)
         .arg("--list")
         .output()
         .context("ask busybox what it can be")?;
     let list = String::from_utf8_lossy(&output.stdout);
     ensure!(list.contains("insmod"), "busybox cannot be insmod");
-    for applet in list.lines() {
+    Ok(list.lines().map(str::to_owned).collect())
+}
+
+/// A link for everything that busybox can be and no package is.
+fn busybox<W: std::io::Write>(archive: &mut Cpio<W>, root: &Path) -> Result<()> {
+    for applet in applets(&root.join("bin/busybox"))? {
         let places = ["usr/bin", "usr/sbin"].map(|place| format!("{place}/{applet}"));
         if !places.iter().any(|place| archive.has(place)) {
             archive.link(&places[0], "/usr/bin/busybox")?;

@@ -8,10 +8,11 @@ use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::demo::client::Series;
 use hypervisor::demo::report::{Report, millis};
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 use serde_json::{Value, json};
 
-use super::{Choice, LabPair, PATIENCE, Site, await_answers};
+use super::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::harness::random::Random;
 
 /// What to show.
@@ -45,7 +46,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let say = |text: &str| eprintln!("doppel: {text}");
     let mut random = Random::new(options.seed);
     say("booting two hosts in software emulation");
-    let site = Site::set_up("demo")?;
+    let site = Site::set_up("demo", 1024)?;
     let transport = match options.over_tcp {
         true => Transport::Tcp,
         false => Transport::Rdma,
@@ -54,8 +55,9 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
     let choice = Choice {
         transport,
         name: "demo",
-        guest: &options.guest,
+        guest: Guest::Bare(&options.guest),
         memory_mib: options.memory_mib,
+        replicate: Replication::Replay,
     };
     let mut pair = LabPair::start(&site, &choice)?;
     let client = site.clients(options.seed, options.connections)?;

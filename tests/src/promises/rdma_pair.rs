@@ -13,11 +13,12 @@ use anyhow::{Context, Result, bail, ensure};
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::demo::client::Client;
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use crate::harness::random::Random;
 use crate::lab_pair::side::End;
-use crate::lab_pair::{Choice, LabPair, PATIENCE, Site, await_answers};
+use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -80,7 +81,7 @@ fn show(run: &Run) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
     let started = Instant::now();
-    let site = Site::set_up("promise-rdma-pair")?;
+    let site = Site::set_up("promise-rdma-pair", 1024)?;
     run.say(format!(
         "two hosts are up and equipped after {:.1?}",
         started.elapsed()
@@ -106,8 +107,9 @@ fn over(
     let choice = Choice {
         transport,
         name: &format!("promise-{name}"),
-        guest: "kv",
+        guest: Guest::Bare("kv"),
         memory_mib: 32,
+        replicate: Replication::Replay,
     };
     let mut pair = LabPair::start(site, &choice)?;
     let client = site.clients(random.next(), CONNECTIONS)?;

@@ -46,7 +46,12 @@ pub struct Guest {
 
 impl Guest {
     pub fn new() -> Self {
-        let config = DevicesConfig { mac: MAC, mtu: MTU };
+        let config = DevicesConfig {
+            mac: MAC,
+            mtu: MTU,
+            wall_clock_ns: 0,
+            firmware: false,
+        };
         Self {
             board: Devices::new(&config),
             ram: GuestRam::new(4).unwrap(),

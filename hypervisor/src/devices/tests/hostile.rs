@@ -203,11 +203,14 @@ fn perform(guest: &mut Guest, attacks: &[Attack; 3], step: &Step, turn: u64) -> 
     let Guest { board, ram } = guest;
     let now = Input::Clock(GuestTime(turn * 1_000_000));
     match effect {
-        Some(Effect::Needs(Need::Clock) | Effect::Halt) => board.answer(&now, &mut data).unwrap(),
-        Some(Effect::Needs(Need::Random(len))) => board
-            .answer(&Input::Random(vec![turn as u8; len]), &mut data)
-            .unwrap(),
-        Some(Effect::Done | Effect::PowerOff(_)) | None => {}
+        Some(Effect::Needs(Need::Clock) | Effect::Halt) => {
+            board.answer(&now, &mut data).unwrap();
+        }
+        Some(Effect::Needs(Need::Random(len))) => {
+            let random = Input::Random(vec![turn as u8; len]);
+            board.answer(&random, &mut data).unwrap();
+        }
+        Some(Effect::Done | Effect::PowerOff(_) | Effect::Crash) | None => {}
     }
     // Our bytes may make new requests in overlaid rings, so the recorder, too, gives a bounded number at a time.
     for _ in 0..256 {

@@ -17,7 +17,8 @@ use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
 use crate::handshake::parcel::Parcels;
-use crate::handshake::{self, Channel, HandshakeError, Trust};
+use crate::handshake::{self, Channel, HandshakeError, Ours, Trust};
+use crate::intervals::Replication;
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
@@ -56,7 +57,13 @@ impl Meeting<'_> {
     pub(super) fn meet(&self, common: Common) -> Result<Following, SessionError> {
         let config = self.config;
         let control = self.listener.accept(&common, &self.trust)?;
-        let heard = handshake::listen_to(&control, &self.cpu, &config.name, config.pair.transport);
+        let ours = Ours {
+            cpu: &self.cpu,
+            name: &config.name,
+            transport: config.pair.transport,
+            replication: config.replicate.mode,
+        };
+        let heard = handshake::listen_to(&control, &ours);
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
@@ -113,6 +120,9 @@ impl Meeting<'_> {
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin);
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
+        }
+        if config.replicate.mode == Replication::Checkpoint {
+            replayer = replayer.of_intervals();
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
         let follower = Follower::start(config, &io, replayer, desk)?;

@@ -1,0 +1,143 @@
+//! A Linux guest across two hosts (issue 7, point 1): Debian's kernel with redis under real clients, its primary's host killed, a new backup
+//! in that host, and the other host killed. Prepared and replayed, and as it comes, replicated by checkpoints.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hypervisor::backends::wait::Moment;
+use hypervisor::config::Transport;
+use hypervisor::intervals::Replication;
+use serde_json::{Value, json};
+
+use crate::harness::random::Random;
+use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
+use crate::linux_guest::LinuxGuest;
+use crate::promise::{Figures, Promise, Run};
+
+/// The promise.
+pub const PROMISE: Promise = Promise {
+    name: "linux-pair",
+    line: "Debian's kernel with redis in it outlives the loss of its host, and of the next one: no connection breaks, no acknowledged write is lost",
+    short: Duration::from_secs(400),
+    full: Duration::from_secs(3600),
+    show,
+};
+
+/// Connections of the clients: as many as a guest in an emulated host answers in time.
+const CONNECTIONS: usize = 4;
+
+/// Of a host: a guest of 256 MiB, its description of 90 MiB, and what a copy takes.
+const HOST_MIB: u32 = 1536;
+
+fn show(run: &Run) -> Result<Figures> {
+    let mut figures = Figures::default();
+    let mut random = Random::new(run.seed);
+    let directory = tempfile::tempdir().context("make a directory")?;
+    let guest = LinuxGuest::make(directory.path())?;
+    let prepared = guest.prepare(directory.path())?;
+    let site = Site::set_up("promise-linux-pair", HOST_MIB)?;
+    for (name, file) in [
+        ("prepared", &prepared.kernel),
+        ("prepared.cpio", &prepared.initrd),
+        ("stock", &guest.kernel),
+        ("stock.cpio", &guest.initrd),
+    ] {
+        fs::copy(file, site.lab().shared().join(name))
+            .with_context(|| format!("share {}", file.display()))?;
+    }
+    for (replicate, kernel, initrd) in [
+        (Replication::Replay, "prepared", "prepared.cpio"),
+        (Replication::Checkpoint, "stock", "stock.cpio"),
+    ] {
+        let choice = Choice {
+            transport: Transport::Tcp,
+            name: &format!("promise-linux-{kernel}"),
+            guest: Guest::Linux {
+                kernel,
+                initrd,
+                task: "redis",
+                options: &[],
+            },
+            memory_mib: 256,
+            replicate,
+        };
+        let outcome = outlive(run, &site, &choice, &mut random)
+            .with_context(|| format!("replicated by {}", replicate.name()))?;
+        figures.add(replicate.name(), outcome);
+    }
+    Ok(figures)
+}
+
+fn outlive(run: &Run, site: &Site, choice: &Choice<'_>, random: &mut Random) -> Result<Value> {
+    let mut pair = LabPair::start(site, choice)?;
+    run.say(format!("{}: paired; Linux boots", choice.name));
+    let client = site.clients(random.next(), CONNECTIONS)?;
+    run.say("clients at work");
+    let mut spans = Vec::new();
+    let losses = run.form.count(2, 10);
+    for loss in 0..losses {
+        await_answers(&client, 50 + random.below(200), PATIENCE)?;
+        pair.ensure_paired()?;
+        let host = pair.primary_host();
+        let struck = Moment::now();
+        client.mark_kill(struck);
+        host.kill()?;
+        let (live_at, live) = pair.await_live()?;
+        client.mark_live(live_at);
+        let served = await_answers(&client, 50, PATIENCE).context("after the take-over")?;
+        let span = served.max(live_at).since(struck).as_secs_f64() * 1e3;
+        run.say(format!(
+            "loss {loss}: a client was answered after {span:.0} ms, {live:?}"
+        ));
+        spans.push(span.round());
+        pair.primary.await_end(PATIENCE, drop)?;
+        if loss + 1 < losses {
+            site.start(pair.primary.host())?;
+            let joined = pair.rejoin()?;
+            run.say(format!("a new backup: {joined:?}"));
+        }
+    }
+    await_answers(&client, 20, PATIENCE)?;
+    let mut outcome = client.stop()?;
+    let verified = outcome.verify_all(site.address(), PATIENCE);
+    let what = format!("{verified:?}");
+    ensure!(
+        verified.lost_acknowledged_writes == 0 && verified.wrong_keys == 0,
+        "acknowledged writes were lost, {what}"
+    );
+    ensure!(outcome.wrong_replies == 0, "replies were wrong, {what}");
+    ensure!(
+        verified.broken_connections == 0,
+        "connections broke, {what}"
+    );
+    ensure!(verified.keys > 0, "nothing could be read back, {what}");
+    pair.listen();
+    ensure!(
+        pair.heard.divergences == 0,
+        "a backup diverged: {:?}",
+        pair.heard.problems
+    );
+    // The next pair finds both hosts up, and none of this one in them.
+    let pid = pair.backup.pid().to_string();
+    let last = site.lab().host(pair.backup.host());
+    last.run(&["kill", "-TERM", &pid], PATIENCE)?;
+    pair.backup.await_end(PATIENCE, drop)?;
+    site.start(pair.primary.host())?;
+    Ok(json!({
+        "hosts_killed": losses,
+        "to_service_ms": spans,
+        "acknowledged_writes": outcome.acknowledged_writes,
+        "keys_read_back": verified.keys,
+        "longest_wait_ms": (outcome.stall_max.as_secs_f64() * 1e3).round(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn short() {
+        super::PROMISE.test();
+    }
+}
