@@ -24,6 +24,7 @@ pub fn initramfs(bytes: &[u8], limits: Limits) -> Result<Prepared, PrepareError>
         at += from;
         let rest = &bytes[at..];
         if is_cpio(rest) {
+            archives += 1;
             at += one(rest, &mut writer, &mut report).map_err(|error| behind(error, at))?;
         } else if let Some(packing) = packing(rest, "the initramfs")? {
             let (archive, length) = unpack(rest, packing, "the initramfs", room)?;
@@ -32,6 +33,7 @@ pub fn initramfs(bytes: &[u8], limits: Limits) -> Result<Prepared, PrepareError>
             let mut inner = 0;
             while let Some(from) = archive[inner..].iter().position(|&byte| byte != 0) {
                 inner += from;
+                archives += 1;
                 inner += one(&archive[inner..], &mut writer, &mut report)
                     .map_err(|error| behind(error, inner))?;
             }
@@ -42,7 +44,6 @@ pub fn initramfs(bytes: &[u8], limits: Limits) -> Result<Prepared, PrepareError>
                 "neither an archive of cpio's newc format nor a packed one starts here",
             ));
         }
-        archives += 1;
     }
     if archives == 0 {
         return Err(PrepareError::archive(0, "it is empty"));

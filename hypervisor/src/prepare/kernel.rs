@@ -155,15 +155,7 @@ fn replacements(
         Some((number, section.within(address)?))
     })
     .map_err(|why| PrepareError::Alternatives { why })?;
-    let mut seen = std::collections::BTreeSet::new();
-    for alternative in alternatives {
-        let (original, into) = alternative.original;
-        // One replacement may serve several places; what was seen is not counted again.
-        if seen.insert(alternative.replacement.start) {
-            let place = functions[original].place(into);
-            look.replacement(replacements, alternative.replacement, &place);
-        }
-    }
+    look.replacements(replacements, alternatives, functions);
     Ok(())
 }
 

@@ -83,14 +83,7 @@ fn look(bytes: &[u8], path: &str) -> (FileReport, Vec<Patch>) {
                 ));
             }
         };
-        let mut seen = std::collections::BTreeSet::new();
-        for alternative in alternatives {
-            let (original, into) = alternative.original;
-            if seen.insert(alternative.replacement.start) {
-                let place = functions[original].place(into);
-                look.replacement(replacements, alternative.replacement, &place);
-            }
-        }
+        look.replacements(replacements, alternatives, &functions);
     }
     (look.report, look.patches)
 }

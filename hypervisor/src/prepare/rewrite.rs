@@ -1,8 +1,9 @@
 //! From what was decoded to sites with their names, and to new bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::TSC_PORT;
+use super::alternatives::Alternative;
 use super::code::{Found, is_suspicious, sweep};
 use super::elf::{Elf, Section};
 use super::report::{FileReport, Gap, Instruction, Outcome, Site};
@@ -124,13 +125,26 @@ impl Look<'_> {
         swept.gaps.len()
     }
 
-    /// Decodes one alternative's replacement, `range` of this section; `place` is what it replaces.
-    pub(super) fn replacement(
+    /// Decodes what alternatives put in place, which lies in this section. One replacement may serve several places: it is told of
+    /// once, with the first.
+    pub(super) fn replacements(
         &mut self,
         section: &Section,
-        range: std::ops::Range<usize>,
-        place: &str,
+        alternatives: Vec<Alternative>,
+        functions: &[Functions],
     ) {
+        let mut seen = BTreeSet::new();
+        for alternative in alternatives {
+            let (original, into) = alternative.original;
+            if seen.insert(alternative.replacement.start) {
+                let place = functions[original].place(into);
+                self.replacement(section, alternative.replacement, &place);
+            }
+        }
+    }
+
+    /// Decodes one alternative's replacement, `range` of this section; `place` is what it replaces.
+    fn replacement(&mut self, section: &Section, range: std::ops::Range<usize>, place: &str) {
         let bytes = &self.elf.bytes_of(section)[range.clone()];
         let address = section.address.wrapping_add(range.start as u64);
         let swept = sweep(bytes, address, self.elf.bitness(), &[]);

@@ -455,6 +455,7 @@ fn a_damaged_initramfs_is_refused_with_the_byte() {
     };
     assert!(of(b"").contains("it is empty"));
     assert!(of(&[0; 99]).contains("it is empty"));
+    assert!(of(&gzip(b"")).contains("it is empty"));
     assert!(of(b"#!/bin/sh").contains("at byte 0: neither an archive"));
     assert!(of(&good[..50]).contains("header"));
     assert!(of(&good[..good.len() - 124]).contains("without its trailer"));

@@ -9,9 +9,9 @@ use hypervisor::config::Transport;
 use hypervisor::handshake::{self, Hello, Ours, Stream, Trust};
 use hypervisor::intervals::Replication;
 use hypervisor::kvm::CpuModel;
-use hypervisor::machine::MachineSpec;
 use hypervisor::protocol::Identity;
 
+use super::log_file::small_spec;
 use super::source::Source;
 use super::{Target, proof};
 
@@ -125,15 +125,7 @@ fn piece(seed: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let spec = MachineSpec {
-        guest: "g".into(),
-        memory_mib: 4,
-        command_line: String::new(),
-        wall_clock_ns: 0,
-        mac: [2; 6],
-        mtu: 1500,
-        image: b"\x7fELF\x02\x01".to_vec(),
-    };
+    let spec = small_spec();
     let spec = spec.encode();
     let hello = serde_json::to_vec(&hello(spec.len())).expect("plain fields");
     // Not framed by the target, as the description has no length before it.
