@@ -9,6 +9,8 @@ mod request;
 mod ring;
 mod sheet;
 mod throughput;
+#[cfg(feature = "two-sided")]
+mod two_sided;
 mod world;
 
 use std::path::{Path, PathBuf};

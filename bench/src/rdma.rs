@@ -245,10 +245,51 @@ const KINDS: [&str; 8] = [
     "ring over tcp, by events",
 ];
 
+/// The baseline of the two-sided way, where this program was built with it.
+#[derive(Debug, Default)]
+struct TwoSided {
+    #[cfg(feature = "two-sided")]
+    rounds: [Vec<f64>; crate::two_sided::KINDS.len()],
+}
+
+impl TwoSided {
+    /// A block of each kind, of as many bytes as an entry has.
+    #[cfg_attr(
+        not(feature = "two-sided"),
+        expect(
+            clippy::unused_self,
+            clippy::unnecessary_wraps,
+            reason = "nothing to measure"
+        )
+    )]
+    fn measure(&mut self, extent: Extent) -> Result<()> {
+        #[cfg(feature = "two-sided")]
+        for (kind, values) in self.rounds.iter_mut().enumerate() {
+            values.push(crate::two_sided::block(
+                kind,
+                extent.block,
+                HEADER + PAYLOAD,
+            )?);
+        }
+        #[cfg(not(feature = "two-sided"))]
+        let _ = extent;
+        Ok(())
+    }
+
+    /// Names and blocks, for the table.
+    fn rows(&self) -> impl Iterator<Item = (&&'static str, &Vec<f64>)> {
+        #[cfg(feature = "two-sided")]
+        return crate::two_sided::KINDS.iter().zip(&self.rounds);
+        #[cfg(not(feature = "two-sided"))]
+        return std::iter::empty();
+    }
+}
+
 fn latency(verbs: &Verbs, sheet: &mut Sheet, extent: Extent) -> Result<()> {
     let payload = [7; PAYLOAD];
     let mut bare = Bare::new(verbs, &Choice::default(), HEADER + PAYLOAD)?;
     let mut rounds: [Vec<f64>; KINDS.len()] = Default::default();
+    let mut two_sided = TwoSided::default();
     let mut nic = over_rdma(verbs, Mode::Nic, Wait::Poll)?;
     for _ in 0..extent.blocks {
         rounds[0].push(bare_block(&mut bare, extent.block, HEADER + PAYLOAD)?);
@@ -267,13 +308,14 @@ fn latency(verbs: &Verbs, sheet: &mut Sheet, extent: Extent) -> Result<()> {
         once(6, over_tcp(Wait::Poll))?;
         once(7, over_tcp(Wait::Events))?;
         rounds[5].push(perftest("ib_write_lat", HEADER + PAYLOAD, 4)? * 2.0);
+        two_sided.measure(extent)?;
     }
     let mut table = Table::new(
         "Commit of one 64-byte entry (µs)",
         &["", "best block", "median block"],
     );
     let mut bars = Vec::new();
-    for (name, values) in KINDS.iter().zip(&rounds) {
+    for (name, values) in KINDS.iter().zip(&rounds).chain(two_sided.rows()) {
         let (best, middle) = (best(values), median(values.clone()));
         table.row([
             (*name).to_owned(),

@@ -18,6 +18,8 @@ use crate::sink::{Sink, SinkError};
 
 /// An input's kind is the first byte of its payload.
 pub const INPUT_FRAME: u8 = 1;
+/// A piece of the machine's copy, before the log begins (`session/freight.rs`).
+pub const INPUT_COPY: u8 = 2;
 
 /// The events lane, as the recorder writes it.
 pub struct RingSink {

@@ -14,8 +14,8 @@ mod bare;
 mod error;
 mod load;
 
-#[cfg(test)]
-pub(crate) mod fake;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 #[cfg(test)]
 mod tests;
 
@@ -76,7 +76,7 @@ impl Verbs {
         load::table().map(|table| Verbs { table })
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fake"))]
     pub(crate) fn of(table: &'static Table) -> Verbs {
         Verbs { table }
     }

@@ -32,6 +32,9 @@ const PAGE_BYTES: usize = 8 + PAGE_SIZE;
 /// Runs of zero pages in one message.
 const RUNS_AT_ONCE: usize = 1024;
 const PART_HEAD: usize = 5;
+/// How many times a machine's memory a copy may send. The recruiter's rounds are fewer than 60 whatever the guest writes (its
+/// tests), each of everything at most; a peer that goes on for ever is refused by it.
+const TIMES_MAX: u64 = 64;
 
 const fn larger(a: usize, b: usize) -> usize {
     if a > b { a } else { b }
@@ -95,6 +98,11 @@ impl<W: Write> Sender<W> {
         self.bytes
     }
 
+    /// The stream.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
+
     /// Sends every page of these that was ever touched; returns how many.
     ///
     /// # Errors
@@ -113,7 +121,7 @@ impl<W: Write> Sender<W> {
                 break;
             }
         }
-        self.flush(&mut batch)?;
+        self.end(&mut batch)?;
         Ok(count)
     }
 
@@ -130,7 +138,7 @@ impl<W: Write> Sender<W> {
             self.page(page, &mut batch)?;
             count += 1;
         }
-        self.flush(&mut batch)?;
+        self.end(&mut batch)?;
         Ok(count)
     }
 
@@ -148,7 +156,7 @@ impl<W: Write> Sender<W> {
             self.body.extend_from_slice(part);
             self.send(PART)?;
         }
-        Ok(())
+        self.push()
     }
 
     fn page(&mut self, page: PageNumber, batch: &mut Batch) -> Result<(), CloneError> {
@@ -167,6 +175,18 @@ impl<W: Write> Sender<W> {
             self.flush(batch)?;
         }
         Ok(())
+    }
+
+    fn end(&mut self, batch: &mut Batch) -> Result<(), CloneError> {
+        self.flush(batch)?;
+        self.push()
+    }
+
+    /// Nothing waits in this side's buffers.
+    fn push(&mut self) -> Result<(), CloneError> {
+        let bytes = self.bytes;
+        let broke = |source| CloneError::Stream { bytes, source };
+        self.to.flush().map_err(broke)
     }
 
     fn flush(&mut self, batch: &mut Batch) -> Result<(), CloneError> {
@@ -222,12 +242,13 @@ pub fn receive(from: impl Read, machine: &mut Machine) -> Result<(Restored, u64)
         bytes: 0,
         body: Vec::new(),
     };
+    let mut left = machine.pages().saturating_mul(TIMES_MAX);
     loop {
         let at = messages.bytes;
         let bad = |what: String| CloneError::Message { at, what };
         match messages.next()? {
-            (PAGES, body) => pages(&machine.shared_ram(), body).map_err(|e| e.at(at))?,
-            (ZEROS, body) => zeros(&machine.shared_ram(), body).map_err(|e| e.at(at))?,
+            (PAGES, body) => pages(&machine.shared_ram(), body, &mut left).map_err(|e| e.at(at))?,
+            (ZEROS, body) => zeros(&machine.shared_ram(), body, &mut left).map_err(|e| e.at(at))?,
             (PART, body) => {
                 let (head, bytes) = body
                     .split_at_checked(PART_HEAD)
@@ -297,10 +318,18 @@ fn number(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
 }
 
-fn pages(ram: &GuestRam, body: &[u8]) -> Result<(), Bad> {
+/// So many pages came, of those that may still come.
+fn spend(left: &mut u64, came: u64) -> Result<(), Bad> {
+    let over = || Bad::Shape(format!("more pages than {TIMES_MAX} times the memory"));
+    *left = left.checked_sub(came).ok_or_else(over)?;
+    Ok(())
+}
+
+fn pages(ram: &GuestRam, body: &[u8], left: &mut u64) -> Result<(), Bad> {
     if !body.len().is_multiple_of(PAGE_BYTES) {
         return Err(Bad::Shape(format!("pages in {} bytes", body.len())));
     }
+    spend(left, (body.len() / PAGE_BYTES) as u64)?;
     let (numbers, contents) = body.split_at(body.len() / PAGE_BYTES * 8);
     for (page, content) in numbers
         .chunks_exact(8)
@@ -311,7 +340,7 @@ fn pages(ram: &GuestRam, body: &[u8]) -> Result<(), Bad> {
     Ok(())
 }
 
-fn zeros(ram: &GuestRam, body: &[u8]) -> Result<(), Bad> {
+fn zeros(ram: &GuestRam, body: &[u8], left: &mut u64) -> Result<(), Bad> {
     if !body.len().is_multiple_of(16) {
         return Err(Bad::Shape(format!("zero pages in {} bytes", body.len())));
     }
@@ -322,6 +351,7 @@ fn zeros(ram: &GuestRam, body: &[u8]) -> Result<(), Bad> {
         let Some(end) = end else {
             return Err(Bad::Shape(format!("{count} zero pages from {first}")));
         };
+        spend(left, count)?;
         for page in first..end {
             ram.read_page(PageNumber(page), &mut before)
                 .map_err(Bad::Memory)?;

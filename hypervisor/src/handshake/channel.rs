@@ -102,7 +102,7 @@ const SAID_MAX: usize = SEALED_MAX - TAG;
 /// What is said of a record that does not open.
 const FORGED: &str = "what came was not said by this peer, or was changed on its way";
 
-fn forged() -> io::Error {
+pub(super) fn forged() -> io::Error {
     io::Error::new(ErrorKind::InvalidData, FORGED)
 }
 

@@ -74,6 +74,11 @@ impl<S> Hurried<S> {
         }
     }
 
+    /// What it reads from or writes to.
+    pub fn into_inner(self) -> S {
+        self.stream
+    }
+
     fn check(&self) -> io::Result<()> {
         let Some(pace) = self.pace else {
             if self.started.elapsed() < self.longest {
@@ -123,7 +128,10 @@ impl<S: Write> Write for Hurried<S> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
+        self.check()?;
+        let since = Instant::now();
+        let outcome = self.stream.flush();
+        self.moved(since, outcome.map(|()| 0)).map(drop)
     }
 }
 

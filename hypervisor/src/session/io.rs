@@ -231,10 +231,10 @@ impl Io {
         })
     }
 
-    /// The guest logs to a new ring from here on: what is read goes there, too.
+    /// The guest logs to a new ring from here on. Its inputs lane may still carry the copy: frames wait until they are
+    /// given it ([`Stager::attach`]).
     pub(super) fn join_log(&mut self, taken: Taken) {
         self.exits_wanted = false;
-        self.stager.attach(taken.lane);
         self.watch = taken.watch;
         if let (Some(holder), Some(key)) = (&mut self.holder, taken.robust) {
             holder.hold(key);

@@ -16,6 +16,7 @@
 pub mod backup;
 mod beats;
 mod clerk;
+mod freight;
 pub mod host;
 mod io;
 mod lagging;

@@ -118,7 +118,7 @@ fn lead(
     let timing = protocol_timing(config);
     let (sink, protocol) = match met {
         Some(met) => {
-            let (sink, taken) = log_to(
+            let (sink, taken, lane) = log_to(
                 config,
                 super::ring_epoch(record.epoch),
                 met.ring,
@@ -126,6 +126,7 @@ fn lead(
                 true,
             );
             io.join_log(taken);
+            io.stager.attach(lane);
             io.listen_to(Some(met.beats));
             io.control = Some(met.control);
             let pair = Pair {

@@ -22,12 +22,14 @@ use rdma_log::verbs::Verbs;
 
 use super::SessionError;
 use super::beats::Beats;
+use super::freight::Consignor;
 use super::io::{InputLane, Io};
 use super::meet::{self, Introduction};
 use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
 use crate::desk::{Answer, Ask, Cut, Desk};
+use crate::handshake::parcel::Parcels;
 use crate::handshake::{self, Channel, HandshakeError, Hurried, Stream};
 use crate::machine::{Machine, Swept};
 use crate::memory::GuestRam;
@@ -67,8 +69,10 @@ const ROUNDS_WITHIN: Duration = Duration::from_secs(3600);
 pub(super) enum News {
     /// Pages are nearly all there: leave the port alone, and have the vCPU thread cut, by a question of this number.
     Cut(u64, Box<RingSink>),
-    /// The guest logs to the new ring: frames go there, too.
+    /// The guest logs to the new ring.
     Taken(Box<Taken>),
+    /// All of the copy has gone into the inputs lane: frames follow there.
+    Copied(Box<InputLane>),
     /// The copy is whole: the backup can be entitled.
     Ready(Box<Recruit>),
     /// It came to nothing, before the cut or after; the thread goes on looking.
@@ -82,7 +86,6 @@ pub(super) enum News {
 
 /// The I/O thread's part of a new ring.
 pub(super) struct Taken {
-    pub(super) lane: InputLane,
     pub(super) watch: Option<Watch>,
     /// How far the backup has come.
     pub(super) replayed: Arc<AtomicU64>,
@@ -136,14 +139,14 @@ struct Work {
     wake: Arc<Wake>,
 }
 
-/// The two threads' parts of a new ring.
+/// The two threads' parts of a new ring, and its inputs lane.
 pub(super) fn log_to(
     config: &Config,
     epoch: rdma_log::Epoch,
     ring: RingWriter,
     watch: Option<Watch>,
     in_step: bool,
-) -> (RingSink, Taken) {
+) -> (RingSink, Taken, InputLane) {
     let committed = Arc::new(AtomicU64::new(0));
     let replayed = Arc::new(AtomicU64::new(0));
     let in_step = Arc::new(AtomicBool::new(in_step));
@@ -162,13 +165,12 @@ pub(super) fn log_to(
     // A log over a stream tells by itself what has committed.
     let told = watch.is_none().then_some(committed);
     let taken = Taken {
-        lane: (ring.inputs, epoch, told),
         watch,
         replayed,
         in_step,
         robust: ring.robust,
     };
-    (sink, taken)
+    (sink, taken, (ring.inputs, epoch, told))
 }
 
 impl Recruiter {
@@ -314,17 +316,21 @@ impl Work {
     fn copy_to(&self, stream: Stream, epoch: rdma_log::Epoch) -> Result<Recruit, SessionError> {
         let met = meet::introduce(stream, &self.config, &self.introduction, true)?;
         let started = Instant::now();
+        let seal = Parcels::give(&met.control, &self.introduction.random)?;
+        let (sink, taken, lane) = log_to(&self.config, epoch, met.ring, met.watch, false);
+        let consignor = Consignor::new(lane, taken.watch.clone(), &met.control, seal);
         // A peer that takes it a byte at a time would keep others from being looked for, and the guest's pages in vain.
-        let paced = Hurried::paced(&met.control, handshake::PATIENCE, handshake::PACE);
+        let paced = Hurried::paced(consignor, handshake::PATIENCE, handshake::PACE);
         let mut copier = Copier::new(paced, Arc::clone(&self.ram));
         let rounds = self.rounds(&mut copier)?;
-        let (sink, taken) = log_to(&self.config, epoch, met.ring, met.watch, false);
         let cut = self.cut(sink)?;
         // What it does until the backup follows, that has to catch up with, and the guest's clients wait meanwhile.
         self.orders.set_pace(Pace::FULL.halved());
         self.tell(News::Taken(Box::new(taken)));
         copier.checkpoint(&cut.checkpoint).map_err(connection)?;
         let bytes = copier.bytes();
+        let lane = copier.into_inner().into_inner().into_lane();
+        self.tell(News::Copied(Box::new(lane)));
         handshake::await_ready(&met.control)?;
         self.orders.set_pace(Pace::FULL);
         Ok(Recruit {
@@ -341,7 +347,7 @@ impl Work {
     }
 
     /// Sends what there is and what is written meanwhile, until little is left.
-    fn rounds(&self, copier: &mut Copier<Hurried<&Channel>>) -> Result<u32, SessionError> {
+    fn rounds(&self, copier: &mut Copier<Hurried<Consignor<'_>>>) -> Result<u32, SessionError> {
         let Answer::Watching = self.ask(Ask::Watch)? else {
             return Err(SessionError::NoCopy(AT_RANDOM.into()));
         };

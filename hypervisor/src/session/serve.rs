@@ -272,6 +272,12 @@ impl Serving {
                 self.io.join_log(*taken);
                 self.protocol.handle(now, Event::Joining, actions);
             }
+            News::Copied(lane) => {
+                // A backup that was lost meanwhile took the log with it.
+                if self.protocol.phase() == Phase::Joining {
+                    self.io.stager.attach(*lane);
+                }
+            }
             News::Ready(recruit) => self.welcome(*recruit, now, actions),
             News::Failed { why, say } => {
                 if say {

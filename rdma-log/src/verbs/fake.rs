@@ -47,7 +47,8 @@ static TABLE: Table = Table {
 };
 
 /// The table.
-pub(crate) fn verbs() -> Verbs {
+#[must_use]
+pub fn verbs() -> Verbs {
     Verbs::of(&TABLE)
 }
 
@@ -101,12 +102,12 @@ fn card(name: &str) -> Arc<Card> {
 }
 
 /// Nothing that a device of this name has posted is carried out from now on, or it goes on.
-pub(crate) fn stop(name: &str, stopped: bool) {
+pub fn stop(name: &str, stopped: bool) {
     card(name).stopped.store(stopped, Ordering::SeqCst);
 }
 
 /// The host of the devices with this name is gone.
-pub(crate) fn cut(name: &str) {
+pub fn cut(name: &str) {
     card(name).cut.store(true, Ordering::SeqCst);
 }
 

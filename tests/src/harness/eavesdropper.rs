@@ -1,4 +1,5 @@
-//! A man in the middle of a pair's control connection: he hears all of it, and does harm to one message of it.
+//! A man in the middle of a pair's connections: he hears all of them, and does harm to one message of the control connection, or to
+//! one frame of the log's.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -6,6 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use hypervisor::handshake::SHOWN;
 use hypervisor::handshake::proof::{CLAIM, GREETING, VERDICT};
 
 /// Where a message goes.
@@ -15,6 +17,8 @@ pub enum Way {
     ToBackup,
     /// From the backup.
     ToPrimary,
+    /// From the primary, over the log's connection.
+    Log,
 }
 
 /// What is done to a message.
@@ -39,7 +43,8 @@ pub enum Harm {
 pub struct Meddling {
     /// Its way.
     pub way: Way,
-    /// Its number on that way, from 0. The first to the backup is the claim; the first two to the primary are greeting and verdict.
+    /// Its number on that way, from 0. The first to the backup is the claim; the first two to the primary are greeting and verdict; the
+    /// first two of the log are a ticket and an acceptance.
     pub number: usize,
     /// What is done.
     pub harm: Harm,
@@ -55,7 +60,7 @@ pub struct Eavesdropper {
 #[derive(Debug)]
 struct State {
     meddling: Mutex<Option<Meddling>>,
-    heard: Mutex<[Vec<u8>; 2]>,
+    heard: Mutex<[Vec<u8>; 3]>,
 }
 
 impl Eavesdropper {
@@ -97,7 +102,7 @@ impl Eavesdropper {
         locked(&self.state.meddling).is_none()
     }
 
-    /// All that went this way over control connections.
+    /// All that went this way.
     #[must_use]
     pub fn heard(&self, way: Way) -> Vec<u8> {
         locked(&self.state.heard)[way as usize].clone()
@@ -114,7 +119,7 @@ fn join(primary: &TcpStream, backup: &TcpStream, state: &Arc<State>) {
     }
     for way in [Way::ToBackup, Way::ToPrimary] {
         let ends = match way {
-            Way::ToBackup => (primary.try_clone(), backup.try_clone()),
+            Way::ToBackup | Way::Log => (primary.try_clone(), backup.try_clone()),
             Way::ToPrimary => (backup.try_clone(), primary.try_clone()),
         };
         let (Ok(from), Ok(to)) = ends else { return };
@@ -135,6 +140,8 @@ fn message(mut from: &TcpStream, way: Way, number: usize) -> Result<Vec<u8>> {
         (Way::ToBackup, 0) => Some(CLAIM),
         (Way::ToPrimary, 0) => Some(GREETING),
         (Way::ToPrimary, 1) => Some(VERDICT),
+        (Way::Log, 0) => Some(SHOWN),
+        (Way::Log, 1) => Some(ACCEPTANCE),
         _ => None,
     };
     if let Some(length) = fixed {
@@ -142,15 +149,24 @@ fn message(mut from: &TcpStream, way: Way, number: usize) -> Result<Vec<u8>> {
         from.read_exact(&mut bytes)?;
         return Ok(bytes);
     }
-    let mut head = [0; 2];
-    from.read_exact(&mut head)?;
-    let mut bytes = head.to_vec();
-    bytes.resize(2 + usize::from(u16::from_le_bytes(head)), 0);
-    from.read_exact(&mut bytes[2..])?;
+    let head = if way == Way::Log { FRAME } else { 2 };
+    let mut bytes = vec![0; head];
+    from.read_exact(&mut bytes)?;
+    let length = match way {
+        Way::Log => u32::from_le_bytes(bytes[FRAME_LENGTH..][..4].try_into()?) as usize,
+        _ => usize::from(u16::from_le_bytes([bytes[0], bytes[1]])),
+    };
+    bytes.resize(head + length, 0);
+    from.read_exact(&mut bytes[head..])?;
     Ok(bytes)
 }
 
-/// A connection of the log's: it begins with a ticket, and is no matter of ours.
+/// Bytes of the acceptance that follows the ticket, of a frame's header, and where in it the length stands.
+const ACCEPTANCE: usize = 48;
+const FRAME: usize = 48;
+const FRAME_LENGTH: usize = 32;
+
+/// A connection of the log's: it begins with a ticket.
 fn is_log(from: &TcpStream) -> bool {
     let mut word = [0; 8];
     matches!(from.peek(&mut word), Ok(8..)) && word == *b"doppel-r"
@@ -161,11 +177,11 @@ fn plain(mut from: &TcpStream, mut to: &TcpStream) -> Result<()> {
     Ok(())
 }
 
-fn pass(mut from: &TcpStream, mut to: &TcpStream, way: Way, state: &State) -> Result<()> {
-    // Over the log's connection the backup speaks only when it has been spoken to, and then it does not greet.
+fn pass(mut from: &TcpStream, mut to: &TcpStream, mut way: Way, state: &State) -> Result<()> {
     if way == Way::ToBackup && is_log(from) {
-        return plain(from, to);
+        way = Way::Log;
     }
+    // Over the log's connection the backup speaks only when it has been spoken to, and then it does not greet: no matter of ours.
     let mut first = [0; 8];
     if way == Way::ToPrimary && from.peek(&mut first)? > 0 && first != *b"doppel-b" {
         return plain(from, to);

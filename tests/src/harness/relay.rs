@@ -1,8 +1,11 @@
-//! A relay between a primary and the backup that it joins over TCP: it kills one of them when so many bytes have gone by.
+//! A relay between a primary and the backup that it joins over TCP: it kills one of them when so many bytes have gone by. What goes
+//! by RDMA does not pass here; the device counts its packets.
 #![forbid(unsafe_code)]
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,6 +20,10 @@ struct State {
     backup: SocketAddr,
     /// Bytes that have gone from the primary to the backup, over all connections.
     passed: AtomicU64,
+    /// Bytes that an RDMA device has sent meanwhile.
+    beside: AtomicU64,
+    /// Nobody looks at the device any more.
+    over: AtomicBool,
     /// After so many the victim is killed.
     fuse: AtomicU64,
     victim: AtomicU32,
@@ -43,6 +50,8 @@ impl Relay {
         let state = Arc::new(State {
             backup,
             passed: AtomicU64::new(0),
+            beside: AtomicU64::new(0),
+            over: AtomicBool::new(false),
             fuse: AtomicU64::new(u64::MAX),
             victim: AtomicU32::new(0),
             struck: AtomicBool::new(false),
@@ -61,6 +70,31 @@ impl Relay {
             })
             .context("start a thread")?;
         Ok(Self { state, address })
+    }
+
+    /// Counts what this host's RDMA device sends as well, to the packet.
+    ///
+    /// # Errors
+    /// If there is no device that counts.
+    pub fn and_rdma(self) -> Result<Self> {
+        let counter = Counter::find().context("find an RDMA device that counts its packets")?;
+        let before = counter.packets().context("read the device's counter")?;
+        let state = Arc::clone(&self.state);
+        std::thread::Builder::new()
+            .name("rdma-counter".into())
+            .spawn(move || {
+                while !state.over.load(Ordering::SeqCst) {
+                    let packets = counter.packets().unwrap_or(before) - before;
+                    state.beside.store(packets * PACKET, Ordering::SeqCst);
+                    if state.gone_by() >= state.fuse.load(Ordering::SeqCst) {
+                        strike(&state);
+                    }
+                    // Whoever copies needs the processor more.
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            })
+            .context("start a thread")?;
+        Ok(self)
     }
 
     /// Where the primary connects.
@@ -95,7 +129,7 @@ impl Relay {
     /// Bytes that have gone from the primary to the backup.
     #[must_use]
     pub fn passed(&self) -> u64 {
-        self.state.passed.load(Ordering::SeqCst)
+        self.state.gone_by()
     }
 
     /// Whether the fuse has burnt down.
@@ -105,9 +139,45 @@ impl Relay {
     }
 }
 
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.state.over.store(true, Ordering::SeqCst);
+    }
+}
+
 impl State {
     fn is_cut(&self) -> bool {
         self.cuts.load(Ordering::SeqCst) && self.struck.load(Ordering::SeqCst)
+    }
+
+    fn gone_by(&self) -> u64 {
+        self.passed.load(Ordering::SeqCst) + self.beside.load(Ordering::SeqCst)
+    }
+}
+
+/// Bytes of a packet, by soft-RoCE's MTU. Its acknowledgements count as much: they are few beside a copy.
+const PACKET: u64 = 1024;
+
+/// Where a device tells how many packets it has sent.
+#[derive(Debug)]
+struct Counter(PathBuf);
+
+impl Counter {
+    fn find() -> Option<Self> {
+        let devices = fs::read_dir("/sys/class/infiniband").ok()?;
+        let counters = devices
+            .flatten()
+            .map(|device| device.path().join("ports/1/hw_counters"));
+        let found = counters.map(Self).find(|it| it.packets().is_some())?;
+        // The kernel looks anew when what it told is older than so many milliseconds.
+        let _ = fs::write(found.0.join("lifespan"), "0");
+        Some(found)
+    }
+
+    fn packets(&self) -> Option<u64> {
+        let path: &Path = &self.0;
+        let text = fs::read_to_string(path.join("sent_pkts")).ok()?;
+        text.trim().parse().ok()
     }
 }
 
@@ -137,7 +207,7 @@ fn pass(mut from: TcpStream, mut to: TcpStream, counted: Option<&State>) {
             if state.is_cut() {
                 break;
             }
-            let before = state.passed.load(Ordering::SeqCst);
+            let before = state.gone_by();
             let left = state.fuse.load(Ordering::SeqCst).saturating_sub(before);
             if left < length as u64 {
                 // Exactly so many arrive.
@@ -168,7 +238,9 @@ fn strike(state: &State) {
             victim => break victim,
         }
     };
-    state.struck.store(true, Ordering::SeqCst);
+    if state.struck.swap(true, Ordering::SeqCst) {
+        return;
+    }
     // It is ours and was not reaped; that it ended by itself is found out by whoever awaits it.
     let _ = send(victim, Signal::Kill);
 }

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -418,7 +418,7 @@ impl FalsePrimary {
         let mut rest = Vec::new();
         match stream.read_to_end(&mut rest) {
             Ok(_) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(()),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
             Err(error) => bail!("the backup did not get rid of {self:?}: {error}"),
         }
     }
@@ -447,20 +447,22 @@ pub fn take_slowly(listener: &TcpListener, trust: &Trust) -> Result<Duration> {
         events: 1 << 16,
         inputs: 1 << 16,
     };
-    let _ring = tcp::accept(ring, &sizes, Duration::ZERO)?;
+    let (mut ring, _link) = tcp::accept(ring, &sizes, Duration::ZERO)?;
     let started = Instant::now();
-    let control = channel.tcp().context("a TCP connection")?;
-    let mut bytes = [0; 512];
-    // Until it closes. A record's worth comes now and then: each single wait of the primary's is short.
-    while (&mut &*control)
-        .read(&mut bytes)
-        .is_ok_and(|count| count > 0)
+    // The copy's key; then nothing more is said over it.
+    (&mut &channel).read_exact(&mut [0; 32]).context("a key")?;
+    channel.set_nonblocking(true)?;
+    // Until it closes. A piece is taken now and then: each single wait of the primary's is short.
+    while matches!((&mut &channel).read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock)
     {
         ensure!(
             started.elapsed() < 4 * PATIENCE,
             "the primary goes on copying to a backup that takes nothing"
         );
-        std::thread::sleep(Duration::from_millis(1));
+        if ring.inputs.next()?.is_some() {
+            ring.inputs.notify()?;
+        }
+        std::thread::sleep(Duration::from_millis(8));
     }
     Ok(started.elapsed())
 }

@@ -198,11 +198,20 @@ impl Place {
 }
 
 impl Ground {
+    /// What counts, and kills, on the way of a copy.
+    fn relay(&self, backup: SocketAddr) -> Result<Relay> {
+        let relay = Relay::start(backup)?;
+        match self.transport {
+            "rdma" => relay.and_rdma(),
+            _ => Ok(relay),
+        }
+    }
+
     /// Bytes that a primary says to a backup until that is paired.
     fn whole_copy(&self, guest: &str) -> Result<u64> {
         let place = Place::new(self)?;
         let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
-        let relay = Relay::start(address)?;
+        let relay = self.relay(address)?;
         let mut primary = place.primary("primary", guest, relay.address())?;
         primary.until("\"joined\"", self.patience)?;
         let passed = relay.passed();
@@ -237,7 +246,7 @@ impl Ground {
     fn receiver_dies(&self, guest: &str, alone: &Holdings, after: u64) -> Result<&'static str> {
         let place = Place::new(self)?;
         let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
-        let relay = Relay::start(address)?;
+        let relay = self.relay(address)?;
         relay.arm(after);
         relay.kill(backup.pid());
         let mut primary = place.primary("primary", guest, relay.address())?;
@@ -261,7 +270,7 @@ impl Ground {
         let place = Place::new(self)?;
         let (mut backup, address) = place.backup("backup", "127.0.0.1:0")?;
         let before = Holdings::of(backup.pid())?;
-        let relay = Relay::start(address)?;
+        let relay = self.relay(address)?;
         relay.arm(after);
         let mut primary = place.start_primary("primary", guest, relay.address())?;
         relay.kill(primary.pid());

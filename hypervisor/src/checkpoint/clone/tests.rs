@@ -144,3 +144,16 @@ fn a_hostile_sender_reaches_nothing_outside() {
         );
     }
 }
+
+#[test]
+fn a_sender_that_goes_on_for_ever_is_refused() {
+    let mut machine = machine();
+    let mut run = 0u64.to_le_bytes().to_vec();
+    run.extend_from_slice(&machine.pages().to_le_bytes());
+    let everything = message(ZEROS, &run);
+    let error = receive(&everything.repeat(TIMES_MAX as usize)[..], &mut machine).unwrap_err();
+    assert!(matches!(error, CloneError::Stream { .. }), "{error}");
+    let once_more = everything.repeat(TIMES_MAX as usize + 1);
+    let error = receive(&once_more[..], &mut machine).unwrap_err();
+    assert!(matches!(error, CloneError::Message { .. }), "{error}");
+}

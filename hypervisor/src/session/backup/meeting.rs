@@ -2,19 +2,21 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+
+use rdma_log::LaneReader;
 
 use super::Following;
 use super::follower::{Follower, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
-use crate::backends::wait::Waiter;
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
+use crate::handshake::parcel::Parcels;
 use crate::handshake::{self, Channel, HandshakeError, Ours, Trust};
 use crate::intervals::Replication;
 use crate::kvm::{CpuModel, KvmSource};
@@ -27,6 +29,7 @@ use crate::replay::Replayer;
 use crate::ring_log::RingSource;
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
+use crate::session::freight::Consignee;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
 use crate::session::meet::{Introduction, Listener};
@@ -78,7 +81,7 @@ impl Meeting<'_> {
             // Over TCP nothing is shared: this side has a port of its own.
             None => Io::port(config, self.inherited)?,
         };
-        let (ring, link) = self.listener.accept_ring(&common, &control, config)?;
+        let (mut ring, link) = self.listener.accept_ring(&common, &control, config)?;
 
         // Everything that takes its time is done before the copy: at its end a guest's clients wait for this side.
         let introduction = Introduction::new(
@@ -102,11 +105,14 @@ impl Meeting<'_> {
             .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
+        let restored = hello
+            .running
+            .then(|| copied(&control, &io, &mut ring.inputs, &mut machine))
+            .transpose()?;
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
             .counted(Arc::clone(&io.samples));
         let mut base = None;
-        if hello.running {
-            let restored = copied(&control, &io, &mut machine)?;
+        if let Some(restored) = restored {
             log = log.carrying(restored.staged);
             base = Some(restored.base);
         }
@@ -265,42 +271,23 @@ fn given_up(refusal: Refusal, ended: Option<HandshakeError>) -> SessionError {
 }
 
 /// Makes of the machine the one that its primary copies here.
-fn copied(control: &Channel, io: &Io, machine: &mut Machine) -> Result<Restored, SessionError> {
-    let reader = Attentive {
-        from: control,
-        io,
-        waiter: Waiter::new(),
-    };
-    match clone::receive(reader, machine) {
+fn copied(
+    control: &Channel,
+    io: &Io,
+    lane: &mut LaneReader,
+    machine: &mut Machine,
+) -> Result<Restored, SessionError> {
+    let seal = Parcels::take(control)?;
+    let mut from = Consignee::new(lane, io.link.as_ref(), control, &io.signals, seal);
+    match clone::receive(&mut from, machine) {
+        // What stands behind the end in the same piece, nobody who copies a machine says.
+        Ok(_) if !from.is_at_end() => Err(HandshakeError::Malformed {
+            expected: "end of the copy",
+            why: "more bytes follow it".into(),
+        }
+        .into()),
         Ok((restored, _)) => Ok(restored),
         Err(_) if io.is_told_to_stop() => Err(SessionError::Interrupted),
         Err(error) => Err(HandshakeError::Copy(error).into()),
-    }
-}
-
-/// Reads a copy, and stops when the process is told to end.
-struct Attentive<'a> {
-    from: &'a Channel,
-    io: &'a Io,
-    waiter: Waiter,
-}
-
-impl Read for Attentive<'_> {
-    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        let mut from = self.from;
-        if from.has_more() {
-            return from.read(to);
-        }
-        self.waiter.clear();
-        let signals = self.waiter.add(&self.io.signals, true, false);
-        let stream = self.waiter.add(self.from, true, false);
-        self.waiter.wait(Some(handshake::PATIENCE))?;
-        if self.waiter.ready(signals).read {
-            return Err(io::Error::other("this process is told to end"));
-        }
-        if !self.waiter.ready(stream).read {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        from.read(to)
     }
 }

@@ -183,9 +183,11 @@ fn meddled(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> 
 /// A machine that runs and gives a backup its copy through the man in the middle: it serves on, and its next try succeeds.
 fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     let mut harms = vec![
-        harm(Way::ToBackup, 6, Harm::Flip),
-        harm(Way::ToBackup, 8, Harm::Swap),
-        harm(Way::ToBackup, 9, Harm::LeaveOut),
+        // Before the copy, and frames of it behind ticket and acceptance.
+        harm(Way::ToBackup, 3, Harm::Flip),
+        harm(Way::Log, 3, Harm::Flip),
+        harm(Way::Log, 4, Harm::Swap),
+        harm(Way::Log, 6, Harm::LeaveOut),
     ];
     for _ in 0..run.form.pick(0, 20) {
         let chosen = [
@@ -196,9 +198,9 @@ fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result
             Harm::Swap,
         ];
         harms.push(harm(
-            Way::ToBackup,
-            // A copy of this guest has at the least so many messages.
-            4 + random.below(6) as usize,
+            Way::Log,
+            // A copy of this guest has at the least so many frames.
+            2 + random.below(6) as usize,
             chosen[random.below(chosen.len() as u64) as usize],
         ));
     }
