@@ -9,6 +9,10 @@ use std::time::Duration;
 use rdma_log::transport::rdma;
 use serde::Deserialize;
 
+mod disk;
+
+pub use disk::{Arrangement, Disk};
+
 use crate::arbiter::Place;
 use crate::machine::ClockSource;
 use crate::preempt::Strategy;
@@ -35,6 +39,8 @@ pub struct Config {
     pub kvm: PathBuf,
     /// The network.
     pub net: Net,
+    /// The disk.
+    pub disk: Disk,
     /// The other side.
     pub pair: Pair,
     /// The RDMA device (transport `rdma`).
@@ -381,6 +387,7 @@ impl Default for Config {
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
             net: Net::default(),
+            disk: Disk::default(),
             pair: Pair::default(),
             rdma: Rdma::default(),
             cpus: Cpus::default(),

@@ -6,16 +6,18 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod disk;
+mod giving;
 mod pacing;
 mod preempting;
 
 use std::fs::File;
-use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::backends::disk::Disk;
 use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::desk::Desk;
@@ -30,9 +32,6 @@ use crate::stage::Stage;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
-
-/// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
-const RANDOM_AT_ONCE: usize = 8 << 10;
 
 /// A shown time of this age is renewed at an exit that has no input: at most a thousand more entries a second, of one cache line, and
 /// a clock as fine as what programs sleep by.
@@ -114,6 +113,8 @@ pub struct Recorder<S> {
     ran: Duration,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
+    /// This side's disk image.
+    disk: Option<Arc<Disk>>,
 }
 
 /// Everything a recorder is made of.
@@ -179,6 +180,7 @@ impl<S: Sink> Recorder<S> {
             desk: parts.desk,
             ran: Duration::ZERO,
             cut: None,
+            disk: None,
         }
     }
 
@@ -334,49 +336,13 @@ impl<S: Sink> Recorder<S> {
             let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
             orders.resting();
             stage.bell().wait(longest, || {
-                (room && stage.has_frames()) || (console && stage.has_typed()) || orders.waiting()
+                (room && stage.has_frames())
+                    || (console && stage.has_typed())
+                    || stage.has_done()
+                    || orders.waiting()
             });
             orders.working(self.machine.position());
         }
-    }
-
-    /// Supplies what the entropy device waits for, in as many entries as it takes.
-    fn give_random(&mut self) -> Result<(), RecordError> {
-        let mut gathered = 0;
-        while let Some(need) = self.machine.pending() {
-            self.give(need)?;
-            if let Need::Random(count) = need {
-                gathered += count;
-            }
-            if gathered >= RANDOM_AT_ONCE {
-                gathered = 0;
-                self.post_step()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Supplies an input that the guest waits for.
-    fn give(&mut self, need: Need) -> Result<(), RecordError> {
-        match need {
-            Need::Clock => {
-                let now = self.clock.now();
-                self.machine.supply(&Input::Clock(now))?;
-                self.step.inputs.push(LoggedInput::Clock(now));
-            }
-            Need::Random(count) => {
-                let mut bytes = vec![0; count];
-                self.random
-                    .read_exact(&mut bytes)
-                    .map_err(RecordError::Random)?;
-                let input = Input::Random(bytes);
-                self.machine.supply(&input)?;
-                if let Input::Random(bytes) = input {
-                    self.step.inputs.push(LoggedInput::Random(bytes));
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Supplies what has come by itself: ticks, frames, typed bytes.
@@ -412,6 +378,7 @@ impl<S: Sink> Recorder<S> {
                 .inputs
                 .push(LoggedInput::Frames { count, checksum });
         }
+        self.gather_done()?;
         if self.stage.has_typed() {
             let room = self.machine.console_room();
             let typed: Vec<u8> = std::iter::from_fn(|| self.stage.typed())
@@ -471,10 +438,7 @@ impl<S: Sink> Recorder<S> {
             step.inputs.clear();
             self.step.inputs = step.inputs;
         }
-        let had_outputs = !self.taken.is_empty();
-        for output in self.taken.drain(..) {
-            self.outlet.hold(seq, self.applied, output);
-        }
+        let had_outputs = self.hand_over(seq);
         if had_outputs {
             self.outlet.made(seq, self.applied, made);
         }

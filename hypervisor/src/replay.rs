@@ -7,12 +7,15 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_log::{Marks, Seq};
 
+use crate::backends::disk::{Disk, DiskFailure};
 use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
+use crate::disk::Done;
 use crate::divergence::Divergence;
 use crate::entry::{
     Base, Body, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
@@ -36,6 +39,12 @@ pub trait LogSource {
     /// # Errors
     /// [`LogError`], also if it is not there.
     fn frame(&mut self) -> Result<Vec<u8>, LogError>;
+
+    /// What came of the next request to the disk. As for a frame, it must be there.
+    ///
+    /// # Errors
+    /// [`LogError`], also if it is not there.
+    fn done(&mut self) -> Result<Done, LogError>;
 
     /// Says that everything up to this entry has been replayed.
     fn replayed(&mut self, seq: Seq);
@@ -86,6 +95,9 @@ pub enum ReplayError {
     /// The machine.
     #[error(transparent)]
     Machine(MachineError),
+    /// This side's disk image.
+    #[error(transparent)]
+    Disk(#[from] DiskFailure),
 }
 
 impl From<Divergence> for ReplayError {
@@ -136,6 +148,10 @@ pub struct Replayer<L> {
     spin: Duration,
     /// A checkpoint of which not all parts have come: nothing of it counts.
     shadow: Shadow,
+    /// This side's image, to which is done what the log says was asked of the primary's.
+    disk: Option<Arc<Disk>>,
+    /// Set when the guest has turned itself off.
+    off: Arc<AtomicBool>,
 }
 
 /// What is left of a replayer when it goes live.
@@ -172,7 +188,22 @@ impl<L: LogSource> Replayer<L> {
             last_memory_check: None,
             spin,
             shadow,
+            disk: None,
+            off: Arc::default(),
         }
+    }
+
+    /// With an image of this side's.
+    #[must_use]
+    pub fn with_disk(mut self, disk: Option<Arc<Disk>>) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    /// Whether the guest has turned itself off, for another thread.
+    #[must_use]
+    pub fn off(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.off)
     }
 
     /// Goes on from where a copy of a running machine was made: what the log's next entry counts from.
@@ -239,6 +270,9 @@ impl<L: LogSource> Replayer<L> {
             self.last_seq = seq;
             let end = self.entry(entry)?;
             self.source.replayed(seq);
+            if matches!(self.machine.phase(), Phase::Off(_)) {
+                self.off.store(true, Ordering::Release);
+            }
             self.orders.resting();
             if let Some(end) = end {
                 return Ok(end);
@@ -382,8 +416,13 @@ impl<L: LogSource> Replayer<L> {
         }
         self.compare_digest(step.digest)?;
         let mut outputs = OutputsDigest::default();
+        let mut asked = Vec::new();
         for output in self.machine.outputs() {
             outputs.add(&output);
+            if let Output::Disk(request) = output {
+                asked.push(request);
+                continue;
+            }
             // The primary, whose way out may be full, loses frames by the same rule.
             let bytes = frame_length(&output);
             if bytes == 0 || self.frame_bytes + bytes <= FRAMES_WAITING {
@@ -394,6 +433,12 @@ impl<L: LogSource> Replayer<L> {
         let expected = step.outputs.unwrap_or_default();
         if outputs != expected {
             return Err(self.divergence("outputs", show_outputs(expected), show_outputs(outputs)));
+        }
+        if let Some(disk) = &self.disk {
+            // Nothing of an execution that differs.
+            for request in asked {
+                disk.follow(request)?;
+            }
         }
         for input in step.inputs {
             self.supply(input)?;
@@ -410,6 +455,15 @@ impl<L: LogSource> Replayer<L> {
             LoggedInput::Random(bytes) => self.give(&Input::Random(bytes)),
             LoggedInput::Tick(count) => self.give(&Input::Tick(count)),
             LoggedInput::Console(bytes) => self.give(&Input::Console(bytes)),
+            LoggedInput::Disk { count, checksum } => {
+                let mut found = 0;
+                for _ in 0..count {
+                    let done = self.source.done()?;
+                    found = crc32c::crc32c_append(found, &done.encode());
+                    self.give(&Input::Disk(done))?;
+                }
+                self.staged_as_said("answers of the disk", found, checksum)
+            }
             LoggedInput::Frames { count, checksum } => {
                 let mut found = 0;
                 for _ in 0..count {
@@ -417,16 +471,20 @@ impl<L: LogSource> Replayer<L> {
                     found = crc32c::crc32c_append(found, &frame);
                     self.give(&Input::Frame(frame))?;
                 }
-                if found != checksum {
-                    return Err(LogError(format!(
-                        "the staged frames of position {} have checksum {found:08x}, their entry says {checksum:08x}",
-                        self.machine.position()
-                    ))
-                    .into());
-                }
-                Ok(())
+                self.staged_as_said("frames", found, checksum)
             }
         }
+    }
+
+    fn staged_as_said(&self, what: &str, found: u32, expected: u32) -> Result<(), ReplayError> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(LogError(format!(
+            "the staged {what} of position {} have checksum {found:08x}, their entry says {expected:08x}",
+            self.machine.position()
+        ))
+        .into())
     }
 
     /// An input that the machine refuses here is one that the recorded machine took: the two differ.

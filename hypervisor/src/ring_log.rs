@@ -11,6 +11,7 @@ use rdma_log::{
     Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError,
 };
 
+use crate::disk::{Assembler, Done};
 use crate::gate::Committed;
 use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
@@ -18,6 +19,8 @@ use crate::sink::{Sink, SinkError};
 
 /// An input's kind is the first byte of its payload.
 pub const INPUT_FRAME: u8 = 1;
+/// A part of what came of a request to the disk.
+pub const INPUT_DONE: u8 = 2;
 
 /// The events lane, as the recorder writes it.
 pub struct RingSink {
@@ -273,8 +276,42 @@ pub struct RingSource {
     arrived: Arc<AtomicU64>,
     /// Where what comes is counted.
     samples: Option<Arc<Samples>>,
-    /// Frames that came with a copy of the running machine: staged there before this log began.
-    carried: VecDeque<Vec<u8>>,
+    staged: Staged,
+}
+
+/// Inputs that were read and that no entry has applied yet, by kind: an entry applies them in the order of their kind.
+#[derive(Debug, Default)]
+pub(crate) struct Staged {
+    frames: VecDeque<Vec<u8>>,
+    done: VecDeque<Done>,
+    parts: Assembler,
+}
+
+impl Staged {
+    /// Takes the next input of the lane.
+    pub(crate) fn take_in(&mut self, payload: &[u8]) -> Result<(), LogError> {
+        match payload.split_first() {
+            Some((&INPUT_FRAME, frame)) => self.frames.push_back(frame.to_vec()),
+            Some((&INPUT_DONE, part)) => {
+                let done = self.parts.part(part);
+                self.done
+                    .extend(done.map_err(|error| LogError(error.to_string()))?);
+            }
+            Some((kind, _)) => {
+                return Err(LogError(format!("a staged input of unknown kind {kind}")));
+            }
+            None => return Err(LogError("an empty staged input".into())),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn frame(&mut self) -> Option<Vec<u8>> {
+        self.frames.pop_front()
+    }
+
+    pub(crate) fn done(&mut self) -> Option<Done> {
+        self.done.pop_front()
+    }
 }
 
 fn log_error(error: ReadError) -> LogError {
@@ -291,7 +328,7 @@ impl RingSource {
             fenced,
             arrived: Arc::default(),
             samples: None,
-            carried: VecDeque::new(),
+            staged: Staged::default(),
         }
     }
 
@@ -305,7 +342,7 @@ impl RingSource {
     /// These frames come before those of the lane.
     #[must_use]
     pub fn carrying(mut self, frames: Vec<Vec<u8>>) -> Self {
-        self.carried = frames.into();
+        self.staged.frames = frames.into();
         self
     }
 
@@ -321,15 +358,31 @@ impl RingSource {
         Arc::into_inner(self.fenced)?.into_inner()
     }
 
-    /// The next frame that was staged, if it has come: those that came with a copy first.
-    fn staged(&mut self) -> Result<Option<Vec<u8>>, LogError> {
-        if let Some(frame) = self.carried.pop_front() {
-            return Ok(Some(frame));
+    /// The next of what `take` takes out, if it has come: what came with a copy first.
+    fn staged<T>(
+        &mut self,
+        take: impl Fn(&mut Staged) -> Option<T>,
+    ) -> Result<Option<T>, LogError> {
+        loop {
+            if let Some(staged) = take(&mut self.staged) {
+                return Ok(Some(staged));
+            }
+            match self.inputs.next().map_err(log_error)? {
+                Some(entry) => self.staged.take_in(entry.payload())?,
+                None => return Ok(None),
+            }
         }
-        let entry = self.inputs.next().map_err(log_error)?;
-        entry
-            .map(|entry| Ok(frame_of(entry.payload())?.to_vec()))
-            .transpose()
+    }
+
+    /// The next of what `take` takes out. It was there before the entry that applies it.
+    fn applied<T>(&mut self, take: impl Fn(&mut Staged) -> Option<T>) -> Result<T, LogError> {
+        if let Some(staged) = self.staged(&take)? {
+            return Ok(staged);
+        }
+        // The tail says whether it is damaged.
+        self.inputs.wait(Duration::ZERO).map_err(log_error)?;
+        self.staged(&take)?
+            .ok_or_else(|| LogError("an entry applies a staged input that is not there".into()))
     }
 
     /// Frames that were staged and not applied, and last the one that the dead primary may have been reading: its bytes
@@ -339,7 +392,8 @@ impl RingSource {
     /// [`LogError`] before the fence, or for a corrupt lane.
     pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
         let mut frames = Vec::new();
-        while let Some(frame) = self.staged()? {
+        // What came of requests to the disk is of no use any more: they are made again, of this side's image.
+        while let Some(frame) = self.staged(Staged::frame)? {
             frames.push(frame);
         }
         let fenced = self
@@ -357,7 +411,10 @@ impl RingSource {
 /// Ethernet tells its own length, so trailing zeros are harmless; the shortest Ethernet payload is kept.
 fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
     const SHORTEST: usize = 60;
-    let frame = frame_of(slot).ok()?;
+    let frame = match slot.split_first() {
+        Some((&INPUT_FRAME, frame)) => frame,
+        _ => return None,
+    };
     let end = frame.iter().rposition(|&byte| byte != 0)? + 1;
     let length = match frame.get(12..18) {
         // IPv4: the header says how long the packet is.
@@ -365,14 +422,6 @@ fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
         _ => end.max(SHORTEST),
     };
     (end > 12).then(|| frame[..length.clamp(end.min(SHORTEST), frame.len())].to_vec())
-}
-
-pub(crate) fn frame_of(payload: &[u8]) -> Result<&[u8], LogError> {
-    match payload.split_first() {
-        Some((&INPUT_FRAME, frame)) => Ok(frame),
-        Some((kind, _)) => Err(LogError(format!("a staged input of unknown kind {kind}"))),
-        None => Err(LogError("an empty staged input".into())),
-    }
 }
 
 impl LogSource for RingSource {
@@ -394,13 +443,11 @@ impl LogSource for RingSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
-        if let Some(frame) = self.staged()? {
-            return Ok(frame);
-        }
-        // It was there before the entry that applies it. The tail says whether it is damaged.
-        self.inputs.wait(Duration::ZERO).map_err(log_error)?;
-        self.staged()?
-            .ok_or_else(|| LogError("an entry applies a staged frame that is not there".into()))
+        self.applied(Staged::frame)
+    }
+
+    fn done(&mut self) -> Result<Done, LogError> {
+        self.applied(Staged::done)
     }
 
     fn replayed(&mut self, seq: Seq) {

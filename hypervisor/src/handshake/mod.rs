@@ -30,7 +30,7 @@ pub mod proof;
 pub mod secret;
 
 pub use channel::{Channel, Stream};
-pub use error::HandshakeError;
+pub use error::{DiskMisfit, HandshakeError};
 pub(crate) use hurried::gather;
 pub use hurried::{Hurried, PACE};
 pub use proof::{Trust, TrustError, admit, prove};
@@ -55,7 +55,7 @@ use crate::protocol::{Configuration, Epoch, Identity, Record, State};
 use proof::FIRST_WORDS;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
@@ -86,6 +86,8 @@ pub struct Hello {
     pub key: [u8; 16],
     /// The machine runs already: a copy of it follows.
     pub running: bool,
+    /// Hash of what is on its disk, if it has one; of a machine that runs, when it was started.
+    pub disk: Option<u64>,
     /// Bytes of the machine's description, which follows.
     pub spec_bytes: u32,
 }

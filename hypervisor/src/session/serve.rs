@@ -10,6 +10,7 @@ use super::clerk::Clerk;
 use super::io::Io;
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
+use crate::backends::disk::mark::{Stamp, Use};
 use crate::control::board::State;
 use crate::control::status::Role;
 use crate::desk::Ask;
@@ -111,6 +112,7 @@ impl Serving {
                 .map(|deadline| deadline.since(now()));
             let found = self.io.round(longest, true)?;
             let now = now();
+            self.judge_disk()?;
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             while let Some(beat) = self.io.next_beat(true) {
                 handle(Event::Heartbeat(beat));
@@ -160,6 +162,25 @@ impl Serving {
                 return Ok(served);
             }
         }
+    }
+
+    /// What becomes of a request that this side's image could not do.
+    fn judge_disk(&mut self) -> Result<(), SessionError> {
+        let Some(why) = self.io.stager.disk_failure() else {
+            return Ok(());
+        };
+        match self.protocol.phase() {
+            // Its image has all that this one lacks, and the guest need not know.
+            Phase::Protected => {
+                let why = why.to_owned();
+                self.io.order(Order::Stop);
+                return Err(SessionError::DiskFails(why));
+            }
+            Phase::Unprotected | Phase::Joining => self.io.tell_disk_failure(),
+            // Who has the machine is being decided.
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Does what the protocol wants. Some: the process ends by it.
@@ -250,7 +271,8 @@ impl Serving {
                 io.outlet.shut();
                 io.order(Order::Freeze);
             }
-            Action::RunUnprotected(_) => {
+            Action::RunUnprotected(record) => {
+                mark(io, &record);
                 io.leave_log();
                 io.order(Order::RunUnprotected);
                 if self.vcpu.is_none() {
@@ -259,6 +281,7 @@ impl Serving {
                 self.look_again();
             }
             Action::Protect(record) => {
+                mark(io, &record);
                 if let Some(control) = &io.control {
                     // A backup that does not hear it asks the arbiter; one that is gone shows as that.
                     let _ = handshake::agree(control, &record);
@@ -280,6 +303,9 @@ impl Serving {
                 // A recorder that stops in the middle of a post says so; that is how it was told to end.
                 let _ = end_of(self.vcpu.take());
                 io.last_words();
+                if matches!(self.guest, Some(Ended::PoweredOff(_))) {
+                    io.end_disk(Stamp::of(self.protocol.record()));
+                }
                 return Some(Served {
                     reason,
                     guest: self.guest,
@@ -287,6 +313,13 @@ impl Serving {
             }
         }
         None
+    }
+}
+
+/// The image is of this reign now.
+fn mark(io: &Io, record: &Record) {
+    if let Some(disk) = io.stager.disk() {
+        disk.mark(Use::Leads, Stamp::of(record));
     }
 }
 

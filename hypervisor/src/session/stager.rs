@@ -1,5 +1,8 @@
-//! Reads the guest's frames ahead: from the port straight into the inputs lane, then to the stage.
+//! Reads the guest's frames ahead: from the port straight into the inputs lane, then to the stage. What came of requests to the
+//! disk goes the same way.
 #![forbid(unsafe_code)]
+
+mod done;
 
 use std::io;
 use std::sync::Arc;
@@ -7,12 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
 
+use crate::backends::disk::{Disk, Outcome};
 use crate::backends::{NetPort, longest_frame};
 use crate::orders::Samples;
 use crate::ring_log::INPUT_FRAME;
 use crate::session::host::MTU;
 use crate::session::io::InputLane;
 use crate::stage::Stage;
+use done::Outgoing;
 
 /// Frames read in one go, so that heartbeats are never late because of a busy port.
 const AT_ONCE: usize = 64;
@@ -39,6 +44,11 @@ pub(super) struct Stager {
     unusable: Option<String>,
     /// A new log is about to begin: what is read now would be in neither.
     paused: bool,
+    disk: Option<Arc<Disk>>,
+    /// What came of a request, on its way into the lane.
+    outgoing: Option<Outgoing>,
+    /// What the disk could not do; whether the guest is told is for the role to say.
+    failed: Option<Outcome>,
 }
 
 impl Stager {
@@ -56,6 +66,9 @@ impl Stager {
             lane_over: false,
             unusable: None,
             paused: false,
+            disk: None,
+            outgoing: None,
+            failed: None,
         }
     }
 
@@ -84,6 +97,9 @@ impl Stager {
         self.lane_over = false;
         self.unusable = None;
         self.paused = false;
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.begin_again();
+        }
     }
 
     /// Reads nothing until there is a new lane, or none.
@@ -186,19 +202,26 @@ impl Stager {
                 return Ok(false);
             }
         };
-        // A sleeping reader is woken by the event that applies the frame; only that decides anything.
-        if let Some(told) = &self.committed
-            && let Ok(committed) = lane.committed()
-        {
-            told.store(committed.0, Ordering::Release);
-        }
-        if self.committed.is_none() {
-            // Over a stream the frame is lost with this process until it is sent, and the thread that applies it, once woken,
-            // may take this one's CPU. An error shows at the next frame.
-            let _ = lane.notify();
-        }
+        tell(lane, self.committed.as_deref());
         let _ = self.stage.push(seq, &self.buffer[..length]);
         self.samples.meter().frame(length);
         Ok(true)
+    }
+}
+
+/// Something was written into the lane.
+fn tell(lane: &mut LaneWriter, committed: Option<&AtomicU64>) {
+    match committed {
+        // A sleeping reader is woken by the event that applies it; only that decides anything.
+        Some(told) => {
+            if let Ok(committed) = lane.committed() {
+                told.store(committed.0, Ordering::Release);
+            }
+        }
+        // Over a stream it is lost with this process until it is sent, and the thread that applies it, once woken, may take this
+        // one's CPU. An error shows at the next entry.
+        None => {
+            let _ = lane.notify();
+        }
     }
 }

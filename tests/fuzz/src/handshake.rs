@@ -103,6 +103,7 @@ fn hello(spec_bytes: usize) -> Hello {
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],
+        disk: None,
         running: false,
         spec_bytes: spec_bytes as u32,
     }
@@ -121,6 +122,7 @@ fn seeds() -> Vec<Vec<u8>> {
         wall_clock_ns: 0,
         mac: [2; 6],
         mtu: 1500,
+        disk: None,
         image: b"\x7fELF\x02\x01".to_vec(),
     };
     let spec = spec.encode();

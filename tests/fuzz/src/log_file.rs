@@ -114,6 +114,7 @@ fn seeds() -> Vec<Vec<u8>> {
         wall_clock_ns: 1,
         mac: [2; 6],
         mtu: 1500,
+        disk: None,
         image,
     };
     let description = spec.encode();
