@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The binaries of the workspace.
-const GUESTS: [&str; 6] = ["kv", "compute", "irq", "clock", "memory", "hostile"];
+const GUESTS: [&str; 7] = ["kv", "compute", "irq", "clock", "memory", "hostile", "disk"];
 /// The libraries they are made of.
 const LIBRARIES: [&str; 2] = ["runtime", "kv-engine"];
 /// Flags for every crate of a guest, parted by cargo's separator. They outrank those of any configuration file.

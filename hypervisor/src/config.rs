@@ -9,6 +9,10 @@ use std::time::Duration;
 use rdma_log::transport::rdma;
 use serde::Deserialize;
 
+mod disk;
+
+pub use disk::{Arrangement, Disk};
+
 use crate::arbiter::Place;
 use crate::intervals::{Ends, Lengths, Replication};
 use crate::machine::ClockSource;
@@ -36,6 +40,8 @@ pub struct Config {
     pub kvm: PathBuf,
     /// The network.
     pub net: Net,
+    /// The disk.
+    pub disk: Disk,
     /// The other side.
     pub pair: Pair,
     /// The RDMA device (transport `rdma`).
@@ -459,6 +465,7 @@ impl Default for Config {
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
             net: Net::default(),
+            disk: Disk::default(),
             pair: Pair::default(),
             rdma: Rdma::default(),
             cpus: Cpus::default(),
@@ -627,6 +634,13 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
+        if self.replicate.mode == Replication::Checkpoint && self.disk.image.is_some() {
+            return bad(
+                "replicate.mode",
+                "checkpoint".into(),
+                "choose replay for a machine with a disk: an interval carries no writes, so the backup's image would not get them",
+            );
+        }
         if !(1..=1000).contains(&self.replicate.interval_ms) {
             return bad(
                 "replicate.interval_ms",
@@ -747,6 +761,10 @@ mod tests {
             ("[net]\nbackend = \"tap\"", "net.tap"),
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[replicate]\ninterval_ms = 0", "replicate.interval_ms"),
+            (
+                "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
+                "replicate.mode",
+            ),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
             ("[ring]\nevents_kib = 32", "ring.events_kib"),

@@ -10,6 +10,7 @@
 //! item: tag (1) | clock: distance from the clock before (varint)     | random: length (varint), bytes
 //!               | tick: count (varint)                              | frames: count (varint), CRC-32C of their bytes (4)
 //!               | console: length (varint), bytes                   | outputs: count (varint), CRC-32C of their bytes (4)
+//!               | disk: count (varint), CRC-32C of what came of so many requests (4)
 //!               | exit: the whole record, when every exit is logged
 //! ```
 //! Distances keep the common entry (a halt that ends with the clock and a frame) within the 32 bytes that the ring leaves in
@@ -117,6 +118,13 @@ pub enum LoggedInput {
     },
     /// See [`crate::event::Input::Console`].
     Console(Vec<u8>),
+    /// What came of the next `count` requests to the disk, staged in this order.
+    Disk {
+        /// How many.
+        count: u32,
+        /// CRC-32C of their bytes, one after the other.
+        checksum: u32,
+    },
 }
 
 /// What outputs looked like.
@@ -135,6 +143,10 @@ impl OutputsDigest {
             Output::Frame(bytes) => (1, bytes),
             Output::Console(bytes) => (2, bytes),
             Output::PowerOff(status) => (3, std::slice::from_ref(status)),
+            Output::Disk(request) => {
+                self.checksum = crc32c::crc32c_append(self.checksum, &request.head());
+                (4, request.written())
+            }
         };
         let mut head = [kind, 0, 0, 0, 0];
         head[1..].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
@@ -180,6 +192,7 @@ const TAG_FRAMES: u8 = 4;
 const TAG_CONSOLE: u8 = 5;
 const TAG_OUTPUTS: u8 = 6;
 const TAG_EXIT: u8 = 7;
+const TAG_DISK: u8 = 8;
 
 /// Random bytes or console bytes of one input: the entropy device gives at most 4096.
 const BYTES_MAX: u64 = 4096;
@@ -333,6 +346,11 @@ impl Encoder {
                     self.bytes.extend_from_slice(&checksum.to_le_bytes());
                 }
                 LoggedInput::Console(bytes) => self.string(TAG_CONSOLE, bytes),
+                LoggedInput::Disk { count, checksum } => {
+                    self.bytes.push(TAG_DISK);
+                    self.varint(u64::from(*count));
+                    self.bytes.extend_from_slice(&checksum.to_le_bytes());
+                }
             }
         }
     }
@@ -468,6 +486,10 @@ impl Decoder {
                     count: rest.count("frame count")?,
                     checksum: rest.word32("frame checksum")?,
                 }),
+                TAG_DISK => step.inputs.push(LoggedInput::Disk {
+                    count: rest.count("disk request count")?,
+                    checksum: rest.word32("disk checksum")?,
+                }),
                 other => {
                     return Err(EntryError::Value {
                         field: "tag",
@@ -589,6 +611,7 @@ mod tests {
             proptest::collection::vec(any::<u8>(), 0..300).prop_map(LoggedInput::Console),
             (any::<u32>(), any::<u32>())
                 .prop_map(|(count, checksum)| LoggedInput::Frames { count, checksum }),
+            any::<(u32, u32)>().prop_map(|(count, checksum)| LoggedInput::Disk { count, checksum }),
         ]
     }
 

@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk;
+
 /// A value on the guest's clock: nanoseconds since the guest started.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -26,6 +28,8 @@ pub enum Input {
     Frame(Vec<u8>),
     /// Bytes typed at the console.
     Console(Vec<u8>),
+    /// What came of a request to the disk. The log carries a number and a checksum; the bytes were staged ahead.
+    Disk(disk::Done),
 }
 
 /// An input that the devices cannot go on without.
@@ -61,4 +65,6 @@ pub enum Output {
     Console(Vec<u8>),
     /// The guest turned itself off.
     PowerOff(u8),
+    /// A request to the disk. Where each side has an image of its own it goes to it at once (docs/disks.md).
+    Disk(disk::Request),
 }

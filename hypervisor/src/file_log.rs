@@ -4,7 +4,6 @@
 //! and then, before it writes the entry, all of the inputs lane, which was committed earlier.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
@@ -17,8 +16,10 @@ use rdma_log::{
     Lane, LogFileError, LogFileReader, LogFileWriter, Marks, ReadError, RingReader, Seq,
 };
 
+use crate::disk::Done;
 use crate::machine::{MachineSpec, SpecError};
 use crate::replay::{Arrived, LogError, LogSource};
+use crate::ring_log::Staged;
 use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// Why a log file cannot be written or read.
@@ -158,7 +159,7 @@ fn copy<W: Write>(
 pub struct FileSource {
     reader: LogFileReader<BufReader<File>>,
     path: String,
-    frames: VecDeque<Vec<u8>>,
+    staged: Staged,
     payload: Vec<u8>,
     over: bool,
 }
@@ -182,11 +183,18 @@ impl FileSource {
         let source = Self {
             reader,
             path: shown,
-            frames: VecDeque::new(),
+            staged: Staged::default(),
             payload: Vec::new(),
             over: false,
         };
         Ok((source, spec))
+    }
+
+    fn missing(&self, what: &str) -> LogError {
+        LogError(format!(
+            "{}: an entry applies {what} that is not in the file before it",
+            self.path
+        ))
     }
 
     /// How many bytes of the file have been read and are good.
@@ -209,8 +217,7 @@ impl LogSource for FileSource {
             };
             let entry = found.entry;
             if entry.lane() == Lane::Inputs {
-                self.frames
-                    .push_back(crate::ring_log::frame_of(entry.payload())?.to_vec());
+                self.staged.take_in(entry.payload())?;
                 continue;
             }
             let (seq, marks): (Seq, Marks) = (entry.seq(), entry.marks());
@@ -225,12 +232,13 @@ impl LogSource for FileSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
-        self.frames.pop_front().ok_or_else(|| {
-            LogError(format!(
-                "{}: an entry applies a frame that is not in the file before it",
-                self.path
-            ))
-        })
+        let frame = self.staged.frame();
+        frame.ok_or_else(|| self.missing("a frame"))
+    }
+
+    fn done(&mut self) -> Result<Done, LogError> {
+        let done = self.staged.done();
+        done.ok_or_else(|| self.missing("an answer of the disk"))
     }
 
     fn replayed(&mut self, _: Seq) {}

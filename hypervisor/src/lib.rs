@@ -22,6 +22,7 @@ pub mod demo;
 pub mod desk;
 pub mod devices;
 pub mod digest;
+pub mod disk;
 pub mod divergence;
 pub mod doctor;
 pub mod entry;

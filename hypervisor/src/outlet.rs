@@ -62,7 +62,7 @@ impl OutletState {
 pub(crate) fn frame_length(output: &Output) -> usize {
     match output {
         Output::Frame(bytes) => bytes.len(),
-        Output::Console(_) | Output::PowerOff(_) => 0,
+        Output::Console(_) | Output::PowerOff(_) | Output::Disk(_) => 0,
     }
 }
 
@@ -70,7 +70,7 @@ pub(crate) fn frame_length(output: &Output) -> usize {
 fn length(output: &Output) -> usize {
     match output {
         Output::Frame(bytes) | Output::Console(bytes) => bytes.len(),
-        Output::PowerOff(_) => 0,
+        Output::PowerOff(_) | Output::Disk(_) => 0,
     }
 }
 
@@ -246,7 +246,7 @@ mod tests {
         fn send(&mut self, output: &Output) -> Sent {
             match output {
                 Output::Frame(_) => Sent::Busy,
-                Output::Console(_) | Output::PowerOff(_) => Sent::Done,
+                _ => Sent::Done,
             }
         }
     }

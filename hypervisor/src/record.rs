@@ -7,7 +7,9 @@
 
 mod copying;
 mod deeds;
+mod disk;
 mod ending;
+mod giving;
 mod intervals;
 mod obeying;
 mod pacing;
@@ -15,12 +17,12 @@ mod preempting;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::backends::disk::Disk;
 use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::desk::Desk;
@@ -36,9 +38,6 @@ pub use intervals::Intervals;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
-
-/// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
-const RANDOM_AT_ONCE: usize = 8 << 10;
 
 /// A shown time of this age is renewed at an exit that has no input: at most a thousand more entries a second, of one cache line, and
 /// a clock as fine as what programs sleep by.
@@ -126,6 +125,8 @@ pub struct Recorder<S> {
     cut: Option<(u64, Box<S>)>,
     /// What is to be done at the next sync point.
     deeds: VecDeque<Order>,
+    /// This side's disk image.
+    disk: Option<Arc<Disk>>,
 }
 
 /// Everything a recorder is made of.
@@ -196,6 +197,7 @@ impl<S: Sink> Recorder<S> {
             ran: Duration::ZERO,
             cut: None,
             deeds: VecDeque::new(),
+            disk: None,
         }
     }
 
@@ -379,6 +381,7 @@ impl<S: Sink> Recorder<S> {
             stage.bell().wait(longest, || {
                 (room && stage.has_frames())
                     || (console && stage.has_typed())
+                    || stage.has_done()
                     || orders.waiting()
                     || intervals.is_some_and(Intervals::calls)
             });
@@ -392,45 +395,6 @@ impl<S: Sink> Recorder<S> {
         let interval = interval.map(|ends| ends.saturating_duration_since(Instant::now()));
         let first = [tick, interval].into_iter().flatten().min();
         first.map_or(SLEEP_MAX, |first| first.min(SLEEP_MAX))
-    }
-
-    /// Supplies what the entropy device waits for, in as many entries as it takes.
-    fn give_random(&mut self) -> Result<(), RecordError> {
-        let mut gathered = 0;
-        while let Some(need) = self.machine.pending() {
-            self.give(need)?;
-            if let Need::Random(count) = need {
-                gathered += count;
-            }
-            if gathered >= RANDOM_AT_ONCE {
-                gathered = 0;
-                self.post_step()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Supplies an input that the guest waits for.
-    fn give(&mut self, need: Need) -> Result<(), RecordError> {
-        match need {
-            Need::Clock => {
-                let now = self.clock.now();
-                self.machine.supply(&Input::Clock(now))?;
-                self.step.inputs.push(LoggedInput::Clock(now));
-            }
-            Need::Random(count) => {
-                let mut bytes = vec![0; count];
-                self.random
-                    .read_exact(&mut bytes)
-                    .map_err(RecordError::Random)?;
-                let input = Input::Random(bytes);
-                self.machine.supply(&input)?;
-                if let Input::Random(bytes) = input {
-                    self.step.inputs.push(LoggedInput::Random(bytes));
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Supplies what has come by itself: ticks, frames, typed bytes.
@@ -466,6 +430,7 @@ impl<S: Sink> Recorder<S> {
                 .inputs
                 .push(LoggedInput::Frames { count, checksum });
         }
+        self.gather_done()?;
         if self.stage.has_typed() {
             let room = self.machine.console_room();
             let typed: Vec<u8> = std::iter::from_fn(|| self.stage.typed())
@@ -529,10 +494,7 @@ impl<S: Sink> Recorder<S> {
             step.inputs.clear();
             self.step.inputs = step.inputs;
         }
-        let had_outputs = !self.taken.is_empty();
-        for output in self.taken.drain(..) {
-            self.outlet.hold(seq, self.applied, output);
-        }
+        let had_outputs = self.hand_out(seq);
         if had_outputs {
             self.outlet.made(seq, self.applied, made);
         }

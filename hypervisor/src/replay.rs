@@ -9,12 +9,15 @@ mod intervals;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_log::{Marks, Seq};
 
+use crate::backends::disk::{Disk, DiskFailure};
 use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
+use crate::disk::Done;
 use crate::divergence::Divergence;
 use crate::entry::{
     Base, Body, Control, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
@@ -39,6 +42,12 @@ pub trait LogSource {
     /// # Errors
     /// [`LogError`], also if it is not there.
     fn frame(&mut self) -> Result<Vec<u8>, LogError>;
+
+    /// What came of the next request to the disk. As for a frame, it must be there.
+    ///
+    /// # Errors
+    /// [`LogError`], also if it is not there.
+    fn done(&mut self) -> Result<Done, LogError>;
 
     /// So many staged frames, the next ones, are in the checkpoint that was put in place: nobody is given them any more.
     ///
@@ -98,6 +107,9 @@ pub enum ReplayError {
     /// The machine.
     #[error(transparent)]
     Machine(MachineError),
+    /// This side's disk image.
+    #[error(transparent)]
+    Disk(#[from] DiskFailure),
 }
 
 impl From<Divergence> for ReplayError {
@@ -150,6 +162,10 @@ pub struct Replayer<L> {
     share: Pace,
     /// A checkpoint, or an interval, of which not all parts have come: nothing of it counts.
     shadow: Shadow,
+    /// This side's image, to which is done what the log says was asked of the primary's.
+    disk: Option<Arc<Disk>>,
+    /// Set when the guest has turned itself off.
+    off: Arc<AtomicBool>,
     /// The log carries intervals.
     adopts: Option<Adopting>,
 }
@@ -191,8 +207,23 @@ impl<L: LogSource> Replayer<L> {
             spin,
             share: Pace::FULL,
             shadow,
+            disk: None,
+            off: Arc::default(),
             adopts: None,
         }
+    }
+
+    /// With an image of this side's.
+    #[must_use]
+    pub fn with_disk(mut self, disk: Option<Arc<Disk>>) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    /// Whether the guest has turned itself off, for another thread.
+    #[must_use]
+    pub fn off(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.off)
     }
 
     /// Goes on from where a copy of a running machine was made: what the log's next entry counts from.
@@ -259,6 +290,9 @@ impl<L: LogSource> Replayer<L> {
             self.last_seq = seq;
             let end = self.entry(entry)?;
             self.source.replayed(seq);
+            if matches!(self.machine.phase(), Phase::Off(_)) {
+                self.off.store(true, Ordering::Release);
+            }
             self.orders.resting();
             if let Some(end) = end {
                 return Ok(end);
@@ -420,14 +454,25 @@ impl<L: LogSource> Replayer<L> {
         }
         self.compare_digest(step.digest)?;
         let mut outputs = OutputsDigest::default();
+        let mut asked = Vec::new();
         let made: Vec<Output> = self.machine.outputs().collect();
         for output in made {
             outputs.add(&output);
+            if let Output::Disk(request) = output {
+                asked.push(request);
+                continue;
+            }
             self.keep_output(output);
         }
         let expected = step.outputs.unwrap_or_default();
         if outputs != expected {
             return Err(self.divergence("outputs", show_outputs(expected), show_outputs(outputs)));
+        }
+        if let Some(disk) = &self.disk {
+            // Nothing of an execution that differs.
+            for request in asked {
+                disk.follow(request)?;
+            }
         }
         for input in step.inputs {
             self.supply(input)?;
@@ -454,6 +499,15 @@ impl<L: LogSource> Replayer<L> {
             LoggedInput::Random(bytes) => self.give(&Input::Random(bytes)),
             LoggedInput::Tick(count) => self.give(&Input::Tick(count)),
             LoggedInput::Console(bytes) => self.give(&Input::Console(bytes)),
+            LoggedInput::Disk { count, checksum } => {
+                let mut found = 0;
+                for _ in 0..count {
+                    let done = self.source.done()?;
+                    found = crc32c::crc32c_append(found, &done.encode());
+                    self.give(&Input::Disk(done))?;
+                }
+                self.staged_as_said("answers of the disk", found, checksum)
+            }
             LoggedInput::Frames { count, checksum } => {
                 let mut found = 0;
                 for _ in 0..count {
@@ -461,16 +515,20 @@ impl<L: LogSource> Replayer<L> {
                     found = crc32c::crc32c_append(found, &frame);
                     self.give(&Input::Frame(frame))?;
                 }
-                if found != checksum {
-                    return Err(LogError(format!(
-                        "the staged frames of position {} have checksum {found:08x}, their entry says {checksum:08x}",
-                        self.machine.position()
-                    ))
-                    .into());
-                }
-                Ok(())
+                self.staged_as_said("frames", found, checksum)
             }
         }
+    }
+
+    fn staged_as_said(&self, what: &str, found: u32, expected: u32) -> Result<(), ReplayError> {
+        if found == expected {
+            return Ok(());
+        }
+        Err(LogError(format!(
+            "the staged {what} of position {} have checksum {found:08x}, their entry says {expected:08x}",
+            self.machine.position()
+        ))
+        .into())
     }
 
     /// An input that the machine refuses here is one that the recorded machine took: the two differ.

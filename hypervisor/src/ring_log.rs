@@ -11,6 +11,7 @@ use rdma_log::{
     Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError,
 };
 
+use crate::disk::{Assembler, Done};
 use crate::gate::Committed;
 use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
@@ -20,6 +21,8 @@ use crate::sink::{Sink, SinkError};
 pub const INPUT_FRAME: u8 = 1;
 /// A piece of the machine's copy, before the log begins (`session/freight.rs`).
 pub const INPUT_COPY: u8 = 2;
+/// A part of what came of a request to the disk.
+pub const INPUT_DONE: u8 = 3;
 
 /// The events lane, as the recorder writes it.
 pub struct RingSink {
@@ -275,10 +278,44 @@ pub struct RingSource {
     arrived: Arc<AtomicU64>,
     /// Where what comes is counted.
     samples: Option<Arc<Samples>>,
-    /// Frames that came with a copy of the running machine: staged there before this log began.
-    carried: VecDeque<Vec<u8>>,
+    staged: Staged,
     /// Frames that a checkpoint covers and that have not come yet: over a network the lanes are not in step.
     covered: u64,
+}
+
+/// Inputs that were read and that no entry has applied yet, by kind: an entry applies them in the order of their kind.
+#[derive(Debug, Default)]
+pub(crate) struct Staged {
+    frames: VecDeque<Vec<u8>>,
+    done: VecDeque<Done>,
+    parts: Assembler,
+}
+
+impl Staged {
+    /// Takes the next input of the lane.
+    pub(crate) fn take_in(&mut self, payload: &[u8]) -> Result<(), LogError> {
+        match payload.split_first() {
+            Some((&INPUT_FRAME, frame)) => self.frames.push_back(frame.to_vec()),
+            Some((&INPUT_DONE, part)) => {
+                let done = self.parts.part(part);
+                self.done
+                    .extend(done.map_err(|error| LogError(error.to_string()))?);
+            }
+            Some((kind, _)) => {
+                return Err(LogError(format!("a staged input of unknown kind {kind}")));
+            }
+            None => return Err(LogError("an empty staged input".into())),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn frame(&mut self) -> Option<Vec<u8>> {
+        self.frames.pop_front()
+    }
+
+    pub(crate) fn done(&mut self) -> Option<Done> {
+        self.done.pop_front()
+    }
 }
 
 fn log_error(error: ReadError) -> LogError {
@@ -295,7 +332,7 @@ impl RingSource {
             fenced,
             arrived: Arc::default(),
             samples: None,
-            carried: VecDeque::new(),
+            staged: Staged::default(),
             covered: 0,
         }
     }
@@ -310,7 +347,7 @@ impl RingSource {
     /// These frames come before those of the lane.
     #[must_use]
     pub fn carrying(mut self, frames: Vec<Vec<u8>>) -> Self {
-        self.carried = frames.into();
+        self.staged.frames = frames.into();
         self
     }
 
@@ -326,19 +363,35 @@ impl RingSource {
         Arc::into_inner(self.fenced)?.into_inner()
     }
 
-    /// The next frame that was staged, if it has come: those that came with a copy first.
-    fn staged(&mut self) -> Result<Option<Vec<u8>>, LogError> {
-        if let Some(frame) = self.carried.pop_front() {
-            return Ok(Some(frame));
+    /// The next of what `take` takes out, if it has come: what came with a copy first.
+    fn staged<T>(
+        &mut self,
+        take: impl Fn(&mut Staged) -> Option<T>,
+    ) -> Result<Option<T>, LogError> {
+        loop {
+            if let Some(staged) = take(&mut self.staged) {
+                return Ok(Some(staged));
+            }
+            match self.inputs.next().map_err(log_error)? {
+                Some(entry) => self.staged.take_in(entry.payload())?,
+                None => return Ok(None),
+            }
         }
-        let entry = self.inputs.next().map_err(log_error)?;
-        entry
-            .map(|entry| Ok(frame_of(entry.payload())?.to_vec()))
-            .transpose()
+    }
+
+    /// The next of what `take` takes out. It was there before the entry that applies it.
+    fn applied<T>(&mut self, take: impl Fn(&mut Staged) -> Option<T>) -> Result<T, LogError> {
+        if let Some(staged) = self.staged(&take)? {
+            return Ok(staged);
+        }
+        // The tail says whether it is damaged.
+        self.inputs.wait(Duration::ZERO).map_err(log_error)?;
+        self.staged(&take)?
+            .ok_or_else(|| LogError("an entry applies a staged input that is not there".into()))
     }
 
     fn drop_covered(&mut self) -> Result<(), LogError> {
-        while self.covered > 0 && self.staged()?.is_some() {
+        while self.covered > 0 && self.staged(Staged::frame)?.is_some() {
             self.covered -= 1;
         }
         Ok(())
@@ -352,7 +405,8 @@ impl RingSource {
     pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
         self.drop_covered()?;
         let mut frames = Vec::new();
-        while let Some(frame) = self.staged()? {
+        // What came of requests to the disk is of no use any more: they are made again, of this side's image.
+        while let Some(frame) = self.staged(Staged::frame)? {
             frames.push(frame);
         }
         let fenced = self
@@ -370,7 +424,10 @@ impl RingSource {
 /// Ethernet tells its own length, so trailing zeros are harmless; the shortest Ethernet payload is kept.
 fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
     const SHORTEST: usize = 60;
-    let frame = frame_of(slot).ok()?;
+    let frame = match slot.split_first() {
+        Some((&INPUT_FRAME, frame)) => frame,
+        _ => return None,
+    };
     let end = frame.iter().rposition(|&byte| byte != 0)? + 1;
     let length = match frame.get(12..18) {
         // IPv4: the header says how long the packet is.
@@ -378,14 +435,6 @@ fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
         _ => end.max(SHORTEST),
     };
     (end > 12).then(|| frame[..length.clamp(end.min(SHORTEST), frame.len())].to_vec())
-}
-
-pub(crate) fn frame_of(payload: &[u8]) -> Result<&[u8], LogError> {
-    match payload.split_first() {
-        Some((&INPUT_FRAME, frame)) => Ok(frame),
-        Some((kind, _)) => Err(LogError(format!("a staged input of unknown kind {kind}"))),
-        None => Err(LogError("an empty staged input".into())),
-    }
 }
 
 impl LogSource for RingSource {
@@ -407,13 +456,11 @@ impl LogSource for RingSource {
     }
 
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
-        if let Some(frame) = self.staged()? {
-            return Ok(frame);
-        }
-        // It was there before the entry that applies it. The tail says whether it is damaged.
-        self.inputs.wait(Duration::ZERO).map_err(log_error)?;
-        self.staged()?
-            .ok_or_else(|| LogError("an entry applies a staged frame that is not there".into()))
+        self.applied(Staged::frame)
+    }
+
+    fn done(&mut self) -> Result<Done, LogError> {
+        self.applied(Staged::done)
     }
 
     fn cover(&mut self, frames: u32) -> Result<(), LogError> {

@@ -19,7 +19,7 @@
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
 //! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
 //! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
-//! from TCP has the open sockets, the one that writes a recording its open file, and a replay, which has one thread, KVM's ioctls. The
+//! from TCP has the open sockets, the one that writes a recording its open file, that of the disk its image and the image's mark, and a replay, which has one thread, KVM's ioctls. The
 //! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
 //! files of its user's, and open none.
 //!
@@ -79,6 +79,8 @@ pub enum Thread {
     Operator,
     /// Waits for the death of the primary's process.
     Mourner,
+    /// Reads and writes the disk's image, which is open.
+    Disk,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -129,6 +131,7 @@ struct Filters {
     remote_arbiter: BpfProgram,
     operator: BpfProgram,
     mourner: BpfProgram,
+    disk: BpfProgram,
 }
 
 impl Sandbox {
@@ -158,6 +161,7 @@ impl Sandbox {
                 remote_arbiter: list(Thread::RemoteArbiter)?,
                 operator: list(Thread::Operator)?,
                 mourner: list(Thread::Mourner)?,
+                disk: list(Thread::Disk)?,
             })),
             with_device: false,
         })
@@ -199,6 +203,7 @@ impl Sandbox {
             Thread::RemoteArbiter => &filters.remote_arbiter,
             Thread::Operator => &filters.operator,
             Thread::Mourner => &filters.mourner,
+            Thread::Disk => &filters.disk,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -390,6 +395,9 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_fdatasync,
 ];
 
+/// Having an open file written out.
+const SYNCING: &[libc::c_long] = &[libc::SYS_fsync, libc::SYS_fdatasync];
+
 /// Taking in those who connect to what listens already, and taking the socket's file away at the end.
 const LISTENING: &[libc::c_long] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
 
@@ -417,6 +425,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
+        Thread::Disk => &[SYNCING],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -441,7 +450,9 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::RemoteArbiter | Thread::Operator => {
             vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?]
         }
-        Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner => Vec::new(),
+        Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner | Thread::Disk => {
+            Vec::new()
+        }
     };
     if thread == Thread::RemoteArbiter {
         rules.insert(libc::SYS_connect, Vec::new());

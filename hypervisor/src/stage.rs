@@ -1,4 +1,5 @@
-//! Staging: frames are read ahead by the I/O thread and wait here, by number, until the vCPU thread applies them.
+//! Staging: frames are read ahead by the I/O thread and wait here, by number, until the vCPU thread applies them; likewise what
+//! came of requests to the disk, of which the guest's device bounds how many there are.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -7,10 +8,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use crossbeam::queue::ArrayQueue;
+use crossbeam::queue::{ArrayQueue, SegQueue};
 use rdma_log::Seq;
 
 use crate::backends::wait::Wake;
+use crate::disk::Done;
 
 /// Frames that may wait unapplied; beyond it the host stops reading and the kernel's queue holds the rest. Twice the
 /// guest's receive ring: enough that the guest never waits for the I/O thread, small enough (under 1 MiB) that a guest which
@@ -26,6 +28,15 @@ pub struct StagedFrame {
     pub bytes: Vec<u8>,
 }
 
+/// What came of a request to the disk, on its way into the guest.
+#[derive(Debug)]
+pub struct StagedDone {
+    /// Its last entry in the inputs lane; zero when there is no log.
+    pub seq: Seq,
+    /// What the guest is told.
+    pub done: Done,
+}
+
 /// Inputs between the thread that reads them and the thread that applies them.
 #[derive(Debug)]
 pub struct Stage {
@@ -35,6 +46,7 @@ pub struct Stage {
     frames: ArrayQueue<StagedFrame>,
     spare: ArrayQueue<Vec<u8>>,
     console: ArrayQueue<u8>,
+    done: SegQueue<StagedDone>,
     bell: Bell,
     /// The I/O thread stopped reading because there was no room, and wants to know when there is.
     starved: AtomicBool,
@@ -51,6 +63,7 @@ impl Stage {
             frames: ArrayQueue::new(FRAMES_MAX),
             spare: ArrayQueue::new(FRAMES_MAX),
             console: ArrayQueue::new(256),
+            done: SegQueue::new(),
             bell: Bell::default(),
             starved: AtomicBool::new(false),
             feeder,
@@ -134,6 +147,23 @@ impl Stage {
     /// Gives a frame's buffer back for the next one.
     pub fn recycle(&self, bytes: Vec<u8>) {
         let _ = self.spare.push(bytes);
+    }
+
+    /// Adds what came of a request to the disk, and wakes the vCPU thread.
+    pub fn push_done(&self, seq: Seq, done: Done) {
+        self.done.push(StagedDone { seq, done });
+        self.bell.ring();
+    }
+
+    /// The oldest of what came of requests to the disk.
+    pub fn pop_done(&self) -> Option<StagedDone> {
+        self.done.pop()
+    }
+
+    /// Whether something came of a request to the disk.
+    #[must_use]
+    pub fn has_done(&self) -> bool {
+        !self.done.is_empty()
     }
 
     /// Adds a byte typed at the console; it is lost if the guest lets 256 of them wait.

@@ -1,4 +1,4 @@
-//! Where the guest's frames and console bytes meet the world: a TAP, a Unix-socket link, the console.
+//! Where the guest's frames, console bytes and disk meet the world: a TAP, a Unix-socket link, the console, an image.
 //!
 //! ```text
 //!   kernel's TCP/IP ── TAP ──┐
@@ -13,6 +13,7 @@
 
 pub mod announce;
 pub mod console;
+pub mod disk;
 pub mod link;
 pub mod tap;
 pub mod wait;

@@ -21,6 +21,7 @@ const BUILT_IN: &[(&str, &[u8])] = &[
     ("clock", include_bytes!(env!("GUEST_CLOCK"))),
     ("memory", include_bytes!(env!("GUEST_MEMORY"))),
     ("hostile", include_bytes!(env!("GUEST_HOSTILE"))),
+    ("disk", include_bytes!(env!("GUEST_DISK"))),
 ];
 
 /// Why an image cannot be used.

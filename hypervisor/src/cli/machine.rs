@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
-use hypervisor::config::{Config, MetricsAddress, NetBackend};
+use hypervisor::config::{Config, Disk, MetricsAddress, NetBackend};
 use hypervisor::machine::{ClockSource, MachineSpec};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
@@ -22,7 +22,7 @@ pub struct MachineArgs {
     /// Configuration file; options override it
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
-    /// kv, compute, irq, clock, memory, or an ELF file (docs/guest-abi.md says what it must be)
+    /// kv, compute, irq, clock, memory, disk, or an ELF file (docs/guest-abi.md says what it must be)
     #[arg(long, value_name = "GUEST")]
     guest: Option<String>,
     /// Boot this Linux kernel, a vmlinux or a bzImage (docs/linux.md says how to prepare one for replay)
@@ -50,6 +50,9 @@ pub struct MachineArgs {
     /// Use this Unix socket for the guest's network, one message a frame
     #[arg(long, value_name = "SOCKET")]
     link: Option<PathBuf>,
+    /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own (docs/disks.md)
+    #[arg(long, value_name = "FILE[,replicated][,read-only]")]
+    disk: Option<Disk>,
     /// Write the guest's console to this file
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
@@ -132,6 +135,9 @@ impl MachineArgs {
         if let Some(link) = &self.link {
             config.net.backend = NetBackend::Link;
             config.net.link = Some(link.clone());
+        }
+        if let Some(disk) = &self.disk {
+            config.disk.clone_from(disk);
         }
         if self.console.is_some() {
             config.console.clone_from(&self.console);

@@ -5,7 +5,7 @@
 //!          read / write                      answer / apply
 //!                └──────────────┬──────────────────┘
 //!                               ▼
-//!   platform page   8259 ◀─lines─ 8254, 16550, virtio-net, virtio-rng   RTC, ACPI registers, time stamp
+//!   platform page   8259 ◀─lines─ 8254, 16550, virtio-net, -rng, -blk   RTC, ACPI registers, time stamp
 //!                    │                          │
 //!                    ▼                          ▼
 //!        interrupt_pending / acknowledge     outputs
@@ -22,8 +22,10 @@
 
 pub mod acpi;
 pub mod cmos;
+mod disk;
 mod pic;
 mod pit;
+mod place;
 mod platform;
 pub mod power;
 pub mod pvclock;
@@ -32,10 +34,7 @@ mod serial;
 pub mod tsc;
 mod virtio;
 
-use std::hash::{Hash, Hasher};
-
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::memory::GuestRam;
@@ -43,38 +42,24 @@ use crate::memory::GuestRam;
 use cmos::Cmos;
 use pic::Pic;
 use pit::{Access, Pit, Waiting};
+use place::{IRQ_BLK, IRQ_NET, IRQ_RNG, IRQ_TIMER, Place, place};
 use platform::{REGISTER_BYTES, Register};
 use pvclock::PvClock;
 use serial::Serial;
 use virtio::Line;
-use virtio::mmio::{self, Mmio};
+use virtio::blk::Blk;
+use virtio::mmio::Mmio;
 use virtio::net::{self, Net};
 use virtio::rng::{self, Rng};
 
 pub use pit::TickPlan;
+pub use place::{CONSOLE, DISK_WINDOW, IRQ_CONSOLE, WINDOW_LEN, WINDOWS};
 pub use saved::BadDevices;
+pub use virtio::blk::{BYTES_MAX as DISK_BYTES_MAX, DEPTH as DISK_DEPTH, DiskConfig, ID_BYTES};
 pub use virtio::mmio::DeviceFault;
 pub use virtio::net::MAX_FRAME;
 pub use virtio::queue::QueueFault;
 pub use virtio::rng::MAX_REQUEST;
-
-/// The windows of the virtio devices, by what they are and the interrupt they raise: what a firmware's table says of them.
-pub const WINDOWS: [(&str, u64, u8); 2] =
-    [("NET0", NET_BASE, IRQ_NET), ("RNG0", RNG_BASE, IRQ_RNG)];
-/// Bytes of each.
-pub const WINDOW_LEN: u64 = mmio::LEN;
-
-const NET_BASE: u64 = platform::BASE + platform::LEN;
-const RNG_BASE: u64 = NET_BASE + mmio::LEN;
-
-const IRQ_TIMER: u8 = 0;
-/// The console's interrupt.
-pub const IRQ_CONSOLE: u8 = 4;
-const IRQ_NET: u8 = 5;
-const IRQ_RNG: u8 = 6;
-
-/// The first port of the console.
-pub const CONSOLE: u16 = 0x3f8;
 
 /// What differs between boards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +68,8 @@ pub struct DevicesConfig {
     pub mac: [u8; 6],
     /// The network device's MTU: the largest IP packet in bytes. A frame has 14 more.
     pub mtu: u16,
+    /// The disk, if there is one.
+    pub disk: Option<DiskConfig>,
     /// Wall clock (Unix time, nanoseconds) at which the guest's clock reads 0.
     pub wall_clock_ns: u64,
     /// The board is as a PC's firmware would leave it, and not as it is at power-on.
@@ -127,6 +114,14 @@ pub enum DeviceError {
         /// Came.
         found: usize,
     },
+    /// Data from the disk in another number than asked for.
+    #[error("{expected} bytes of the disk were asked for, {found} came")]
+    WrongData {
+        /// Asked for.
+        expected: usize,
+        /// Came.
+        found: usize,
+    },
 }
 
 /// The access that waits for its [`Devices::answer`].
@@ -154,6 +149,7 @@ struct Board {
     clock_page: PvClock,
     net: Mmio<Net, 2>,
     rng: Mmio<Rng, 1>,
+    blk: Option<Mmio<Blk, 1>>,
     awaiting: Option<Awaiting>,
     /// HALT's latch.
     happened: bool,
@@ -164,37 +160,6 @@ struct Board {
 pub struct Devices {
     board: Board,
     outputs: Vec<Output>,
-}
-
-/// Gathers the many small fields of the state, to hash them in one go: a third of the time of hashing each.
-struct StateBytes(Vec<u8>);
-
-impl Hasher for StateBytes {
-    fn write(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn finish(&self) -> u64 {
-        xxh3_64(&self.0)
-    }
-}
-
-/// What an address belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Pic(u16),
-    Pit(u16),
-    Serial(u16),
-    Cmos(u16),
-    Events(u16),
-    PmTimer,
-    TimeStamp,
-    Power,
-    Reset,
-    Platform(u64),
-    Net(u64),
-    Rng(u64),
-    Nothing,
 }
 
 impl Devices {
@@ -215,6 +180,7 @@ impl Devices {
                 clock_page: PvClock::default(),
                 net: Mmio::new(Net::new(config.mac, config.mtu)),
                 rng: Mmio::new(Rng::default()),
+                blk: config.disk.map(|disk| Mmio::new(Blk::new(disk))),
                 awaiting: None,
                 happened: false,
             },
@@ -232,6 +198,7 @@ impl Devices {
             "the last access was not answered"
         );
         data.fill(0xff);
+        self.go_on(ram);
         let board = &mut self.board;
         match place(bus, addr, data.len()) {
             Place::Pic(port) => data[0] = board.pic.read(port),
@@ -253,6 +220,11 @@ impl Devices {
             }
             Place::Net(offset) => board.net.read(offset, data),
             Place::Rng(offset) => board.rng.read(offset, data),
+            Place::Blk(offset) => {
+                if let Some(blk) = &board.blk {
+                    blk.read(offset, data);
+                }
+            }
             Place::Cmos(port) => match board.cmos.read(port) {
                 Some(byte) => data[0] = byte,
                 None => return self.wait(Awaiting::RealTime),
@@ -276,6 +248,7 @@ impl Devices {
             self.board.awaiting, None,
             "the last access was not answered"
         );
+        self.go_on(ram);
         let board = &mut self.board;
         match place(bus, addr, data.len()) {
             Place::Pic(port) => board.pic.write(port, data[0]),
@@ -310,6 +283,12 @@ impl Devices {
             Place::Rng(offset) => {
                 let line = board.rng.write(ram, offset, data, &mut self.outputs);
                 board.drive(IRQ_RNG, line);
+            }
+            Place::Blk(offset) => {
+                if let Some(blk) = &mut board.blk {
+                    let line = blk.write(ram, offset, data, &mut self.outputs);
+                    board.drive(IRQ_BLK, line);
+                }
             }
             Place::Platform(_)
             | Place::PmTimer
@@ -430,6 +409,7 @@ impl Devices {
             Input::Frame(frame) => self.receive_frame(ram, frame),
             Input::Console(bytes) => self.receive_console(bytes),
             Input::Random(bytes) => self.supply_random(ram, bytes),
+            Input::Disk(done) => self.disk_done(ram, done),
             Input::Clock(_) => Err(unexpected(input)),
         }
     }
@@ -513,15 +493,9 @@ impl Devices {
     pub fn faults(&self) -> impl Iterator<Item = (&'static str, DeviceFault)> {
         let net = self.board.net.fault().map(|fault| ("network", fault));
         let rng = self.board.rng.fault().map(|fault| ("entropy", fault));
-        net.into_iter().chain(rng)
-    }
-
-    /// A hash of the state of all devices, to compare two boards of the same build. Outputs are not in it.
-    #[must_use]
-    pub fn digest(&self) -> u64 {
-        let mut state = StateBytes(Vec::with_capacity(1024));
-        self.board.hash(&mut state);
-        state.finish()
+        let blk = self.board.blk.as_ref().and_then(Mmio::fault);
+        let blk = blk.map(|fault| ("block", fault));
+        net.into_iter().chain(rng).chain(blk)
     }
 
     fn wait(&mut self, awaiting: Awaiting) -> Effect {
@@ -544,6 +518,10 @@ impl Devices {
         board.drive(IRQ_NET, line);
         let line = board.rng.notify_all(ram, &mut self.outputs);
         board.drive(IRQ_RNG, line);
+        if let Some(blk) = &mut board.blk {
+            let line = blk.notify_all(ram, &mut self.outputs);
+            board.drive(IRQ_BLK, line);
+        }
     }
 
     fn print(&mut self, byte: u8) {
@@ -636,41 +614,6 @@ impl Board {
     }
 }
 
-/// What an access of `len` bytes at `addr` reaches. Each port has its width; an access of another, as one past a window's end,
-/// reaches nothing.
-fn place(bus: Bus, addr: u64, len: usize) -> Place {
-    match (bus, u16::try_from(addr)) {
-        (Bus::Port, Ok(power::PORT)) => Place::Power,
-        (Bus::Port, Ok(port)) if len == 1 => match port {
-            0x20 | 0x21 | 0xa0 | 0xa1 => Place::Pic(port),
-            0x40..=0x43 | pit::PORT_B => Place::Pit(port),
-            CONSOLE..=0x3ff => Place::Serial(port - CONSOLE),
-            cmos::INDEX | cmos::DATA => Place::Cmos(port),
-            acpi::RESET => Place::Reset,
-            _ => Place::Nothing,
-        },
-        (Bus::Port, Ok(port)) => match (port, len) {
-            (acpi::EVENTS | acpi::ENABLE, 2) => Place::Events(port),
-            (acpi::TIMER, 4) => Place::PmTimer,
-            (tsc::PORT, 4) => Place::TimeStamp,
-            _ => Place::Nothing,
-        },
-        (Bus::Port, _) => Place::Nothing,
-        (Bus::Mmio, _) => window(addr),
-    }
-}
-
-fn window(addr: u64) -> Place {
-    const NET_END: u64 = NET_BASE + mmio::LEN;
-    const RNG_END: u64 = RNG_BASE + mmio::LEN;
-    match addr {
-        platform::BASE..NET_BASE => Place::Platform(addr - platform::BASE),
-        NET_BASE..NET_END => Place::Net(addr - NET_BASE),
-        RNG_BASE..RNG_END => Place::Rng(addr - RNG_BASE),
-        _ => Place::Nothing,
-    }
-}
-
 fn unexpected(input: &Input) -> DeviceError {
     let what = match input {
         Input::Clock(_) => "the clock",
@@ -678,6 +621,7 @@ fn unexpected(input: &Input) -> DeviceError {
         Input::Tick(_) => "a timer tick",
         Input::Frame(_) => "a frame",
         Input::Console(_) => "console input",
+        Input::Disk(_) => "what came of a disk request",
     };
     DeviceError::Unexpected { what }
 }

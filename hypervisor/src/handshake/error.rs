@@ -162,12 +162,51 @@ pub enum HandshakeError {
     /// The copy of a machine that runs.
     #[error("the machine could not be copied: {0}")]
     Copy(#[from] CloneError),
+    /// The two sides' disks.
+    #[error(transparent)]
+    Disk(#[from] DiskMisfit),
     /// Descriptors cannot be passed over this connection.
     #[error("{what} needs a pair on one host: use pair.transport \"shm\"")]
     NotHere {
         /// What was wanted.
         what: &'static str,
     },
+}
+
+/// Why a backup's disk image cannot follow its primary's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DiskMisfit {
+    /// The backup has none.
+    #[error(
+        "the machine has a disk, and this backup no image for it: give it one with the same content (--disk)"
+    )]
+    NoneHere,
+    /// The machine has none.
+    #[error(
+        "the machine has no disk, and this backup an image for one: start both with --disk, or neither"
+    )]
+    NoneThere,
+    /// Of another size or kind.
+    #[error(
+        "the primary's disk image has {} sectors{}, this backup's {}{}: give both sides images of one size, used alike",
+        theirs.0, if theirs.1 { ", read-only" } else { "" }, ours.0, if ours.1 { ", read-only" } else { "" }
+    )]
+    Shape {
+        /// Sectors, and whether it is read-only.
+        theirs: (u64, bool),
+        /// The same of this side's.
+        ours: (u64, bool),
+    },
+    /// The machine runs.
+    #[error(
+        "the machine runs and writes its disk, and images are not copied while it does: power it off, copy its image here, and start both sides"
+    )]
+    Running,
+    /// The content differs.
+    #[error(
+        "the two disk images differ: copy the primary's here while neither side runs (the image alone, not its mark)"
+    )]
+    Content,
 }
 
 impl From<std::io::Error> for HandshakeError {

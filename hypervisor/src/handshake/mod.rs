@@ -31,7 +31,7 @@ pub mod proof;
 pub mod secret;
 
 pub use channel::{Channel, Stream};
-pub use error::HandshakeError;
+pub use error::{DiskMisfit, HandshakeError};
 pub(crate) use hurried::gather;
 pub use hurried::{Hurried, PACE};
 pub use proof::{Trust, TrustError, admit, prove};
@@ -91,6 +91,8 @@ pub struct Hello {
     pub key: [u8; 16],
     /// The machine runs already: a copy of it follows.
     pub running: bool,
+    /// Hash of what is on its disk, if it has one; of a machine that runs, when it was started.
+    pub disk: Option<u64>,
     /// Bytes of the machine's description, which follows.
     pub spec_bytes: u32,
 }

@@ -22,6 +22,7 @@ use crate::boot::linux::{self, Linux};
 use crate::boot::{self, BootError, Image};
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
+use crate::disk::Request;
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
@@ -132,6 +133,7 @@ impl Machine {
                     initrd: &spec.initrd,
                     command_line: &spec.command_line,
                     seed: spec.seed,
+                    disk: spec.disk.is_some(),
                 };
                 linux::load(&ram, &vcpu, &linux)?;
             }
@@ -245,6 +247,11 @@ impl Machine {
 
     fn deliverable(&mut self) -> bool {
         self.injectable && self.devices.interrupt_pending() && self.vcpu.ready_for_interrupt()
+    }
+
+    /// Requests to the disk of which it is not known what came of them, oldest first.
+    pub fn disk_requests(&self) -> impl Iterator<Item = &Request> {
+        self.devices.disk_requests()
     }
 
     /// Whether outputs wait to be taken.
@@ -395,7 +402,9 @@ impl Machine {
         let fits = match input {
             Input::Clock(_) => self.injectable && self.devices.shows_time(),
             Input::Random(_) => true,
-            Input::Tick(_) | Input::Frame(_) | Input::Console(_) => self.injectable,
+            Input::Tick(_) | Input::Frame(_) | Input::Console(_) | Input::Disk(_) => {
+                self.injectable
+            }
         };
         if !fits {
             return Err(MachineError::Unfit {
@@ -449,6 +458,7 @@ fn kind(input: &Input) -> &'static str {
         Input::Tick(_) => "tick",
         Input::Frame(_) => "frame",
         Input::Console(_) => "console bytes",
+        Input::Disk(_) => "what came of a disk request",
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
-use crate::devices::DevicesConfig;
+use crate::devices::{DevicesConfig, DiskConfig};
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
 pub const ENCODED_MAX: u32 = 256 << 20;
@@ -59,6 +59,9 @@ pub struct MachineSpec {
     pub mac: [u8; 6],
     /// MTU of the network device.
     pub mtu: u16,
+    /// The disk, if it has one. What is on it is not part of the description.
+    #[serde(default)]
+    pub disk: Option<DiskConfig>,
     /// Where a Linux guest reads the time; a bare-metal one has a clock of its own.
     pub clock: ClockSource,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
@@ -142,6 +145,7 @@ impl MachineSpec {
             wall_clock_ns,
             mac: MAC,
             mtu: MTU,
+            disk: None,
             image_bytes: image.bytes().len() as u64,
             image: image.bytes().to_vec(),
             initrd: Vec::new(),
@@ -170,6 +174,7 @@ impl MachineSpec {
             wall_clock_ns,
             mac: MAC,
             mtu: MTU,
+            disk: None,
             seed,
             image_bytes: image.len() as u64,
             image,
@@ -181,6 +186,7 @@ impl MachineSpec {
         DevicesConfig {
             mac: self.mac,
             mtu: self.mtu,
+            disk: self.disk,
             wall_clock_ns: self.wall_clock_ns,
             firmware: self.boot == BootProtocol::Linux,
         }

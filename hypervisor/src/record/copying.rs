@@ -49,6 +49,8 @@ impl<S: Sink> Recorder<S> {
         let ready = self.cut.is_some()
             && matches!(self.machine.phase(), Phase::Ready | Phase::HltInstruction)
             && !self.machine.has_outputs()
+            // They are of the log before; the copy has their requests as answered.
+            && !self.stage.has_done()
             && self.step.inputs.is_empty();
         if !ready {
             return Ok(());

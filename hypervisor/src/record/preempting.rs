@@ -58,6 +58,7 @@ impl<S: Sink> Recorder<S> {
             || self.machine.ticks_due(self.clock.now()) > 0
             || self.stage.has_frames() && self.machine.can_receive()
             || self.stage.has_typed() && self.machine.console_room() > 0
+            || self.stage.has_done()
     }
 
     /// Makes the place where the guest stands one where inputs can be given: the log gets a checkpoint, which the backup

@@ -31,6 +31,7 @@ fn confined() {
         "recruiter" => Thread::Recruiter,
         "rdma-recruiter" => Thread::RdmaRecruiter,
         "operator" => Thread::Operator,
+        "disk" => Thread::Disk,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -93,7 +94,9 @@ fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
 
 #[test]
 fn a_confined_thread_opens_and_starts_nothing() {
-    for thread in ["vcpu", "io", "landing", "log-file", "replay", "operator"] {
+    for thread in [
+        "vcpu", "io", "landing", "log-file", "replay", "operator", "disk",
+    ] {
         for action in ["open", "create", "socket", "thread", "execute"] {
             let status = try_it(thread, "lenient", action);
             assert_eq!(status.code(), Some(11), "{thread} {action}: {status}");
@@ -123,6 +126,7 @@ fn what_a_thread_needs_stays() {
         "log-file",
         "replay",
         "operator",
+        "disk",
     ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");

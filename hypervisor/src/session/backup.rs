@@ -4,6 +4,7 @@
 mod follower;
 mod meeting;
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, Staff, now};
 use super::{SessionError, why_it_ended};
 use crate::arbiter::{self, Claim, random_identity};
+use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::Config;
 use crate::control::Operator;
 use crate::control::board::{Board, State};
@@ -30,6 +32,12 @@ use crate::protocol::{Backup, Unfit};
 use crate::replay::ReplayError;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
+
+/// How long a backup whose primary was powered off may take to replay what it holds of the log.
+const TO_THE_END: Duration = Duration::from_secs(5);
+
+/// A replay that finds nothing for so long has come to the end of what it holds.
+const NO_MORE: Duration = Duration::from_millis(200);
 
 /// Runs a backup until the protocol ends it, as a backup or later as the primary.
 ///
@@ -55,6 +63,8 @@ fn wait_and_follow(
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
     // One that cannot be asked is better known now than when the primary is gone.
     arbiter::open(&config.pair.arbiter, &config.name)?.read()?;
+    let image = super::disk::open(config)?;
+    let content = Cell::new(super::disk::content(image.as_ref())?);
     let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),
@@ -71,6 +81,8 @@ fn wait_and_follow(
         cpu,
         trust,
         listener,
+        image,
+        content,
     };
     loop {
         let error = match meeting.meet(common.again(json)?) {
@@ -160,6 +172,10 @@ impl Following {
                 self.handed = Some(handed);
                 self.protocol.handle(now, Event::HandedOver, &mut actions);
             }
+            if let Some(failure) = self.io.stager.disk().and_then(|disk| disk.failure()) {
+                let event = Event::Unfit(Unfit::Failed(failure.to_string()));
+                self.protocol.handle(now, event, &mut actions);
+            }
             let arrived = self.follower.arrived.load(Ordering::Relaxed);
             if arrived != self.arrived {
                 self.arrived = arrived;
@@ -218,8 +234,14 @@ impl Following {
                     }
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
+                        let complete = reason.is_clean() && self.follows_to_the_end();
                         self.io.order(Order::Stop);
                         self.follower.end();
+                        if complete {
+                            // Not of a reign that it may have begun to claim.
+                            let record = self.protocol.record();
+                            self.io.end_disk(Stamp::in_reign(&record, self.staff.me));
+                        }
                         return Ok(Served {
                             reason,
                             guest: None,
@@ -229,6 +251,29 @@ impl Following {
             }
             actions.clear();
         }
+    }
+
+    /// Whether this copy came to the guest's power-off. What is left of the log is there: the power-off left the primary's gate
+    /// after it.
+    fn follows_to_the_end(&self) -> bool {
+        if self.io.stager.disk().is_none() {
+            return false;
+        }
+        let until = Instant::now() + TO_THE_END;
+        let (mut arrived, mut since) = (0, Instant::now());
+        while !self.follower.off.load(Ordering::Acquire) && Instant::now() < until {
+            let now_arrived = self.follower.arrived.load(Ordering::Relaxed);
+            let busy = self.io.orders.progress().owes || now_arrived != arrived;
+            arrived = now_arrived;
+            if busy {
+                since = Instant::now();
+            } else if since.elapsed() > NO_MORE {
+                // The primary was ended by its operator, without a power-off.
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.follower.off.load(Ordering::Acquire)
     }
 
     fn say(&self, text: String, loud: bool) {
@@ -248,6 +293,9 @@ impl Following {
                 Event::Unfit(Unfit::Diverged(what))
             }
             Told::Failed(ReplayError::Machine(error)) => {
+                Event::Unfit(Unfit::Failed(error.to_string()))
+            }
+            Told::Failed(ReplayError::Disk(error)) => {
                 Event::Unfit(Unfit::Failed(error.to_string()))
             }
             Told::Failed(error) => Event::Unfit(Unfit::Corrupt(error.to_string())),
@@ -325,6 +373,9 @@ impl Following {
                 stood_us: stood.as_micros() as u64,
                 resent: drained.resent,
             });
+        }
+        if let Some(disk) = self.io.stager.disk() {
+            disk.mark(Use::Leads, Stamp::of(&record));
         }
         self.io.listen_to(None);
         self.io.control = None;

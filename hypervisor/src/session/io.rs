@@ -21,6 +21,7 @@ use super::stager::Stager;
 use super::world::HostWorld;
 use crate::backends::NetPort;
 use crate::backends::announce::Announcer;
+use crate::backends::disk::mark::Stamp;
 use crate::backends::wait::{Waiter, Wake};
 use crate::config::{Config, Transport};
 use crate::control::board::Board;
@@ -392,6 +393,7 @@ impl Io {
         {
             tracing::warn!("the guest's network port is closed: {error}");
         }
+        self.stager.pump_done();
         if let Some(why) = self.stager.take_unusable() {
             self.orders.report_unusable(why);
         }
@@ -480,7 +482,8 @@ impl Io {
 
     fn watch_the_guest(&mut self) {
         if let Some((watch, again)) = &mut self.guest_watch {
-            let waiting = self.stage.has_frames() || self.stage.has_typed();
+            let waiting =
+                self.stage.has_frames() || self.stage.has_typed() || self.stage.has_done();
             let verdict = watch.look(Instant::now(), self.orders.running(), waiting);
             *again = verdict.again;
             if verdict.kick {
@@ -524,6 +527,25 @@ impl Io {
         if let Some(control) = &self.control {
             // It diverged and is about to end: if it does not hear us, nothing is lost but a name.
             let _ = handshake::tell_exits(control, &self.orders.take_exits());
+        }
+    }
+
+    /// The guest has turned itself off in this reign: its image is complete, and is marked so.
+    pub(super) fn end_disk(&self, stamp: Stamp) {
+        if let Some(Err(error)) = self.stager.disk().map(|disk| disk.end(stamp)) {
+            self.reporter.say(&Said::Notice {
+                text: format!("{error}; it is not marked as complete"),
+                loud: true,
+            });
+        }
+    }
+
+    /// This side's image fails and nobody else has the machine: the guest is told, as of any disk that fails.
+    pub(super) fn tell_disk_failure(&mut self) {
+        if let Some(why) = self.stager.disk_failure() {
+            let text = format!("the disk image fails: {why}; the guest is told");
+            self.reporter.say(&Said::Notice { text, loud: true });
+            self.stager.tell_failure();
         }
     }
 

@@ -328,6 +328,8 @@ pub(super) struct Introduction {
     pub(super) spec: Vec<u8>,
     /// The network port, which both sides share where both are on one host.
     pub(super) port: Option<NetPort>,
+    /// Hash of the disk's content.
+    pub(super) disk: Option<u64>,
     /// The host's random source, open.
     pub(super) random: File,
     /// Whom to believe. Read before the threads are confined, which cannot open a file.
@@ -339,7 +341,7 @@ impl Introduction {
         config: &Config,
         me: Identity,
         machine: &Machine,
-        spec: &MachineSpec,
+        (spec, disk): (&MachineSpec, Option<u64>),
         port: Option<&NetPort>,
         trust: Trust,
     ) -> Result<Self, SessionError> {
@@ -349,6 +351,7 @@ impl Introduction {
             me,
             cpu: machine.cpu_model().clone(),
             spec: spec.encode(),
+            disk,
             port: port.map_err(SessionError::host("share the network port"))?,
             random: random_source()?,
             trust,
@@ -391,6 +394,7 @@ pub(super) fn introduce(
             .map_err(SessionError::host("read the heartbeat socket's address"))?,
         key,
         running,
+        disk: who.disk,
         spec_bytes: who.spec.len() as u32,
     };
     let welcomed = handshake::introduce(&control, &hello, &who.spec)?;

@@ -16,6 +16,7 @@
 pub mod backup;
 mod beats;
 mod clerk;
+mod disk;
 mod freight;
 pub mod host;
 mod io;
@@ -33,6 +34,7 @@ mod world;
 
 use crate::backends::PortError;
 use crate::backends::console::ConsoleError;
+use crate::backends::disk::DiskError;
 use crate::backends::link::LinkError;
 use crate::backends::tap::{BadNetwork, TapError};
 use crate::config::Config;
@@ -78,6 +80,14 @@ pub enum SessionError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The disk's image.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The image fails while a backup follows whose own is well.
+    #[error(
+        "this side's disk image fails: {0}; this side ends without telling the guest, so that its backup takes over with its own image"
+    )]
+    DiskFails(String),
     /// An address in the configuration.
     #[error("net.address: {0}")]
     Address(BadNetwork),

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::clerk::Clerk;
+use super::disk;
 use super::host::{self, Inherited};
 use super::io::{Common, Io};
 use super::meet::{self, Introduction};
@@ -23,7 +24,7 @@ use crate::gate::Gate;
 use crate::handshake::{self, Trust};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Identity, Notice, Pair, Primary, Record};
+use crate::protocol::{Notice, Pair, Primary, Record};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
 use crate::sandbox::{self, NOT_CONFINED, Thread};
@@ -65,6 +66,8 @@ fn lead(
 ) -> Result<Served, SessionError> {
     let trust = Trust::of(&config.pair)?;
     let common = Common::new(json, Arc::clone(&board))?;
+    let image = disk::open(config)?;
+    let spec = &disk::described(spec, image.as_ref());
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
     let found = arbiter.read()?;
@@ -74,10 +77,16 @@ fn lead(
             "{found}. If no process of this machine runs any more, say --cold-start"
         )));
     }
+    let before = match &image {
+        Some(image) => image.judge(&config.name, found.as_ref())?,
+        None => None,
+    };
+    let content = disk::content(image.as_ref())?;
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
-    let introduction = Introduction::new(config, me, &machine, spec, port.as_ref(), trust)?;
+    let described = (spec, content);
+    let introduction = Introduction::new(config, me, &machine, described, port.as_ref(), trust)?;
 
     let met = if start.alone {
         None
@@ -91,7 +100,10 @@ fn lead(
         Some(met)
     };
     let peer = met.as_ref().map(|met| met.identity);
-    let record = begin(&*arbiter, found.as_ref(), me, peer)?;
+    let record = Record::cold_start(found.as_ref(), me, peer);
+    disk::begin(image.as_ref(), &config.name, before, &record, || {
+        begin(&*arbiter, found.as_ref(), &record)
+    })?;
     if let Some(met) = &met {
         handshake::agree(&met.control, &record)?;
         let control = met.control.set_nonblocking(true);
@@ -106,6 +118,8 @@ fn lead(
         config.cpus.urgent,
         Arc::clone(&board),
     )?;
+    let disk = disk::start(image.as_ref(), config, &io)?;
+    io.stager.serve_disk(disk);
     let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
     let staff = Staff {
         clerk,
@@ -176,16 +190,14 @@ fn lead(
     serve::serve(io, staff, protocol, vcpu)
 }
 
-/// Begins the reign, with this backup entitled.
+/// Begins the reign.
 fn begin(
     arbiter: &dyn Arbiter,
     found: Option<&Record>,
-    me: Identity,
-    backup: Option<Identity>,
-) -> Result<Record, SessionError> {
-    let record = Record::cold_start(found, me, backup);
-    match arbiter.swap(found, &record)? {
-        Swap::Done => Ok(record),
+    record: &Record,
+) -> Result<(), SessionError> {
+    match arbiter.swap(found, record)? {
+        Swap::Done => Ok(()),
         Swap::Lost(now) => Err(SessionError::NotOurs(match now {
             Some(record) => format!("another process was first: {record}"),
             None => "it disappeared".into(),
@@ -223,14 +235,14 @@ fn start_vcpu(
         intervals,
     };
     let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
-    let sandbox = io.sandbox.clone();
+    let (sandbox, disk) = (io.sandbox.clone(), io.stager.disk().cloned());
     std::thread::Builder::new()
         .name("vcpu".into())
         .spawn(move || {
             host::pin(&cpus, "vCPU");
             parts.orders.watch_this_thread();
             sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
-            let outcome = Recorder::new(parts).run();
+            let outcome = Recorder::new(parts).with_disk(disk).run();
             wake.ring();
             outcome
         })

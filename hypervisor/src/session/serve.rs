@@ -12,6 +12,7 @@ use super::io::Io;
 use super::lagging::{self, Found};
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
+use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::Lag;
 use crate::control::board::{Command, State};
 use crate::control::status::Role;
@@ -128,6 +129,7 @@ impl Serving {
                 .map(|deadline| deadline.since(now()));
             let found = self.io.round(longest, true)?;
             let now = now();
+            self.judge_disk()?;
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             while let Some(beat) = self.io.next_beat(true) {
                 handle(Event::Heartbeat(beat));
@@ -252,6 +254,25 @@ impl Serving {
         }
     }
 
+    /// What becomes of a request that this side's image could not do.
+    fn judge_disk(&mut self) -> Result<(), SessionError> {
+        let Some(why) = self.io.stager.disk_failure() else {
+            return Ok(());
+        };
+        match self.protocol.phase() {
+            // Its image has all that this one lacks, and the guest need not know.
+            Phase::Protected => {
+                let why = why.to_owned();
+                self.io.order(Order::Stop);
+                return Err(SessionError::DiskFails(why));
+            }
+            Phase::Unprotected | Phase::Joining => self.io.tell_disk_failure(),
+            // Who has the machine is being decided.
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Does what the protocol wants. Some: the process ends by it.
     fn perform(&mut self, actions: &mut Vec<Action>) -> Option<Served> {
         actions.drain(..).find_map(|action| self.act(action))
@@ -356,11 +377,12 @@ impl Serving {
                 io.order(Order::Resume);
                 self.switch_failed("the backup did not take the machine in time; it runs on here, protected as before");
             }
-            Action::RunUnprotected(_) => {
+            Action::RunUnprotected(record) => {
                 self.switch_failed(
                     "the backup was lost meanwhile; the machine runs on here, UNPROTECTED",
                 );
                 let io = &mut self.io;
+                mark(io, &record);
                 io.leave_log();
                 io.order(Order::RunUnprotected);
                 if self.vcpu.is_none() {
@@ -369,6 +391,7 @@ impl Serving {
                 self.look_again();
             }
             Action::Protect(record) => {
+                mark(io, &record);
                 if let Some(control) = &io.control {
                     // A backup that does not hear it asks the arbiter; one that is gone shows as that.
                     let _ = handshake::agree(control, &record);
@@ -400,6 +423,9 @@ impl Serving {
                 // A recorder that stops in the middle of a post says so; that is how it was told to end.
                 let _ = end_of(self.vcpu.take());
                 io.last_words();
+                if matches!(self.guest, Some(Ended::PoweredOff(_))) {
+                    io.end_disk(Stamp::of(self.protocol.record()));
+                }
                 return Some(Served {
                     reason,
                     guest: self.guest,
@@ -407,6 +433,13 @@ impl Serving {
             }
         }
         None
+    }
+}
+
+/// The image is of this reign now.
+fn mark(io: &Io, record: &Record) {
+    if let Some(disk) = io.stager.disk() {
+        disk.mark(Use::Leads, Stamp::of(record));
     }
 }
 

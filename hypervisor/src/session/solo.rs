@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 use rdma_log::{Epoch, RingConfig, transport::shm};
 
 use super::SessionError;
+use super::disk;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
+use crate::backends::disk::OpenImage;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::{self, Config};
@@ -67,7 +69,10 @@ pub fn run(
     json: bool,
 ) -> Result<Ended, SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
+    let image = disk::open_alone(config)?;
+    let spec = &disk::described(spec, image.as_ref());
     let mut solo = Solo::new(config, inherited, json, None, operator.board())?;
+    solo.serve_disk(config, image.as_ref())?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         preempt: config.preempt.by_checkpoint(),
@@ -91,6 +96,8 @@ pub fn record(
     what: RecordFor<'_>,
 ) -> Result<Recorded, SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
+    let image = disk::open_alone(config)?;
+    let spec = &disk::described(spec, image.as_ref());
     let ring = RingConfig {
         events: config.ring.events_kib << 10,
         inputs: config.ring.inputs_kib << 10,
@@ -102,6 +109,7 @@ pub fn record(
     let epoch = Epoch(1);
     let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
     let mut solo = Solo::new(config, inherited, json, lane, operator.board())?;
+    solo.serve_disk(config, image.as_ref())?;
     let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         every_exit: what.every_exit,
@@ -149,6 +157,16 @@ impl Solo {
         Ok(Self { io })
     }
 
+    fn serve_disk(
+        &mut self,
+        config: &Config,
+        image: Option<&OpenImage>,
+    ) -> Result<(), SessionError> {
+        let disk = disk::start(image, config, &self.io)?;
+        self.io.stager.serve_disk(disk);
+        Ok(())
+    }
+
     fn start<S: Sink + Send + 'static>(
         &self,
         config: &Config,
@@ -172,7 +190,7 @@ impl Solo {
             intervals: None,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
-        let sandbox = self.io.sandbox.clone();
+        let (sandbox, disk) = (self.io.sandbox.clone(), self.io.stager.disk().cloned());
         self.io.reporter.say(&Event::Ready {
             role: "solo".into(),
             pid: std::process::id(),
@@ -184,7 +202,7 @@ impl Solo {
             .spawn(move || {
                 host::pin(&cpus, "vCPU");
                 sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
-                let mut recorder = Recorder::new(parts);
+                let mut recorder = Recorder::new(parts).with_disk(disk);
                 let outcome = recorder
                     .run()
                     .and_then(|ended| Ok((ended, recorder.finish()?)));
@@ -207,6 +225,7 @@ impl Solo {
             let next = [end_at, give_up_at].into_iter().flatten().min();
             let longest = next.map(|at| at.saturating_duration_since(Instant::now()));
             let found = self.io.round(longest, true)?;
+            self.io.tell_disk_failure();
             let now = Instant::now();
             if (found.signalled || end_at.is_some_and(|at| now >= at)) && give_up_at.is_none() {
                 end_at = None;

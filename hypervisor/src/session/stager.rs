@@ -1,5 +1,8 @@
-//! Reads the guest's frames ahead: from the port straight into the inputs lane, then to the stage.
+//! Reads the guest's frames ahead: from the port straight into the inputs lane, then to the stage. What came of requests to the
+//! disk goes the same way.
 #![forbid(unsafe_code)]
+
+mod done;
 
 use std::io;
 use std::sync::Arc;
@@ -7,12 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
 
+use crate::backends::disk::{Disk, Outcome};
 use crate::backends::{NetPort, longest_frame};
 use crate::orders::Samples;
 use crate::ring_log::INPUT_FRAME;
 use crate::session::host::MTU;
 use crate::session::io::InputLane;
 use crate::stage::Stage;
+use done::Outgoing;
 
 /// Frames read in one go, so that heartbeats are never late because of a busy port.
 const AT_ONCE: usize = 64;
@@ -39,8 +44,13 @@ pub(super) struct Stager {
     unusable: Option<String>,
     /// A new log is about to begin, and what is read now would be in neither; or the machine is handed over, and its heir reads.
     paused: bool,
-    /// The latest frame of the lane.
+    /// The latest input in the lane.
     published: Seq,
+    disk: Option<Arc<Disk>>,
+    /// What came of a request, on its way into the lane.
+    outgoing: Option<Outgoing>,
+    /// What the disk could not do; whether the guest is told is for the role to say.
+    failed: Option<Outcome>,
 }
 
 impl Stager {
@@ -59,6 +69,9 @@ impl Stager {
             unusable: None,
             paused: false,
             published: Seq::ZERO,
+            disk: None,
+            outgoing: None,
+            failed: None,
         }
     }
 
@@ -88,6 +101,9 @@ impl Stager {
         self.unusable = None;
         self.paused = false;
         self.published = Seq::ZERO;
+        if let Some(outgoing) = &mut self.outgoing {
+            outgoing.begin_again();
+        }
     }
 
     /// Reads nothing until there is a new lane, or none.
@@ -100,7 +116,7 @@ impl Stager {
         self.paused = false;
     }
 
-    /// The number of the latest frame that was read into the lane.
+    /// The number of the latest input that was put into the lane.
     pub(super) fn published(&self) -> Seq {
         self.published
     }
@@ -201,19 +217,26 @@ impl Stager {
             }
         };
         self.published = seq;
-        // A sleeping reader is woken by the event that applies the frame; only that decides anything.
-        if let Some(told) = &self.committed
-            && let Ok(committed) = lane.committed()
-        {
-            told.store(committed.0, Ordering::Release);
-        }
-        if self.committed.is_none() {
-            // Over a stream the frame is lost with this process until it is sent, and the thread that applies it, once woken,
-            // may take this one's CPU. An error shows at the next frame.
-            let _ = lane.notify();
-        }
+        tell(lane, self.committed.as_deref());
         let _ = self.stage.push(seq, &self.buffer[..length]);
         self.samples.meter().frame(length);
         Ok(true)
+    }
+}
+
+/// Something was written into the lane.
+fn tell(lane: &mut LaneWriter, committed: Option<&AtomicU64>) {
+    match committed {
+        // A sleeping reader is woken by the event that applies it; only that decides anything.
+        Some(told) => {
+            if let Ok(committed) = lane.committed() {
+                told.store(committed.0, Ordering::Release);
+            }
+        }
+        // Over a stream it is lost with this process until it is sent, and the thread that applies it, once woken, may take this
+        // one's CPU. An error shows at the next entry.
+        None => {
+            let _ = lane.notify();
+        }
     }
 }

@@ -54,7 +54,8 @@ impl World for HostWorld {
                 }
                 Sent::Done
             }
-            Output::PowerOff(_) => Sent::Done,
+            // A disk's requests do not come this way.
+            Output::PowerOff(_) | Output::Disk(_) => Sent::Done,
         }
     }
 }

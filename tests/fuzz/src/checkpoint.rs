@@ -29,6 +29,7 @@ fn board() -> Devices {
     Devices::new(&DevicesConfig {
         mac: [2; 6],
         mtu: 1500,
+        disk: None,
         wall_clock_ns: 0,
         firmware: false,
     })

@@ -1,7 +1,8 @@
 //! What a guest can do to its devices: any access to any port and window, over memory that it filled as it likes.
 #![forbid(unsafe_code)]
 
-use hypervisor::devices::{Bus, Devices, DevicesConfig, MAX_REQUEST};
+use hypervisor::devices::{Bus, DISK_DEPTH, Devices, DevicesConfig, DiskConfig, MAX_REQUEST};
+use hypervisor::disk::{Data, Done, Operation, Status};
 use hypervisor::event::{Effect, GuestTime, Input, Need, Output};
 use hypervisor::memory::GuestRam;
 
@@ -18,9 +19,14 @@ pub(super) const TARGET: Target = Target {
 /// Where queues and buffers lie; small, so that wild addresses meet.
 const ARENA: u64 = 0x10_0000;
 const ARENA_BYTES: u64 = 0x4000;
-const WINDOWS: [u64; 3] = [0xd000_0000, 0xd000_1000, 0xd000_2000];
-/// More than a queue has places for: no exit makes more.
-const MOST_OUTPUTS: usize = 257;
+const WINDOWS: [u64; 4] = [0xd000_0000, 0xd000_1000, 0xd000_2000, 0xd000_3000];
+/// More than a queue has places for, and the disk's requests: no exit makes more.
+const MOST_OUTPUTS: usize = 257 + DISK_DEPTH;
+const DISK: Option<DiskConfig> = Some(DiskConfig {
+    sectors: 64,
+    read_only: false,
+    id: [b'd'; 20],
+});
 
 /// Memory is mapped once for each board; a run clears the arena, and nothing else is ever written.
 struct Machine {
@@ -100,8 +106,8 @@ impl Machine {
             }
             6 => {
                 // The doorbell of a queue.
-                let base = WINDOWS[1 + usize::from(choice >> 3 & 1)];
-                let queue = u32::from(choice >> 4 & 3).to_le_bytes();
+                let base = WINDOWS[1 + usize::from(choice >> 3 & 3) % 3];
+                let queue = u32::from(choice >> 5 & 3).to_le_bytes();
                 self.board.write(&self.ram, Bus::Mmio, base + 0x50, &queue);
             }
             _ => self.input(choice, source),
@@ -136,7 +142,7 @@ impl Machine {
 
     /// A device from reset to running with queues where the input wants them.
     fn set_up(&mut self, choice: u8, source: &mut Source<'_>) {
-        let base = WINDOWS[1 + usize::from(choice >> 3 & 1)];
+        let base = WINDOWS[1 + usize::from(choice >> 3 & 3) % 3];
         let mut write = |register: u64, value: u32| {
             let _ = self
                 .board
@@ -215,7 +221,8 @@ impl Machine {
                 self.board = restored;
                 return;
             }
-            _ => Input::Clock(GuestTime(source.u64())),
+            _ if choice & 0x40 == 0 => Input::Clock(GuestTime(source.u64())),
+            _ => self.answer_of_the_disk(source),
         };
         if self.board.apply(&self.ram, &input).is_err() {
             assert_eq!(
@@ -227,10 +234,31 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// What came of one of the requests that are under way, mostly one that fits.
+    fn answer_of_the_disk(&self, source: &mut Source<'_>) -> Input {
+        let (which, how) = (source.u8(), source.u8());
+        let mut requests = self.board.disk_requests();
+        let request = requests.nth(usize::from(which) % DISK_DEPTH);
+        let number = request.map_or_else(Default::default, |request| request.number);
+        let good = how & 1 == 0;
+        let length = match request.map(|request| &request.operation) {
+            Some(Operation::Read { length, .. }) if good => *length as usize,
+            _ => usize::from(how >> 6) * 100,
+        };
+        Input::Disk(Done {
+            number,
+            status: if good { Status::Good } else { Status::Error },
+            data: Data(vec![how; length]),
+        })
+    }
+}
+
 fn board() -> Devices {
     Devices::new(&DevicesConfig {
         mac: [2; 6],
         mtu: 1500,
+        disk: DISK,
         wall_clock_ns: 0,
         firmware: false,
     })
@@ -250,7 +278,7 @@ fn place(choice: u8, source: &mut Source<'_>) -> (Bus, u64) {
             (Bus::Port, known[at as usize % known.len()])
         }
         1 => (Bus::Port, at),
-        2 => (Bus::Mmio, WINDOWS[at as usize % 3] + (at >> 2) % 0x120),
+        2 => (Bus::Mmio, WINDOWS[at as usize % 4] + (at >> 2) % 0x120),
         _ => (Bus::Mmio, at << 16),
     }
 }
@@ -258,8 +286,8 @@ fn place(choice: u8, source: &mut Source<'_>) -> (Bus, u64) {
 fn seeds() -> Vec<Vec<u8>> {
     let word = |value: u64| (value as u16).to_le_bytes();
     let mut seeds = Vec::new();
-    // One driver each for network and entropy, with a frame to send, a buffer to receive, and requests.
-    for (device, flags) in [(0u8, 0u8), (8, 2)] {
+    // One driver each for network, entropy and disk, with a frame to send, a buffer to receive, and requests.
+    for (device, flags) in [(0u8, 0u8), (8, 2), (16, 2)] {
         let mut seed = vec![3 | device];
         for queue in 0..2u64 {
             seed.push(3);
@@ -284,7 +312,7 @@ fn seeds() -> Vec<Vec<u8>> {
             seed.push(available.len() as u8);
             seed.extend(available);
         }
-        seed.extend([6 | device | 1 << 4, 6 | device]);
+        seed.extend([6 | device | 1 << 5, 6 | device]);
         seed.extend([7, 60, 0, 7, 0, 2, 7 | 6 << 3, 7 | 5 << 3]);
         seed.extend([16, 0, 0, 7 | 7 << 3, 1, 0, 0, 0, 0, 0, 0, 0]);
         seeds.push(seed);

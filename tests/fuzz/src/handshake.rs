@@ -114,6 +114,7 @@ fn hello(spec_bytes: usize) -> Hello {
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],
+        disk: None,
         running: false,
         spec_bytes: spec_bytes as u32,
     }

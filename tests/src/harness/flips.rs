@@ -188,7 +188,9 @@ pub fn flip(recording: &mut Decoded, kind: Kind, random: &mut Random) -> Result<
             *count ^= 1 << bit;
             format!("bit {bit} of the tick count")
         }
-        LoggedInput::Frames { .. } | LoggedInput::Console(_) => return Ok(None),
+        LoggedInput::Frames { .. } | LoggedInput::Console(_) | LoggedInput::Disk { .. } => {
+            return Ok(None);
+        }
     };
     Ok(Some(format!("{what} at position {position}")))
 }

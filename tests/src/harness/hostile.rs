@@ -219,6 +219,8 @@ fn to_message(output: &Output) -> Vec<u8> {
         Output::Frame(bytes) => (1, bytes),
         Output::Console(bytes) => (2, bytes),
         Output::PowerOff(status) => (3, std::slice::from_ref(status)),
+        // No victim has a disk, and none would send this way what it asks of it.
+        Output::Disk(request) => (4, request.written()),
     };
     let mut message = vec![0; MESSAGE_HEAD];
     message[0] = kind;

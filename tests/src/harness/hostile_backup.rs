@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::backends::wait::Wake;
+use hypervisor::disk::Done;
 use hypervisor::entry::{Body, Decoder, OutputsDigest};
 use hypervisor::event::Output;
 use hypervisor::kvm::KvmSource;
@@ -63,6 +64,10 @@ impl LogSource for Watched {
         let frame = self.ring.frame()?;
         self.told.applied.push(frame.clone());
         Ok(frame)
+    }
+
+    fn done(&mut self) -> Result<Done, LogError> {
+        self.ring.done()
     }
 
     fn replayed(&mut self, seq: Seq) {

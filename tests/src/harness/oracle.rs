@@ -230,6 +230,7 @@ fn inputs(logged: &[LoggedInput], frames: &mut VecDeque<Vec<u8>>) -> Result<Vec<
             LoggedInput::Random(bytes) => inputs.push(Input::Random(bytes.clone())),
             LoggedInput::Tick(count) => inputs.push(Input::Tick(*count)),
             LoggedInput::Console(bytes) => inputs.push(Input::Console(bytes.clone())),
+            LoggedInput::Disk { .. } => bail!("a disk, which no guest of these recordings has"),
             LoggedInput::Frames { count, .. } => {
                 for _ in 0..*count {
                     inputs.push(Input::Frame(

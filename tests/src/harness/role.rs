@@ -26,10 +26,47 @@ impl Role {
     /// # Errors
     /// If it cannot be started.
     pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
+        Self::spawn(
+            directory,
+            name,
+            Command::new(program::doppel()?).args(arguments),
+        )
+    }
+
+    /// Starts `doppel` with these arguments where a file system of so many bytes is mounted at `place`, for this process alone.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_with_little_space(
+        directory: &Path,
+        name: &str,
+        (place, bytes): (&Path, u64),
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let mount = format!(
+            "mount -t tmpfs -o size={bytes} none '{0}' && truncate -s 4M '{0}/disk' && exec \"$@\"",
+            place.display()
+        );
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                &mount,
+                "sh",
+            ])
+            .arg(program::doppel()?)
+            .args(arguments);
+        Self::spawn(directory, name, &mut command)
+    }
+
+    fn spawn(directory: &Path, name: &str, command: &mut Command) -> Result<Self> {
         let output = directory.join(format!("{name}.stdout"));
         let messages = directory.join(format!("{name}.stderr"));
-        let child = Command::new(program::doppel()?)
-            .args(arguments)
+        let child = command
             .current_dir(directory)
             .stdin(Stdio::null())
             .stdout(File::create(&output).context("create a file for output")?)

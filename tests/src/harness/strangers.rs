@@ -88,6 +88,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
         identity: "0123456789abcdef0123456789abcdef".into(),
         heartbeat: SocketAddr::from(([127, 0, 0, 1], 9)),
         key: [7; 16],
+        disk: None,
         running: false,
         spec_bytes: u32::try_from(spec_bytes)?,
     })

@@ -8,6 +8,7 @@ pub mod commit_latency;
 pub mod confined;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
@@ -62,6 +63,7 @@ pub const ALL: &[Promise] = &[
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
+    disk_keeps_writes::PROMISE,
     operator_view::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,

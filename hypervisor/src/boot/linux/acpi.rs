@@ -27,8 +27,8 @@ const SCI: u16 = 9;
 /// not (bit 2), and MSI must not be used (bit 3).
 const BOOT_ARCH: u16 = 0b1101;
 
-/// All tables, one behind the other from `base`; the RSDP comes first.
-pub(super) fn tables(base: u64) -> Vec<u8> {
+/// All tables, one behind the other from `base`; the RSDP comes first. The disk is named if there is one.
+pub(super) fn tables(base: u64, disk: bool) -> Vec<u8> {
     // Each begins at a multiple of 64, as the FACS must.
     let mut bytes = vec![0; 64];
     let mut add = |table: &dyn Aml| {
@@ -37,7 +37,7 @@ pub(super) fn tables(base: u64) -> Vec<u8> {
         bytes.resize(bytes.len().next_multiple_of(64), 0);
         at
     };
-    let dsdt = add(&dsdt());
+    let dsdt = add(&dsdt(disk));
     let facs = add(&FACS::new());
     let fadt = add(&fadt(dsdt as u32, facs as u32));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
@@ -86,14 +86,16 @@ fn fadt(dsdt: u32, facs: u32) -> acpi_tables::fadt::FADT {
     fadt.finalize()
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(disk: bool) -> Sdt {
     let mut sdt = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     let mut body = Vec::new();
     // S5 is sleep type 0 in both PM1 control registers.
     let (zero, reserved) = (0u8, 0u8);
     let s5 = aml::Package::new(vec![&zero, &zero, &reserved, &reserved]);
     aml::Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
-    for (index, (name, base, irq)) in devices::WINDOWS.into_iter().enumerate() {
+    let disk = disk.then_some(devices::DISK_WINDOW);
+    let windows = devices::WINDOWS.into_iter().chain(disk);
+    for (index, (name, base, irq)) in windows.enumerate() {
         let (id, number) = ("LNRO0005", index as u8);
         let hardware = aml::Name::new("_HID".into(), &id);
         let unit = aml::Name::new("_UID".into(), &number);
@@ -127,7 +129,7 @@ mod tests {
     #[test]
     fn every_table_is_found_from_the_first_and_sums_to_zero() {
         let base = 0xe_0000;
-        let bytes = tables(base);
+        let bytes = tables(base, true);
         assert!(bytes.len() < 0x1_0000, "they fit below the BIOS's end");
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         let table = |at: usize| {
@@ -144,7 +146,7 @@ mod tests {
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         let facs = table(word(fadt, 36));
         assert_eq!((&facs[..4], word(fadt, 36) % 64), (&b"FACS"[..], 0));
-        for name in [&b"_S5_"[..], b"NET0", b"RNG0", b"COM1"] {
+        for name in [&b"_S5_"[..], b"NET0", b"RNG0", b"BLK0", b"COM1"] {
             assert!(dsdt.windows(4).any(|four| four == name), "{name:?}");
         }
     }

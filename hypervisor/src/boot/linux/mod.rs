@@ -92,6 +92,8 @@ pub struct Linux<'a> {
     pub command_line: &'a str,
     /// Seeds the kernel's random pool.
     pub seed: [u8; SEED_BYTES],
+    /// Whether there is a disk, for the tables to tell.
+    pub disk: bool,
 }
 
 /// Loads all of it, and puts the vCPU at the entry.
@@ -155,7 +157,7 @@ fn place(ram: &GuestRam, linux: &Linux<'_>) -> Result<u64, LinuxError> {
     ram.write(COMMAND_LINE, line.as_bytes())?;
     ram.write(COMMAND_LINE + line.len() as u64, &[0])?;
     write_seed(ram, &linux.seed)?;
-    let tables = acpi::tables(TABLES);
+    let tables = acpi::tables(TABLES, linux.disk);
     ram.write(TABLES, &tables)?;
     write_page_tables(ram)?;
     write_gdt(ram)?;

@@ -1,6 +1,6 @@
 //! A guest's side of the board: register accesses, and a small virtio driver over hand-made queues.
 
-use crate::devices::{Bus, Devices, DevicesConfig};
+use crate::devices::{Bus, Devices, DevicesConfig, DiskConfig};
 use crate::event::{Effect, GuestTime, Input, Output};
 use crate::memory::GuestRam;
 
@@ -10,6 +10,7 @@ pub const MTU: u16 = 1500;
 pub const PLATFORM: u64 = 0xd000_0000;
 pub const NET: u64 = 0xd000_1000;
 pub const RNG: u64 = 0xd000_2000;
+pub const BLK: u64 = 0xd000_3000;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -46,9 +47,15 @@ pub struct Guest {
 
 impl Guest {
     pub fn new() -> Self {
+        Self::with(None)
+    }
+
+    /// One with this disk.
+    pub fn with(disk: Option<DiskConfig>) -> Self {
         let config = DevicesConfig {
             mac: MAC,
             mtu: MTU,
+            disk,
             wall_clock_ns: 0,
             firmware: false,
         };

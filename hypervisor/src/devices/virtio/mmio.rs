@@ -118,6 +118,11 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
         &self.device
     }
 
+    /// The same, to change.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+
     /// Whether a driver drives the device, and has not broken it.
     #[must_use]
     pub fn running(&self) -> bool {
@@ -242,8 +247,8 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
             register::DEVICE_ID => D::ID,
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => match self.device_features_sel {
-                0 => Self::offered() as u32,
-                1 => (Self::offered() >> 32) as u32,
+                0 => self.offered() as u32,
+                1 => (self.offered() >> 32) as u32,
                 _ => 0,
             },
             register::QUEUE_NUM_MAX if self.selected().is_some() => u32::from(MAX_SIZE),
@@ -256,8 +261,8 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
         }
     }
 
-    fn offered() -> u64 {
-        D::FEATURES | F_VERSION_1
+    fn offered(&self) -> u64 {
+        self.device.features() | F_VERSION_1
     }
 
     fn selected(&self) -> Option<&VirtQueue> {
@@ -282,12 +287,14 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
             status &= !DRIVER;
         }
         let features = self.driver_features;
-        let acceptable = features & !Self::offered() == 0 && features & F_VERSION_1 != 0;
+        let acceptable = features & !self.offered() == 0 && features & F_VERSION_1 != 0;
         if status & DRIVER == 0 || !acceptable {
             status &= !FEATURES_OK;
         }
         if status & FEATURES_OK == 0 {
             status &= !DRIVER_OK;
+        } else {
+            self.device.agreed(features);
         }
         self.status = status;
     }

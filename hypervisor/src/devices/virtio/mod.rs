@@ -1,11 +1,12 @@
 //! The virtio devices (virtio 1.2): a transport, split virtqueues, and what works them.
 //!
 //! ```text
-//! guest access ──▶ mmio::Mmio<D> ──notify──▶ D: Device (net, rng) ──▶ queue::VirtQueue ──▶ guest RAM
+//! guest access ──▶ mmio::Mmio<D> ──notify──▶ D: Device (net, rng, blk) ──▶ queue::VirtQueue ──▶ guest RAM
 //!                      └──▶ Line: what happens to the device's interrupt line
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -37,8 +38,12 @@ pub struct Interrupt(pub bool);
 pub trait Device {
     /// The device's type (virtio 1.2, section 5).
     const ID: u32;
+
     /// The features it offers, besides `VIRTIO_F_VERSION_1`.
-    const FEATURES: u64;
+    fn features(&self) -> u64;
+
+    /// The driver has chosen these.
+    fn agreed(&mut self, _features: u64) {}
 
     /// Its configuration space.
     fn config(&self) -> &[u8];

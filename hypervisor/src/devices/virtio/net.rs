@@ -101,7 +101,10 @@ impl Net {
 
 impl Device for Net {
     const ID: u32 = 1;
-    const FEATURES: u64 = F_MAC | F_MTU;
+
+    fn features(&self) -> u64 {
+        F_MAC | F_MTU
+    }
 
     fn config(&self) -> &[u8] {
         &self.config

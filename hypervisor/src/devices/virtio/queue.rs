@@ -48,14 +48,14 @@ pub enum Direction {
 }
 
 /// A piece of guest RAM, checked to be inside.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Buffer {
     address: u64,
     len: usize,
 }
 
-/// A chain of buffers that the driver made available.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A chain of buffers that the driver made available, or its part that goes one way.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Chain {
     head: u16,
     buffers: Vec<Buffer>,
@@ -81,16 +81,37 @@ impl Chain {
     /// [`QueueFault::Buffer`], which the checks on popping exclude.
     pub fn read_after(&self, ram: &GuestRam, skip: usize) -> Result<Vec<u8>, QueueFault> {
         let mut data = vec![0; self.len.saturating_sub(skip)];
+        self.read_at(ram, skip, &mut data)?;
+        Ok(data)
+    }
+
+    /// Fills `data` with what follows the first `skip` bytes, as far as it reaches.
+    ///
+    /// # Errors
+    /// [`QueueFault::Buffer`], which the checks on popping exclude.
+    pub fn read_at(&self, ram: &GuestRam, skip: usize, data: &mut [u8]) -> Result<(), QueueFault> {
         let (mut skip, mut done) = (skip, 0);
         for buffer in &self.buffers {
             let over = skip.min(buffer.len);
             skip -= over;
-            let len = buffer.len - over;
+            let len = (buffer.len - over).min(data.len() - done);
             ram.read(buffer.address + over as u64, &mut data[done..done + len])
                 .map_err(|_| QueueFault::Buffer)?;
             done += len;
         }
-        Ok(data)
+        Ok(())
+    }
+
+    /// Writes one byte at its last place, if it has any.
+    ///
+    /// # Errors
+    /// [`QueueFault::Buffer`], which the checks on popping exclude.
+    pub fn write_last(&self, ram: &GuestRam, byte: u8) -> Result<(), QueueFault> {
+        let Some(last) = self.buffers.iter().rfind(|buffer| buffer.len > 0) else {
+            return Ok(());
+        };
+        ram.write(last.address + last.len as u64 - 1, &[byte])
+            .map_err(|_| QueueFault::Buffer)
     }
 
     /// Fills the buffers with `parts`, one after the other, as far as they reach; returns the bytes written.
@@ -159,6 +180,35 @@ impl VirtQueue {
         ram: &GuestRam,
         direction: Direction,
     ) -> Result<Option<Chain>, QueueFault> {
+        self.walk(ram, |way, _| way == direction)
+            .map(|walked| walked.map(|(chain, _)| chain))
+    }
+
+    /// Takes the next chain, whose buffers for the device to read come before those for it to write, in these two parts. On
+    /// an error nothing was taken.
+    ///
+    /// # Errors
+    /// What is wrong with the queue or the chain.
+    pub fn pop_request(&mut self, ram: &GuestRam) -> Result<Option<(Chain, Chain)>, QueueFault> {
+        let walked = self.walk(ram, |way, before| {
+            way == Direction::Writable || before != Some(Direction::Writable)
+        })?;
+        Ok(walked.map(|(mut readable, readable_buffers)| {
+            let buffers = readable.buffers.split_off(readable_buffers);
+            let len = buffers.iter().map(|buffer| buffer.len).sum();
+            readable.len -= len;
+            let head = readable.head;
+            (readable, Chain { head, buffers, len })
+        }))
+    }
+
+    /// Takes the next chain, if `fits` allows the way of each buffer after that of the one before it. Also says how many go the
+    /// device's way before the first that does not.
+    fn walk(
+        &mut self,
+        ram: &GuestRam,
+        fits: impl Fn(Direction, Option<Direction>) -> bool,
+    ) -> Result<Option<(Chain, usize)>, QueueFault> {
         let mut queue = self.open(ram)?;
         let memory = ram.guest_memory();
         let mut available = queue.iter(memory).map_err(|_| QueueFault::AvailableIndex)?;
@@ -170,14 +220,21 @@ impl VirtQueue {
             buffers: Vec::new(),
             len: 0,
         };
+        let (mut before, mut readable) = (None, 0);
         // The queue crate ends a bad chain as it ends a good one; a good one ends without NEXT. It follows
         // indirect tables, which we never offer: harmless, as the bound on descriptors counts theirs too.
         let mut complete = false;
         for descriptor in descriptors.take(usize::from(self.size)) {
-            let writable = descriptor.is_write_only();
-            if writable != (direction == Direction::Writable) {
+            let way = if descriptor.is_write_only() {
+                Direction::Writable
+            } else {
+                Direction::Readable
+            };
+            if !fits(way, before) {
                 return Err(QueueFault::Direction);
             }
+            before = Some(way);
+            readable += usize::from(way == Direction::Readable);
             let buffer = Buffer {
                 address: descriptor.addr().0,
                 len: descriptor.len() as usize,
@@ -193,7 +250,7 @@ impl VirtQueue {
             return Err(QueueFault::Chain);
         }
         self.next_available = self.next_available.wrapping_add(1);
-        Ok(Some(chain))
+        Ok(Some((chain, readable)))
     }
 
     /// Looks at the next chain without taking it.

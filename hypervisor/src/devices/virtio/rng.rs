@@ -81,7 +81,10 @@ impl Rng {
 
 impl Device for Rng {
     const ID: u32 = 4;
-    const FEATURES: u64 = 0;
+
+    fn features(&self) -> u64 {
+        0
+    }
 
     fn config(&self) -> &[u8] {
         &[]

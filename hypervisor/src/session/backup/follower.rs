@@ -3,13 +3,14 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use rdma_log::Fenced;
 
 use crate::arbiter::Claim;
+use crate::backends::disk::Disk;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::Config;
@@ -51,6 +52,8 @@ pub(super) struct Follower {
     pub(super) claims: Sender<Claim>,
     /// The number of the last entry that came.
     pub(super) arrived: Arc<AtomicU64>,
+    /// The guest has turned itself off.
+    pub(super) off: Arc<AtomicBool>,
 }
 
 /// What going live needs besides the proofs.
@@ -62,6 +65,7 @@ struct Live {
     options: RecordOptions,
     random: File,
     desk: Option<Arc<Desk<RingSink>>>,
+    disk: Option<Arc<Disk>>,
     intervals: Option<Intervals<RingSink>>,
 }
 
@@ -80,6 +84,7 @@ impl Follower {
         desk: Option<Arc<Desk<RingSink>>>,
     ) -> Result<Self, SessionError> {
         let arrived = replayer.source().arrivals();
+        let off = replayer.off();
         let (tell, told) = channel();
         let (claims, claim) = channel();
         let live = Live {
@@ -90,6 +95,7 @@ impl Follower {
             options: record_options(config),
             random: random_source()?,
             desk,
+            disk: io.stager.disk().cloned(),
             intervals: intervals(config, io)?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
@@ -110,6 +116,7 @@ impl Follower {
             told,
             claims,
             arrived,
+            off,
         })
     }
 }
@@ -166,6 +173,12 @@ fn follow(
         ))));
         return Ok(Ended::Stopped);
     };
+    if let Some(disk) = &live.disk
+        && let Err(failure) = disk.take_over()
+    {
+        say(Told::Failed(failure.into()));
+        return Ok(Ended::Stopped);
+    }
     say(Told::Drained(drained));
     let Ok(claim) = claim.recv() else {
         return Ok(Ended::Stopped);
@@ -179,6 +192,13 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
     for output in remains.unreleased {
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
+    }
+    if let Some(disk) = &live.disk {
+        // What came of them the guest was not told, and what this image has of them does no harm: they are the last that were
+        // asked, and are done again in their order.
+        for request in remains.machine.disk_requests() {
+            disk.serve(request.clone());
+        }
     }
     // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has
     // something to log.
@@ -197,4 +217,5 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         desk: live.desk,
         intervals: live.intervals,
     })
+    .with_disk(live.disk)
 }

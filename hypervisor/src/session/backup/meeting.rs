@@ -1,6 +1,7 @@
 //! How a backup comes to be: it meets a primary, becomes a copy of its machine, and is entitled.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -13,6 +14,8 @@ use super::Following;
 use super::follower::{Follower, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
+use crate::backends::disk::OpenImage;
+use crate::backends::disk::mark::{Stamp, Use};
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
@@ -29,6 +32,7 @@ use crate::replay::Replayer;
 use crate::ring_log::RingSource;
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
+use crate::session::disk;
 use crate::session::freight::Consignee;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
@@ -50,12 +54,21 @@ pub(super) struct Meeting<'a> {
     /// Whom to believe.
     pub(super) trust: Trust,
     pub(super) listener: Listener,
+    /// The disk's image.
+    pub(super) image: Option<OpenImage>,
+    /// Hash of what is on it; none when a primary has been followed since.
+    pub(super) content: Cell<Option<u64>>,
 }
 
 impl Meeting<'_> {
     /// Waits for a primary, and becomes its backup: built as the machine is described, or copied from it if it runs.
     pub(super) fn meet(&self, common: Common) -> Result<Following, SessionError> {
         let config = self.config;
+        let image = self.image.as_ref();
+        if self.content.get().is_none() {
+            self.content.set(disk::content(image)?);
+        }
+        let content = self.content.get();
         let control = self.listener.accept(&common, &self.trust)?;
         let ours = Ours {
             cpu: &self.cpu,
@@ -67,6 +80,7 @@ impl Meeting<'_> {
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
+                disk::fits(&spec, hello.disk, hello.running, image, content)?;
                 let machine = self.build(&spec)?;
                 Ok((hello, peer, spec, machine))
             })
@@ -88,7 +102,7 @@ impl Meeting<'_> {
             config,
             self.me,
             &machine,
-            &spec,
+            (&spec, content),
             port.as_ref(),
             self.trust.clone(),
         )?;
@@ -116,8 +130,15 @@ impl Meeting<'_> {
             log = log.carrying(restored.staged);
             base = Some(restored.base);
         }
+        if let Some(image) = image {
+            image.follows(&config.name, self.me)?;
+            self.content.set(None);
+        }
+        let disk = disk::start(image, config, &io)?;
+        io.stager.serve_disk(disk.clone());
         let spin = config.timing.spin();
-        let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin);
+        let mut replayer =
+            Replayer::new(machine, log, Arc::clone(&io.orders), spin).with_disk(disk.clone());
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
         }
@@ -139,6 +160,10 @@ impl Meeting<'_> {
                 return Err(error);
             }
         };
+        if let Some(disk) = &disk {
+            disk.mark(Use::Follows, Stamp::in_reign(&record, self.me));
+            disk.may_lead(record.claimed_by(self.me).as_ref().map(Stamp::of));
+        }
         control
             .set_nonblocking(true)
             .map_err(SessionError::host("set up the control connection"))?;

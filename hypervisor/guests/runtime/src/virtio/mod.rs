@@ -1,12 +1,14 @@
-//! virtio-mmio, version 2 (virtio 1.2, sections 2.7 and 4.2): the transport, and the two devices of the machine.
+//! virtio-mmio, version 2 (virtio 1.2, sections 2.7 and 4.2): the transport, and the three devices of the machine.
 //!
 //! Interrupts are not asked for: the guest looks after each halt. A notification is an exit; `platform::halt` is
 //! one for all queues, so a guest about to halt needs no other.
 
+mod block;
 mod entropy;
 mod network;
 mod queue;
 
+pub use block::{BLOCK, Block, Finished};
 pub use entropy::Entropy;
 pub use network::{Network, ReceiveToken, TransmitToken};
 
@@ -97,18 +99,28 @@ impl Window {
 
     /// Tells the device where a queue lies.
     fn set_queue(self, number: u32, queue: &Queue) -> Result<(), OpenError> {
+        self.select(number, queue.size(), queue.addresses())
+    }
+
+    /// Tells the device of a queue with so many places, whose descriptors, available and used ring lie there.
+    fn select(self, number: u32, size: u16, addresses: [u64; 3]) -> Result<(), OpenError> {
         self.write(QUEUE_SELECT, number);
-        if self.read(QUEUE_SIZE_MAX) < u32::from(queue.size()) {
+        if self.read(QUEUE_SIZE_MAX) < u32::from(size) {
             return Err(OpenError::Refused);
         }
-        self.write(QUEUE_SIZE, u32::from(queue.size()));
+        self.write(QUEUE_SIZE, u32::from(size));
         let registers = [QUEUE_DESCRIPTORS, QUEUE_DRIVER, QUEUE_DEVICE];
-        for (register, address) in registers.into_iter().zip(queue.addresses()) {
+        for (register, address) in registers.into_iter().zip(addresses) {
             self.write(register, address as u32);
             self.write(register + 4, (address >> 32) as u32);
         }
         self.write(QUEUE_READY, 1);
         Ok(())
+    }
+
+    /// The device forgets the driver and its queues.
+    fn reset(self) {
+        self.write(STATUS, 0);
     }
 
     /// The driver is ready: the device may work.

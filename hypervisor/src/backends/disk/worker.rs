@@ -1,0 +1,394 @@
+//! The thread of an image.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::image::Image;
+use super::mark::{Mark, Stamp, Use};
+use crate::backends::wait::Wake;
+use crate::disk::{Data, Done, Operation, Request, SECTOR, Status};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
+
+/// Bytes that a side that follows may be behind with. A failover waits until they are written, and a disk's hiccup costs the primary
+/// nothing as long as they suffice: a good part of a second of a fast guest's writes, a fraction of a second of a slow disk's.
+pub const FOLLOW_BYTES: usize = 8 << 20;
+
+/// What a request is counted with beside its data, so that flushes are bounded as well.
+const AROUND: usize = 1 << 10;
+
+/// A side's disk failed, and this side is of no use as a copy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this side's disk image fails: {0}")]
+pub struct DiskFailure(pub String);
+
+/// What came of a request of a side that leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// What the guest is told, if it is told.
+    pub done: Done,
+    /// What the disk said, if it failed.
+    pub failure: Option<String>,
+}
+
+/// Something to do.
+#[derive(Debug)]
+enum Job {
+    /// A request, and what came of it is told.
+    Serve(Request),
+    /// A request that only the image needs to know.
+    Follow(Request),
+    /// From now on the image carries this mark; all that came before is durable first.
+    Mark(Mark),
+}
+
+impl Job {
+    fn weight(&self) -> usize {
+        match self {
+            Self::Serve(request) | Self::Follow(request) => AROUND + request.length(),
+            Self::Mark(_) => AROUND,
+        }
+    }
+
+    fn is_flush_that_follows(&self) -> bool {
+        matches!(
+            self,
+            Self::Follow(Request {
+                operation: Operation::Flush,
+                ..
+            })
+        )
+    }
+}
+
+/// Works on an image: no thread, no queue.
+pub(super) struct Engine<I> {
+    image: I,
+    /// Something was written that may not survive the loss of power.
+    unsynced: bool,
+    /// A sync failed. The kernel says that once and forgets it, and what it could not write is lost: no later sync is true.
+    lost: Option<String>,
+    /// The first failure of what no guest is told of.
+    failed: Option<String>,
+}
+
+impl<I: Image> Engine<I> {
+    pub(super) fn new(image: I) -> Self {
+        Self {
+            image,
+            unsynced: false,
+            lost: None,
+            failed: None,
+        }
+    }
+
+    fn request(&mut self, request: &Request) -> io::Result<Data> {
+        match &request.operation {
+            Operation::Read { sector, length } => {
+                let mut data = vec![0; *length as usize];
+                self.image.read(&mut data, sector * SECTOR)?;
+                Ok(Data(data))
+            }
+            Operation::Write {
+                sector,
+                data,
+                durable,
+            } => {
+                self.unsynced = true;
+                self.image.write(&data.0, sector * SECTOR)?;
+                if *durable {
+                    self.sync()?;
+                }
+                Ok(Data::default())
+            }
+            Operation::Flush => self.sync().map(|()| Data::default()),
+        }
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        if let Some(why) = &self.lost {
+            return Err(io::Error::other(why.clone()));
+        }
+        if self.unsynced {
+            self.image.sync().inspect_err(|error| {
+                self.lost = Some(format!("what was written before is lost: {error}"));
+            })?;
+            self.unsynced = false;
+        }
+        Ok(())
+    }
+
+    pub(super) fn serve(&mut self, request: &Request) -> Outcome {
+        let (status, data, failure) = match self.request(request) {
+            Ok(data) => (Status::Good, data, None),
+            Err(error) => (Status::Error, Data::default(), Some(error.to_string())),
+        };
+        let number = request.number;
+        Outcome {
+            done: Done {
+                number,
+                status,
+                data,
+            },
+            failure,
+        }
+    }
+
+    /// Nothing is done to an image once it has failed: what it lacks cannot be made up for by what comes later.
+    fn unless_failed(&mut self, what: impl FnOnce(&mut Self) -> io::Result<()>) {
+        if self.failed.is_none()
+            && let Err(error) = what(self)
+        {
+            self.failed = Some(error.to_string());
+        }
+    }
+
+    pub(super) fn follow(&mut self, request: &Request) {
+        self.unless_failed(|engine| match request.operation {
+            // What was read is in the log.
+            Operation::Read { .. } => Ok(()),
+            Operation::Write { .. } | Operation::Flush => engine.request(request).map(drop),
+        });
+    }
+
+    pub(super) fn mark(&mut self, mark: &Mark) {
+        self.unless_failed(|engine| {
+            engine.sync()?;
+            engine.image.mark(mark)
+        });
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    /// What the jobs weigh, the one under way included.
+    weight: usize,
+    /// Jobs that were given, and that are done.
+    given: u64,
+    finished: u64,
+    failed: Option<String>,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A holder that panicked ends the process; the queue is as it was left.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(&self, mut state: MutexGuard<'_, State>, job: Job) -> u64 {
+        state.weight += job.weight();
+        state.given += 1;
+        let number = state.given;
+        state.jobs.push_back(job);
+        self.changed.notify_all();
+        number
+    }
+
+    fn wait_while(&self, condition: impl FnMut(&mut State) -> bool) -> MutexGuard<'_, State> {
+        self.changed
+            .wait_while(self.lock(), condition)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next job, once there is one; none when the disk is closed and everything is done. A flush that follows is left
+    /// out when a later one is there: nobody waits for the first.
+    fn take(&self) -> Option<Job> {
+        loop {
+            let mut state = self.wait_while(|state| state.jobs.is_empty() && !state.closed);
+            let job = state.jobs.pop_front()?;
+            let later = state.jobs.iter().any(Job::is_flush_that_follows);
+            if !job.is_flush_that_follows() || !later {
+                return Some(job);
+            }
+            self.finish(state, &job, None);
+        }
+    }
+
+    fn finish(&self, mut state: MutexGuard<'_, State>, job: &Job, failed: Option<String>) {
+        state.weight -= job.weight();
+        state.finished += 1;
+        state.failed = failed.or(state.failed.take());
+        self.changed.notify_all();
+    }
+}
+
+/// The thread's handle. Whoever drops it waits until all that was given is done.
+#[derive(Debug)]
+pub struct Disk {
+    shared: Arc<Shared>,
+    outcomes: Mutex<Receiver<Outcome>>,
+    thread: Option<JoinHandle<()>>,
+    machine: String,
+    /// What the image is marked with when this side, which follows, takes over.
+    claim: Mutex<Option<Stamp>>,
+}
+
+impl Disk {
+    /// Starts the thread, which confines itself; `wake` is rung when something came of a request.
+    ///
+    /// # Errors
+    /// The host's, if it starts no thread.
+    pub fn start(
+        image: impl Image + 'static,
+        machine: &str,
+        wake: Arc<Wake>,
+        sandbox: Sandbox,
+    ) -> io::Result<Self> {
+        let shared: Arc<Shared> = Arc::default();
+        let (tell, outcomes) = channel();
+        let work = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("disk".into())
+            .spawn(move || {
+                sandbox.confine(Thread::Disk).expect(NOT_CONFINED);
+                run(&work, Engine::new(image), &tell, &wake);
+            })?;
+        Ok(Self {
+            shared,
+            outcomes: Mutex::new(outcomes),
+            thread: Some(thread),
+            machine: machine.to_owned(),
+            claim: Mutex::default(),
+        })
+    }
+
+    /// Has a request done; what comes of it is told by [`outcome`](Self::outcome). The guest's device bounds how many there are.
+    pub fn serve(&self, request: Request) {
+        self.shared.give(self.shared.lock(), Job::Serve(request));
+    }
+
+    /// Has a request of the log done. Waits while too much is behind.
+    ///
+    /// # Errors
+    /// [`DiskFailure`], also of an earlier one.
+    pub fn follow(&self, request: Request) -> Result<(), DiskFailure> {
+        let job = Job::Follow(request);
+        let state = self.shared.wait_while(|state| {
+            state.failed.is_none() && state.weight > 0 && state.weight + job.weight() > FOLLOW_BYTES
+        });
+        match &state.failed {
+            Some(failed) => Err(DiskFailure(failed.clone())),
+            None => {
+                self.shared.give(state, job);
+                Ok(())
+            }
+        }
+    }
+
+    /// What came of a request, if there is something new.
+    #[must_use]
+    pub fn outcome(&self) -> Option<Outcome> {
+        let outcomes = self.outcomes.lock();
+        outcomes
+            .unwrap_or_else(PoisonError::into_inner)
+            .try_recv()
+            .ok()
+    }
+
+    /// Why this image is of no use as a copy.
+    #[must_use]
+    pub fn failure(&self) -> Option<DiskFailure> {
+        self.shared.lock().failed.clone().map(DiskFailure)
+    }
+
+    /// Has the image marked as the arbiter's record says, after all that was given before and once that is durable.
+    pub fn mark(&self, in_use: Use, stamp: Stamp) {
+        self.give_mark(in_use, stamp, true);
+    }
+
+    fn give_mark(&self, in_use: Use, stamp: Stamp, sure: bool) {
+        let mark = Mark {
+            machine: self.machine.clone(),
+            stamp,
+            in_use,
+            sure,
+            before: None,
+        };
+        self.shared.give(self.shared.lock(), Job::Mark(mark));
+    }
+
+    /// This side follows, and would take over with this stamp.
+    pub fn may_lead(&self, claim: Option<Stamp>) {
+        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
+    }
+
+    /// This side takes over, if its claim is won: returns when the image has all that was given, durably, and says so.
+    ///
+    /// # Errors
+    /// [`DiskFailure`] if it has not.
+    pub fn take_over(&self) -> Result<(), DiskFailure> {
+        let claim = *self.claim.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stamp) = claim {
+            // A claim may still be lost: the mark is not one of a side that is known to have led.
+            self.give_mark(Use::Leads, stamp, false);
+        }
+        self.settle()
+    }
+
+    /// Waits until all that was given is done.
+    ///
+    /// # Errors
+    /// [`DiskFailure`] if the image has not all that it should.
+    pub fn settle(&self) -> Result<(), DiskFailure> {
+        let given = self.shared.lock().given;
+        let state = self.shared.wait_while(|state| state.finished < given);
+        match &state.failed {
+            Some(failed) => Err(DiskFailure(failed.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The machine was powered off in this reign, and all that it wrote was given: the image is marked as complete.
+    ///
+    /// # Errors
+    /// [`DiskFailure`] if it is not.
+    pub fn end(&self, stamp: Stamp) -> Result<(), DiskFailure> {
+        self.give_mark(Use::Ended, stamp, true);
+        self.settle()
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // It panics only by a bug, which has been reported.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run<I: Image>(shared: &Shared, mut engine: Engine<I>, tell: &Sender<Outcome>, wake: &Wake) {
+    while let Some(job) = shared.take() {
+        match &job {
+            Job::Serve(request) => {
+                let outcome = engine.serve(request);
+                // If nobody listens the process is ending.
+                let _ = tell.send(outcome);
+                wake.ring();
+            }
+            Job::Follow(request) => engine.follow(request),
+            Job::Mark(mark) => engine.mark(mark),
+        }
+        let newly = engine.failed.is_some() && shared.lock().failed.is_none();
+        shared.finish(shared.lock(), &job, engine.failed.clone());
+        if newly {
+            wake.ring();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+//! The image behind the guest's disk, in the steps of a side's life.
+//!
+//! ```text
+//!  primary:  open, lock ─▶ judge by the arbiter's record ─▶ mark "will lead" ─▶ swap ─▶ mark "leads" ─▶ the guest runs
+//!  backup:   open, lock ─▶ same content as the primary's? ─▶ mark "follows" ─▶ replay … drain ─▶ all written, durable,
+//!            marked "will lead" ─▶ (drained: the protocol may go live) ─▶ what is not known is asked again ─▶ mark "leads"
+//! ```
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::SessionError;
+use super::io::Io;
+use crate::backends::disk::mark::Stamp;
+use crate::backends::disk::{Disk, OpenImage};
+use crate::config::Config;
+use crate::handshake::{DiskMisfit, HandshakeError};
+use crate::machine::MachineSpec;
+use crate::protocol::Record;
+
+/// Opens and locks the image, if the machine is to have a disk.
+pub(super) fn open(config: &Config) -> Result<Option<OpenImage>, SessionError> {
+    let disk = &config.disk;
+    let image = disk.image.as_ref();
+    let opened = image.map(|image| OpenImage::open(image, disk.read_only));
+    Ok(opened.transpose()?)
+}
+
+/// The same for a machine without a pair.
+pub(super) fn open_alone(config: &Config) -> Result<Option<OpenImage>, SessionError> {
+    let image = open(config)?;
+    if let Some(image) = &image {
+        image.judge_alone()?;
+    }
+    Ok(image)
+}
+
+/// The machine with this disk.
+pub(super) fn described(spec: &MachineSpec, image: Option<&OpenImage>) -> MachineSpec {
+    let mut spec = spec.clone();
+    spec.disk = image.map(OpenImage::config);
+    spec
+}
+
+/// The content, as two sides compare it.
+pub(super) fn content(image: Option<&OpenImage>) -> Result<Option<u64>, SessionError> {
+    Ok(image.map(OpenImage::hash).transpose()?)
+}
+
+/// Starts the image's thread.
+pub(super) fn start(
+    image: Option<&OpenImage>,
+    config: &Config,
+    io: &Io,
+) -> Result<Option<Arc<Disk>>, SessionError> {
+    let Some(image) = image else { return Ok(None) };
+    let (wake, sandbox) = (Arc::clone(&io.wake), io.sandbox.clone());
+    Disk::start(image.clone(), &config.name, wake, sandbox)
+        .map(|disk| Some(Arc::new(disk)))
+        .map_err(SessionError::host("start the disk's thread"))
+}
+
+/// Whether this backup's image can follow the disk of the machine that the primary describes.
+pub(super) fn fits(
+    spec: &MachineSpec,
+    theirs: Option<u64>,
+    running: bool,
+    image: Option<&OpenImage>,
+    ours: Option<u64>,
+) -> Result<(), HandshakeError> {
+    let misfit = match (spec.disk, image.map(OpenImage::config)) {
+        (None, None) => return Ok(()),
+        (Some(_), None) => DiskMisfit::NoneHere,
+        (None, Some(_)) => DiskMisfit::NoneThere,
+        (Some(theirs), Some(ours)) if theirs != ours => DiskMisfit::Shape {
+            theirs: (theirs.sectors, theirs.read_only),
+            ours: (ours.sectors, ours.read_only),
+        },
+        // What it held when the primary started says nothing of now.
+        (Some(disk), _) if running && !disk.read_only => DiskMisfit::Running,
+        _ if theirs != ours => DiskMisfit::Content,
+        _ => return Ok(()),
+    };
+    Err(misfit.into())
+}
+
+/// The image before and after the swap that begins a reign: `swap` makes this record live, or says that it is not.
+pub(super) fn begin<T>(
+    image: Option<&OpenImage>,
+    machine: &str,
+    before: Option<Stamp>,
+    record: &Record,
+    swap: impl FnOnce() -> Result<T, SessionError>,
+) -> Result<T, SessionError> {
+    let Some(image) = image else { return swap() };
+    image.will_lead(machine, record, before)?;
+    let swapped = swap();
+    match swapped {
+        Ok(_) => image.leads(machine, record)?,
+        // Whatever became of the swap, no guest has run on it.
+        Err(_) => image.does_not_lead(before)?,
+    }
+    swapped
+}
