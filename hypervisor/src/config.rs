@@ -14,6 +14,7 @@ mod disk;
 pub use disk::{Arrangement, Disk};
 
 use crate::arbiter::Place;
+use crate::intervals::{Ends, Lengths, Replication};
 use crate::machine::ClockSource;
 use crate::preempt::Strategy;
 
@@ -29,8 +30,8 @@ pub struct Config {
     pub kernel: Option<PathBuf>,
     /// The kernel's initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// Where a Linux guest reads the time: `timer` or `page`.
-    pub clock: ClockSource,
+    /// Where a Linux guest reads the time: `timer` or `page`; see [`Config::clock_source`] if none.
+    pub clock: Option<ClockSource>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -51,6 +52,8 @@ pub struct Config {
     pub timing: Timing,
     /// Guests that do not exit.
     pub preempt: Preempt,
+    /// How the machine is replicated.
+    pub replicate: Replicate,
     /// The ring.
     pub ring: Ring,
     /// What the threads may still do once all is set up.
@@ -353,6 +356,40 @@ impl Preempt {
     }
 }
 
+/// How the machine is replicated.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Replicate {
+    /// `replay` or `checkpoint`. The same on both sides.
+    pub mode: Replication,
+    /// How long an interval is at the most, or where that is fixed (mode `checkpoint`). Shorter loses less time in a failover,
+    /// and costs the guest a stop more often.
+    pub interval_ms: u64,
+    /// What ends an interval: `output` that waits, or its length alone: `fixed`.
+    pub interval: Ends,
+}
+
+impl Default for Replicate {
+    fn default() -> Self {
+        Self {
+            mode: Replication::default(),
+            interval_ms: 25,
+            interval: Ends::default(),
+        }
+    }
+}
+
+impl Replicate {
+    /// How long intervals are; none where the machine is replicated by replay.
+    #[must_use]
+    pub fn lengths(&self) -> Option<Lengths> {
+        (self.mode == Replication::Checkpoint).then(|| Lengths {
+            length: Duration::from_millis(self.interval_ms),
+            ends: self.interval,
+        })
+    }
+}
+
 /// The smallest lane: an entry, which is at most a quarter of its lane, must have room for a frame and for what one exit needs.
 pub const LANE_KIB_MIN: usize = 64;
 
@@ -382,7 +419,7 @@ impl Default for Config {
             guest: "kv".into(),
             kernel: None,
             initrd: None,
-            clock: ClockSource::default(),
+            clock: None,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -393,6 +430,7 @@ impl Default for Config {
             cpus: Cpus::default(),
             timing: Timing::default(),
             preempt: Preempt::default(),
+            replicate: Replicate::default(),
             ring: Ring::default(),
             sandbox: Sandbox::default(),
             console: None,
@@ -475,6 +513,16 @@ impl Config {
         self.timing.silence_ms.unwrap_or(by_transport.max(least))
     }
 
+    /// Where a Linux guest reads the time. Where the log is one of its steps, each read is an exit, and so a place for what is due; by
+    /// checkpoints a guest is stopped anywhere, so that its reads need cost nothing.
+    #[must_use]
+    pub fn clock_source(&self) -> ClockSource {
+        self.clock.unwrap_or(match self.replicate.mode {
+            Replication::Replay => ClockSource::Timer,
+            Replication::Checkpoint => ClockSource::Page,
+        })
+    }
+
     /// How the ring uses RDMA.
     #[must_use]
     pub fn rdma_ring(&self) -> rdma::Config {
@@ -537,11 +585,20 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        if self.clock == ClockSource::Page && !self.preempt.by_checkpoint() {
+        if !(1..=1000).contains(&self.replicate.interval_ms) {
+            return bad(
+                "replicate.interval_ms",
+                self.replicate.interval_ms.to_string(),
+                "choose 1 to 1000",
+            );
+        }
+        let preempts =
+            self.preempt.by_checkpoint() || self.replicate.mode == Replication::Checkpoint;
+        if self.clock_source() == ClockSource::Page && !preempts {
             return bad(
                 "clock",
                 "page".into(),
-                "choose preemption by checkpoint with it (--preempt checkpoint): a guest that makes no exit to read the time would \
+                "choose preemption or replication by checkpoint with it (--preempt, --replicate): a guest that makes no exit to read the time would \
                  see it stand still",
             );
         }
@@ -647,6 +704,7 @@ mod tests {
             ("[timing]\nheartbeat_ms = 0", "timing.heartbeat_ms"),
             ("[net]\nbackend = \"tap\"", "net.tap"),
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
+            ("[replicate]\ninterval_ms = 0", "replicate.interval_ms"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
             ("[ring]\nevents_kib = 32", "ring.events_kib"),

@@ -228,25 +228,17 @@ impl Encoder {
 
     /// Encodes one entry; the bytes are valid until the next call.
     pub fn encode(&mut self, entry: &Entry) -> &[u8] {
-        self.bytes.clear();
         let kind = match entry.body {
             Body::Step(_) => KIND_STEP,
             Body::MemoryHash(_) => KIND_MEMORY_HASH,
             Body::End { .. } => KIND_END,
             Body::Part(_) => KIND_PART,
         };
-        self.bytes.push(kind);
-        let distance = entry.position.0 - self.base.position.0;
-        self.base.position = entry.position;
-        self.varint(distance);
+        self.begin(kind, entry.position);
         match &entry.body {
             Body::Step(step) => self.step(step),
             Body::MemoryHash(hash) => self.bytes.extend_from_slice(&hash.to_le_bytes()),
-            Body::Part(part) => {
-                self.varint(part.number.into());
-                self.bytes.push(part.last.into());
-                self.bytes.extend_from_slice(&part.bytes);
-            }
+            Body::Part(part) => self.part(part.number, part.last, &part.bytes),
             Body::End {
                 digest,
                 memory,
@@ -258,6 +250,26 @@ impl Encoder {
             }
         }
         &self.bytes
+    }
+
+    /// Encodes a part of a checkpoint, or of an interval, without a copy of its own: as [`Body::Part`] of these.
+    pub fn encode_part(&mut self, position: Position, number: u32, last: bool, bytes: &[u8]) {
+        self.begin(KIND_PART, position);
+        self.part(number, last, bytes);
+    }
+
+    fn begin(&mut self, kind: u8, position: Position) {
+        self.bytes.clear();
+        self.bytes.push(kind);
+        let distance = position.0 - self.base.position.0;
+        self.base.position = position;
+        self.varint(distance);
+    }
+
+    fn part(&mut self, number: u32, last: bool, bytes: &[u8]) {
+        self.varint(number.into());
+        self.bytes.push(last.into());
+        self.bytes.extend_from_slice(bytes);
     }
 
     fn step(&mut self, step: &Step) {

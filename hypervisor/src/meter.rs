@@ -1,7 +1,8 @@
 //! What a role counts while it serves: plain stores by the one thread that owns each figure, read at any time by whoever shows them.
 //!
 //! ```text
-//!  vCPU thread ── entries, when each was made ──┐
+//!  vCPU thread ── entries, when each was made, ─┐
+//!                 stops at the ends of intervals │
 //!  the holder of the outlet ── commits, outputs ├──▶ Meter ◀── the operator's thread, which alone takes its time
 //!  I/O thread ── frames in, the backup's place ─┘
 //! ```
@@ -258,6 +259,9 @@ const UNKNOWN: u64 = u64::MAX;
 pub struct Meter {
     started: Instant,
     commits: Histogram,
+    stops: Histogram,
+    stop_pages: Count,
+    stop_bytes: Count,
     entries: Count,
     entry_bytes: Count,
     outputs: Count,
@@ -276,6 +280,9 @@ impl Default for Meter {
         Self {
             started: Instant::now(),
             commits: Histogram::default(),
+            stops: Histogram::default(),
+            stop_pages: Count::default(),
+            stop_bytes: Count::default(),
             entries: Count::default(),
             entry_bytes: Count::default(),
             outputs: Count::default(),
@@ -300,7 +307,14 @@ impl Meter {
         self.commits.record(took.as_nanos() as u64);
     }
 
-    /// An entry was posted. By the vCPU thread.
+    /// The guest stood so long at the end of an interval, for so many pages and bytes. By the vCPU thread.
+    pub(crate) fn stood(&self, took: Duration, pages: usize, bytes: usize) {
+        self.stops.record(took.as_nanos() as u64);
+        self.stop_pages.add(pages as u64);
+        self.stop_bytes.add(bytes as u64);
+    }
+
+    /// An entry was posted. By the vCPU thread, or the courier.
     pub(crate) fn posted(&self, position: u64, bytes: usize, made: Instant) {
         self.entries.add(1);
         self.entry_bytes.add(bytes as u64);
@@ -346,6 +360,18 @@ impl Meter {
     #[must_use]
     pub fn commits(&self) -> Latencies {
         self.commits.read()
+    }
+
+    /// Stops of the guest at the ends of intervals, since the start.
+    #[must_use]
+    pub fn stops(&self) -> Latencies {
+        self.stops.read()
+    }
+
+    /// Pages that were written in these intervals, and the bytes of their checkpoints.
+    #[must_use]
+    pub fn stopped_for(&self) -> [u64; 2] {
+        [self.stop_pages.get(), self.stop_bytes.get()]
     }
 
     /// Entries of the events lane posted, or on a backup received; and the bytes of their payloads.

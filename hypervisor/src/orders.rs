@@ -54,6 +54,8 @@ pub struct Orders {
     /// [`OUTSIDE`], [`NOTHING_DUE`], or when something is due, in nanoseconds since `epoch`.
     inside: AtomicU64,
     inside_at: AtomicU64,
+    /// [`NOTHING_DUE`], or when the guest's interval ends, in nanoseconds since `epoch`.
+    interval: AtomicU64,
     /// A [`Pace`].
     pace: AtomicU32,
 }
@@ -115,6 +117,7 @@ impl Orders {
             epoch: Instant::now(),
             inside: AtomicU64::new(OUTSIDE),
             inside_at: AtomicU64::new(0),
+            interval: AtomicU64::new(NOTHING_DUE),
             pace: AtomicU32::new(Pace::FULL.0),
         }
     }
@@ -240,11 +243,29 @@ impl Orders {
 
     /// The vCPU thread goes into the guest, which stands at this position; a tick or an interrupt is or will be due then.
     pub fn entering(&self, position: Position, due: Option<Instant>) {
-        let due = due.map_or(NOTHING_DUE, |due| {
-            due.saturating_duration_since(self.epoch).as_nanos() as u64
-        });
+        let due = self.told(due);
         self.inside_at.store(position.0, Ordering::Relaxed);
         self.inside.store(due, Ordering::Release);
+    }
+
+    fn told(&self, due: Option<Instant>) -> u64 {
+        due.map_or(NOTHING_DUE, |due| {
+            due.saturating_duration_since(self.epoch).as_nanos() as u64
+        })
+    }
+
+    /// The vCPU thread goes into the guest, whose interval ends then at the latest.
+    pub fn interval_ends(&self, at: Option<Instant>) {
+        self.interval.store(self.told(at), Ordering::Relaxed);
+    }
+
+    /// When the interval of the guest ends that runs.
+    #[must_use]
+    pub fn interval_end(&self) -> Option<Instant> {
+        match self.interval.load(Ordering::Relaxed) {
+            NOTHING_DUE => None,
+            nanos => Some(self.epoch + Duration::from_nanos(nanos)),
+        }
     }
 
     /// The vCPU thread has come out.
@@ -314,12 +335,24 @@ impl Orders {
     }
 }
 
+/// A guest's stop at the end of an interval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop {
+    /// How long it stood.
+    pub took: Duration,
+    /// Pages that were written in the interval.
+    pub pages: usize,
+    /// Bytes of its checkpoint.
+    pub bytes: usize,
+}
+
 /// Commit latencies on their way from the vCPU thread to whoever shows them: no lock, no allocation.
 #[derive(Debug)]
 pub struct Samples {
     commits: ArrayQueue<u64>,
     late_ticks: ArrayQueue<u64>,
     checkpoints: ArrayQueue<(u64, u64)>,
+    intervals: ArrayQueue<Stop>,
     meter: Meter,
 }
 
@@ -331,6 +364,8 @@ impl Default for Samples {
             // A second of the fastest ticks that guests ask for, and of the most checkpoints.
             late_ticks: ArrayQueue::new(1 << 12),
             checkpoints: ArrayQueue::new(1 << 10),
+            // 100 ms of intervals that a reply ends, at 40,000 a second.
+            intervals: ArrayQueue::new(1 << 12),
             meter: Meter::default(),
         }
     }
@@ -369,6 +404,17 @@ impl Samples {
     /// Takes one checkpoint: nanoseconds and bytes.
     pub fn take_checkpoint(&self) -> Option<(u64, u64)> {
         self.checkpoints.pop()
+    }
+
+    /// Adds the end of an interval.
+    pub fn interval(&self, stop: Stop) {
+        self.meter.stood(stop.took, stop.pages, stop.bytes);
+        let _ = self.intervals.push(stop);
+    }
+
+    /// Takes one end of an interval.
+    pub fn take_interval(&self) -> Option<Stop> {
+        self.intervals.pop()
     }
 
     /// Takes one sample, in nanoseconds.

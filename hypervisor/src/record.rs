@@ -7,7 +7,9 @@
 
 mod copying;
 mod disk;
+mod ending;
 mod giving;
+mod intervals;
 mod pacing;
 mod preempting;
 
@@ -29,6 +31,8 @@ use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
+pub use ending::Finished;
+pub use intervals::Intervals;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
@@ -111,6 +115,8 @@ pub struct Recorder<S> {
     desk: Option<Arc<Desk<S>>>,
     /// How long the guest has run since it last stood for its pace.
     ran: Duration,
+    /// Where the machine is replicated by checkpoints: the sink is then nowhere, and the courier has the log.
+    intervals: Option<Intervals<S>>,
     /// The log that is to begin at the next place.
     cut: Option<(u64, Box<S>)>,
     /// This side's disk image.
@@ -141,6 +147,8 @@ pub struct Parts<S> {
     pub random: File,
     /// Where the thread asks that copies this machine to a new backup, if there is one.
     pub desk: Option<Arc<Desk<S>>>,
+    /// Where the machine is replicated by checkpoints; the sink is then nowhere.
+    pub intervals: Option<Intervals<S>>,
 }
 
 /// Opens the host's random source.
@@ -178,6 +186,7 @@ impl<S: Sink> Recorder<S> {
             taken: Vec::new(),
             mid_run: false,
             desk: parts.desk,
+            intervals: parts.intervals,
             ran: Duration::ZERO,
             cut: None,
             disk: None,
@@ -210,6 +219,10 @@ impl<S: Sink> Recorder<S> {
             return Ok(ended);
         }
         loop {
+            // Before the orders are looked at: completing an instruction swallows the kick that came with one.
+            if let Some(ended) = self.keep_intervals()? {
+                return Ok(ended);
+            }
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -250,7 +263,7 @@ impl<S: Sink> Recorder<S> {
         match self.machine.phase() {
             Phase::Crashed => {
                 self.post_step()?;
-                return Ok(Some(Ended::Crashed));
+                return Ok(Some(self.see_off()?.unwrap_or(Ended::Crashed)));
             }
             Phase::Off(status) => {
                 self.post_step()?;
@@ -317,6 +330,9 @@ impl<S: Sink> Recorder<S> {
                 // It changed the machine but did not wake it: the log must say so before the next round.
                 self.post_step()?;
             }
+            if let Some(ended) = self.keep_intervals()? {
+                return Ok(Some(ended));
+            }
             self.cut_if_wanted()?;
             if spin_until.is_some_and(|until| Instant::now() < until) {
                 if self.outlet.waiting() > 0 {
@@ -326,23 +342,30 @@ impl<S: Sink> Recorder<S> {
                 continue;
             }
             spin_until = None;
-            let longest = match self.machine.next_tick() {
-                Some(tick) => self.clock.until(tick).min(SLEEP_MAX),
-                None => SLEEP_MAX,
-            };
+            let longest = self.longest_sleep();
             // What gathered must not wait as long as the guest does.
             self.sink.notify(true);
             let (stage, orders) = (&self.stage, &self.orders);
             let (room, console) = (self.machine.can_receive(), self.machine.console_room() > 0);
+            let intervals = self.intervals.as_ref();
             orders.resting();
             stage.bell().wait(longest, || {
                 (room && stage.has_frames())
                     || (console && stage.has_typed())
                     || stage.has_done()
                     || orders.waiting()
+                    || intervals.is_some_and(Intervals::calls)
             });
             orders.working(self.machine.position());
         }
+    }
+
+    fn longest_sleep(&self) -> Duration {
+        let tick = self.machine.next_tick().map(|tick| self.clock.until(tick));
+        let interval = self.intervals.as_ref().and_then(Intervals::ends);
+        let interval = interval.map(|ends| ends.saturating_duration_since(Instant::now()));
+        let first = [tick, interval].into_iter().flatten().min();
+        first.map_or(SLEEP_MAX, |first| first.min(SLEEP_MAX))
     }
 
     /// Supplies what has come by itself: ticks, frames, typed bytes.
@@ -413,6 +436,10 @@ impl<S: Sink> Recorder<S> {
 
     /// Posts what has gathered at this sync point, and sends the outputs as soon as that has committed.
     fn post_step(&mut self) -> Result<(), RecordError> {
+        if self.intervals.is_some() {
+            self.note_step();
+            return Ok(());
+        }
         let made = Instant::now();
         self.taken.extend(self.machine.outputs());
         if !self.taken.is_empty() {
@@ -450,6 +477,10 @@ impl<S: Sink> Recorder<S> {
 
     /// Lets out what has committed.
     fn release(&mut self) {
+        if self.intervals.is_some() {
+            // The courier does, or nothing waits.
+            return;
+        }
         let committed = self.sink.committed();
         let released = self.outlet.release(committed);
         self.sink.released(released);
@@ -520,26 +551,6 @@ impl<S: Sink> Recorder<S> {
         }
     }
 
-    /// The guest turned itself off: that is an output like any other, and only its release ends the machine.
-    fn wait_for_power_off(&mut self, status: u8) -> Result<Ended, RecordError> {
-        while !self.outlet.powered_off() {
-            if self.orders.waiting()
-                && let Some(ended) = self.obey()?
-            {
-                return Ok(ended);
-            }
-            let committed = self.sink.committed();
-            self.outlet.release(committed);
-            if !self.outlet.powered_off() {
-                let orders = &self.orders;
-                self.stage
-                    .bell()
-                    .wait(Duration::from_millis(1), || orders.waiting());
-            }
-        }
-        Ok(Ended::PoweredOff(status))
-    }
-
     fn obey(&mut self) -> Result<Option<Ended>, RecordError> {
         let mid_run = self.mid_run;
         while let Some(order) = self
@@ -563,6 +574,9 @@ impl<S: Sink> Recorder<S> {
             }
             Order::RunUnprotected => {
                 self.sink.detach();
+                if let Some(intervals) = &mut self.intervals {
+                    intervals.leave_log(&self.outlet);
+                }
                 self.next_memory_check = None;
                 self.outlet.open();
                 self.outlet.release(Committed::EVERYTHING);
@@ -576,46 +590,4 @@ impl<S: Sink> Recorder<S> {
             }
         }
     }
-
-    /// Ends the log on purpose: the last entry says what the whole state hashes to. `None` if the guest was stopped between
-    /// two sync points, where no replay can compare.
-    ///
-    /// # Errors
-    /// See [`RecordError`].
-    pub fn finish(&mut self) -> Result<Option<Finished>, RecordError> {
-        if self.mid_run {
-            return Ok(None);
-        }
-        // A guest that was stopped while it waits stands at an exit that was not posted, if it had nothing to say of it.
-        let unlogged =
-            self.options.every_exit && self.encoder.base().position() < self.machine.position();
-        if unlogged || self.machine.has_outputs() || !self.step.inputs.is_empty() {
-            self.post_step()?;
-        }
-        let memory = self.machine.memory_hash_full()?;
-        let state = self.machine.final_state()?;
-        let entry = Entry {
-            position: self.machine.position(),
-            body: Body::End {
-                digest: self.machine.digest(),
-                memory,
-                state,
-            },
-        };
-        self.post(&entry, Instant::now())?;
-        self.sink.notify(true);
-        Ok(Some(Finished {
-            sync_points: self.machine.position().0,
-            memory_hash: memory,
-        }))
-    }
-}
-
-/// What a finished recording amounts to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Finished {
-    /// Sync points since the guest started.
-    pub sync_points: u64,
-    /// Hash of its whole memory at the end.
-    pub memory_hash: u64,
 }

@@ -5,6 +5,8 @@
 //! replay, and nothing of this machine can ever go live.
 #![forbid(unsafe_code)]
 
+mod intervals;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +27,7 @@ use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
+use intervals::Adopting;
 
 /// Where a replayer gets its log.
 pub trait LogSource {
@@ -45,6 +48,15 @@ pub trait LogSource {
     /// # Errors
     /// [`LogError`], also if it is not there.
     fn done(&mut self) -> Result<Done, LogError>;
+
+    /// So many staged frames, the next ones, are in the checkpoint that was put in place: nobody is given them any more.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    fn cover(&mut self, frames: u32) -> Result<(), LogError> {
+        let _ = frames;
+        Err(LogError("a log of this kind carries no intervals".into()))
+    }
 
     /// Says that everything up to this entry has been replayed.
     fn replayed(&mut self, seq: Seq);
@@ -146,12 +158,14 @@ pub struct Replayer<L> {
     memory_checks: u64,
     last_memory_check: Option<MemoryCheck>,
     spin: Duration,
-    /// A checkpoint of which not all parts have come: nothing of it counts.
+    /// A checkpoint, or an interval, of which not all parts have come: nothing of it counts.
     shadow: Shadow,
     /// This side's image, to which is done what the log says was asked of the primary's.
     disk: Option<Arc<Disk>>,
     /// Set when the guest has turned itself off.
     off: Arc<AtomicBool>,
+    /// The log carries intervals.
+    adopts: Option<Adopting>,
 }
 
 /// What is left of a replayer when it goes live.
@@ -190,6 +204,7 @@ impl<L: LogSource> Replayer<L> {
             shadow,
             disk: None,
             off: Arc::default(),
+            adopts: None,
         }
     }
 
@@ -281,6 +296,9 @@ impl<L: LogSource> Replayer<L> {
     }
 
     fn entry(&mut self, entry: Entry) -> Result<Option<ReplayEnd>, ReplayError> {
+        if self.adopts.is_some() {
+            return self.interval(entry).map(|()| None);
+        }
         if !self.run_to(entry.position)? {
             return Ok(Some(ReplayEnd::Stopped));
         }
@@ -375,10 +393,6 @@ impl<L: LogSource> Replayer<L> {
     /// Gathers a checkpoint and, when it is whole, becomes the machine that was saved: so far did the recorded one run
     /// after its last sync point.
     fn part(&mut self, part: &Part) -> Result<(), ReplayError> {
-        let unusable = |error: CheckpointError| match error {
-            CheckpointError::Machine(error) => ReplayError::Machine(error),
-            error => LogError(format!("a checkpoint in it: {error}")).into(),
-        };
         self.shadow
             .add(part.number, &part.bytes)
             .map_err(|error| unusable(error.into()))?;
@@ -417,18 +431,14 @@ impl<L: LogSource> Replayer<L> {
         self.compare_digest(step.digest)?;
         let mut outputs = OutputsDigest::default();
         let mut asked = Vec::new();
-        for output in self.machine.outputs() {
+        let made: Vec<Output> = self.machine.outputs().collect();
+        for output in made {
             outputs.add(&output);
             if let Output::Disk(request) = output {
                 asked.push(request);
                 continue;
             }
-            // The primary, whose way out may be full, loses frames by the same rule.
-            let bytes = frame_length(&output);
-            if bytes == 0 || self.frame_bytes + bytes <= FRAMES_WAITING {
-                self.frame_bytes += bytes;
-                self.unreleased.push_back((self.last_seq, output));
-            }
+            self.keep_output(output);
         }
         let expected = step.outputs.unwrap_or_default();
         if outputs != expected {
@@ -444,6 +454,16 @@ impl<L: LogSource> Replayer<L> {
             self.supply(input)?;
         }
         Ok(None)
+    }
+
+    /// Keeps an output of the last entry until it is known to have left.
+    fn keep_output(&mut self, output: Output) {
+        // The primary, whose way out may be full, loses frames by the same rule.
+        let bytes = frame_length(&output);
+        if bytes == 0 || self.frame_bytes + bytes <= FRAMES_WAITING {
+            self.frame_bytes += bytes;
+            self.unreleased.push_back((self.last_seq, output));
+        }
     }
 
     fn supply(&mut self, input: LoggedInput) -> Result<(), ReplayError> {
@@ -514,7 +534,7 @@ impl<L: LogSource> Replayer<L> {
     /// Takes the machine over, after the log is over. Frames that were staged and not applied stay with the source.
     #[must_use]
     pub fn into_remains(self) -> (Remains, L) {
-        let base = self.decoder.base();
+        let base = self.base();
         (
             Remains {
                 machine: self.machine,
@@ -529,6 +549,13 @@ impl<L: LogSource> Replayer<L> {
             },
             self.source,
         )
+    }
+}
+
+fn unusable(error: CheckpointError) -> ReplayError {
+    match error {
+        CheckpointError::Machine(error) => ReplayError::Machine(error),
+        error => LogError(format!("a checkpoint in it: {error}")).into(),
     }
 }
 

@@ -277,6 +277,8 @@ pub struct RingSource {
     /// Where what comes is counted.
     samples: Option<Arc<Samples>>,
     staged: Staged,
+    /// Frames that a checkpoint covers and that have not come yet: over a network the lanes are not in step.
+    covered: u64,
 }
 
 /// Inputs that were read and that no entry has applied yet, by kind: an entry applies them in the order of their kind.
@@ -329,6 +331,7 @@ impl RingSource {
             arrived: Arc::default(),
             samples: None,
             staged: Staged::default(),
+            covered: 0,
         }
     }
 
@@ -385,12 +388,20 @@ impl RingSource {
             .ok_or_else(|| LogError("an entry applies a staged input that is not there".into()))
     }
 
+    fn drop_covered(&mut self) -> Result<(), LogError> {
+        while self.covered > 0 && self.staged(Staged::frame)?.is_some() {
+            self.covered -= 1;
+        }
+        Ok(())
+    }
+
     /// Frames that were staged and not applied, and last the one that the dead primary may have been reading: its bytes
     /// are unverified, as those of any frame on a wire.
     ///
     /// # Errors
     /// [`LogError`] before the fence, or for a corrupt lane.
     pub fn leftover_frames(&mut self) -> Result<Vec<Vec<u8>>, LogError> {
+        self.drop_covered()?;
         let mut frames = Vec::new();
         // What came of requests to the disk is of no use any more: they are made again, of this side's image.
         while let Some(frame) = self.staged(Staged::frame)? {
@@ -448,6 +459,11 @@ impl LogSource for RingSource {
 
     fn done(&mut self) -> Result<Done, LogError> {
         self.applied(Staged::done)
+    }
+
+    fn cover(&mut self, frames: u32) -> Result<(), LogError> {
+        self.covered += u64::from(frames);
+        self.drop_covered()
     }
 
     fn replayed(&mut self, seq: Seq) {

@@ -2,8 +2,9 @@
 //! came of requests to the disk, of which the guest's device bounds how many there are.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
@@ -39,6 +40,9 @@ pub struct StagedDone {
 /// Inputs between the thread that reads them and the thread that applies them.
 #[derive(Debug)]
 pub struct Stage {
+    /// Frames of a dead primary's that come before all others, and how many there are.
+    inherited: Mutex<VecDeque<Vec<u8>>>,
+    left: AtomicUsize,
     frames: ArrayQueue<StagedFrame>,
     spare: ArrayQueue<Vec<u8>>,
     console: ArrayQueue<u8>,
@@ -54,6 +58,8 @@ impl Stage {
     #[must_use]
     pub fn new(feeder: Arc<Wake>) -> Self {
         Self {
+            inherited: Mutex::default(),
+            left: AtomicUsize::new(0),
             frames: ArrayQueue::new(FRAMES_MAX),
             spare: ArrayQueue::new(FRAMES_MAX),
             console: ArrayQueue::new(256),
@@ -87,8 +93,39 @@ impl Stage {
         Ok(())
     }
 
+    /// Takes over what a dead primary had read and not applied, or applied after the state that goes on: more than fits the
+    /// stage, where that was an interval. Before anything else is added.
+    pub fn inherit(&self, frames: Vec<Vec<u8>>) {
+        let mut inherited = self
+            .inherited
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        inherited.extend(frames);
+        self.left.store(inherited.len(), Ordering::Release);
+        self.bell.ring();
+    }
+
+    fn pop_inherited(&self) -> Option<StagedFrame> {
+        if self.left.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let mut inherited = self
+            .inherited
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let bytes = inherited.pop_front();
+        self.left.store(inherited.len(), Ordering::Release);
+        bytes.map(|bytes| StagedFrame {
+            seq: Seq::ZERO,
+            bytes,
+        })
+    }
+
     /// The oldest frame.
     pub fn pop(&self) -> Option<StagedFrame> {
+        if let Some(inherited) = self.pop_inherited() {
+            return Some(inherited);
+        }
         let frame = self.frames.pop();
         if self.starved.load(Ordering::Relaxed) && self.starved.swap(false, Ordering::SeqCst) {
             self.feeder.ring();
@@ -104,7 +141,7 @@ impl Stage {
     /// Whether a frame waits.
     #[must_use]
     pub fn has_frames(&self) -> bool {
-        !self.frames.is_empty()
+        !self.frames.is_empty() || self.left.load(Ordering::Acquire) > 0
     }
 
     /// Gives a frame's buffer back for the next one.

@@ -83,7 +83,11 @@ fn question(number: u64) -> Vec<u8> {
 
 /// Gives the guest what comes at its sync point. Outputs come back; `None` once the guest is gone.
 fn serve(machine: &mut Machine) -> Option<Vec<Output>> {
-    let position = machine.position().0;
+    serve_as(machine, machine.position().0)
+}
+
+/// The same, as if it stood at this position.
+fn serve_as(machine: &mut Machine, position: u64) -> Option<Vec<Output>> {
     let outputs = machine.outputs().collect();
     let random = |count: usize| {
         let mut numbers = Numbers(position);
@@ -290,6 +294,83 @@ fn deltas_add_up_to_the_machine() {
         }
         same(&mut first, &mut second, 20);
     }
+}
+
+/// A guest that waits in HALT is taken as it was before the instruction: the machine that is made of it makes that exit again,
+/// and then both go on alike. Its vCPU takes a state only once, before it runs.
+#[test]
+fn a_guest_that_waits_makes_its_exit_again() {
+    let words = "ip=10.0.0.2/24";
+    let (mut first, mut second) = (machine("kv", words), machine("kv", words));
+    first.track_changes().unwrap();
+    let mut waited = 0;
+    let mut adopted = None;
+    while waited < 20 {
+        if first.step().unwrap() == Stepped::Kicked {
+            continue;
+        }
+        if first.phase() != Phase::Halted {
+            serve(&mut first);
+            continue;
+        }
+        waited += 1;
+        first.outputs().for_each(drop);
+        let pages = Pages::Only(first.take_changed().unwrap());
+        let base = Base::new(first.position(), time(waited));
+        let capture = first.capture(&pages, base, Vec::new(), Vec::new()).unwrap();
+        assert!(capture.pages() > 0);
+        let taken = second.adopt(&capture.sealed()).unwrap();
+        assert_eq!((taken.base, second.position()), (base, first.position()));
+        adopted = Some(taken.cpu);
+        if waited < 20 {
+            serve(&mut first);
+        }
+    }
+    second.settle(&adopted.unwrap()).unwrap();
+    assert_eq!(second.phase(), Phase::Ready);
+    assert_eq!(second.step().unwrap(), Stepped::SyncPoint);
+    assert_eq!(second.phase(), Phase::Halted);
+    assert_eq!(second.position(), first.position().next());
+    for _ in 0..300 {
+        let position = first.position().0;
+        assert_eq!(
+            serve_as(&mut first, position),
+            serve_as(&mut second, position),
+            "at {position}"
+        );
+        for machine in [&mut first, &mut second] {
+            while machine.step().unwrap() == Stepped::Kicked {}
+        }
+    }
+    let position = first.position().0;
+    serve_as(&mut first, position);
+    serve_as(&mut second, position);
+    assert_eq!(
+        first.memory_hash_full().unwrap(),
+        second.memory_hash_full().unwrap()
+    );
+    assert_eq!(cpu(&mut first), cpu(&mut second));
+    assert_eq!(first.final_state().unwrap(), second.final_state().unwrap());
+}
+
+#[test]
+fn a_guest_that_turned_itself_off_stays_off() {
+    let words = "rounds=1 reports=1";
+    let (mut first, mut second) = (machine("compute", words), machine("compute", words));
+    first.track_changes().unwrap();
+    while !matches!(first.phase(), Phase::Off(_)) {
+        if first.step().unwrap() == Stepped::SyncPoint {
+            serve(&mut first);
+        }
+    }
+    let pages = Pages::Only(first.take_changed().unwrap());
+    let capture = first.capture(&pages, Base::default(), Vec::new(), Vec::new());
+    second.adopt(&capture.unwrap().sealed()).unwrap();
+    assert_eq!(second.phase(), first.phase());
+    assert_eq!(
+        first.memory_hash_full().unwrap(),
+        second.memory_hash_full().unwrap()
+    );
 }
 
 /// A delta put into a machine that stands at an exit whose instruction KVM has not completed.

@@ -21,6 +21,7 @@ use hypervisor::demo::client::{self, Client};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
 use hypervisor::handshake::Secret;
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use self::side::{End, Side};
@@ -205,6 +206,8 @@ pub struct Choice<'a> {
     pub guest: Guest<'a>,
     /// `--memory`.
     pub memory_mib: u32,
+    /// How it is replicated.
+    pub replicate: Replication,
 }
 
 /// What a machine runs.
@@ -218,6 +221,8 @@ pub enum Guest<'a> {
         kernel: &'a str,
         /// The initial RAM disk's.
         initrd: &'a str,
+        /// What it does.
+        task: &'a str,
         /// Options of the primary besides.
         options: &'a [&'a str],
     },
@@ -237,9 +242,10 @@ impl Guest<'_> {
             Self::Linux {
                 kernel,
                 initrd,
+                task,
                 options,
             } => {
-                let line = format!("quiet guest.do=redis guest.ip={address}");
+                let line = format!("quiet guest.do={task} guest.ip={address}");
                 let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
                 words.extend(
                     [
@@ -277,6 +283,8 @@ impl<'a> LabPair<'a> {
             "/etc/pair.secret",
             "--arbiter",
             "/shared/arbiter",
+            "--replicate",
+            choice.replicate.name(),
             "--tap",
             "doppel0",
         ]

@@ -17,8 +17,9 @@ use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 4] = [
+const TASKS: [(&str, &str); 5] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
+    ("busy", include_str!("linux_guest/tasks/busy")),
     ("load", include_str!("linux_guest/tasks/load")),
     ("redis", include_str!("linux_guest/tasks/redis")),
     ("shell", include_str!("linux_guest/tasks/shell")),

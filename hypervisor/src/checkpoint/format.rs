@@ -1,11 +1,12 @@
-//! The bytes of a checkpoint, version 2. All numbers are little-endian.
+//! The bytes of a checkpoint, version 3. All numbers are little-endian.
 //!
 //! ```text
-//!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  1: inputs may be handed in, 2: halted
+//!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  1: inputs may be handed in, 2: halted, 4: off
 //!   8 version (u32)            40 digest                68 bytes of the CPU's state (u32)
 //!  12 scope (u32)              48 log base: position    72 bytes of the devices' state (u32)
 //!  16 bytes in all             56 log base: clock       76 staged frames (u32)
 //!  24 pages of RAM                                      80 runs of zero pages    88 pages
+//!     of an off machine the flags' second byte is its status
 //!  96 CPU | devices | frames: length (u32), bytes | runs: first, count (u64) | page numbers (u64) | pages of 4096 bytes
 //!  at the end: CRC-32C of everything before (u32)
 //! ```
@@ -24,11 +25,13 @@ use crate::position::Position;
 
 const MAGIC: [u8; 8] = *b"DOPLCKPT";
 /// Grows with every change of the layout.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 pub(super) const HEADER: usize = 96;
 const CHECKSUM: usize = 4;
 const INJECTABLE: u32 = 1;
 const HALTED: u32 = 2;
+const OFF: u32 = 4;
+const STATUS_SHIFT: u32 = 8;
 
 /// Room for the CPU's state: some 1.6 KiB today.
 const CPU_MAX: u64 = 16 << 10;
@@ -57,6 +60,8 @@ pub struct State {
     pub injectable: bool,
     /// Whether the guest waits in HLT for an interrupt.
     pub halted: bool,
+    /// The guest has turned itself off, with this status.
+    pub off: Option<u8>,
     /// What the log's next entry counts from.
     pub base: Base,
     /// The CPU's state.
@@ -143,8 +148,9 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Begins a checkpoint that names these pages.
+    /// Begins a checkpoint that names these pages, in this buffer.
     pub(super) fn new(
+        mut bytes: Vec<u8>,
         scope: Scope,
         ram_pages: u64,
         state: &State,
@@ -159,7 +165,8 @@ impl Writer {
             + zeros.len() * 16
             + pages.len() * (8 + PAGE_SIZE)
             + CHECKSUM;
-        let mut bytes = Vec::with_capacity(length);
+        bytes.clear();
+        bytes.reserve(length);
         let word32 =
             |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
         let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
@@ -174,7 +181,10 @@ impl Writer {
         word(&mut bytes, state.base.clock().0);
         let injectable = if state.injectable { INJECTABLE } else { 0 };
         let halted = if state.halted { HALTED } else { 0 };
-        word32(&mut bytes, injectable | halted);
+        let off = state
+            .off
+            .map_or(0, |status| OFF | u32::from(status) << STATUS_SHIFT);
+        word32(&mut bytes, injectable | halted | off);
         word32(&mut bytes, state.cpu.len() as u32);
         word32(&mut bytes, state.devices.len() as u32);
         word32(&mut bytes, state.staged.len() as u32);
@@ -206,13 +216,24 @@ impl Writer {
         self.bytes.extend_from_slice(content);
     }
 
-    /// The whole checkpoint.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    /// The whole checkpoint, but for its checksum.
+    pub(super) fn unsealed(self) -> Vec<u8> {
         debug_assert_eq!(self.pages_left, 0, "every page that was named is there");
-        let checksum = crc32c::crc32c(&self.bytes);
-        self.bytes.extend_from_slice(&checksum.to_le_bytes());
         self.bytes
     }
+
+    /// The whole checkpoint.
+    #[cfg(test)]
+    pub(super) fn finish(self) -> Vec<u8> {
+        sealed(self.unsealed())
+    }
+}
+
+/// A checkpoint with its checksum.
+pub(super) fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let checksum = crc32c::crc32c(&bytes);
+    bytes.extend_from_slice(&checksum.to_le_bytes());
+    bytes
 }
 
 /// A checkpoint that was checked: nothing that it says can be out of bounds.
@@ -323,7 +344,21 @@ impl<'a> Image<'a> {
         let position = Position(rest.word()?);
         let digest = Digest(rest.word()?);
         let base = Base::new(Position(rest.word()?), GuestTime(rest.word()?));
-        let flags = bounded("flags", rest.word32()?.into(), (INJECTABLE | HALTED).into())?;
+        let flags = rest.word32()?;
+        let off = (flags & OFF != 0).then_some((flags >> STATUS_SHIFT) as u8);
+        let status = if off.is_some() {
+            0xff << STATUS_SHIFT
+        } else {
+            0
+        };
+        let known = INJECTABLE | HALTED | OFF | status;
+        if flags & !known != 0 || off.is_some() && flags & HALTED != 0 {
+            return Err(FormatError::Limit {
+                field: "flags",
+                found: flags.into(),
+                limit: known.into(),
+            });
+        }
         let cpu = bounded("CPU state", rest.word32()?.into(), CPU_MAX)?;
         let devices = bounded("device state", rest.word32()?.into(), DEVICES_MAX)?;
         let frames = bounded("number of staged frames", rest.word32()?.into(), STAGED_MAX)?;
@@ -350,8 +385,9 @@ impl<'a> Image<'a> {
             state: State {
                 position,
                 digest,
-                injectable: flags & u64::from(INJECTABLE) != 0,
-                halted: flags & u64::from(HALTED) != 0,
+                injectable: flags & INJECTABLE != 0,
+                halted: flags & HALTED != 0,
+                off,
                 base,
                 cpu,
                 devices,

@@ -9,7 +9,8 @@
 //! needs of the machine it is put into: the same RAM size and devices, and for a delta every page that differs from the
 //! saved machine's among those that the delta names. A superset of the pages that changed is right.
 //!
-//! A machine that runs is copied in rounds, by [`clone`]; the checkpoint at their end is a delta.
+//! A machine that runs is copied in rounds, by [`clone`]; the checkpoint at their end is a delta. A machine that is replicated by
+//! checkpoints sends one at the end of each [`interval`].
 //!
 //! It is taken where the vCPU is between two instructions: at a sync point at which the guest could run on (KVM
 //! completes the exit's instruction first), or after a kick, anywhere. At a kick it takes a place between two sync points:
@@ -18,13 +19,15 @@
 
 pub mod clone;
 mod format;
+pub mod interval;
 mod restore;
 mod save;
 mod shadow;
 
 pub use format::{FormatError, Image, Scope, State};
-pub use restore::Restored;
-pub use save::Pages;
+pub use interval::{Interval, IntervalError};
+pub use restore::{Adopted, Restored};
+pub use save::{Capture, Pages};
 pub use shadow::{PART_BYTES, Shadow, ShadowError};
 
 use crate::devices::BadDevices;
@@ -43,6 +46,9 @@ pub enum CheckpointError {
     /// The parts they came in.
     #[error(transparent)]
     Shadow(#[from] ShadowError),
+    /// The interval that it ends.
+    #[error(transparent)]
+    Interval(#[from] IntervalError),
     /// The CPU's state in it.
     #[error(transparent)]
     Cpu(#[from] BadCpuState),

@@ -3,9 +3,10 @@
 
 use super::format::{Image, Scope};
 use super::{CheckpointError, FormatError};
+use crate::devices::Devices;
 use crate::entry::Base;
 use crate::kvm::CpuState;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError, Phase};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, PageNumber};
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -19,6 +20,15 @@ pub struct Restored {
     pub staged: Vec<Vec<u8>>,
 }
 
+/// What is still to be done for a checkpoint that was adopted: KVM does not have the CPU's state yet.
+#[derive(Debug)]
+pub struct Adopted {
+    /// Where the log stands.
+    pub base: Base,
+    /// The CPU's state.
+    pub cpu: CpuState,
+}
+
 impl Machine {
     /// Becomes the machine that was saved. Everything is checked before anything is changed.
     ///
@@ -27,6 +37,40 @@ impl Machine {
     /// state, and the machine is of no further use.
     pub fn restore(&mut self, checkpoint: &[u8]) -> Result<Restored, CheckpointError> {
         let image = Image::parse(checkpoint, self.ram().pages())?;
+        let (cpu, devices) = self.checked(&image)?;
+        // The vCPU first: completing the instruction that it stands at may write memory.
+        self.restore_cpu(&cpu)?;
+        self.put_in_place(&image, devices)?;
+        Ok(Restored {
+            base: image.state.base,
+            staged: image.state.staged,
+        })
+    }
+
+    /// Becomes the machine that was saved, but for the vCPU, which must not have run: it takes its state only when it is to run,
+    /// as many a checkpoint may come before. Everything is checked before anything is changed.
+    ///
+    /// # Errors
+    /// What is wrong with the checkpoint, and the machine is as it was.
+    pub fn adopt(&mut self, checkpoint: &[u8]) -> Result<Adopted, CheckpointError> {
+        let image = Image::parse(checkpoint, self.ram().pages())?;
+        let (cpu, devices) = self.checked(&image)?;
+        self.put_in_place(&image, devices)?;
+        Ok(Adopted {
+            base: image.state.base,
+            cpu,
+        })
+    }
+
+    /// Gives KVM the state of the CPU that was adopted last.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`] if KVM refuses it, and the machine is of no further use.
+    pub fn settle(&mut self, cpu: &CpuState) -> Result<(), MachineError> {
+        self.restore_cpu(cpu)
+    }
+
+    fn checked(&self, image: &Image<'_>) -> Result<(CpuState, Devices), CheckpointError> {
         let cpu = CpuState::from_bytes(&image.state.cpu)?;
         let devices = self.restored_devices(&image.state.devices)?;
         if image.scope == Scope::Delta && image.state.position < self.position() {
@@ -37,25 +81,29 @@ impl Machine {
             }
             .into());
         }
-        // The vCPU first: completing the instruction that it stands at may write memory.
-        self.restore_cpu(&cpu)?;
+        Ok((cpu, devices))
+    }
+
+    fn put_in_place(&mut self, image: &Image<'_>, devices: Devices) -> Result<(), CheckpointError> {
         let ram = self.ram();
         match image.scope {
-            Scope::Full => fill(ram, &image)?,
-            Scope::Delta => patch(ram, &image)?,
+            Scope::Full => fill(ram, image)?,
+            Scope::Delta => patch(ram, image)?,
         }
-        let state = image.state;
+        let state = &image.state;
+        let phase = match (state.off, state.halted) {
+            (Some(status), _) => Phase::Off(status),
+            (None, true) => Phase::HltInstruction,
+            (None, false) => Phase::Ready,
+        };
         self.restore_rest(
             state.position,
             state.digest,
             state.injectable,
-            state.halted,
+            phase,
             devices,
         );
-        Ok(Restored {
-            base: state.base,
-            staged: state.staged,
-        })
+        Ok(())
     }
 }
 

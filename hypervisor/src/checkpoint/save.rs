@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::CheckpointError;
-use super::format::{Scope, State, Writer};
+use super::format::{self, Scope, State, Writer};
 use crate::entry::Base;
 use crate::machine::{Machine, Phase};
 use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
@@ -18,6 +18,33 @@ pub enum Pages {
     All,
     /// These, a superset of those that changed.
     Only(DirtyPages),
+}
+
+/// A checkpoint that was taken: its bytes, which are all there, but for their checksum. So the guest need not stand for that.
+#[derive(Debug, Default)]
+pub struct Capture {
+    bytes: Vec<u8>,
+    pages: usize,
+}
+
+impl Capture {
+    /// Pages that it names.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Its bytes, without the checksum.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The checkpoint.
+    #[must_use]
+    pub fn sealed(self) -> Vec<u8> {
+        format::sealed(self.bytes)
+    }
 }
 
 impl Machine {
@@ -39,18 +66,46 @@ impl Machine {
                 phase: self.phase(),
             });
         }
+        Ok(self.capture(pages, base, staged, Vec::new())?.sealed())
+    }
+
+    /// Takes a checkpoint that need not go on exactly as this machine does: at the places of [`Machine::save`], where the guest
+    /// has turned itself off, and where it waits in HALT. There it stands before the instruction, as the machine that is made
+    /// of it makes that exit again. `spare` is a buffer to use.
+    ///
+    /// # Errors
+    /// As for [`Machine::save`].
+    pub fn capture(
+        &mut self,
+        pages: &Pages,
+        base: Base,
+        staged: Vec<Vec<u8>>,
+        spare: Vec<u8>,
+    ) -> Result<Capture, CheckpointError> {
+        let (cpu, devices) = match self.phase() {
+            Phase::Ready | Phase::HltInstruction => (self.settled_cpu()?, self.save_devices()),
+            // It never runs again: whether the last instruction is complete is nobody's business.
+            Phase::Off(_) => (self.cpu_at_exit()?, self.save_devices()),
+            Phase::Halted => (self.cpu_at_exit()?, self.save_devices_before_access()),
+            phase @ (Phase::Needs(_) | Phase::Crashed) => {
+                return Err(CheckpointError::NotReady { phase });
+            }
+        };
         if self.has_outputs() {
             return Err(CheckpointError::Outputs);
         }
-        let cpu = self.settled_cpu()?.to_bytes();
         let state = State {
             position: self.position(),
             digest: self.digest(),
             injectable: self.injectable(),
             halted: self.phase() == Phase::HltInstruction,
+            off: match self.phase() {
+                Phase::Off(status) => Some(status),
+                _ => None,
+            },
             base,
-            cpu,
-            devices: self.save_devices(),
+            cpu: cpu.to_bytes(),
+            devices,
             staged,
         };
         let ram = self.ram();
@@ -62,13 +117,18 @@ impl Machine {
             Pages::All => (Vec::new(), filled_pages(ram)?),
             Pages::Only(dirty) => sort_out(ram, dirty)?,
         };
-        let mut writer = Writer::new(scope, ram.pages(), &state, &zeros, &filled);
+        let cleared: u64 = zeros.iter().map(|run| run.end - run.start).sum();
+        let named = filled.len() + cleared as usize;
+        let mut writer = Writer::new(spare, scope, ram.pages(), &state, &zeros, &filled);
         let mut content = [0; PAGE_SIZE];
         for page in filled {
             ram.read_page(page, &mut content)?;
             writer.page(&content);
         }
-        Ok(writer.finish())
+        Ok(Capture {
+            bytes: writer.unsealed(),
+            pages: named,
+        })
     }
 }
 

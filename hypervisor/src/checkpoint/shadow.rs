@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{self, FormatError};
+use super::interval::{self, IntervalError};
 
 /// Bytes of a part. Large against an entry's own bytes, small against a lane, so that the reader works on one part while
 /// the next is written.
@@ -27,11 +28,22 @@ pub enum ShadowError {
     /// The first part does not begin a checkpoint of this machine.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// The first part does not begin an interval of this machine.
+    #[error(transparent)]
+    Interval(#[from] IntervalError),
 }
 
-/// Gathers one checkpoint.
+/// What gathers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Checkpoint,
+    Interval,
+}
+
+/// Gathers one checkpoint, or the interval that ends with it.
 #[derive(Debug)]
 pub struct Shadow {
+    kind: Kind,
     ram_pages: u64,
     bytes: Vec<u8>,
     next: u32,
@@ -43,10 +55,20 @@ impl Shadow {
     #[must_use]
     pub fn new(ram_pages: u64) -> Self {
         Self {
+            kind: Kind::Checkpoint,
             ram_pages,
             bytes: Vec::new(),
             next: 0,
             announced: 0,
+        }
+    }
+
+    /// An empty area for an interval of such a machine.
+    #[must_use]
+    pub fn of_intervals(ram_pages: u64) -> Self {
+        Self {
+            kind: Kind::Interval,
+            ..Self::new(ram_pages)
         }
     }
 
@@ -68,7 +90,10 @@ impl Shadow {
             });
         }
         if part == 0 {
-            self.announced = format::announced(bytes, self.ram_pages)?;
+            self.announced = match self.kind {
+                Kind::Checkpoint => format::announced(bytes, self.ram_pages)?,
+                Kind::Interval => interval::announced(bytes, self.ram_pages)?,
+            };
         }
         self.next += 1;
         if self.bytes.len() as u64 + bytes.len() as u64 > self.announced {
@@ -102,12 +127,13 @@ mod tests {
             digest: Digest(2),
             injectable: false,
             halted: false,
+            off: None,
             base: Base::default(),
             cpu: vec![7; 3000],
             devices: Vec::new(),
             staged: Vec::new(),
         };
-        Writer::new(Scope::Full, 512, &state, &[], &[]).finish()
+        Writer::new(Vec::new(), Scope::Full, 512, &state, &[], &[]).finish()
     }
 
     #[test]

@@ -10,7 +10,7 @@ use hypervisor::demo::run::{self, DemoError, Network, Options, Serving};
 use hypervisor::session::report::Event;
 
 use super::Failure;
-use super::pair::Carrier;
+use super::pair::{Carrier, ReplicateArgs};
 
 mod in_lab;
 
@@ -28,7 +28,7 @@ enum Net {
 /// Show a machine surviving the loss of its host process, with clients that notice nothing
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --lab\n  doppel demo --arbiter etcd://127.0.0.1:2379\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
+    after_help = "Examples:\n  doppel demo\n  doppel demo --plot failover.svg\n  doppel demo --transport tcp\n  doppel demo --replicate checkpoint\n  doppel demo --lab\n  doppel demo --arbiter etcd://127.0.0.1:2379\n  doppel demo --kills 3\n  doppel demo --json | jq .failover_ms\n  \
                   doppel demo --serve 6379      then, elsewhere: redis-cli -p 6379, and kill either side"
 )]
 pub struct DemoArgs {
@@ -45,8 +45,10 @@ pub struct DemoArgs {
     #[arg(long, value_enum)]
     transport: Option<Carrier>,
     /// Across two hosts of the lab, emulated Linux machines with RDMA, of which the primary's is killed (docs/lab.md)
-    #[arg(long, conflicts_with_all = ["serve", "net", "arbiter", "kvm", "kvm_fd", "command_line"])]
+    #[arg(long, conflicts_with_all = ["serve", "net", "arbiter", "kvm", "kvm_fd", "command_line", "replicate"])]
     lab: bool,
+    #[command(flatten)]
+    replicate: ReplicateArgs,
     /// The guest's network
     #[arg(long, value_enum, default_value = "auto")]
     net: Net,
@@ -99,6 +101,8 @@ impl DemoArgs {
                 Net::Link => Network::Link,
             },
             transport: self.transport.unwrap_or(Carrier::Shm).into(),
+            replication: self.replicate.replicate.map(Into::into).unwrap_or_default(),
+            more: self.replicate.words(),
             arbiter: self.arbiter.clone(),
             connections: self.connections,
             kills: self.kills,

@@ -31,7 +31,8 @@ pub struct MachineArgs {
     /// The kernel's initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs --preempt checkpoint
+    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs
+    /// --preempt checkpoint or --replicate checkpoint, and is the default with that
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
     /// Guest memory in MiB, 2 to 3072
@@ -120,7 +121,7 @@ impl MachineArgs {
         if self.kernel.is_some() {
             config.kernel.clone_from(&self.kernel);
         }
-        config.clock = self.clock.unwrap_or(config.clock);
+        config.clock = self.clock.or(config.clock);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -190,7 +191,7 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
         config.memory_mib,
         &config.command_line,
         now,
-        (config.clock, seed),
+        (config.clock_source(), seed),
     )
     .map_err(usage)
 }

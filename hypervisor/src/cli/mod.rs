@@ -6,6 +6,7 @@ mod figures;
 mod hook;
 mod machine;
 mod pair;
+mod prepare;
 mod record;
 mod replay;
 mod secret;
@@ -66,6 +67,7 @@ enum Command {
     Run(machine::RunArgs),
     Primary(pair::PrimaryArgs),
     Backup(pair::BackupArgs),
+    Prepare(prepare::PrepareArgs),
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
@@ -118,6 +120,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => machine::run(&args),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => pair::backup(&args),
+        Command::Prepare(args) => prepare::prepare(&args),
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),

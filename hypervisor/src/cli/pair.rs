@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use hypervisor::arbiter::Place;
 use hypervisor::config::{CommitMode, Config, Transport};
+use hypervisor::intervals::{Ends, Replication};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
 use super::Failure;
@@ -61,6 +62,8 @@ struct PairArgs {
     secret: Option<PathBuf>,
     #[command(flatten)]
     rdma: RdmaArgs,
+    #[command(flatten)]
+    replicate: ReplicateArgs,
     /// Compare whole memories every so many milliseconds; 0 is never
     #[arg(long, value_name = "MS")]
     memory_check_ms: Option<u64>,
@@ -109,6 +112,85 @@ impl RdmaArgs {
     }
 }
 
+/// How the machine is replicated.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum By {
+    /// The backup runs the same guest, from a log of what it could not have computed
+    Replay,
+    /// The log carries what the guest has changed, interval by interval: for any guest
+    Checkpoint,
+}
+
+impl From<By> for Replication {
+    fn from(by: By) -> Self {
+        match by {
+            By::Replay => Self::Replay,
+            By::Checkpoint => Self::Checkpoint,
+        }
+    }
+}
+
+/// What ends an interval.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum IntervalEnds {
+    /// An output that waits, at the latest its length
+    Output,
+    /// Its length alone
+    Fixed,
+}
+
+impl From<IntervalEnds> for Ends {
+    fn from(ends: IntervalEnds) -> Self {
+        match ends {
+            IntervalEnds::Output => Self::Output,
+            IntervalEnds::Fixed => Self::Fixed,
+        }
+    }
+}
+
+/// How the machine is replicated; also an option of the demo.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ReplicateArgs {
+    /// How the machine is replicated; both sides alike
+    #[arg(long, value_enum)]
+    pub replicate: Option<By>,
+    /// Length of an interval in milliseconds (--replicate checkpoint), 1 to 1000
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub interval_ms: Option<u64>,
+    /// What ends an interval (--replicate checkpoint)
+    #[arg(long, value_enum)]
+    pub interval: Option<IntervalEnds>,
+}
+
+impl ReplicateArgs {
+    fn apply(&self, config: &mut Config) {
+        let replicate = &mut config.replicate;
+        replicate.mode = self.replicate.map_or(replicate.mode, Into::into);
+        replicate.interval_ms = self.interval_ms.unwrap_or(replicate.interval_ms);
+        replicate.interval = self.interval.map_or(replicate.interval, Into::into);
+    }
+
+    /// The options that say the same, for a process that is started.
+    pub fn words(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
+        if let Some(by) = self.replicate {
+            say("--replicate", Replication::from(by).name().to_owned());
+        }
+        if let Some(length) = self.interval_ms {
+            say("--interval-ms", length.to_string());
+        }
+        if let Some(ends) = self.interval {
+            let ends = match ends {
+                IntervalEnds::Output => "output",
+                IntervalEnds::Fixed => "fixed",
+            };
+            say("--interval", ends.to_owned());
+        }
+        words
+    }
+}
+
 impl PairArgs {
     fn apply(&self, config: &mut Config) {
         if let Some(transport) = self.transport {
@@ -130,6 +212,7 @@ impl PairArgs {
             config.pair.secret.clone_from(&self.secret);
         }
         self.rdma.apply(config);
+        self.replicate.apply(config);
         if let Some(every) = self.memory_check_ms {
             config.timing.memory_check_ms = every;
         }

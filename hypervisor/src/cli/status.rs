@@ -322,6 +322,19 @@ fn role(status: &Status, asked: Option<&Asked>, paint: Paint) -> String {
             };
             row(name, figures);
         }
+        let stop = &status.stop;
+        if let Some(pages) = status.stopped_for[0].checked_div(stop.count) {
+            row(
+                "stops",
+                format!(
+                    "p50 {}  p99 {}  max {}  ({}, of {pages} pages on average)",
+                    micros(stop.p50_us),
+                    micros(stop.p99_us),
+                    micros(stop.max_us),
+                    count(stop.count as f64)
+                ),
+            );
+        }
     }
     if let Some(peer) = &status.peer {
         let address = peer.address.as_deref().unwrap_or("an unknown address");
@@ -493,6 +506,8 @@ pub mod tests {
                     max_us: 120.0,
                 },
                 commit_recent: Latency::default(),
+                stop: Latency::default(),
+                stopped_for: [0; 2],
                 totals: figures,
                 rates: figures,
                 transport: Some("shm".into()),

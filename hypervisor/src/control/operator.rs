@@ -302,7 +302,7 @@ impl Desk {
 fn answer(view: &View, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
     match kind {
         Kind::Scrape => prometheus::respond(request, || {
-            prometheus::page(&view.status(now), &view.latencies())
+            prometheus::page(&view.status(now), &view.latencies(), &view.stops())
         }),
         Kind::Control => Answer::new(match Request::decode(request) {
             Ok(Request {

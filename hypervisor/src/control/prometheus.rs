@@ -64,7 +64,7 @@ impl Page<'_> {
 }
 
 /// All metrics; `docs/metrics.md` lists them.
-pub(super) fn page(status: &Status, commits: &Latencies) -> String {
+pub(super) fn page(status: &Status, commits: &Latencies, stops: &Latencies) -> String {
     let mut page = Page {
         text: String::with_capacity(8192),
         name: &status.name,
@@ -155,6 +155,16 @@ pub(super) fn page(status: &Status, commits: &Latencies) -> String {
             totals.frame_bytes,
         ),
         (
+            "doppel_interval_pages_total",
+            "Pages that were written in intervals that have ended.",
+            status.stopped_for[0] as f64,
+        ),
+        (
+            "doppel_interval_bytes_total",
+            "Bytes of their checkpoints.",
+            status.stopped_for[1] as f64,
+        ),
+        (
             "doppel_arbiter_questions_total",
             "Questions to the arbiter.",
             status.arbiter.questions[0] as f64,
@@ -207,28 +217,34 @@ pub(super) fn page(status: &Status, commits: &Latencies) -> String {
             f64::from(u8::from(answered)),
         );
     }
-    histogram(&mut page, commits);
+    histogram(
+        &mut page,
+        "doppel_commit_latency_seconds",
+        "From an output's making to its commit.",
+        commits,
+    );
+    histogram(
+        &mut page,
+        "doppel_interval_stop_seconds",
+        "How long the guest stood at the end of an interval.",
+        stops,
+    );
     page.text
 }
 
-fn histogram(page: &mut Page<'_>, commits: &Latencies) {
-    const METRIC: &str = "doppel_commit_latency_seconds";
-    page.head(
-        METRIC,
-        "histogram",
-        "From an output's making to its commit.",
-    );
-    let bucket = format!("{METRIC}_bucket");
+fn histogram(page: &mut Page<'_>, metric: &str, help: &str, times: &Latencies) {
+    page.head(metric, "histogram", help);
+    let bucket = format!("{metric}_bucket");
     for power in POWERS {
         // Latencies are whole nanoseconds: less than the power of two is at most one less than it.
         let bound = (((1_u64 << power) - 1) as f64 / 1e9).to_string();
-        let below = commits.below_power(power) as f64;
+        let below = times.below_power(power) as f64;
         page.value(&bucket, &[("le", bound.as_str())], below);
     }
-    let count = commits.count() as f64;
+    let count = times.count() as f64;
     page.value(&bucket, &[("le", "+Inf")], count);
-    page.value(&format!("{METRIC}_sum"), &[], commits.sum() as f64 / 1e9);
-    page.value(&format!("{METRIC}_count"), &[], count);
+    page.value(&format!("{metric}_sum"), &[], times.sum() as f64 / 1e9);
+    page.value(&format!("{metric}_count"), &[], count);
 }
 
 #[cfg(test)]
@@ -244,7 +260,11 @@ mod tests {
         view.second();
         view.hook_ran(false);
         view.take(super::super::board::Update::Arbiter(None), Instant::now());
-        page(&view.status(Instant::now()), &view.latencies())
+        page(
+            &view.status(Instant::now()),
+            &view.latencies(),
+            &view.stops(),
+        )
     }
 
     /// Reads the format as its specification has it: families by name with their type, and every sample by its name and labels.
@@ -309,7 +329,7 @@ mod tests {
         assert_eq!(families["doppel_commit_latency_seconds"], "histogram");
         let buckets: Vec<f64> = served()
             .lines()
-            .filter(|line| line.contains("_bucket"))
+            .filter(|line| line.contains("doppel_commit_latency_seconds_bucket"))
             .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
             .collect();
         assert!(buckets.is_sorted(), "{buckets:?}");

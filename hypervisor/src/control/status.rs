@@ -259,6 +259,12 @@ pub struct Status {
     pub commit: Latency,
     /// The same, of the last ten seconds.
     pub commit_recent: Latency,
+    /// How long the guest stood at the end of each interval; none were made under replay.
+    #[serde(default)]
+    pub stop: Latency,
+    /// Pages that were written in these intervals, and bytes of their checkpoints.
+    #[serde(default)]
+    pub stopped_for: [u64; 2],
     /// What was done since the start.
     pub totals: Totals,
     /// A second, over the last five.

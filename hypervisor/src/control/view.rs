@@ -258,6 +258,14 @@ impl View {
         }
     }
 
+    /// Stops of the guest at the ends of intervals, since the start.
+    pub(super) fn stops(&self) -> Latencies {
+        match &self.figures {
+            Some((samples, _)) => samples.meter().stops(),
+            None => Latencies::default(),
+        }
+    }
+
     pub(super) fn status(&self, now: Instant) -> Status {
         let latencies = self.latencies();
         let recent = match self.readings.front() {
@@ -287,6 +295,8 @@ impl View {
             lag_max_us: longest.filter(|_| has_backup).map(micros),
             commit: Latency::from(&latencies),
             commit_recent: Latency::from(&recent),
+            stop: Latency::from(&self.stops()),
+            stopped_for: meter.map_or([0; 2], |meter| meter.stopped_for()),
             totals: self.totals(),
             rates: average(latest.clone().take(RATES).map(|second| second.done)),
             transport: self.about.transport.clone(),

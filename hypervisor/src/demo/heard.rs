@@ -15,6 +15,10 @@ const COMMIT_MAX_NS: u64 = 60_000_000_000;
 pub struct Heard {
     /// From an output's sync point to its commit, in nanoseconds.
     pub commits: Histogram<u64>,
+    /// How long the guest stood at the ends of its intervals, in nanoseconds.
+    pub stops: Histogram<u64>,
+    /// Pages that were written in these intervals, and bytes of their checkpoints.
+    pub written: [u64; 2],
     /// Differences that a backup found.
     pub divergences: u64,
     /// These, in words.
@@ -40,6 +44,8 @@ pub struct Live {
     pub resent: usize,
     /// Frames taken over that the old primary had read and not applied.
     pub inherited_frames: usize,
+    /// Whether an interval had begun to come and was not whole.
+    pub torn: bool,
     /// When what was done, by the clock of the host that says so.
     pub at: Timeline,
 }
@@ -48,6 +54,8 @@ impl Default for Heard {
     fn default() -> Self {
         Self {
             commits: Histogram::new_with_bounds(1, COMMIT_MAX_NS, 3).expect("legal bounds"),
+            stops: Histogram::new_with_bounds(1, COMMIT_MAX_NS, 3).expect("legal bounds"),
+            written: [0; 2],
             divergences: 0,
             problems: Vec::new(),
             notices: Vec::new(),
@@ -65,6 +73,17 @@ impl Heard {
                     self.commits.saturating_record_n(nanos, count);
                 }
             }
+            Event::Intervals {
+                stops_us,
+                pages,
+                bytes,
+            } => {
+                for micros in stops_us {
+                    self.stops.saturating_record(micros * 1000);
+                }
+                self.written[0] += pages.iter().sum::<u64>();
+                self.written[1] += bytes;
+            }
             Event::Diverged { what } => {
                 self.divergences += 1;
                 self.problems.push(what);
@@ -76,6 +95,7 @@ impl Heard {
                 checked_at,
                 resent,
                 inherited_frames,
+                torn,
                 at,
             } => {
                 self.live = Some(Live {
@@ -85,6 +105,7 @@ impl Heard {
                     checked_at,
                     resent,
                     inherited_frames,
+                    torn,
                     at,
                 });
             }
@@ -107,6 +128,8 @@ impl Heard {
         report.sync_points = live.position;
         report.epoch = live.epoch;
         report.commit_us = Latency::of_nanos(&self.commits);
+        report.stop_us = Latency::of_nanos(&self.stops);
+        [report.interval_pages, report.interval_bytes] = self.written;
         report.divergences = self.divergences;
         report.problems.extend(self.problems.iter().cloned());
     }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::intervals::Replication;
+
 use super::client::{Latency, Outcome, Requests, Verification};
 
 /// The longest a client may wait around a failover, in milliseconds.
@@ -22,6 +24,9 @@ const EMULATED: &str = "hosts_emulated";
 pub struct Report {
     /// What carried the log: `shm`, `tcp`, `rdma`.
     pub transport: String,
+    /// How the machine was replicated: `replay`, `checkpoint`.
+    #[serde(default)]
+    pub replication: String,
     /// What carried the guest's frames: `tap` or `link`.
     pub network: String,
     /// The guest that ran.
@@ -49,6 +54,15 @@ pub struct Report {
     pub client_stall_ms_max: f64,
     /// From an output's sync point to its commit, while the first primary lived.
     pub commit_us: Latency,
+    /// How long the guest stood at the end of each interval, while the first primary lived; nothing under replay.
+    #[serde(default)]
+    pub stop_us: Latency,
+    /// Pages that were written in those intervals together.
+    #[serde(default)]
+    pub interval_pages: u64,
+    /// Bytes of their checkpoints.
+    #[serde(default)]
+    pub interval_bytes: u64,
     /// From a request to its reply, as the client saw it, in microseconds.
     pub request_us: Latency,
     /// TCP connections of the client.
@@ -252,8 +266,6 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { report, paint } = *self;
         let title = |f: &mut fmt::Formatter<'_>, text| writeln!(f, "{}", paint.title(text));
-        let row =
-            |f: &mut fmt::Formatter<'_>, name, value: &str| writeln!(f, "  {name:<29}{value}");
 
         title(f, "What the clients saw")?;
         let requests = &report.requests;
@@ -304,6 +316,18 @@ impl fmt::Display for Table<'_> {
         row(f, "carried by", &carried)?;
         row(f, "sync points", &thousands(report.sync_points))?;
         row(f, "output to commit", &latency(&report.commit_us))?;
+        if report.replication == Replication::Checkpoint.name() {
+            row(f, "stop at an interval's end", &latency(&report.stop_us))?;
+            let intervals = report.stop_us.count.max(1);
+            let written = format!(
+                "{} pages, {} KiB on average",
+                thousands(report.interval_pages / intervals),
+                thousands((report.interval_bytes / intervals) >> 10),
+            );
+            row(f, "written in an interval", &written)?;
+            row(f, "epoch", &report.epoch.to_string())?;
+            return self.rounds_and_verdict(f);
+        }
         row(f, "divergences", &paint.none_is_good(report.divergences))?;
         let memory = match report.memory_hash_equal {
             Some(true) => paint.good("equal on both sides"),
@@ -312,6 +336,13 @@ impl fmt::Display for Table<'_> {
         };
         row(f, "guest memory", &memory)?;
         row(f, "epoch", &report.epoch.to_string())?;
+        self.rounds_and_verdict(f)
+    }
+}
+
+impl Table<'_> {
+    fn rounds_and_verdict(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { report, paint } = *self;
         for (number, round) in report.earlier().enumerate() {
             let figure = |name: &str| round[name].as_f64().unwrap_or_default();
             let text = format!(
@@ -326,11 +357,8 @@ impl fmt::Display for Table<'_> {
         }
 
         if report.is_emulated() {
-            row(
-                f,
-                "hosts",
-                "emulated in software: times say nothing of real ones",
-            )?;
+            let text = "emulated in software: times say nothing of real ones";
+            row(f, "hosts", text)?;
         }
 
         for failure in report.failures() {
@@ -347,6 +375,10 @@ impl fmt::Display for Table<'_> {
         }
         Ok(())
     }
+}
+
+fn row(f: &mut fmt::Formatter<'_>, name: &str, value: &str) -> fmt::Result {
+    writeln!(f, "  {name:<29}{value}")
 }
 
 fn latency(latency: &Latency) -> String {

@@ -23,6 +23,7 @@ use crate::backends::link::{self, LinkError};
 use crate::backends::tap::{Ipv4Network, TapConfig};
 use crate::backends::wait::{Moment, Waiter};
 use crate::config::Transport;
+use crate::intervals::Replication;
 use crate::session::SessionError;
 use crate::session::host::{MTU, stop_signals};
 use crate::session::report::Event;
@@ -71,6 +72,10 @@ pub struct Options {
     pub network: Network,
     /// What carries the log.
     pub transport: Transport,
+    /// How the machine is replicated.
+    pub replication: Replication,
+    /// More options for both sides.
+    pub more: Vec<String>,
     /// Where the arbiter is; none is a directory of the demo's own.
     pub arbiter: Option<Place>,
     /// TCP connections of the client.
@@ -266,10 +271,13 @@ impl Stage {
             kvm: options.kvm,
             transport: options.transport,
             arbiter: options.arbiter.as_ref().map(Place::to_string),
-            more: match options.arbiter {
-                // Others' records are there, too, and those of earlier demos.
-                Some(_) => vec!["--name".into(), format!("demo-{:016x}", options.seed)],
-                None => Vec::new(),
+            more: {
+                let mut more = options.more.clone();
+                if options.arbiter.is_some() {
+                    // Others' records are there, too, and those of earlier demos.
+                    more.extend(["--name".into(), format!("demo-{:016x}", options.seed)]);
+                }
+                more
             },
         };
         Ok((Pair::start(&spec, Some(&self.port))?, spec))
@@ -359,6 +367,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
 
     let mut report = Report {
         transport: options.transport.name().into(),
+        replication: options.replication.name().into(),
         network: stage.network.into(),
         guest: options.guest.clone(),
         ..Report::default()
@@ -378,6 +387,7 @@ pub fn run(options: &Options) -> Result<Finished, DemoError> {
         ("memory_checked_at", json!(live.checked_at)),
         ("outputs_sent_again", json!(live.resent)),
         ("frames_taken_over", json!(live.inherited_frames)),
+        ("torn", json!(live.torn)),
         ("suspected_ms", json!(since_kill(live.at.suspected))),
         ("fenced_ms", json!(since_kill(live.at.fenced))),
         ("claimed_ms", json!(since_kill(live.at.claimed))),

@@ -92,6 +92,15 @@ impl Devices {
         serde_json::to_vec(&written).expect("plain data always encodes")
     }
 
+    /// The devices if the access that waits for its answer has not been made: a read of HALT, CLOCK or RANDOM changes nothing
+    /// that a second one would not.
+    #[must_use]
+    pub fn before_access(&self) -> Self {
+        let mut before = self.clone();
+        before.board.awaiting = None;
+        before
+    }
+
     /// The devices in a state that was saved by devices of the same configuration. Nothing changes here.
     ///
     /// # Errors

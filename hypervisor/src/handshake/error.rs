@@ -112,6 +112,16 @@ pub enum HandshakeError {
         /// The backup's.
         ours: String,
     },
+    /// The machine is replicated in another way.
+    #[error(
+        "the primary replicates by {theirs:?}, this backup by {ours:?}: give both the same --replicate"
+    )]
+    Replication {
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: &'static str,
+    },
     /// The other side said no.
     #[error("the other side refused: {0}")]
     Refused(String),

@@ -48,6 +48,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Transport;
 use crate::digest::ExitRecord;
+use crate::intervals::Replication;
 use crate::kvm::CpuModel;
 use crate::machine::{ENCODED_MAX, MachineSpec};
 use crate::protocol::heartbeat::PairKey;
@@ -78,6 +79,9 @@ pub struct Hello {
     pub name: String,
     /// What carries its log.
     pub transport: String,
+    /// How the machine is replicated.
+    #[serde(default)]
+    pub replication: String,
     /// The primary's process.
     pub identity: String,
     /// Where it expects heartbeats.
@@ -90,6 +94,19 @@ pub struct Hello {
     pub disk: Option<u64>,
     /// Bytes of the machine's description, which follows.
     pub spec_bytes: u32,
+}
+
+/// What a backup has of its own, which a primary must have as well.
+#[derive(Clone, Copy, Debug)]
+pub struct Ours<'a> {
+    /// The host's CPU.
+    pub cpu: &'a CpuModel,
+    /// The machine's name.
+    pub name: &'a str,
+    /// What carries its log.
+    pub transport: Transport,
+    /// How it is replicated.
+    pub replication: Replication,
 }
 
 /// What a backup answers.
@@ -231,9 +248,7 @@ pub fn agree(stream: &Channel, record: &Record) -> Result<(), HandshakeError> {
 /// See [`HandshakeError`]. The caller tells the primary by [`refuse`].
 pub fn listen_to(
     stream: &Channel,
-    ours: &CpuModel,
-    name: &str,
-    transport: Transport,
+    ours: &Ours<'_>,
 ) -> Result<(Hello, MachineSpec), HandshakeError> {
     patience(stream)?;
     stream.set_patience(Some(FIRST_WORDS))?;
@@ -260,22 +275,28 @@ pub fn listen_to(
             why: format!("{} of {} bytes", spec.len(), hello.spec_bytes),
         });
     }
-    if &hello.cpu != ours {
+    if &hello.cpu != ours.cpu {
         return Err(HandshakeError::Cpu {
             theirs: hello.cpu,
-            ours: ours.clone(),
+            ours: ours.cpu.clone(),
         });
     }
-    if hello.name != name {
+    if hello.name != ours.name {
         return Err(HandshakeError::Name {
             theirs: hello.name,
-            ours: name.to_owned(),
+            ours: ours.name.to_owned(),
         });
     }
-    if hello.transport != transport.name() {
+    if hello.transport != ours.transport.name() {
         return Err(HandshakeError::Transport {
             theirs: hello.transport,
-            ours: transport,
+            ours: ours.transport,
+        });
+    }
+    if hello.replication != ours.replication.name() {
+        return Err(HandshakeError::Replication {
+            theirs: hello.replication,
+            ours: ours.replication.name(),
         });
     }
     Ok((hello, MachineSpec::decode(&spec)?))

@@ -43,12 +43,23 @@ impl Machine {
         Ok(self.vcpu.state()?)
     }
 
+    /// The CPU's state at the exit where the guest waits. The instruction is not complete, and the registers are those before
+    /// it: KVM hands a read's value to its register when it completes the read.
+    pub(crate) fn cpu_at_exit(&self) -> Result<CpuState, MachineError> {
+        Ok(self.vcpu.state()?)
+    }
+
     pub(crate) fn restore_cpu(&mut self, cpu: &CpuState) -> Result<(), MachineError> {
         Ok(self.vcpu.restore(cpu)?)
     }
 
     pub(crate) fn save_devices(&self) -> Vec<u8> {
         self.devices.save()
+    }
+
+    /// The devices as they are if the access that waits for its answer has not been made.
+    pub(crate) fn save_devices_before_access(&self) -> Vec<u8> {
+        self.devices.before_access().save()
     }
 
     pub(crate) fn restored_devices(&self, bytes: &[u8]) -> Result<Devices, BadDevices> {
@@ -60,16 +71,12 @@ impl Machine {
         position: Position,
         digest: Digest,
         injectable: bool,
-        halted: bool,
+        phase: Phase,
         devices: Devices,
     ) {
         self.position = position;
         self.digest = digest;
-        self.phase = if halted {
-            Phase::HltInstruction
-        } else {
-            Phase::Ready
-        };
+        self.phase = phase;
         self.injectable = injectable;
         self.devices = devices;
     }

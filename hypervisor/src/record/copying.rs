@@ -77,10 +77,8 @@ impl<S: Sink> Recorder<S> {
 
     fn checkpoint_for_copy(&mut self) -> Result<Vec<u8>, CheckpointError> {
         let staged = self.stage.take_all();
-        for frame in &staged {
-            // They came out of it, and nobody else adds to it during a cut.
-            let _ = self.stage.push(Seq::ZERO, frame);
-        }
+        // They came out of it, and nobody else adds to it during a cut.
+        self.stage.inherit(staged.clone());
         // The heir counts time from here: a guest may not have asked for it for long.
         self.encoder.advance_clock(self.clock.now());
         let pages = Pages::Only(self.machine.take_uncopied()?);
@@ -94,7 +92,10 @@ impl<S: Sink> Recorder<S> {
         // Before the first entry, which may meet the new log's own fence.
         self.orders.begin_log();
         self.applied = Seq::ZERO;
-        self.sink = sink;
+        match &mut self.intervals {
+            Some(intervals) => intervals.begin_log(sink, self.encoder.base()),
+            None => self.sink = sink,
+        }
         self.next_memory_check = self
             .options
             .memory_check

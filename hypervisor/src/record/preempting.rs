@@ -3,18 +3,17 @@
 
 use std::time::Instant;
 
-use super::{Ended, RecordError, Recorder};
+use super::{Ended, Intervals, RecordError, Recorder};
 use crate::checkpoint::{PART_BYTES, Pages};
+use crate::courier::AROUND_A_PART;
 use crate::entry::{Base, Body, Entry, Part};
 use crate::sink::Sink;
-
-/// An entry's bytes beside the part that it carries: kind, distance, number, and the mark of the last.
-const AROUND_A_PART: usize = 32;
 
 impl<S: Sink> Recorder<S> {
     /// From now on it is known which pages the guest writes. The backup has the machine as it is now.
     pub(super) fn prepare_to_preempt(&mut self) -> Result<(), RecordError> {
-        if self.options.preempt && self.sink.keeps() {
+        let kept = self.intervals.as_ref().is_some_and(Intervals::are_kept);
+        if self.options.preempt && self.sink.keeps() || kept {
             self.machine.track_changes()?;
         }
         Ok(())
@@ -29,6 +28,10 @@ impl<S: Sink> Recorder<S> {
                 self.machine.next_tick().map(|tick| self.clock.when(tick))
             };
             self.orders.entering(self.machine.position(), due);
+        }
+        if let Some(intervals) = &mut self.intervals {
+            intervals.entering();
+            self.orders.interval_ends(intervals.ends());
         }
     }
 
@@ -61,12 +64,16 @@ impl<S: Sink> Recorder<S> {
     pub(super) fn make_place(&mut self) -> Result<Option<Ended>, RecordError> {
         let started = Instant::now();
         self.machine.stop_between();
+        self.mid_run = false;
+        if self.intervals.is_some() {
+            // Nobody follows step by step: any place is one.
+            return self.sync_point();
+        }
         let bytes = if self.sink.keeps() {
             self.post_checkpoint()?
         } else {
             0
         };
-        self.mid_run = false;
         self.samples.checkpoint(started.elapsed(), bytes);
         self.sync_point()
     }

@@ -354,6 +354,7 @@ impl Following {
                 .map_or(0, |check| check.position.0),
             resent: drained.resent,
             inherited_frames: drained.inherited_frames,
+            torn: drained.torn,
             at: self.at,
         });
         if let Some(disk) = self.io.stager.disk() {

@@ -28,6 +28,7 @@ use crate::control::board::Board;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
+use crate::intervals::Bound;
 use crate::orders::{Order, Orders, Pace, Samples};
 use crate::preempt;
 use crate::protocol::heartbeat::Heartbeat;
@@ -75,6 +76,8 @@ pub(super) struct Io {
     pub(super) death: Option<Mourner>,
     /// Over a guest that does not exit, with the time of the next look.
     guest_watch: Option<(preempt::Watch, Instant)>,
+    /// Over a guest whose intervals have a length, with that.
+    interval_bound: Option<(Bound, Duration)>,
 }
 
 /// What a round found.
@@ -155,6 +158,7 @@ impl Io {
         let orders = Arc::new(Orders::new(Arc::clone(&common.wake)));
         common.reporter.board().attach(&samples, &orders);
         host::pin(&config.cpus.io, "I/O");
+        let lengths = config.replicate.lengths();
         Ok(Self {
             orders,
             outlet: Outlet::new(
@@ -186,7 +190,8 @@ impl Io {
             // Without it a backup learns it from the control connection, milliseconds later.
             holder: RobustHolder::of_this_thread().ok(),
             death: None,
-            guest_watch: config.preempt.by_checkpoint().then(|| {
+            interval_bound: lengths.map(|lengths| (Bound::default(), lengths.length)),
+            guest_watch: (config.preempt.by_checkpoint() || lengths.is_some()).then(|| {
                 (
                     preempt::Watch::new(config.preempt.deferral()),
                     Instant::now(),
@@ -355,6 +360,18 @@ impl Io {
         }
         if let Some((_, again)) = &self.guest_watch {
             longest = longest.min(again.saturating_duration_since(Instant::now()));
+        }
+        if let Some((bound, length)) = &mut self.interval_bound {
+            // One that begins while nobody looks ends no later than twice its length.
+            let running = self.orders.running().and(self.orders.interval_end());
+            let verdict = bound.look(Instant::now(), running);
+            if verdict.is_some_and(|verdict| verdict.kick) {
+                self.orders.kick();
+            }
+            let again = verdict.map_or(*length, |verdict| {
+                verdict.again.saturating_duration_since(Instant::now())
+            });
+            longest = longest.min(again);
         }
         let slowed = self.orders.pace() < Pace::FULL;
         if slowed {

@@ -387,6 +387,7 @@ pub(super) fn introduce(
         cpu: who.cpu.clone(),
         name: who.name.clone(),
         transport: config.pair.transport.name().to_owned(),
+        replication: config.replicate.mode.name().to_owned(),
         identity: who.me.to_string(),
         heartbeat: socket
             .local_addr()

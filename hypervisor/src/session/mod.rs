@@ -36,13 +36,17 @@ use crate::backends::disk::DiskError;
 use crate::backends::link::LinkError;
 use crate::backends::tap::{BadNetwork, TapError};
 use crate::config::Config;
+use crate::courier::Courier;
 use crate::file_log::FileLogError;
 use crate::handshake::{HandshakeError, TrustError};
 use crate::machine::{MachineError, SpecError};
 use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
-use crate::record::{RecordError, RecordOptions};
+use crate::record::{Intervals, RecordError, RecordOptions};
 use crate::replay::ReplayError;
+use crate::ring_log::RingSink;
+use crate::sandbox::{NOT_CONFINED, Thread};
+use io::Io;
 
 /// Why a role ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +81,11 @@ pub enum SessionError {
     /// The disk's image.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A disk, and replication by checkpoints.
+    #[error(
+        "a machine with a disk is replicated by replay (--replicate, replicate.mode): an interval carries no writes, so the backup's image would not get them"
+    )]
+    DiskByCheckpoints,
     /// The image fails while a backup follows whose own is well.
     #[error(
         "this side's disk image fails: {0}; this side ends without telling the guest, so that its backup takes over with its own image"
@@ -165,12 +174,34 @@ fn protocol_timing(config: &Config) -> Timing {
 
 /// How a machine of a pair is recorded, from its start or from its go-live.
 fn record_options(config: &Config) -> RecordOptions {
+    let by_checkpoints = config.replicate.lengths().is_some();
     RecordOptions {
         every_exit: false,
-        memory_check: config.timing.memory_check(),
+        // A backup that does not run has nothing to compare.
+        memory_check: config.timing.memory_check().filter(|_| !by_checkpoints),
         spin: config.timing.spin(),
-        preempt: config.preempt.by_checkpoint(),
+        // Where nobody follows step by step a guest can be given what is due wherever it stands.
+        preempt: config.preempt.by_checkpoint() || by_checkpoints,
     }
+}
+
+/// The intervals of a machine that is replicated by checkpoints, which have no log yet. Their courier's thread starts here.
+fn intervals(config: &Config, io: &Io) -> Result<Option<Intervals<RingSink>>, SessionError> {
+    let Some(lengths) = config.replicate.lengths() else {
+        return Ok(None);
+    };
+    let (courier, work) = Courier::new(&io.stage, &io.orders, &io.outlet, &io.samples);
+    let (cpus, sandbox) = (config.cpus.io.clone(), io.sandbox.clone());
+    std::thread::Builder::new()
+        .name("courier".into())
+        .spawn(move || {
+            host::pin(&cpus, "courier");
+            // It does what the vCPU thread does with the log where there are no intervals.
+            sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED);
+            work.run();
+        })
+        .map_err(SessionError::host("start the courier's thread"))?;
+    Ok(Some(Intervals::new(courier, lengths)))
 }
 
 /// What the last line of a role's history says.

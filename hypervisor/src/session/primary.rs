@@ -28,6 +28,7 @@ use crate::protocol::{Notice, Pair, Primary, Record};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
 use crate::sandbox::{self, NOT_CONFINED, Thread};
+use crate::sink::Sink;
 
 /// How a primary starts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -206,9 +207,16 @@ fn start_vcpu(
     io: &Io,
     machine: Machine,
     clock: GuestClock,
-    sink: RingSink,
+    mut sink: RingSink,
     desk: Option<Arc<Desk<RingSink>>>,
 ) -> Result<Vcpu, SessionError> {
+    let mut intervals = super::intervals(config, io)?;
+    if let Some(intervals) = &mut intervals
+        && sink.keeps()
+    {
+        let log = std::mem::replace(&mut sink, RingSink::detached());
+        intervals.begin_log(log, Base::default());
+    }
     let parts = Parts {
         machine,
         sink,
@@ -221,6 +229,7 @@ fn start_vcpu(
         options: record_options(config),
         random: random_source()?,
         desk,
+        intervals,
     };
     let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
     let (sandbox, disk) = (io.sandbox.clone(), io.stager.disk().cloned());

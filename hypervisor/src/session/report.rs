@@ -61,6 +61,15 @@ pub enum Event {
         /// Bytes of these checkpoints together.
         checkpoint_bytes: u64,
     },
+    /// Ends of intervals since the last such event: of a machine that is replicated by checkpoints.
+    Intervals {
+        /// How long the guest stood for each, in microseconds.
+        stops_us: Vec<u64>,
+        /// Pages that were written in each.
+        pages: Vec<u64>,
+        /// Bytes of their checkpoints together.
+        bytes: u64,
+    },
     /// What this side saw of the other's signs of life, since the last such event.
     Watched {
         /// The longest time in which nothing was heard, in microseconds.
@@ -91,6 +100,9 @@ pub enum Event {
         resent: usize,
         /// Frames taken over that the old primary had read and not applied.
         inherited_frames: usize,
+        /// An interval had begun to come and was not whole: nothing of it counts.
+        #[serde(default)]
+        torn: bool,
         /// CLOCK_MONOTONIC, nanoseconds: suspicion, claim won, fence returned, drained, gate open.
         at: Timeline,
     },
@@ -153,6 +165,7 @@ impl Event {
             Self::Ended { why } => (why.clone(), false),
             Self::Commits { .. }
             | Self::Preempted { .. }
+            | Self::Intervals { .. }
             | Self::Watched { .. }
             | Self::Progress { .. } => return None,
         })
@@ -283,6 +296,14 @@ impl Reporter {
         let ticks_late_us: Vec<u64> = std::iter::from_fn(|| samples.take_late_tick())
             .map(|nanos| nanos / 1000)
             .collect();
+        let ends: Vec<_> = std::iter::from_fn(|| samples.take_interval()).collect();
+        if !ends.is_empty() {
+            self.say(&Event::Intervals {
+                stops_us: ends.iter().map(|end| end.took.as_micros() as u64).collect(),
+                pages: ends.iter().map(|end| end.pages as u64).collect(),
+                bytes: ends.iter().map(|end| end.bytes as u64).sum(),
+            });
+        }
         let checkpoints: Vec<_> = std::iter::from_fn(|| samples.take_checkpoint()).collect();
         if !ticks_late_us.is_empty() || !checkpoints.is_empty() {
             self.say(&Event::Preempted {

@@ -187,6 +187,7 @@ impl Solo {
             options,
             random: random_source()?,
             desk: None,
+            intervals: None,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&self.io.wake));
         let (sandbox, disk) = (self.io.sandbox.clone(), self.io.stager.disk().cloned());

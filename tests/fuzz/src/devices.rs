@@ -120,7 +120,7 @@ impl Machine {
 
     fn answer(&mut self, effect: Effect, data: &mut [u8]) {
         let input = match effect {
-            Effect::Done | Effect::PowerOff(_) => return,
+            Effect::Done | Effect::PowerOff(_) | Effect::Crash => return,
             Effect::Halt | Effect::Needs(Need::Clock) => Input::Clock(GuestTime(1 << 30)),
             Effect::Needs(Need::Random(count)) => Input::Random(vec![5; count]),
         };

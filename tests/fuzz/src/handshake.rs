@@ -6,11 +6,12 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use hypervisor::config::Transport;
-use hypervisor::handshake::{self, Hello, Stream, Trust};
+use hypervisor::handshake::{self, Hello, Ours, Stream, Trust};
+use hypervisor::intervals::Replication;
 use hypervisor::kvm::CpuModel;
-use hypervisor::machine::MachineSpec;
 use hypervisor::protocol::Identity;
 
+use super::log_file::small_spec;
 use super::source::Source;
 use super::{Target, proof};
 
@@ -54,7 +55,7 @@ fn run(bytes: &[u8]) {
     let channel =
         handshake::admit(Stream::Unix(ours), &Trust::same_user()).expect("a process of ours");
     let error = match who {
-        0 => match handshake::listen_to(&channel, &cpu(), NAME, Transport::Shm) {
+        0 => match handshake::listen_to(&channel, &this_backup(&cpu())) {
             Ok((hello, spec)) => {
                 assert_eq!(hello.name, NAME);
                 let _ = handshake::identity_of(&hello);
@@ -94,12 +95,22 @@ fn run(bytes: &[u8]) {
     assert!(error.is_none_or(|words| !words.is_empty()));
 }
 
+fn this_backup(cpu: &CpuModel) -> Ours<'_> {
+    Ours {
+        cpu,
+        name: NAME,
+        transport: Transport::Shm,
+        replication: Replication::Replay,
+    }
+}
+
 fn hello(spec_bytes: usize) -> Hello {
     Hello {
         version: handshake::VERSION,
         cpu: cpu(),
         name: NAME.into(),
         transport: "shm".into(),
+        replication: "replay".into(),
         identity: me().to_string(),
         heartbeat: ([127, 0, 0, 1], 9).into(),
         key: [7; 16],
@@ -115,16 +126,7 @@ fn piece(seed: &mut Vec<u8>, bytes: &[u8]) {
 }
 
 fn seeds() -> Vec<Vec<u8>> {
-    let spec = MachineSpec {
-        guest: "g".into(),
-        memory_mib: 4,
-        command_line: String::new(),
-        wall_clock_ns: 0,
-        mac: [2; 6],
-        mtu: 1500,
-        disk: None,
-        image: b"\x7fELF\x02\x01".to_vec(),
-    };
+    let spec = small_spec();
     let spec = spec.encode();
     let hello = serde_json::to_vec(&hello(spec.len())).expect("plain fields");
     // Not framed by the target, as the description has no length before it.

@@ -16,6 +16,7 @@ mod entry;
 mod handshake;
 mod heartbeat;
 mod log_file;
+mod prepare;
 mod proof;
 mod ring;
 mod source;
@@ -45,6 +46,7 @@ pub const ALL: &[Target] = &[
     checkpoint::TARGET,
     devices::TARGET,
     log_file::TARGET,
+    prepare::TARGET,
     config::TARGET,
     arbiter::TARGET,
 ];

@@ -104,19 +104,18 @@ fn image() -> Vec<u8> {
     image
 }
 
+/// A machine with that image.
+pub(super) fn small_spec() -> MachineSpec {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), image()).expect("room for a hundred bytes");
+    let path = file.path().to_str().expect("a plain name");
+    let mut spec = MachineSpec::new(path, 4, "a=1", 1).expect("the seed is an image");
+    spec.guest = "g".into();
+    spec
+}
+
 fn seeds() -> Vec<Vec<u8>> {
-    let image = image();
-    Image::parse("seed", image.clone()).expect("the seed is an image");
-    let spec = MachineSpec {
-        guest: "g".into(),
-        memory_mib: 4,
-        command_line: "a=1".into(),
-        wall_clock_ns: 1,
-        mac: [2; 6],
-        mtu: 1500,
-        disk: None,
-        image,
-    };
+    let spec = small_spec();
     let description = spec.encode();
     let mut sealed = vec![0x80];
     sealed.extend_from_slice(&(description.len() as u16).to_le_bytes());

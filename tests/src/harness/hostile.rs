@@ -361,6 +361,7 @@ impl Surroundings {
             options: RecordOptions::default(),
             random: random_source()?,
             desk: None,
+            intervals: None,
         }))
     }
 }

@@ -21,6 +21,8 @@ struct State {
     fuse: AtomicU64,
     victim: AtomicU32,
     struck: AtomicBool,
+    /// Nothing of what comes after the fuse goes on.
+    cuts: AtomicBool,
 }
 
 /// A relay. Its threads end with the connections; the one that listens ends with the process.
@@ -44,6 +46,7 @@ impl Relay {
             fuse: AtomicU64::new(u64::MAX),
             victim: AtomicU32::new(0),
             struck: AtomicBool::new(false),
+            cuts: AtomicBool::new(false),
         });
         let shared = Arc::clone(&state);
         std::thread::Builder::new()
@@ -71,6 +74,12 @@ impl Relay {
         self.state.fuse.store(after, Ordering::SeqCst);
     }
 
+    /// The same, as if the victim's host were lost: what its kernel still sends does not arrive, on any connection.
+    pub fn arm_to_cut(&self, after: u64) {
+        self.state.cuts.store(true, Ordering::SeqCst);
+        self.arm(after);
+    }
+
     /// Whom to kill.
     pub fn kill(&self, victim: u32) {
         self.state.victim.store(victim, Ordering::SeqCst);
@@ -93,6 +102,12 @@ impl Relay {
     #[must_use]
     pub fn has_struck(&self) -> bool {
         self.state.struck.load(Ordering::SeqCst)
+    }
+}
+
+impl State {
+    fn is_cut(&self) -> bool {
+        self.cuts.load(Ordering::SeqCst) && self.struck.load(Ordering::SeqCst)
     }
 }
 
@@ -119,6 +134,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, counted: Option<&State>) {
     while let Ok(length @ 1..) = from.read(&mut bytes) {
         let mut rest = &bytes[..length];
         if let Some(state) = counted {
+            if state.is_cut() {
+                break;
+            }
             let before = state.passed.load(Ordering::SeqCst);
             let left = state.fuse.load(Ordering::SeqCst).saturating_sub(before);
             if left < length as u64 {
@@ -128,6 +146,9 @@ fn pass(mut from: TcpStream, mut to: TcpStream, counted: Option<&State>) {
                 rest = beyond;
                 state.passed.fetch_add(left, Ordering::SeqCst);
                 strike(state);
+                if state.is_cut() {
+                    break;
+                }
             }
             state.passed.fetch_add(rest.len() as u64, Ordering::SeqCst);
         }

@@ -84,6 +84,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
         cpu: CpuModel::of_host(&KvmSource::default())?,
         name: name.to_owned(),
         transport: transport.to_owned(),
+        replication: "replay".into(),
         identity: "0123456789abcdef0123456789abcdef".into(),
         heartbeat: SocketAddr::from(([127, 0, 0, 1], 9)),
         key: [7; 16],

@@ -557,6 +557,14 @@ fn target() -> Result<PathBuf> {
     Ok(workspace.join("target"))
 }
 
+/// A directory for what was fetched, which is used again.
+///
+/// # Errors
+/// If nobody knows where build products go.
+pub fn cache(name: &str) -> Result<PathBuf> {
+    Ok(target()?.join(name))
+}
+
 /// The directory of the lab of this name.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::demo::client::Series;
 use hypervisor::demo::report::{Report, millis};
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 use serde_json::{Value, json};
 
@@ -56,6 +57,7 @@ pub fn run(options: &Options) -> Result<(Report, Series)> {
         name: "demo",
         guest: Guest::Bare(&options.guest),
         memory_mib: options.memory_mib,
+        replicate: Replication::Replay,
     };
     let mut pair = LabPair::start(&site, &choice)?;
     let client = site.clients(options.seed, options.connections)?;

@@ -3,6 +3,7 @@
 use crate::promise::Promise;
 
 pub mod bad_input;
+pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
 pub mod demo_loses_nothing;
@@ -18,6 +19,7 @@ pub mod lab_hosts;
 pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
+pub mod linux_busy;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
@@ -25,6 +27,7 @@ pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
+pub mod prepare_exact;
 pub mod protocol_modelled;
 pub mod protocol_simulated;
 pub mod rdma_copy;
@@ -42,6 +45,7 @@ pub const ALL: &[Promise] = &[
     demo_without_root::PROMISE,
     replay_exact::PROMISE,
     preempts::PROMISE,
+    checkpoint_replicates::PROMISE,
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,
@@ -71,4 +75,6 @@ pub const ALL: &[Promise] = &[
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_pair::PROMISE,
+    linux_busy::PROMISE,
+    prepare_exact::PROMISE,
 ];

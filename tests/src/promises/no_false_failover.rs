@@ -81,6 +81,7 @@ impl Seen {
             | Event::Paired { .. }
             | Event::Commits { .. }
             | Event::Preempted { .. }
+            | Event::Intervals { .. }
             | Event::Progress { .. } => {}
         }
     }

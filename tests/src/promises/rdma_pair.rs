@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::demo::client::Client;
+use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use crate::harness::random::Random;
@@ -108,6 +109,7 @@ fn over(
         name: &format!("promise-{name}"),
         guest: Guest::Bare("kv"),
         memory_mib: 32,
+        replicate: Replication::Replay,
     };
     let mut pair = LabPair::start(site, &choice)?;
     let client = site.clients(random.next(), CONNECTIONS)?;

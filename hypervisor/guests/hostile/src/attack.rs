@@ -19,6 +19,8 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 const POWER: u16 = 0x604;
+/// A byte of 6 there resets the machine, which ends it.
+const RESET: u16 = 0xcf9;
 const MOST_PLACES: u16 = 256;
 
 /// How many kinds of attack there are.
@@ -396,10 +398,12 @@ impl Attacker {
 
     fn wild_ports(&mut self) {
         for _ in 0..12 {
-            let port = match self.below(4) {
+            let port = match self.below(6) {
                 0 => self.next() as u16,
                 1 => 0x3f8 + self.below(8) as u16,
                 2 => 0x40 + self.below(4) as u16,
+                3 => 0x70 + self.below(2) as u16,
+                4 => [0xe4, 0x600, 0x602, 0x608, RESET][self.below(5) as usize],
                 _ => POWER - 2 + self.below(4) as u16,
             };
             // The 8259s have an attack of their own, that leaves the vectors where the guest has gates.
@@ -412,18 +416,22 @@ impl Attacker {
                 continue;
             }
             let value = self.next() as u32;
-            let off = (0x2000..0x2100).contains(&(value & 0xffff));
+            let off = match port {
+                POWER => (0x2000..0x2100).contains(&(value & 0xffff)),
+                RESET => value & 0xff == 6,
+                _ => false,
+            };
             match self.below(4) {
                 0 => drop(port_in(port, width)),
                 1 => {
                     let at = self.arena.start() + 0x4000;
                     let count = self.below(300) as usize;
                     // Two bytes in a string may happen to say that the machine is to be off.
-                    let quiet = port == POWER || (0x3f8..0x400).contains(&port);
+                    let quiet = matches!(port, POWER | RESET | 0x3f8..0x400);
                     let write = self.one_in(2) && !quiet;
                     port_string(port, count, write, at);
                 }
-                _ if port == POWER && off => {}
+                _ if off => {}
                 _ => port_out(port, width, value),
             }
         }

@@ -53,7 +53,7 @@ pub(crate) fn write(address: usize, width: usize, value: u64) {
 /// IN of 1, 2 or 4 bytes.
 pub(crate) fn port_in(port: u16, width: usize) -> u32 {
     let value: u32;
-    // SAFETY: no port changes memory but the arena.
+    // SAFETY: no port changes memory but the arena; that of the time stamp changes RDX.
     unsafe {
         match width {
             1 => {
@@ -62,7 +62,7 @@ pub(crate) fn port_in(port: u16, width: usize) -> u32 {
             2 => {
                 asm!("in ax, dx", "movzx eax, ax", in("dx") port, out("eax") value, options(nostack))
             }
-            _ => asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack)),
+            _ => asm!("in eax, dx", inout("rdx") u64::from(port) => _, out("eax") value, options(nostack)),
         }
     }
     value

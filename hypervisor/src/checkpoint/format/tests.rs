@@ -15,6 +15,7 @@ fn state() -> State {
         digest: Digest(0xabcd),
         injectable: true,
         halted: false,
+        off: None,
         base: Base::new(Position(76), GuestTime(1 << 40)),
         cpu: vec![1; 100],
         devices: b"{}".to_vec(),
@@ -24,7 +25,7 @@ fn state() -> State {
 
 fn written(state: &State, zeros: &[Range<u64>], pages: &[u64]) -> Vec<u8> {
     let numbers: Vec<_> = pages.iter().copied().map(PageNumber).collect();
-    let mut writer = Writer::new(Scope::Delta, RAM, state, zeros, &numbers);
+    let mut writer = Writer::new(Vec::new(), Scope::Delta, RAM, state, zeros, &numbers);
     for &page in pages {
         writer.page(&[page as u8; PAGE_SIZE]);
     }

@@ -48,6 +48,9 @@ pub(super) fn demo_instead(args: &DemoArgs, refused: &dyn Display) -> Result<(),
     if matches!(args.transport, Some(Carrier::Shm)) {
         return failed("without --transport shm the demo could run in the lab".into());
     }
+    if args.replicate.replicate.is_some() {
+        return failed("without --replicate the demo could run in the lab".into());
+    }
     match way() {
         Ok(_) => {
             eprintln!("doppel: {refused}");

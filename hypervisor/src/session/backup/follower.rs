@@ -16,12 +16,14 @@ use crate::clock::GuestClock;
 use crate::config::Config;
 use crate::desk::Desk;
 use crate::gate::Committed;
-use crate::record::{Ended, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source};
+use crate::record::{
+    Ended, Intervals, Outlet, Parts, RecordError, RecordOptions, Recorder, random_source,
+};
 use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::{RingSink, RingSource};
 use crate::sandbox::{NOT_CONFINED, Thread};
 use crate::session::io::Io;
-use crate::session::{SessionError, host, record_options};
+use crate::session::{SessionError, host, intervals, record_options};
 use crate::stage::Stage;
 
 /// What the vCPU thread says.
@@ -40,6 +42,7 @@ pub(super) struct Drained {
     pub(super) last_memory_check: Option<MemoryCheck>,
     pub(super) resent: usize,
     pub(super) inherited_frames: usize,
+    pub(super) torn: bool,
 }
 
 /// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
@@ -63,6 +66,7 @@ struct Live {
     random: File,
     desk: Option<Arc<Desk<RingSink>>>,
     disk: Option<Arc<Disk>>,
+    intervals: Option<Intervals<RingSink>>,
 }
 
 impl Follower {
@@ -92,6 +96,7 @@ impl Follower {
             random: random_source()?,
             desk,
             disk: io.stager.disk().cloned(),
+            intervals: intervals(config, io)?,
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
         let sandbox = io.sandbox.clone();
@@ -129,7 +134,12 @@ fn follow(
         wake.ring();
     };
     match replayer.run() {
-        Ok(ReplayEnd::LogOver) => {}
+        Ok(ReplayEnd::LogOver) => {
+            if let Err(error) = replayer.settle() {
+                say(Told::Failed(error));
+                return Ok(Ended::Stopped);
+            }
+        }
         Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
         Err(error) => {
             say(Told::Failed(error));
@@ -137,6 +147,7 @@ fn follow(
         }
     }
     let (memory_checks, last_memory_check) = replayer.memory_checks();
+    let torn = replayer.is_torn();
     let (remains, mut log) = replayer.into_remains();
     let frames = match log.leftover_frames() {
         Ok(frames) => frames,
@@ -145,17 +156,15 @@ fn follow(
             return Ok(Ended::Stopped);
         }
     };
-    for frame in &frames {
-        // The stage is as large as the primary's was, so they fit.
-        let _ = live.stage.push(rdma_log::Seq::ZERO, frame);
-    }
     let drained = Drained {
         position: remains.machine.position().0,
         memory_checks,
         last_memory_check,
         resent: remains.unreleased.len(),
         inherited_frames: frames.len(),
+        torn,
     };
+    live.stage.inherit(frames);
     let Some(fenced) = log.into_proof() else {
         say(Told::Failed(ReplayError::Log(crate::replay::LogError(
             "the log ended without a fence".into(),
@@ -204,6 +213,7 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         options: live.options,
         random: live.random,
         desk: live.desk,
+        intervals: live.intervals,
     })
     .with_disk(live.disk)
 }

@@ -18,7 +18,8 @@ use crate::backends::wait::Waiter;
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
 use crate::gate::Gate;
-use crate::handshake::{self, Channel, HandshakeError, Trust};
+use crate::handshake::{self, Channel, HandshakeError, Ours, Trust};
+use crate::intervals::Replication;
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
@@ -66,7 +67,13 @@ impl Meeting<'_> {
         }
         let content = self.content.get();
         let control = self.listener.accept(&common, &self.trust)?;
-        let heard = handshake::listen_to(&control, &self.cpu, &config.name, config.pair.transport);
+        let ours = Ours {
+            cpu: &self.cpu,
+            name: &config.name,
+            transport: config.pair.transport,
+            replication: config.replicate.mode,
+        };
+        let heard = handshake::listen_to(&control, &ours);
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
@@ -128,6 +135,9 @@ impl Meeting<'_> {
             Replayer::new(machine, log, Arc::clone(&io.orders), spin).with_disk(disk.clone());
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
+        }
+        if config.replicate.mode == Replication::Checkpoint {
+            replayer = replayer.of_intervals();
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
         let follower = Follower::start(config, &io, replayer, desk)?;

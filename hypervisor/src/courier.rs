@@ -1,0 +1,358 @@
+//! The courier: carries the checkpoint that ended an interval to the backup, while the guest runs on in the next one.
+//!
+//! ```text
+//!  vCPU thread   │ interval 1 │stop│ interval 2        │stop│ interval 3 …
+//!                             └─ parcel 1 ─┐           └─ parcel 2 ─┐
+//!  courier                        checksum, parts to the log │          checksum, parts …
+//!                                  outputs of interval 1 into the gate, out when the last part has committed
+//! ```
+//! It is a thread of its own and owns the log. One parcel is on its way while the next interval's runs: an interval that ends
+//! before the one before it has been carried waits. Whatever is wrong with the log it tells the protocol, as the recorder does
+//! where there are no intervals, and stands still with what it holds until the vCPU thread, which is told to look
+//! ([`Courier::has_failed`]), leaves the log.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdma_log::Seq;
+
+use crate::checkpoint::{Capture, PART_BYTES, interval};
+use crate::entry::{Base, Encoder};
+use crate::event::Output;
+use crate::orders::{Orders, Samples};
+use crate::outlet::Outlet;
+use crate::position::Position;
+use crate::sink::{Sink, SinkError};
+use crate::stage::Stage;
+
+/// Longest wait for room in the log, or for a backup that is behind, before the courier looks whether it is called back.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Between two looks at a backup that is behind.
+const CATCH_UP: Duration = Duration::from_micros(100);
+
+/// An entry's bytes beside the part that it carries: kind, distance, number, and the mark of the last.
+pub(crate) const AROUND_A_PART: usize = 32;
+
+/// The number of outputs that wait for no log: they leave where everything counts as committed.
+pub(crate) const AT_ONCE: Seq = Seq(u64::MAX);
+
+/// What an interval came to.
+#[derive(Debug)]
+pub struct Parcel {
+    /// The last sync point.
+    pub position: Position,
+    /// What the guest has sent in it, in order.
+    pub outputs: Vec<Output>,
+    /// When it did, once for each exit.
+    pub made: Vec<Instant>,
+    /// Staged frames that it was given.
+    pub frames: u32,
+    /// Where it ended.
+    pub capture: Capture,
+}
+
+enum Job<S> {
+    /// This is the log from now on, in which positions are counted from there.
+    Begin(Box<S>, Base),
+    Carry(Parcel),
+    Leave,
+    End,
+}
+
+struct Shared<S> {
+    jobs: Mutex<VecDeque<Job<S>>>,
+    changed: Condvar,
+    /// A parcel is on its way.
+    busy: AtomicBool,
+    /// The log takes nothing more.
+    failed: AtomicBool,
+    /// The vCPU thread waits for the courier to leave the log.
+    recalled: AtomicBool,
+    /// The vCPU thread is inside the guest, and wants to know when the courier is free.
+    awaited: AtomicBool,
+    /// A buffer that a checkpoint was carried in: memory that the kernel need not find anew.
+    spare: Mutex<Vec<u8>>,
+    stage: Arc<Stage>,
+    orders: Arc<Orders>,
+}
+
+impl<S> Shared<S> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Job<S>>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave_job(&self, job: Job<S>) {
+        self.lock().push_back(job);
+        self.changed.notify_all();
+    }
+
+    /// Makes the vCPU thread look, wherever it is.
+    fn call(&self) {
+        if self.awaited.swap(false, Ordering::SeqCst) {
+            self.orders.kick();
+        }
+        self.stage.bell().ring();
+    }
+}
+
+/// The vCPU thread's end.
+pub struct Courier<S>(Arc<Shared<S>>);
+
+impl<S> Courier<S> {
+    /// A courier without a log yet, and the work that its thread is to do.
+    pub fn new(
+        stage: &Arc<Stage>,
+        orders: &Arc<Orders>,
+        outlet: &Outlet,
+        samples: &Arc<Samples>,
+    ) -> (Self, Work<S>) {
+        let shared = Arc::new(Shared {
+            jobs: Mutex::default(),
+            changed: Condvar::new(),
+            busy: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            recalled: AtomicBool::new(false),
+            awaited: AtomicBool::new(false),
+            spare: Mutex::default(),
+            stage: Arc::clone(stage),
+            orders: Arc::clone(orders),
+        });
+        let work = Work {
+            shared: Arc::clone(&shared),
+            outlet: outlet.clone(),
+            samples: Arc::clone(samples),
+        };
+        (Self(shared), work)
+    }
+
+    /// From now on parcels go to this log, in which positions are counted from there. Only when it is free.
+    pub fn begin(&self, log: S, base: Base) {
+        self.0.leave_job(Job::Begin(Box::new(log), base));
+    }
+
+    /// Whether a parcel can be handed over.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        !self.0.busy.load(Ordering::Acquire)
+    }
+
+    /// A buffer for the next checkpoint.
+    #[must_use]
+    pub fn spare(&self) -> Vec<u8> {
+        std::mem::take(&mut *self.0.spare.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the log has come to an end: the protocol was told, and decides.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.0.failed.load(Ordering::Acquire)
+    }
+
+    /// The vCPU thread is about to run the guest, and is to be kicked once the courier is free.
+    pub fn await_in_guest(&self) {
+        self.0.awaited.store(true, Ordering::SeqCst);
+        if self.is_free() || self.has_failed() {
+            self.0.call();
+        }
+    }
+
+    /// Hands over a parcel. Only when it is free.
+    pub fn carry(&self, parcel: Parcel) {
+        self.0.busy.store(true, Ordering::Release);
+        self.0.awaited.store(false, Ordering::SeqCst);
+        self.0.leave_job(Job::Carry(parcel));
+    }
+
+    /// Leaves the log. The outputs of a parcel that was not carried are in the gate when this returns, and wait for nothing.
+    pub fn leave(&self) {
+        self.0.recalled.store(true, Ordering::SeqCst);
+        self.0.leave_job(Job::Leave);
+        let mut jobs = self.0.lock();
+        while self.0.recalled.load(Ordering::SeqCst) {
+            jobs = self
+                .0
+                .changed
+                .wait(jobs)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<S> Drop for Courier<S> {
+    fn drop(&mut self) {
+        self.0.recalled.store(true, Ordering::SeqCst);
+        self.0.leave_job(Job::End);
+    }
+}
+
+/// What the courier's thread does.
+pub struct Work<S> {
+    shared: Arc<Shared<S>>,
+    outlet: Outlet,
+    samples: Arc<Samples>,
+}
+
+/// Why a parcel stays where it is.
+enum Undelivered {
+    /// The vCPU thread wants the log to be left.
+    Recalled,
+    /// The log is over.
+    Over,
+}
+
+struct Log<S> {
+    sink: S,
+    encoder: Encoder,
+}
+
+impl<S: Sink> Work<S> {
+    /// Carries parcels until the vCPU thread's end is gone.
+    pub fn run(self) {
+        let mut log: Option<Log<S>> = None;
+        let mut held: Option<Parcel> = None;
+        loop {
+            match self.next_job() {
+                Job::Begin(sink, base) => {
+                    log = Some(Log {
+                        sink: *sink,
+                        encoder: Encoder::from_base(base),
+                    });
+                }
+                Job::Carry(parcel) => held = self.deliver(&mut log, parcel),
+                Job::Leave => {
+                    log = None;
+                    for output in held.take().into_iter().flat_map(|parcel| parcel.outputs) {
+                        self.outlet.hold(AT_ONCE, Seq::ZERO, output);
+                    }
+                    self.shared.failed.store(false, Ordering::SeqCst);
+                    self.shared.busy.store(false, Ordering::SeqCst);
+                    // Under the lock, or the one who waits could miss it.
+                    let jobs = self.shared.lock();
+                    self.shared.recalled.store(false, Ordering::SeqCst);
+                    drop(jobs);
+                    self.shared.changed.notify_all();
+                }
+                Job::End => return,
+            }
+        }
+    }
+
+    fn next_job(&self) -> Job<S> {
+        let mut jobs = self.shared.lock();
+        loop {
+            if let Some(job) = jobs.pop_front() {
+                return job;
+            }
+            jobs = self
+                .shared
+                .changed
+                .wait(jobs)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Carries a parcel; what could not be delivered stays here.
+    fn deliver(&self, log: &mut Option<Log<S>>, mut parcel: Parcel) -> Option<Parcel> {
+        let outcome = match log {
+            Some(log) => self.carry(log, &mut parcel),
+            None => Err(Undelivered::Over),
+        };
+        match outcome {
+            Ok(()) => {
+                self.shared.busy.store(false, Ordering::Release);
+                self.shared.call();
+                None
+            }
+            Err(Undelivered::Recalled) => Some(parcel),
+            Err(Undelivered::Over) => {
+                // Nothing that was made since may leave before it is known who goes on.
+                self.outlet.shut();
+                self.shared.failed.store(true, Ordering::Release);
+                self.shared.awaited.store(true, Ordering::SeqCst);
+                self.shared.call();
+                Some(parcel)
+            }
+        }
+    }
+
+    fn carry(&self, log: &mut Log<S>, parcel: &mut Parcel) -> Result<(), Undelivered> {
+        let capture = std::mem::take(&mut parcel.capture);
+        let checkpoint = capture.sealed();
+        let head = interval::head(parcel.frames, &parcel.outputs, checkpoint.len());
+        let most = PART_BYTES.min(log.sink.max_payload() - AROUND_A_PART);
+        let parts = head.chunks(most).chain(checkpoint.chunks(most));
+        let last = head.len().div_ceil(most) + checkpoint.len().div_ceil(most) - 1;
+        let mut seq = Seq::ZERO;
+        for (number, part) in parts.enumerate() {
+            log.encoder
+                .encode_part(parcel.position, number as u32, number == last, part);
+            seq = self.post(log, parcel.position)?;
+            // The backup takes this part while the next is written.
+            log.sink.notify(true);
+        }
+        for output in parcel.outputs.drain(..) {
+            self.outlet.hold(seq, Seq::ZERO, output);
+        }
+        for &at in &parcel.made {
+            self.outlet.made(seq, Seq::ZERO, at);
+        }
+        self.release(&mut log.sink);
+        *self
+            .shared
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = checkpoint;
+        while log.sink.is_behind() {
+            if self.is_recalled() {
+                return Err(Undelivered::Recalled);
+            }
+            std::thread::sleep(CATCH_UP);
+        }
+        Ok(())
+    }
+
+    fn is_recalled(&self) -> bool {
+        self.shared.recalled.load(Ordering::Relaxed)
+    }
+
+    fn release(&self, sink: &mut S) {
+        let released = self.outlet.release(sink.committed());
+        sink.released(released);
+    }
+
+    /// Posts the entry that was encoded last, waiting for room if the backup is behind.
+    fn post(&self, log: &mut Log<S>, position: Position) -> Result<Seq, Undelivered> {
+        let made = Instant::now();
+        log.sink.released(self.outlet.released());
+        loop {
+            match log.sink.post(log.encoder.bytes()) {
+                Ok(seq) => {
+                    let bytes = log.encoder.bytes().len();
+                    self.samples.meter().posted(position.0, bytes, made);
+                    return Ok(seq);
+                }
+                Err(SinkError::Full) => {
+                    log.sink.wait_for_room(LOOK);
+                    self.release(&mut log.sink);
+                }
+                Err(SinkError::Fenced) => {
+                    self.shared.orders.report_fenced();
+                    return Err(Undelivered::Over);
+                }
+                // The I/O thread has told the protocol.
+                Err(SinkError::Closed) => return Err(Undelivered::Over),
+                Err(SinkError::Unusable(why) | SinkError::Broken(why)) => {
+                    self.shared.orders.report_unusable(why);
+                    return Err(Undelivered::Over);
+                }
+            }
+            if self.is_recalled() {
+                return Err(Undelivered::Recalled);
+            }
+        }
+    }
+}

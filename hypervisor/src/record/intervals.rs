@@ -1,0 +1,275 @@
+//! The recorder's part of replication by checkpoints: nothing of a step is logged, and now and then the interval ends, with a
+//! checkpoint that the courier carries while the guest runs on.
+//!
+//! ```text
+//!  guest  ─ runs ───────────── output ┐ stop ┌─ runs ────────────────────────────┐ stop ┌─
+//!           frames, ticks, time are   │ copy │  the courier carries the copy;    │ copy │
+//!           given, and not logged     └──────┘  at its commit the output leaves  └──────┘
+//! ```
+//! An interval ends where an output waits and the courier is free, at the latest when it is as long as it may be. What the guest
+//! sends while the courier is busy leaves with the next one. A guest that waits changes nothing, and makes none.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use rdma_log::Seq;
+
+use super::{Ended, RecordError, Recorder};
+use crate::checkpoint::Pages;
+use crate::courier::{AT_ONCE, Courier, Parcel};
+use crate::entry::{Base, LoggedInput};
+use crate::event::Output;
+use crate::gate::Committed;
+use crate::intervals::{Ends, Lengths};
+use crate::machine::Phase;
+use crate::orders::{Order, Stop};
+use crate::outlet::{FRAMES_WAITING, Outlet, frame_length};
+use crate::sink::Sink;
+
+/// Bytes of frames in one interval, at which it ends: a quarter of what may wait in the gate, so that none is lost for it.
+const FRAMES_MOST: usize = FRAMES_WAITING / 4;
+
+/// Between two looks whether the courier is free; only a safety net, it rings.
+const STAND: Duration = Duration::from_millis(10);
+
+/// The interval that runs, and who carries the one before.
+pub struct Intervals<S> {
+    courier: Courier<S>,
+    lengths: Lengths,
+    /// There is a log.
+    protected: bool,
+    outputs: Vec<Output>,
+    frame_bytes: usize,
+    made: Vec<Instant>,
+    frames: u32,
+    /// Since when the guest has run in it.
+    began: Option<Instant>,
+    /// When this one ends, where all have one length.
+    beat: Instant,
+}
+
+impl<S: Sink> Intervals<S> {
+    /// Intervals of these lengths, carried by this courier, which has no log yet.
+    #[must_use]
+    pub fn new(courier: Courier<S>, lengths: Lengths) -> Self {
+        Self {
+            courier,
+            lengths,
+            protected: false,
+            outputs: Vec::new(),
+            frame_bytes: 0,
+            made: Vec::new(),
+            frames: 0,
+            began: None,
+            beat: Instant::now(),
+        }
+    }
+
+    /// From here on the log is this one, in which positions are counted from there. Whoever reads it has the machine as it is.
+    pub fn begin_log(&mut self, log: S, base: Base) {
+        self.courier.begin(log, base);
+        self.protected = true;
+        self.frames = 0;
+        self.began = None;
+    }
+
+    /// Whether there is a log.
+    pub(super) fn are_kept(&self) -> bool {
+        self.protected
+    }
+
+    /// There is nobody any more who waits for intervals: what was held for their commits waits for nothing.
+    pub(super) fn leave_log(&mut self, outlet: &Outlet) {
+        if !self.protected {
+            return;
+        }
+        self.protected = false;
+        self.courier.leave();
+        for output in self.outputs.drain(..) {
+            outlet.hold(AT_ONCE, Seq::ZERO, output);
+        }
+        self.frame_bytes = 0;
+        self.made.clear();
+    }
+
+    /// When the interval that runs ends at the latest; none if the guest has not run in it.
+    pub(super) fn ends(&self) -> Option<Instant> {
+        let began = self.began.filter(|_| self.protected)?;
+        Some(match self.lengths.ends {
+            Ends::Output => began + self.lengths.length,
+            Ends::Fixed => self.beat,
+        })
+    }
+
+    /// Whether it is as long as it may be.
+    fn is_over(&self, now: Instant) -> bool {
+        self.frame_bytes >= FRAMES_MOST || self.ends().is_some_and(|ends| now >= ends)
+    }
+
+    /// Whether it is to end as soon as it can be carried.
+    fn should_end(&self, now: Instant) -> bool {
+        self.is_over(now) || self.has_urgent_outputs()
+    }
+
+    /// Whether something changed that a waiting vCPU thread is to look at.
+    pub(super) fn calls(&self) -> bool {
+        self.protected
+            && (self.courier.has_failed() || self.has_urgent_outputs() && self.courier.is_free())
+    }
+
+    /// Whether outputs wait that end the interval.
+    fn has_urgent_outputs(&self) -> bool {
+        self.lengths.ends == Ends::Output && !self.outputs.is_empty()
+    }
+
+    /// The guest is about to run.
+    pub(super) fn entering(&mut self) {
+        if !self.protected {
+            return;
+        }
+        if self.began.is_none() {
+            let now = Instant::now();
+            self.began = Some(now);
+            // The beat of fixed intervals goes on while the guest waits.
+            let passed = now.saturating_duration_since(self.beat);
+            let beats = passed.as_nanos() / self.lengths.length.as_nanos().max(1) + 1;
+            self.beat += self.lengths.length * u32::try_from(beats).unwrap_or(u32::MAX);
+        }
+        if self.has_urgent_outputs() {
+            self.courier.await_in_guest();
+        }
+    }
+}
+
+impl<S: Sink> Recorder<S> {
+    /// Takes in what a step came to, in place of logging it; and lets its outputs out where nobody waits for a log.
+    pub(super) fn note_step(&mut self) {
+        let Some(intervals) = &mut self.intervals else {
+            return;
+        };
+        for input in self.step.inputs.drain(..) {
+            if let LoggedInput::Frames { count, .. } = input {
+                intervals.frames += count;
+            }
+        }
+        if !self.machine.has_outputs() {
+            return;
+        }
+        if !intervals.protected {
+            for output in self.machine.outputs() {
+                self.outlet.hold(AT_ONCE, Seq::ZERO, output);
+            }
+            self.outlet.release(Committed::EVERYTHING);
+            return;
+        }
+        intervals.made.push(Instant::now());
+        for output in self.machine.outputs() {
+            intervals.frame_bytes += frame_length(&output);
+            intervals.outputs.push(output);
+        }
+    }
+
+    /// Ends the interval here, if it is to end and this is a place. A guest whose interval is as long as it may be stands until
+    /// the one before has been carried.
+    pub(super) fn keep_intervals(&mut self) -> Result<Option<Ended>, RecordError> {
+        loop {
+            let Some(intervals) = &self.intervals else {
+                return Ok(None);
+            };
+            if !intervals.protected {
+                return Ok(None);
+            }
+            if intervals.courier.has_failed() {
+                // The I/O thread knows: the protocol gives the order that ends this.
+                if !self.obey_one(Order::Freeze) {
+                    return Ok(Some(Ended::Stopped));
+                }
+                continue;
+            }
+            let now = Instant::now();
+            let off = matches!(self.machine.phase(), Phase::Off(_));
+            let last = off && !intervals.outputs.is_empty();
+            let place = !self.machine.has_outputs() && self.step.inputs.is_empty();
+            if !place || !last && !intervals.should_end(now) {
+                return Ok(None);
+            }
+            if intervals.courier.is_free() {
+                self.end_interval()?;
+                return Ok(None);
+            }
+            if !intervals.is_over(now) {
+                return Ok(None);
+            }
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(Some(ended));
+            }
+            self.stand();
+        }
+    }
+
+    /// Waits for the courier.
+    fn stand(&self) {
+        let Some(intervals) = &self.intervals else {
+            return;
+        };
+        let (orders, courier) = (&self.orders, &intervals.courier);
+        orders.resting();
+        self.stage.bell().wait(STAND, || {
+            courier.is_free() || courier.has_failed() || orders.waiting()
+        });
+        orders.working(self.machine.position());
+    }
+
+    fn end_interval(&mut self) -> Result<(), RecordError> {
+        let Some(intervals) = &mut self.intervals else {
+            return Ok(());
+        };
+        let began = Instant::now();
+        let position = self.machine.position();
+        let pages = Pages::Only(self.machine.take_changed()?);
+        // The heir counts time from here.
+        let base = Base::new(position, self.clock.now());
+        let spare = intervals.courier.spare();
+        let capture = self.machine.capture(&pages, base, Vec::new(), spare)?;
+        self.samples.interval(Stop {
+            took: began.elapsed(),
+            pages: capture.pages(),
+            bytes: capture.bytes(),
+        });
+        intervals.courier.carry(Parcel {
+            position,
+            outputs: std::mem::take(&mut intervals.outputs),
+            made: std::mem::take(&mut intervals.made),
+            frames: std::mem::take(&mut intervals.frames),
+            capture,
+        });
+        intervals.began = None;
+        intervals.frame_bytes = 0;
+        Ok(())
+    }
+
+    /// Waits until everything that was handed to the courier has left, or somebody orders something else. For a guest that
+    /// crashed: what it sent in its last interval is lost with it, as nobody could show the state that it came from.
+    pub(super) fn see_off(&mut self) -> Result<Option<Ended>, RecordError> {
+        while let Some(intervals) = &self.intervals
+            && intervals.protected
+            && (!intervals.courier.is_free() || self.outlet.waiting() > 0)
+        {
+            if intervals.courier.has_failed() && !self.obey_one(Order::Freeze) {
+                return Ok(Some(Ended::Stopped));
+            }
+            if self.orders.waiting()
+                && let Some(ended) = self.obey()?
+            {
+                return Ok(Some(ended));
+            }
+            let orders = &self.orders;
+            self.stage
+                .bell()
+                .wait(Duration::from_millis(1), || orders.waiting());
+        }
+        Ok(None)
+    }
+}
