@@ -98,7 +98,7 @@ pub fn head(frames: u32, outputs: &[Output], checkpoint: usize) -> Vec<u8> {
             Output::Frame(content) => (FRAME, content),
             Output::Console(content) => (CONSOLE, content),
             Output::PowerOff(status) => (POWER_OFF, std::slice::from_ref(status)),
-            // A machine with a disk is not replicated by checkpoints (`Config::check`).
+            // A machine with a disk is not replicated by checkpoints (`session/disk.rs`).
             Output::Disk(_) => continue,
         };
         bytes.push(kind);

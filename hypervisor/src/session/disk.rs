@@ -15,11 +15,19 @@ use crate::backends::disk::mark::Stamp;
 use crate::backends::disk::{Disk, OpenImage};
 use crate::config::Config;
 use crate::handshake::{DiskMisfit, HandshakeError};
+use crate::intervals::Replication;
 use crate::machine::MachineSpec;
 use crate::protocol::Record;
 
-/// Opens and locks the image, if the machine is to have a disk.
+/// Opens and locks the image, if the pair's machine is to have a disk.
 pub(super) fn open(config: &Config) -> Result<Option<OpenImage>, SessionError> {
+    if config.disk.image.is_some() && config.replicate.mode == Replication::Checkpoint {
+        return Err(SessionError::DiskByCheckpoints);
+    }
+    opened(config)
+}
+
+fn opened(config: &Config) -> Result<Option<OpenImage>, SessionError> {
     let disk = &config.disk;
     let image = disk.image.as_ref();
     let opened = image.map(|image| OpenImage::open(image, disk.read_only));
@@ -28,7 +36,7 @@ pub(super) fn open(config: &Config) -> Result<Option<OpenImage>, SessionError> {
 
 /// The same for a machine without a pair.
 pub(super) fn open_alone(config: &Config) -> Result<Option<OpenImage>, SessionError> {
-    let image = open(config)?;
+    let image = opened(config)?;
     if let Some(image) = &image {
         image.judge_alone()?;
     }
