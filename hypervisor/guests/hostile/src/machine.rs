@@ -62,7 +62,9 @@ pub(crate) fn port_in(port: u16, width: usize) -> u32 {
             2 => {
                 asm!("in ax, dx", "movzx eax, ax", in("dx") port, out("eax") value, options(nostack))
             }
-            _ => asm!("in eax, dx", inout("rdx") u64::from(port) => _, out("eax") value, options(nostack)),
+            _ => {
+                asm!("in eax, dx", inout("rdx") u64::from(port) => _, out("eax") value, options(nostack))
+            }
         }
     }
     value
