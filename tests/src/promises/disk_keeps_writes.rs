@@ -473,8 +473,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console");
         std::fs::write(&path, "disk: verified 7\n").unwrap();
-        verified(&[path.clone()], 7).unwrap();
-        verified(&[path.clone()], 8).unwrap_err();
+        verified(std::slice::from_ref(&path), 7).unwrap();
+        verified(std::slice::from_ref(&path), 8).unwrap_err();
         std::fs::write(&path, "disk: block 3 WRONG\ndisk: verified 7\n").unwrap();
         verified(&[path], 7).unwrap_err();
     }
