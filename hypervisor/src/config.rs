@@ -625,6 +625,7 @@ mod tests {
                 "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
                 "replicate.mode",
             ),
+            ("clock = \"page\"", "clock"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
             ("[ring]\nevents_kib = 32", "ring.events_kib"),
@@ -634,6 +635,12 @@ mod tests {
                 Err(ConfigError::Value { field: found, .. }) => assert_eq!(found, field),
                 other => panic!("{text}: {other:?}"),
             }
+        }
+        for text in [
+            "clock = \"page\"\n[preempt]\nstrategy = \"checkpoint\"",
+            "clock = \"page\"\n[replicate]\nmode = \"checkpoint\"",
+        ] {
+            Config::parse(text).unwrap().check().unwrap();
         }
     }
 }

@@ -103,8 +103,8 @@ fn strategy(text: &str) -> Result<Strategy, String> {
 }
 
 impl MachineArgs {
-    /// The configuration: defaults, then the file, then the options.
-    pub fn config(&self) -> Result<Config, Failure> {
+    /// The configuration: defaults, then the file, then the options, these and the command's own; checked as a whole.
+    pub fn config(&self, own: impl FnOnce(&mut Config)) -> Result<Config, Failure> {
         let usage = |error| Failure::new(Failure::USAGE, error);
         let mut config = match &self.config {
             Some(path) => Config::read(path).map_err(usage)?,
@@ -158,6 +158,7 @@ impl MachineArgs {
         if let Some(cpus) = &self.io_cpus {
             config.cpus.io.clone_from(cpus);
         }
+        own(&mut config);
         config.check().map_err(usage)?;
         Ok(config)
     }
@@ -207,7 +208,7 @@ pub struct RunArgs {
 }
 
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
-    let config = args.machine.config()?;
+    let config = args.machine.config(|_| ())?;
     let ended = solo::run(
         &config,
         &args.machine.inherited(),

@@ -277,8 +277,7 @@ pub struct BackupArgs {
 }
 
 pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
-    let mut config = args.machine.config()?;
-    args.pair.apply(&mut config);
+    let config = args.machine.config(|config| args.pair.apply(config))?;
     let served = primary_session::run(
         &config,
         &args.machine.inherited(),
@@ -293,8 +292,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
 }
 
 pub fn backup(args: &BackupArgs) -> Result<(), Failure> {
-    let mut config = args.machine.config()?;
-    args.pair.apply(&mut config);
+    let config = args.machine.config(|config| args.pair.apply(config))?;
     let served = backup_session::run(&config, &args.machine.inherited(), args.machine.json)?;
     super::served(&served)
 }

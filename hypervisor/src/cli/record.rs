@@ -46,7 +46,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 }
 
 pub fn record(args: &RecordArgs) -> Result<(), Failure> {
-    let config = args.machine.config()?;
+    let config = args.machine.config(|_| ())?;
     let recorded = solo::record(
         &config,
         &args.machine.inherited(),
