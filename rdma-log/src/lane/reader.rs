@@ -438,10 +438,14 @@ impl LaneReader {
                 let most = room.min(self.geometry.max_payload() as u64);
                 (most, len > most)
             }
-            // A pad fills its lap exactly, and an entry follows it.
+            // A pad fills its lap exactly, where the longest entry would not fit, and an entry follows it.
             Kind::Pad => {
                 let exactly = to_end - HEADER_LEN as u64;
-                (exactly, self.past_pad || len != exactly || len > room)
+                let idle = to_end >= Geometry::span(self.geometry.max_payload());
+                (
+                    exactly,
+                    self.past_pad || idle || len != exactly || len > room,
+                )
             }
         };
         if wrong {

@@ -399,21 +399,47 @@ fn one_call_goes_past_one_pad() {
         memory.bytes_mut(at, bytes.len()).copy_from_slice(bytes)
     };
     put(&mut memory, 0, &encode(&keys, &head(0, 1), b"first"));
-    assert!(reader.next().unwrap().is_some());
-    let rest = MIN_LANE - LINE - HEADER_LEN;
+    // To where the longest entry does not fit any more: before, no writer pads.
+    let longest = vec![0; MIN_LANE / 4 - HEADER_LEN];
+    let mut at = LINE;
+    for seq in 2..5 {
+        put(&mut memory, at, &encode(&keys, &head(0, seq), &longest));
+        at += MIN_LANE / 4;
+    }
+    for _ in 1..5 {
+        assert!(reader.next().unwrap().is_some());
+    }
+    let rest = MIN_LANE - at - HEADER_LEN;
     put(
         &mut memory,
-        LINE,
-        &keys.pad(Lane::Events, 0, Seq(2), rest as u32).to_bytes(),
+        at,
+        &keys.pad(Lane::Events, 0, Seq(5), rest as u32).to_bytes(),
     );
     let lap = MIN_LANE - HEADER_LEN;
     put(
         &mut memory,
         0,
-        &keys.pad(Lane::Events, 1, Seq(2), lap as u32).to_bytes(),
+        &keys.pad(Lane::Events, 1, Seq(5), lap as u32).to_bytes(),
     );
     assert_eq!(reader.next(), Ok(None));
     assert_eq!(*released.lock().unwrap(), MIN_LANE as u64);
+}
+
+#[test]
+fn a_pad_where_any_entry_would_fit_is_none() {
+    let Unbounded {
+        mut reader,
+        mut memory,
+        released,
+        ..
+    } = unbounded();
+    let lap = (MIN_LANE - HEADER_LEN) as u32;
+    let pad = Keys::new(&NONCE).pad(Lane::Events, 0, Seq(1), lap);
+    memory
+        .bytes_mut(0, HEADER_LEN)
+        .copy_from_slice(&pad.to_bytes());
+    assert_eq!(reader.next(), Ok(None));
+    assert_eq!(*released.lock().unwrap(), 0);
 }
 
 #[test]
