@@ -372,9 +372,16 @@ pub(super) fn progress_from_another_thread_is_never_ahead_of_what_is_posted(
         loop {
             let [seen, _] = progress.poll().unwrap();
             assert!(!seen.fenced);
+            assert!(
+                seen.committed <= last && seen.replayed <= seen.received,
+                "{seen:?}"
+            );
             if seen.replayed == last {
-                assert_eq!((seen.committed, seen.received), (last, last));
-                break;
+                assert_eq!(seen.received, last);
+                // Where the device's word commits, the reader's may come before it.
+                if seen.committed == last {
+                    break;
+                }
             }
             assert!(Instant::now() < until, "{seen:?}");
             thread::yield_now();

@@ -224,11 +224,16 @@ impl Shared {
 
     fn counters(&self) -> [Counters; 2] {
         let fenced = self.fenced();
-        self.lanes.each_ref().map(|lane| Counters {
-            committed: lane.committed(self.mode),
-            received: Seq(lane.received.load(Ordering::Acquire)),
-            replayed: Seq(lane.replayed.load(Ordering::Acquire)),
-            fenced,
+        // The one that may be behind the others is read before them, as they grow meanwhile.
+        self.lanes.each_ref().map(|lane| {
+            let replayed = Seq(lane.replayed.load(Ordering::Acquire));
+            let received = Seq(lane.received.load(Ordering::Acquire));
+            Counters {
+                committed: lane.committed(self.mode),
+                received,
+                replayed,
+                fenced,
+            }
         })
     }
 
