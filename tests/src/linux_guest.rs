@@ -17,16 +17,25 @@ use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 5] = [
+const TASKS: [(&str, &str); 6] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
     ("busy", include_str!("linux_guest/tasks/busy")),
+    ("disk", include_str!("linux_guest/tasks/disk")),
     ("load", include_str!("linux_guest/tasks/load")),
     ("redis", include_str!("linux_guest/tasks/redis")),
     ("shell", include_str!("linux_guest/tasks/shell")),
 ];
 
 /// The modules of what Doppel's board has, in the order in which they can be loaded. The first bring the others along.
-const MODULES: [&str; 3] = ["virtio_mmio", "virtio_net", "virtio_rng"];
+const MODULES: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_blk",
+    // ext4 asks for this checksum by name.
+    "crc32c_generic",
+    "ext4",
+];
 
 /// Programs of this machine's that go in, with the libraries that they need.
 const PROGRAMS: [&str; 3] = ["redis-server", "redis-cli", "redis-benchmark"];

@@ -51,7 +51,7 @@ fn show(run: &Run) -> Result<Figures> {
     }
     let mut figures = Figures::default();
     let (mut equal, mut sync_points) = (0u64, 0);
-    for task in ["boot", "load"] {
+    for task in ["boot", "load", "disk"] {
         let mut lives = Vec::new();
         for number in 0..run.form.count(1, 10) {
             let life = life(&inside, "prepared", task, number % 2 == 1)
@@ -105,8 +105,15 @@ fn life(inside: &Inside, files: &str, task: &str, disturbed: bool) -> Result<Lif
     } else {
         ""
     };
+    let (make, disk) = match task {
+        "disk" => (
+            "rm -f /tmp/disk*; truncate -s 16M /tmp/disk; ",
+            "--disk /tmp/disk ",
+        ),
+        _ => ("", ""),
+    };
     let record = format!(
-        "{before}doppel record --json --kernel /shared/{files} --initrd /shared/{files}.cpio --memory 256 \
+        "rm -f /tmp/console; {make}{before}doppel record {disk}--json --kernel /shared/{files} --initrd /shared/{files}.cpio --memory 256 \
          --console /tmp/console --out /tmp/linux.log --command-line 'quiet guest.do={task}'"
     );
     let replay = format!("{before}doppel replay --json /tmp/linux.log");
@@ -130,6 +137,11 @@ fn life(inside: &Inside, files: &str, task: &str, disturbed: bool) -> Result<Lif
     let (code, replay) = ends.pop().context("it was replayed")?;
     let (recorded_code, recorded) = ends.pop().context("it was recorded")?;
     let console = inside.host().sh("cat /tmp/console", LONGEST)?;
+    if task == "disk" {
+        // Read from the disk, and once more after it was mounted anew.
+        let whole = console.lines().filter(|line| line.trim() == "20").count();
+        ensure!(whole == 2, "files on the disk are not whole:\n{console}");
+    }
     ensure!(
         recorded_code == 0 && console.contains("guest: done"),
         "the guest did not come to its end, code {recorded_code}; its last words:\n{}",
