@@ -88,12 +88,11 @@ pub fn load(
         rflags: 2,
         ..Default::default()
     };
-    let fpu = kvm_fpu {
-        fcw: 0x37f,
-        mxcsr: 0x1f80,
-        ..Default::default()
-    };
-    vcpu.set(&regs, &system_registers(vcpu.sregs()?, page_table), &fpu)?;
+    vcpu.set(
+        &regs,
+        &system_registers(vcpu.sregs()?, page_table),
+        &fpu_at_reset(),
+    )?;
     Ok(())
 }
 
@@ -123,11 +122,21 @@ fn write_gdt_and_tss(ram: &GuestRam) -> Result<(), BootError> {
     Ok(())
 }
 
-fn system_registers(mut sregs: kvm_sregs, page_table: u64) -> kvm_sregs {
+/// x87 and SSE as after a reset.
+fn fpu_at_reset() -> kvm_fpu {
+    kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    }
+}
+
+/// Flat 64-bit code and data of ring 0 by these selectors, and no interrupt table.
+fn flat_segments(sregs: &mut kvm_sregs, code: u16, data: u16) {
     let code = kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
-        selector: 0x08,
+        selector: code,
         type_: 0xb,
         present: 1,
         dpl: 0,
@@ -138,7 +147,7 @@ fn system_registers(mut sregs: kvm_sregs, page_table: u64) -> kvm_sregs {
         ..Default::default()
     };
     let data = kvm_segment {
-        selector: 0x10,
+        selector: data,
         type_: 0x3,
         db: 1,
         l: 0,
@@ -146,6 +155,12 @@ fn system_registers(mut sregs: kvm_sregs, page_table: u64) -> kvm_sregs {
     };
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+}
+
+fn system_registers(mut sregs: kvm_sregs, page_table: u64) -> kvm_sregs {
+    flat_segments(&mut sregs, 0x08, 0x10);
     sregs.tr = kvm_segment {
         base: TSS,
         limit: TSS_SIZE + IO_BITMAP_SIZE,
@@ -162,8 +177,6 @@ fn system_registers(mut sregs: kvm_sregs, page_table: u64) -> kvm_sregs {
     };
     sregs.gdt.base = GDT;
     sregs.gdt.limit = 7 * 8 - 1;
-    sregs.idt.base = 0;
-    sregs.idt.limit = 0;
     sregs.cr0 = 0x8001_0033; // PE MP ET NE WP PG
     sregs.cr3 = page_table;
     sregs.cr4 = 0x620; // PAE OSFXSR OSXMMEXCPT

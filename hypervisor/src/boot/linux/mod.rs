@@ -4,19 +4,19 @@
 //! 0x1000 GDT │ 0x7000 zero page │ 0x9000 page tables │ 0x2_0000 command line │ 0x3_0000 seed of the random pool
 //! 0xe_0000 ACPI tables │ 0x100_0000 the kernel … │ … the initial RAM disk, at the end of RAM
 //! ```
-//! The kernel takes these over before it makes its own, so none needs to be exact replay's friend: pages are mapped one to one.
+//! Pages are mapped one to one, until the kernel has made tables of its own.
 #![forbid(unsafe_code)]
 
 mod acpi;
 
 use std::io::Cursor;
 
-use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::{self, BzImage, Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
-use super::BootError;
+use super::{BootError, flat_segments, fpu_at_reset};
 use crate::kvm::Vcpu;
 use crate::memory::{GuestRam, MemoryError};
 
@@ -108,12 +108,7 @@ pub fn load(ram: &GuestRam, vcpu: &Vcpu, linux: &Linux<'_>) -> Result<(), BootEr
         rflags: 2,
         ..Default::default()
     };
-    let fpu = kvm_fpu {
-        fcw: 0x37f,
-        mxcsr: 0x1f80,
-        ..Default::default()
-    };
-    vcpu.set(&regs, &system_registers(vcpu.sregs()?), &fpu)?;
+    vcpu.set(&regs, &system_registers(vcpu.sregs()?), &fpu_at_reset())?;
     Ok(())
 }
 
@@ -258,30 +253,9 @@ fn write_gdt(ram: &GuestRam) -> Result<(), MemoryError> {
 }
 
 fn system_registers(mut sregs: kvm_sregs) -> kvm_sregs {
-    let code = kvm_segment {
-        base: 0,
-        limit: 0xffff_ffff,
-        selector: 0x10,
-        type_: 0xb,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 0x18,
-        type_: 0x3,
-        db: 1,
-        l: 0,
-        ..code
-    };
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    flat_segments(&mut sregs, 0x10, 0x18);
     sregs.gdt.base = GDT;
     sregs.gdt.limit = 4 * 8 - 1;
-    sregs.idt.base = 0;
-    sregs.idt.limit = 0;
     sregs.cr0 = 0x8000_0011; // PE ET PG
     sregs.cr3 = PML4;
     sregs.cr4 = 0x20; // PAE
