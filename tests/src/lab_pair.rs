@@ -17,7 +17,7 @@ use hypervisor::backends::link;
 use hypervisor::backends::tap::Ipv4Network;
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
-use hypervisor::demo::client::{self, Client};
+use hypervisor::demo::client::{self, Client, Outcome, Verification};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
 use hypervisor::handshake::Secret;
@@ -165,6 +165,28 @@ impl Site {
             ..client::Config::new(self.address(), seed)
         };
         Ok(client::start(config)?)
+    }
+
+    /// Ends the clients, reads back all that they were promised, and says what they saw: an error, with `what` was done, if an
+    /// acknowledged write is lost, a reply was wrong or a connection broke.
+    ///
+    /// # Errors
+    /// What does not hold.
+    pub fn judge(&self, client: Client, what: &str) -> Result<(Outcome, Verification)> {
+        let mut outcome = client.stop()?;
+        let verified = outcome.verify_all(self.address(), PATIENCE);
+        let what = format!("{what}: {verified:?}");
+        ensure!(
+            verified.lost_acknowledged_writes == 0 && verified.wrong_keys == 0,
+            "acknowledged writes were lost, {what}"
+        );
+        ensure!(outcome.wrong_replies == 0, "replies were wrong, {what}");
+        ensure!(
+            verified.broken_connections == 0,
+            "connections broke, {what}"
+        );
+        ensure!(verified.keys > 0, "nothing could be read back, {what}");
+        Ok((outcome, verified))
     }
 }
 
@@ -405,6 +427,31 @@ impl<'a> LabPair<'a> {
             side.wait_for("is paired", PATIENCE, is_paired, |event| heard.hear(event))?;
         }
         Ok(joined)
+    }
+
+    /// An error if any backup has diverged, by all that was said.
+    ///
+    /// # Errors
+    /// What was said of it.
+    pub fn ensure_none_diverged(&mut self) -> Result<()> {
+        self.listen();
+        ensure!(
+            self.heard.divergences == 0,
+            "a backup diverged: {:?}",
+            self.heard.problems
+        );
+        Ok(())
+    }
+
+    /// Ends the survivor, which has no backup.
+    ///
+    /// # Errors
+    /// If it does not end.
+    pub fn end_survivor(&mut self) -> Result<()> {
+        let pid = self.backup.pid().to_string();
+        let host = self.host_of(&self.backup);
+        host.run(&["kill", "-TERM", &pid], PATIENCE)?;
+        self.backup.await_end(PATIENCE, drop).map(drop)
     }
 
     /// Ends both sides, and says with what codes.

@@ -74,12 +74,7 @@ fn show(run: &Run) -> Result<Figures> {
     pair.await_live()?;
     let alone = asked.for_a_while(without)?;
     run.say(format!("unprotected: {}", alone.figures()));
-    pair.listen();
-    ensure!(
-        pair.heard.divergences == 0,
-        "a backup diverged: {:?}",
-        pair.heard.problems
-    );
+    pair.ensure_none_diverged()?;
     let mut figures = Figures::default();
     figures.add("protected", protected.figures());
     figures.add("unprotected", alone.figures());

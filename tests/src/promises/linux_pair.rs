@@ -5,7 +5,7 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::intervals::Replication;
@@ -100,30 +100,10 @@ fn outlive(run: &Run, site: &Site, choice: &Choice<'_>, random: &mut Random) -> 
         }
     }
     await_answers(&client, 20, PATIENCE)?;
-    let mut outcome = client.stop()?;
-    let verified = outcome.verify_all(site.address(), PATIENCE);
-    let what = format!("{verified:?}");
-    ensure!(
-        verified.lost_acknowledged_writes == 0 && verified.wrong_keys == 0,
-        "acknowledged writes were lost, {what}"
-    );
-    ensure!(outcome.wrong_replies == 0, "replies were wrong, {what}");
-    ensure!(
-        verified.broken_connections == 0,
-        "connections broke, {what}"
-    );
-    ensure!(verified.keys > 0, "nothing could be read back, {what}");
-    pair.listen();
-    ensure!(
-        pair.heard.divergences == 0,
-        "a backup diverged: {:?}",
-        pair.heard.problems
-    );
+    let (outcome, verified) = site.judge(client, choice.name)?;
+    pair.ensure_none_diverged()?;
     // The next pair finds both hosts up, and none of this one in them.
-    let pid = pair.backup.pid().to_string();
-    let last = site.lab().host(pair.backup.host());
-    last.run(&["kill", "-TERM", &pid], PATIENCE)?;
-    pair.backup.await_end(PATIENCE, drop)?;
+    pair.end_survivor()?;
     site.start(pair.primary.host())?;
     Ok(json!({
         "hosts_killed": losses,

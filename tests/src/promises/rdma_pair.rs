@@ -145,25 +145,8 @@ fn over(
         }
     }
     await_answers(&client, 20, PATIENCE)?;
-    let mut outcome = client.stop()?;
-    let verified = outcome.verify_all(site.address(), PATIENCE);
-    let what = format!("{name}: {verified:?}");
-    ensure!(
-        verified.lost_acknowledged_writes == 0 && verified.wrong_keys == 0,
-        "acknowledged writes were lost, {what}"
-    );
-    ensure!(outcome.wrong_replies == 0, "replies were wrong, {what}");
-    ensure!(
-        verified.broken_connections == 0,
-        "connections broke, {what}"
-    );
-    ensure!(verified.keys > 0, "nothing could be read back, {what}");
-    pair.listen();
-    ensure!(
-        pair.heard.divergences == 0,
-        "a backup diverged: {:?}",
-        pair.heard.problems
-    );
+    let (outcome, verified) = site.judge(client, name)?;
+    pair.ensure_none_diverged()?;
     let live = pair.heard.live.context("nothing was taken over")?;
     ensure!(
         live.epoch == blows.len() as u64 + 1,
@@ -176,11 +159,7 @@ fn over(
         "no backup ever compared its memory with its primary's"
     );
     // What the last blow left stands alone.
-    let pid = pair.backup.pid().to_string();
-    site.lab()
-        .host(pair.backup.host())
-        .run(&["kill", "-TERM", &pid], PATIENCE)?;
-    pair.backup.await_end(PATIENCE, drop)?;
+    pair.end_survivor()?;
     for (blow, spans) in &mut spans {
         spans.sort_by(f64::total_cmp);
         figures.add(&format!("{name}_{blow}"), spans.len());
