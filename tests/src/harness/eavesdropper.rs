@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
@@ -43,8 +44,9 @@ pub enum Harm {
 pub struct Meddling {
     /// Its way.
     pub way: Way,
-    /// Its number on that way, from 0. The first to the backup is the claim; the first two to the primary are greeting and verdict; the
-    /// first two of the log are a ticket and an acceptance.
+    /// Its number on that way, from 0. The first to the backup is the claim; the first two to the primary are greeting and verdict. Of the
+    /// log's it is the frame in which this byte of the inputs lane comes: what is written together goes in one frame, so that frames
+    /// have no numbers of their own.
     pub number: usize,
     /// What is done.
     pub harm: Harm,
@@ -165,6 +167,21 @@ fn message(mut from: &TcpStream, way: Way, number: usize) -> Result<Vec<u8>> {
 const ACCEPTANCE: usize = 48;
 const FRAME: usize = 48;
 const FRAME_LENGTH: usize = 32;
+const FRAME_LANE: usize = 40;
+const INPUTS: u8 = 1;
+
+/// What a message of this way and number is known by, in [`Meddling::number`]; `inputs` counts the bytes of the inputs lane so far.
+fn known_by(way: Way, number: usize, bytes: &[u8], inputs: &mut usize) -> Range<usize> {
+    if way != Way::Log {
+        return number..number + 1;
+    }
+    let from = *inputs;
+    // Before the frames come a ticket and an acceptance.
+    if number >= 2 && bytes[FRAME_LANE] == INPUTS {
+        *inputs += bytes.len() - FRAME;
+    }
+    from..*inputs
+}
 
 /// A connection of the log's: it begins with a ticket.
 fn is_log(from: &TcpStream) -> bool {
@@ -186,12 +203,14 @@ fn pass(mut from: &TcpStream, mut to: &TcpStream, mut way: Way, state: &State) -
     if way == Way::ToPrimary && from.peek(&mut first)? > 0 && first != *b"doppel-b" {
         return plain(from, to);
     }
+    let mut inputs = 0;
     for number in 0.. {
         let bytes = message(from, way, number)?;
         locked(&state.heard)[way as usize].extend_from_slice(&bytes);
+        let known_by = known_by(way, number, &bytes, &mut inputs);
         let due = {
             let mut meddling = locked(&state.meddling);
-            meddling.take_if(|due| due.way == way && due.number == number)
+            meddling.take_if(|due| due.way == way && known_by.contains(&due.number))
         };
         let half = &bytes[..bytes.len() / 2];
         match due.map(|due| due.harm) {

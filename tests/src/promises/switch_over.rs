@@ -16,6 +16,7 @@ use hypervisor::demo::pair::{Pair, PairSpec, Side};
 use hypervisor::session::report::Event;
 use serde_json::json;
 
+use crate::harness::hostile_zombie;
 use crate::harness::linear;
 use crate::harness::linear_clients::{Histories, LinearClients, longest_wait};
 use crate::harness::program::doppel;
@@ -299,7 +300,8 @@ fn under_load(
     Ok(outcome)
 }
 
-/// The backup is killed so long after the order, over as much time as a switch-over takes: each of its steps is met.
+/// The backup is killed so long after the order, over as much time as a switch-over takes: each of its steps is met. The first one stands
+/// still from before the order, so that it surely never takes the machine.
 fn backup_dies(kills: u32, transport: Transport, random: &mut Random) -> Result<serde_json::Value> {
     let stage = Stage::enter()?;
     let (mut survived, mut had_it) = (0, 0);
@@ -311,6 +313,9 @@ fn backup_dies(kills: u32, transport: Transport, random: &mut Random) -> Result<
         clients.await_answers(ANSWERS)?;
         let after = Duration::from_micros(u64::from(number) * 4000 / u64::from(kills));
         let (directory, pid) = (spec.run_directory(), pair.primary.pid());
+        if number == 0 {
+            hostile_zombie::freeze(&pair.backup)?;
+        }
         find::order(&directory, NAME, pid, Ask::Switch)?;
         // Not to wait for anything: the moment of the kill is what is tried.
         std::thread::sleep(after);

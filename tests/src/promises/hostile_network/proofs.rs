@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use hypervisor::session::report::Event;
 
 use super::LONGEST;
 use super::streams::{directory, start_alone, start_backup, start_primary, wait};
@@ -180,14 +181,17 @@ fn meddled(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> 
     Ok(())
 }
 
+/// Bytes that a copy of this guest has at the least.
+const COPY: usize = 128 << 10;
+
 /// A machine that runs and gives a backup its copy through the man in the middle: it serves on, and its next try succeeds.
 fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result<()> {
     let mut harms = vec![
-        // Before the copy, and frames of it behind ticket and acceptance.
+        // Before the copy, and in it.
         harm(Way::ToBackup, 3, Harm::Flip),
-        harm(Way::Log, 3, Harm::Flip),
-        harm(Way::Log, 4, Harm::Swap),
-        harm(Way::Log, 6, Harm::LeaveOut),
+        harm(Way::Log, 0, Harm::Flip),
+        harm(Way::Log, COPY / 2, Harm::Swap),
+        harm(Way::Log, COPY - 1, Harm::LeaveOut),
     ];
     for _ in 0..run.form.pick(0, 20) {
         let chosen = [
@@ -199,8 +203,7 @@ fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result
         ];
         harms.push(harm(
             Way::Log,
-            // A copy of this guest has at the least so many frames.
-            2 + random.below(6) as usize,
+            random.below(COPY as u64) as usize,
             chosen[random.below(chosen.len() as u64) as usize],
         ));
     }
@@ -217,8 +220,14 @@ fn meddled_join(run: &Run, random: &mut Random, figures: &mut Figures) -> Result
                 .with_context(|| format!("{case:?}"))?;
         }
         let said = primary.said();
+        let copied = said
+            .lines()
+            .find_map(|line| match serde_json::from_str(line) {
+                Ok(Event::Joined { bytes, .. }) => Some(bytes),
+                _ => None,
+            });
         ensure!(
-            said.contains("is not taken") && said.contains("\"joined\""),
+            said.contains("is not taken") && copied >= Some(COPY as u64),
             "{case:?}: {said}"
         );
         for way in [Way::ToBackup, Way::ToPrimary] {
