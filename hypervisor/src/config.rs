@@ -15,9 +15,11 @@ use serde::Deserialize;
 
 mod disk;
 mod pair;
+mod recorder;
 
 pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
+pub use recorder::{FlightRecorder, duration};
 
 use crate::intervals::{Ends, Lengths, Replication};
 use crate::machine::ClockSource;
@@ -63,6 +65,8 @@ pub struct Config {
     pub replicate: Replicate,
     /// The ring.
     pub ring: Ring,
+    /// Where a backup, or `record`, keeps the last checkpoint and the log since; nowhere if none.
+    pub recorder: Option<FlightRecorder>,
     /// What the threads may still do once all is set up.
     pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
@@ -331,6 +335,7 @@ impl Default for Config {
             preempt: Preempt::default(),
             replicate: Replicate::default(),
             ring: Ring::default(),
+            recorder: None,
             sandbox: Sandbox::default(),
             console: None,
             run_dir: None,
@@ -496,6 +501,13 @@ impl Config {
                 "replicate.mode",
                 "checkpoint".into(),
                 "choose replay for a machine with a disk: an interval carries no writes, so the backup's image would not get them",
+            );
+        }
+        if self.replicate.mode == Replication::Checkpoint && self.recorder.is_some() {
+            return bad(
+                "recorder",
+                "given, with replicate.mode = checkpoint".into(),
+                "choose replay for a machine that is recorded: intervals are no log that could be run again",
             );
         }
         if !(1..=1000).contains(&self.replicate.interval_ms) {

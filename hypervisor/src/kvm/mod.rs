@@ -13,7 +13,7 @@ mod vm;
 pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
-pub use vcpu::{Kick, Vcpu};
+pub use vcpu::{Kick, STOPS_MAX, Vcpu};
 pub use vm::{Capabilities, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.

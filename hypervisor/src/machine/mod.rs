@@ -56,6 +56,8 @@ pub enum Stepped {
     SyncPoint,
     /// Somebody kicked the vCPU; nothing happened.
     Kicked,
+    /// It stands where a debugger wanted it; nothing happened either.
+    Debugged,
 }
 
 /// What can go wrong with a machine.
@@ -280,7 +282,10 @@ impl Machine {
             // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
             // is interrupted.
             self.injectable = false;
-            return Ok(Stepped::Kicked);
+            return Ok(match exit {
+                Exit::Debug => Stepped::Debugged,
+                _ => Stepped::Kicked,
+            });
         }
         self.position = self.position.next();
         self.injectable = exit.may_inject();
@@ -355,7 +360,7 @@ impl Machine {
                 self.devices.write_msr(&self.ram, index, value)
             }
             Exit::Shutdown => self.end_of_guest(),
-            Exit::Interrupted => Effect::Done,
+            Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
             Effect::Done => Phase::Ready,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
+use crate::kvm::CpuModel;
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
 pub const ENCODED_MAX: u32 = 256 << 20;
@@ -66,6 +67,9 @@ pub struct MachineSpec {
     pub clock: ClockSource,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
+    /// Where a recording of it was made: it is replayed on the same model, and on no other. A pair's sides tell each other theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuModel>,
     /// Bytes of the image; the initial RAM disk follows it.
     image_bytes: u64,
     /// The guest: an ELF file, or a Linux kernel.
@@ -146,6 +150,7 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             image_bytes: image.bytes().len() as u64,
             image: image.bytes().to_vec(),
             initrd: Vec::new(),
@@ -175,11 +180,21 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             seed,
             image_bytes: image.len() as u64,
             image,
             initrd: initrd.map_or_else(|| Ok(Vec::new()), read)?,
         })
+    }
+
+    /// The same, for a recording that is made on this CPU.
+    #[must_use]
+    pub fn recorded_on(&self, cpu: &CpuModel) -> Self {
+        Self {
+            cpu: Some(cpu.clone()),
+            ..self.clone()
+        }
     }
 
     pub(super) fn devices(&self) -> DevicesConfig {

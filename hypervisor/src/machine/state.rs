@@ -43,6 +43,24 @@ impl Machine {
         Ok(self.vcpu.state()?)
     }
 
+    /// Makes of a sync point, from which the guest is about to run on, a place between two instructions: an interrupt that is due is
+    /// delivered, as the next step would do it, no more inputs are taken here, and the exit's instruction is completed. In this
+    /// order: where the instruction is complete the guest may take an interrupt that it would not have taken before, and a machine
+    /// that was not stopped here would differ.
+    pub(crate) fn stand_to_run(&mut self) -> Result<(), MachineError> {
+        self.deliver()?;
+        self.injectable = false;
+        Ok(self.vcpu.finish()?)
+    }
+
+    /// Has the guest stop after its next instruction, or before those at these addresses, at most four; with neither, not at all.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub(crate) fn debug(&mut self, step: bool, stops: &[u64]) -> Result<(), MachineError> {
+        Ok(self.vcpu.debug(step, stops)?)
+    }
+
     /// The CPU's state at the exit where the guest waits. The instruction is not complete, and the registers are those before
     /// it: KVM hands a read's value to its register when it completes the read.
     pub(crate) fn cpu_at_exit(&self) -> Result<CpuState, MachineError> {

@@ -20,10 +20,12 @@ pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
+pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
 pub mod no_false_failover;
+pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
@@ -64,6 +66,7 @@ pub const ALL: &[Promise] = &[
     confined::PROMISE,
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
+    offline_replay::PROMISE,
     operator_view::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
@@ -76,6 +79,7 @@ pub const ALL: &[Promise] = &[
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
+    linux_debugged::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,
