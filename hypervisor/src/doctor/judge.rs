@@ -373,6 +373,17 @@ fn cpu(facts: &Facts, findings: &mut Findings) {
             ),
         );
     }
+    if facts.autogroups == Some(true) {
+        findings
+            .add(
+                AREA,
+                Level::Limited,
+                "the kernel shares CPUs out by session (autogroups)",
+            )
+            .advise(
+                "under load a kernel 6.18 kept workers of its own, for which KVM waits, off a CPU for 13 s: sysctl kernel.sched_autogroup_enabled=0",
+            );
+    }
 }
 
 fn memory(facts: &Facts, findings: &mut Findings) {
