@@ -67,6 +67,8 @@ fn best() -> Facts {
                 tsc_scaling: true,
                 vcpus: 8,
                 missing: Vec::new(),
+                no_crew: Vec::new(),
+                moves_time_stamps: true,
             },
             cpu: Some(CpuModel {
                 vendor: "AuthenticAMD".into(),
