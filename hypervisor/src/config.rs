@@ -20,7 +20,7 @@ pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
 
 use crate::intervals::{Ends, Lengths, Replication};
-use crate::machine::ClockSource;
+use crate::machine::{ClockSource, OnReset};
 use crate::preempt::Strategy;
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
@@ -37,6 +37,8 @@ pub struct Config {
     pub initrd: Option<PathBuf>,
     /// Where a Linux guest reads the time: `timer` or `page`; see [`Config::clock_source`] if none.
     pub clock: Option<ClockSource>,
+    /// What becomes of the machine when its guest resets it.
+    pub on_reset: OnReset,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -318,6 +320,8 @@ impl Default for Config {
             kernel: None,
             initrd: None,
             clock: None,
+            // A guest that says reboot means it, and one that panics is worth a second try: the machine is to be there.
+            on_reset: OnReset::Reboot,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),

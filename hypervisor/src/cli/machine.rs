@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, Disk, MetricsAddress, NetBackend};
-use hypervisor::machine::{ClockSource, MachineSpec};
+use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
@@ -35,6 +35,9 @@ pub struct MachineArgs {
     /// --preempt checkpoint or --replicate checkpoint, and is the default with that
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
+    /// When the guest resets the machine it starts anew (the default), or ends as by a power-off
+    #[arg(long, value_name = "reboot|end", value_parser = on_reset)]
+    on_reset: Option<OnReset>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
@@ -94,6 +97,14 @@ fn clock(text: &str) -> Result<ClockSource, String> {
     }
 }
 
+fn on_reset(text: &str) -> Result<OnReset, String> {
+    match text {
+        "reboot" => Ok(OnReset::Reboot),
+        "end" => Ok(OnReset::End),
+        _ => Err("choose reboot or end".into()),
+    }
+}
+
 fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
@@ -122,6 +133,7 @@ impl MachineArgs {
             config.kernel.clone_from(&self.kernel);
         }
         config.clock = self.clock.or(config.clock);
+        config.on_reset = self.on_reset.unwrap_or(config.on_reset);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -178,23 +190,24 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
     let usage = |error| Failure::new(Failure::USAGE, error);
+    let on_reset = config.on_reset;
     let Some(kernel) = &config.kernel else {
-        return MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
-            .map_err(usage);
+        let spec = MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now);
+        return spec.map(|spec| spec.on_reset(on_reset)).map_err(usage);
     };
     let mut seed = [0; SEED_BYTES];
     random_source()
         .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
         .map_err(|error| Failure::new(Failure::ERROR, error))?;
-    MachineSpec::linux(
+    let spec = MachineSpec::linux(
         kernel,
         config.initrd.as_deref(),
         config.memory_mib,
         &config.command_line,
         now,
         (config.clock_source(), seed),
-    )
-    .map_err(usage)
+    );
+    spec.map(|spec| spec.on_reset(on_reset)).map_err(usage)
 }
 
 /// Run a machine unprotected, for comparison

@@ -6,20 +6,21 @@
 //!    ▲                  ├─ Ready   nothing is missing
 //!    │                  ├─ Needs   a read waits for an input
 //!    │                  ├─ Halted  waits until something happens
+//!    ├── reset() ◀──────┼─ Reset   the guest wants to start anew
 //!    └── step() ◀───────┴─ Off     the guest is gone (power-off, triple fault)
 //! ```
 //! Nothing here knows whether it is recorded or replayed: both call `step`, hand in the same inputs at the same
 //! positions, and get the same outputs.
 #![forbid(unsafe_code)]
 
+mod reset;
 mod spec;
 mod state;
 
-pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, SpecError};
+pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
 pub use state::Swept;
 
-use crate::boot::linux::{self, Linux};
-use crate::boot::{self, BootError, Image};
+use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::Request;
@@ -27,6 +28,8 @@ use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
+
+use reset::Reset;
 
 use std::sync::Arc;
 
@@ -43,6 +46,8 @@ pub enum Phase {
     Halted,
     /// The guest waits in HLT for an interrupt.
     HltInstruction,
+    /// The guest resets the machine: [`Machine::reset`].
+    Reset,
     /// The guest turned itself off with this status.
     Off(u8),
     /// Triple fault, or HLT with interrupts off: the guest is beyond help.
@@ -101,6 +106,8 @@ pub struct Machine {
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
+    /// What it takes to start anew.
+    again: Reset,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -120,24 +127,8 @@ impl Machine {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let vm = Vm::new(source.open()?, &ram)?;
         let (vcpu, cpu_model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
-        match spec.boot {
-            BootProtocol::Bare => {
-                let image =
-                    Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;
-                boot::load(&ram, &vcpu, &image, &spec.command_line, spec.wall_clock_ns)?;
-            }
-            BootProtocol::Linux => {
-                let linux = Linux {
-                    name: &spec.guest,
-                    kernel: &spec.image,
-                    initrd: &spec.initrd,
-                    command_line: &spec.command_line,
-                    seed: spec.seed,
-                    disk: spec.disk.is_some(),
-                };
-                linux::load(&ram, &vcpu, &linux)?;
-            }
-        }
+        reset::load(spec, spec.seed, &ram, &vcpu)?;
+        let again = Reset::of(spec, &vcpu)?;
         Ok(Self {
             vcpu,
             vm,
@@ -148,6 +139,7 @@ impl Machine {
             digest: Digest(0),
             history: History::default(),
             phase: Phase::Ready,
+            again,
             halts_for_good: spec.boot == BootProtocol::Linux,
             injectable: false,
             memory_hash: None,
@@ -215,6 +207,12 @@ impl Machine {
     #[must_use]
     pub fn console_room(&self) -> usize {
         self.devices.console_room()
+    }
+
+    /// How many bytes the guest has printed on its console.
+    #[must_use]
+    pub fn printed(&self) -> u64 {
+        self.devices.printed()
     }
 
     /// The time that the guest reads from memory, if it does: it is renewed by each clock value that is handed in.
@@ -354,6 +352,8 @@ impl Machine {
                 self.vcpu.answer_msr(value, false);
                 self.devices.write_msr(&self.ram, index, value)
             }
+            // How Linux resets a machine that knows no other way.
+            Exit::Shutdown if self.halts_for_good => Effect::Reset,
             Exit::Shutdown => self.end_of_guest(),
             Exit::Interrupted => Effect::Done,
         };
@@ -362,6 +362,11 @@ impl Machine {
             Effect::Needs(need) => Phase::Needs(need),
             Effect::Halt => Phase::Halted,
             Effect::PowerOff(status) => Phase::Off(status),
+            Effect::Reset if self.again.wanted() => Phase::Reset,
+            Effect::Reset => {
+                self.devices.turn_off(0);
+                Phase::Off(0)
+            }
             Effect::Crash => Phase::Crashed,
         }
     }

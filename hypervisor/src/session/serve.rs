@@ -231,6 +231,7 @@ impl Serving {
                 return self.tell_ordered(number, command, Some(Err(why)));
             }
             Command::PowerOff => Order::PowerOff(0),
+            Command::Reset => Order::Reset,
             Command::Share(share) => Order::Share(share),
         };
         self.io.order(order);

@@ -19,7 +19,7 @@ use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::{self, Config};
 use crate::control::Operator;
-use crate::control::board::Board;
+use crate::control::board::{Board, Command};
 use crate::control::status::{Role, Standing};
 use crate::entry::Base;
 use crate::file_log::{FileRecorder, FileSource};
@@ -226,6 +226,15 @@ impl Solo {
             let longest = next.map(|at| at.saturating_duration_since(Instant::now()));
             let found = self.io.round(longest, true)?;
             self.io.tell_disk_failure();
+            while let Some((number, command)) = self.io.reporter.board().take_command() {
+                // Nothing else is ordered of a machine alone.
+                if command == Command::Reset {
+                    self.io.order(Order::Reset);
+                }
+                let done = Ok("from the guest's next exit on".to_owned());
+                let board = self.io.reporter.board();
+                board.ordered(number, command, Some(done));
+            }
             let now = Instant::now();
             if (found.signalled || end_at.is_some_and(|at| now >= at)) && give_up_at.is_none() {
                 end_at = None;
