@@ -20,7 +20,7 @@ pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
 
 use crate::intervals::{Ends, Lengths, Replication};
-use crate::machine::{ClockSource, VCPUS_MOST};
+use crate::machine::{ClockSource, OnReset, VCPUS_MOST};
 use crate::preempt::Strategy;
 
 /// A Linux guest's CPU.
@@ -51,6 +51,8 @@ pub struct Config {
     pub cpu: Option<GuestCpu>,
     /// How many vCPUs it has.
     pub vcpus: u8,
+    /// What becomes of the machine when its guest resets it.
+    pub on_reset: OnReset,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -334,6 +336,8 @@ impl Default for Config {
             clock: None,
             cpu: None,
             vcpus: 1,
+            // A guest that says reboot means it, and one that panics is worth a second try: the machine is to be there.
+            on_reset: OnReset::Reboot,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),

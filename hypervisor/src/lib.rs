@@ -49,5 +49,6 @@ pub mod sandbox;
 pub mod scheduling;
 pub mod session;
 pub mod sink;
+pub mod spool;
 pub mod stage;
 pub mod world;

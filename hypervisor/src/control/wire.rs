@@ -34,8 +34,15 @@ pub enum Ask {
     Switch,
     /// That the machine is turned off.
     PowerOff,
+    /// That the machine starts anew.
+    Reset,
     /// That the guest has so many 1024ths of its time.
     Share(u16),
+    /// The guest's console. Behind the answer's line come the bytes that it lets out, as they are, and what the other side sends is typed.
+    Console {
+        /// The first byte that is wanted, counted from the guest's first; none: the last screen of what is kept.
+        from: Option<u64>,
+    },
 }
 
 /// An answer.
@@ -56,6 +63,8 @@ pub enum Outcome {
     Status(Box<Status>),
     /// It is ordered, by this number: what comes of it is told by the status.
     Ordered(u64),
+    /// The console's bytes follow, from this one on.
+    Console(u64),
     /// Why it is not answered.
     Error(String),
 }
@@ -95,7 +104,7 @@ impl Ask {
     /// Whether it changes something.
     #[must_use]
     pub fn is_order(self) -> bool {
-        self != Self::Status
+        !matches!(self, Self::Status | Self::Console { .. })
     }
 }
 
@@ -140,7 +149,7 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        for ask in [Ask::Switch, Ask::PowerOff, Ask::Share(512)] {
+        for ask in [Ask::Switch, Ask::PowerOff, Ask::Reset, Ask::Share(512)] {
             let request = Request {
                 doppel: VERSION,
                 ask,
@@ -149,6 +158,19 @@ mod tests {
             assert!(ask.is_order());
         }
         assert!(!Ask::Status.is_order());
+    }
+
+    #[test]
+    fn a_console_is_asked_for_from_a_byte_on() {
+        for from in [None, Some(7)] {
+            let ask = Ask::Console { from };
+            let request = Request {
+                doppel: VERSION,
+                ask,
+            };
+            assert_eq!(Request::decode(&request.encode()).unwrap(), request);
+            assert!(!ask.is_order());
+        }
     }
 
     #[test]

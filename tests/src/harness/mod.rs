@@ -3,6 +3,7 @@
 pub mod arbiter_rules;
 pub mod built;
 pub mod busy;
+pub mod console;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
@@ -24,6 +25,7 @@ pub mod load;
 pub mod meddler;
 pub mod oracle;
 pub mod program;
+pub mod pty;
 pub mod random;
 pub mod recording;
 pub mod redis;

@@ -6,6 +6,7 @@ pub mod bad_input;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
+pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod disk_keeps_writes;
@@ -37,6 +38,7 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod resets;
 pub mod switch_over;
 pub mod zombie;
 
@@ -65,6 +67,8 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
     operator_view::PROMISE,
+    console::PROMISE,
+    resets::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
