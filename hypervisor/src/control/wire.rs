@@ -1,6 +1,8 @@
 //! What goes over a control socket: one JSON object a line, each way, of bounded length.
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::status::Status;
@@ -36,6 +38,8 @@ pub enum Ask {
     PowerOff,
     /// That the guest has so many 1024ths of its time.
     Share(u16),
+    /// That a backup may listen there, too, from now on.
+    Standby(SocketAddr),
 }
 
 /// An answer.
@@ -140,7 +144,13 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        for ask in [Ask::Switch, Ask::PowerOff, Ask::Share(512)] {
+        let place = "192.0.2.3:7700".parse().unwrap();
+        for ask in [
+            Ask::Switch,
+            Ask::PowerOff,
+            Ask::Share(512),
+            Ask::Standby(place),
+        ] {
             let request = Request {
                 doppel: VERSION,
                 ask,
