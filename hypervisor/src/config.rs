@@ -11,7 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rdma_log::transport::rdma;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 mod disk;
 mod pair;
@@ -20,8 +20,18 @@ pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
 
 use crate::intervals::{Ends, Lengths, Replication};
-use crate::machine::ClockSource;
+use crate::machine::{ClockSource, VCPUS_MOST};
 use crate::preempt::Strategy;
+
+/// A Linux guest's CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestCpu {
+    /// The deterministic template, with a user-space interrupt controller: one vCPU.
+    Replayable,
+    /// The host's, with its time-stamp counter and KVM's own interrupt controller.
+    Host,
+}
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
 #[derive(Clone, Debug, Deserialize)]
@@ -37,6 +47,10 @@ pub struct Config {
     pub initrd: Option<PathBuf>,
     /// Where a Linux guest reads the time: `timer` or `page`; see [`Config::clock_source`] if none.
     pub clock: Option<ClockSource>,
+    /// The CPU of a Linux guest: `replayable` or `host`; see [`Config::crew`] if none.
+    pub cpu: Option<GuestCpu>,
+    /// How many vCPUs it has.
+    pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -358,6 +372,8 @@ impl Default for Config {
             kernel: None,
             initrd: None,
             clock: None,
+            cpu: None,
+            vcpus: 1,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -462,6 +478,18 @@ impl Config {
         })
     }
 
+    /// How many vCPUs the guest has with the host's CPU and KVM's own interrupt controller; none: it has one that can be replayed.
+    /// Unless something else is said, that is so where it is replicated by replay or not at all, and for guests of our own.
+    #[must_use]
+    pub fn crew(&self) -> Option<u8> {
+        let checkpoints = self.replicate.mode == Replication::Checkpoint;
+        let host = match self.cpu {
+            Some(cpu) => cpu == GuestCpu::Host,
+            None => self.vcpus != 1 || checkpoints && self.kernel.is_some(),
+        };
+        host.then_some(self.vcpus)
+    }
+
     /// How the ring uses RDMA.
     #[must_use]
     pub fn rdma_ring(&self) -> rdma::Config {
@@ -492,6 +520,23 @@ impl Config {
                 "memory_mib",
                 self.memory_mib.to_string(),
                 "choose 2 to 3072",
+            );
+        }
+        if !(1..=VCPUS_MOST).contains(&self.vcpus) {
+            return bad("vcpus", self.vcpus.to_string(), "choose 1 to 8");
+        }
+        if self.cpu == Some(GuestCpu::Replayable) && self.vcpus > 1 {
+            return bad(
+                "vcpus",
+                self.vcpus.to_string(),
+                "choose 1 with --cpu replayable: several vCPUs meet in no order that a log could give",
+            );
+        }
+        if self.crew().is_some() && self.kernel.is_none() {
+            return bad(
+                "vcpus",
+                self.vcpus.to_string(),
+                "choose several vCPUs or --cpu host for a Linux guest only (--kernel): guests of ours have one, which can be replayed",
             );
         }
         if !(1..=1000).contains(&self.timing.heartbeat_ms) {
@@ -703,6 +748,41 @@ mod tests {
             "clock = \"page\"\n[replicate]\nmode = \"checkpoint\"",
         ] {
             Config::parse(text).unwrap().check().unwrap();
+        }
+    }
+
+    #[test]
+    fn several_vcpus_need_a_kernel_and_no_replay() {
+        let crew = |text: &str| {
+            let config = Config::parse(text).unwrap();
+            config
+                .check()
+                .map(|()| config.crew())
+                .map_err(|error| error.to_string())
+        };
+        let kernel = "kernel = \"vmlinuz\"\n";
+        let checkpoint = "[replicate]\nmode = \"checkpoint\"";
+        for (text, expected) in [
+            (String::new(), None),
+            (kernel.into(), None),
+            (format!("{kernel}cpu = \"host\""), Some(1)),
+            (format!("{kernel}vcpus = 2"), Some(2)),
+            (format!("{kernel}{checkpoint}"), Some(1)),
+            (format!("{kernel}vcpus = 8\n{checkpoint}"), Some(8)),
+            (format!("{kernel}cpu = \"replayable\"\n{checkpoint}"), None),
+            (checkpoint.into(), None),
+        ] {
+            assert_eq!(crew(&text), Ok(expected), "{text}");
+        }
+        for text in [
+            "vcpus = 2".into(),
+            "cpu = \"host\"".into(),
+            format!("{kernel}vcpus = 0"),
+            format!("{kernel}vcpus = 9"),
+            format!("{kernel}vcpus = 2\ncpu = \"replayable\""),
+        ] {
+            let error = crew(&text).unwrap_err();
+            assert!(error.contains("vcpus"), "{text}: {error}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::boot::is_built_in;
-use crate::config::{Config, ConfigError, Transport};
+use crate::config::{Config, ConfigError, GuestCpu, Transport};
 use crate::control::is_name;
 use crate::intervals::Replication;
 use crate::machine::ClockSource;
@@ -26,6 +26,10 @@ pub struct Spec {
     pub initrd: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// How many vCPUs it has.
+    pub vcpus: u8,
+    /// The CPU of a Linux guest.
+    pub cpu: Option<GuestCpu>,
     /// The guest's own words.
     pub command_line: String,
     /// Whether it has a network.
@@ -49,6 +53,8 @@ impl Default for Spec {
             kernel: None,
             initrd: None,
             memory_mib: 64,
+            vcpus: 1,
+            cpu: None,
             command_line: String::new(),
             network: true,
             transport: Transport::Tcp,
@@ -141,6 +147,8 @@ impl Spec {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             clock: self.clock,
+            cpu: self.cpu,
+            vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             command_line: self.command_line.clone(),
             ..Config::default()
@@ -193,6 +201,14 @@ impl Spec {
             };
             say("--clock", word.to_owned());
         }
+        if let Some(cpu) = self.cpu {
+            let word = match cpu {
+                GuestCpu::Replayable => "replayable",
+                GuestCpu::Host => "host",
+            };
+            say("--cpu", word.to_owned());
+        }
+        say("--vcpus", self.vcpus.to_string());
         say("--memory", self.memory_mib.to_string());
         // Joined, so that words which begin with a dash are no option.
         words.push(format!("--command-line={}", self.command_line));
@@ -232,6 +248,7 @@ mod tests {
             ("kv", |spec| spec.guest = Some("/a/../b".into()), "absolute"),
             ("kv", |spec| spec.transport = Transport::Shm, "tcp or rdma"),
             ("kv", |spec| spec.memory_mib = 1, "memory_mib"),
+            ("kv", |spec| spec.vcpus = 2, "vcpus"),
             ("kv", |spec| spec.command_line = "a\nb".into(), "control"),
             ("kv", |spec| spec.command_line = "x".repeat(2049), "2049"),
             ("kv", |spec| spec.clock = Some(ClockSource::Page), "clock"),

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
-use hypervisor::config::{Config, Disk, Mac, MetricsAddress, NetBackend};
+use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
 use hypervisor::machine::{ClockSource, MachineSpec};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
@@ -35,6 +35,13 @@ pub struct MachineArgs {
     /// --preempt checkpoint or --replicate checkpoint, and is the default with that
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
+    /// A Linux guest's CPU: one that can be replayed, or the host's with KVM's own interrupt controller [default: host with
+    /// --replicate checkpoint or more than one vCPU]
+    #[arg(long, value_name = "replayable|host", value_parser = cpu)]
+    cpu: Option<GuestCpu>,
+    /// vCPUs of a Linux guest, 1 to 8; several only without replay (run, or --replicate checkpoint)
+    #[arg(long, value_name = "COUNT")]
+    vcpus: Option<u8>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
@@ -97,6 +104,14 @@ pub fn clock(text: &str) -> Result<ClockSource, String> {
     }
 }
 
+pub fn cpu(text: &str) -> Result<GuestCpu, String> {
+    match text {
+        "replayable" => Ok(GuestCpu::Replayable),
+        "host" => Ok(GuestCpu::Host),
+        _ => Err("choose replayable or host".into()),
+    }
+}
+
 pub fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
@@ -125,6 +140,8 @@ impl MachineArgs {
             config.kernel.clone_from(&self.kernel);
         }
         config.clock = self.clock.or(config.clock);
+        config.cpu = self.cpu.or(config.cpu);
+        config.vcpus = self.vcpus.unwrap_or(config.vcpus);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -206,6 +223,7 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
         now,
         (config.clock_source(), seed),
     )
+    .map(|spec| spec.with_vcpus(config.crew()))
     .map_err(usage)
 }
 

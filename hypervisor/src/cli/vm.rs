@@ -10,14 +10,14 @@ use hypervisor::agent::config::{AgentConfig, DEFAULT};
 use hypervisor::agent::record::{Phase, Site, Verb};
 use hypervisor::agent::site::{self, Access, SiteError};
 use hypervisor::agent::spec::{Spec, SpecError};
-use hypervisor::config::Transport;
+use hypervisor::config::{GuestCpu, Transport};
 use hypervisor::control::status::Standing;
 use hypervisor::machine::ClockSource;
 use hypervisor::preempt::Strategy;
 use serde_json::Value;
 
 use super::Failure;
-use super::machine::{clock, strategy};
+use super::machine::{clock, cpu, strategy};
 use super::pair::By;
 
 /// The machines of a site: made, seen, protected, moved, turned off, from any of its hosts
@@ -84,6 +84,12 @@ struct CreateArgs {
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     memory: u32,
+    /// vCPUs of a Linux guest, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u8,
+    /// The CPU of a Linux guest: one that can be replayed, or the host's
+    #[arg(long, value_name = "replayable|host", value_parser = cpu)]
+    cpu: Option<GuestCpu>,
     /// The guest's command line
     #[arg(long, value_name = "WORDS", default_value = "")]
     command_line: String,
@@ -213,6 +219,8 @@ impl At {
             kernel: args.kernel.clone(),
             initrd: args.initrd.clone(),
             memory_mib: args.memory,
+            vcpus: args.vcpus,
+            cpu: args.cpu,
             command_line: args.command_line.clone(),
             network: !args.no_network,
             transport: args.transport,

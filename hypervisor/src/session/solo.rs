@@ -96,6 +96,7 @@ pub fn record(
     what: RecordFor<'_>,
 ) -> Result<Recorded, SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
+    super::ensure_replayable(spec)?;
     let image = disk::open_alone(config)?;
     let spec = &disk::described(spec, image.as_ref());
     let ring = RingConfig {
@@ -170,11 +171,12 @@ impl Solo {
     fn start<S: Sink + Send + 'static>(
         &self,
         config: &Config,
-        machine: Machine,
+        mut machine: Machine,
         clock: GuestClock,
         sink: S,
         options: RecordOptions,
     ) -> Result<Vcpu, SessionError> {
+        machine.man(super::confined(&self.io.sandbox))?;
         let parts = Parts {
             machine,
             sink,
