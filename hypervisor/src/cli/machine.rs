@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
-use hypervisor::config::{Config, Disk, GuestCpu, MetricsAddress, NetBackend};
+use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
 use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
@@ -60,6 +60,9 @@ pub struct MachineArgs {
     /// Use this Unix socket for the guest's network, one message a frame
     #[arg(long, value_name = "SOCKET")]
     link: Option<PathBuf>,
+    /// The guest's address on its link, such as 02:d0:99:e1:00:02: machines of one network need one each
+    #[arg(long, value_name = "MAC")]
+    mac: Option<Mac>,
     /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own (docs/disks.md)
     #[arg(long, value_name = "FILE[,replicated][,read-only]")]
     disk: Option<Disk>,
@@ -96,7 +99,7 @@ pub struct MachineArgs {
     kvm_fd: Option<RawFd>,
 }
 
-fn clock(text: &str) -> Result<ClockSource, String> {
+pub fn clock(text: &str) -> Result<ClockSource, String> {
     match text {
         "timer" => Ok(ClockSource::Timer),
         "page" => Ok(ClockSource::Page),
@@ -104,7 +107,7 @@ fn clock(text: &str) -> Result<ClockSource, String> {
     }
 }
 
-fn cpu(text: &str) -> Result<GuestCpu, String> {
+pub fn cpu(text: &str) -> Result<GuestCpu, String> {
     match text {
         "replayable" => Ok(GuestCpu::Replayable),
         "host" => Ok(GuestCpu::Host),
@@ -120,7 +123,7 @@ fn on_reset(text: &str) -> Result<OnReset, String> {
     }
 }
 
-fn strategy(text: &str) -> Result<Strategy, String> {
+pub fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
         "checkpoint" => Ok(Strategy::Checkpoint),
@@ -165,6 +168,7 @@ impl MachineArgs {
             config.net.backend = NetBackend::Link;
             config.net.link = Some(link.clone());
         }
+        config.net.mac = self.mac.or(config.net.mac);
         if let Some(disk) = &self.disk {
             config.disk.clone_from(disk);
         }
@@ -203,6 +207,14 @@ impl MachineArgs {
 
 /// The machine that a configuration describes, starting now.
 pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
+    let mut spec = without_address(config)?;
+    if let Some(Mac(mac)) = config.net.mac {
+        spec.mac = mac;
+    }
+    Ok(spec)
+}
+
+fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);

@@ -33,6 +33,7 @@ pub mod relay;
 pub mod role;
 pub mod scheduler;
 pub mod signal;
+pub mod site;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;

@@ -2,6 +2,7 @@
 
 use crate::promise::Promise;
 
+pub mod agents_keep;
 pub mod bad_input;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
@@ -58,6 +59,7 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     bad_input::PROMISE,
