@@ -13,6 +13,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
 pub mod failover_fast;
+pub mod figures_quoted;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -37,6 +38,7 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
 
@@ -58,6 +60,8 @@ pub const ALL: &[Promise] = &[
     etcd_arbiter::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
+    side_by_side::PROMISE,
+    figures_quoted::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,
