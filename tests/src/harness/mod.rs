@@ -1,6 +1,7 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod bench;
 pub mod built;
 pub mod busy;
 pub mod console;

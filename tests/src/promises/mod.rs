@@ -15,6 +15,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
 pub mod failover_fast;
+pub mod figures_quoted;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -40,6 +41,7 @@ pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod resets;
+pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
 
@@ -62,6 +64,8 @@ pub const ALL: &[Promise] = &[
     agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
+    side_by_side::PROMISE,
+    figures_quoted::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,
