@@ -30,6 +30,7 @@ use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
+use crate::spool::Spool;
 pub use debugging::{Debugger, Go, Stop};
 use intervals::Adopting;
 use taping::Taping;
@@ -183,6 +184,8 @@ pub struct Replayer<L> {
     shadow: Shadow,
     /// This side's image, to which is done what the log says was asked of the primary's.
     disk: Option<Arc<Disk>>,
+    /// Where those look who want to see the console after a take-over.
+    spool: Option<Arc<Spool>>,
     /// Set when the guest has turned itself off.
     off: Arc<AtomicBool>,
     /// The log carries intervals.
@@ -232,6 +235,7 @@ impl<L: LogSource> Replayer<L> {
             share: Pace::FULL,
             shadow,
             disk: None,
+            spool: None,
             off: Arc::default(),
             adopts: None,
             taping: None,
@@ -244,6 +248,14 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn with_disk(mut self, disk: Option<Arc<Disk>>) -> Self {
         self.disk = disk;
+        self
+    }
+
+    /// What the primary's console has let out is kept there, from where this machine stands.
+    #[must_use]
+    pub fn with_spool(mut self, spool: Arc<Spool>) -> Self {
+        spool.begin_at(self.machine.printed());
+        self.spool = Some(spool);
         self
     }
 
@@ -266,6 +278,14 @@ impl<L: LogSource> Replayer<L> {
     pub fn to(mut self, to: Option<Position>) -> Self {
         self.to = to;
         self
+    }
+
+    /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
+    ///
+    /// # Errors
+    /// [`MachineError::Threads`].
+    pub fn man(&mut self, first: impl Fn() + Clone + Send + 'static) -> Result<(), MachineError> {
+        self.machine.man(first)
     }
 
     /// The machine.
@@ -330,6 +350,9 @@ impl<L: LogSource> Replayer<L> {
             let released = self.released;
             while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
                 self.frame_bytes -= frame_length(&output);
+                if let (Some(spool), Output::Console(bytes)) = (&self.spool, &output) {
+                    spool.feed(bytes);
+                }
             }
             self.last_seq = seq;
             if let Some(to) = self.to.filter(|to| entry.position > *to) {
@@ -495,6 +518,15 @@ impl<L: LogSource> Replayer<L> {
                 self.orders.report_handed_over(Duration::from_nanos(stood))
             }
             Control::PowerOff(status) => self.machine.turn_off(status),
+            Control::Reset => {
+                let (orders, position) = (&self.orders, self.machine.position());
+                let turn = || {
+                    orders.resting();
+                    orders.working(position);
+                };
+                self.machine.reset(turn).map_err(ReplayError::Machine)?;
+                self.orders.report_reset();
+            }
             // A replay has no reason to be slow; whoever goes live from it has.
             Control::Share(share) => self.share = Pace::of(share),
         }

@@ -65,7 +65,7 @@ impl Gdb {
     ///
     /// # Errors
     /// [`DebugError`].
-    pub fn new(connection: File, machine: &Machine) -> Result<Self, DebugError> {
+    pub fn new(connection: File, machine: &mut Machine) -> Result<Self, DebugError> {
         let broke = DebugError::Connection;
         let mut view = View::of(machine)?;
         let wire = Wire {

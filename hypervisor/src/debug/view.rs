@@ -49,7 +49,7 @@ pub(super) struct View {
 }
 
 impl View {
-    pub(super) fn of(machine: &Machine) -> Result<Self, MachineError> {
+    pub(super) fn of(machine: &mut Machine) -> Result<Self, MachineError> {
         let mut view = Self {
             ram: machine.shared_ram(),
             registers: X86_64CoreRegs::default(),
@@ -64,8 +64,8 @@ impl View {
     }
 
     /// Takes in what the machine is now.
-    pub(super) fn look(&mut self, machine: &Machine) -> Result<(), MachineError> {
-        let cpu = machine.cpu_at_exit()?;
+    pub(super) fn look(&mut self, machine: &mut Machine) -> Result<(), MachineError> {
+        let cpu = machine.cpu()?;
         let (r, s, f) = (&cpu.regs, &cpu.sregs, &cpu.fpu);
         let to = &mut self.registers;
         to.regs = [

@@ -159,7 +159,7 @@ fn fits(kvm: &KvmSource, spec: &MachineSpec) -> Result<(), SessionError> {
 
 fn run<L: Recorded>(
     what: &Replay<'_>,
-    (machine, base): (Machine, Option<Base>),
+    (mut machine, base): (Machine, Option<Base>),
     source: L,
 ) -> Result<Replayed, SessionError> {
     let wake = Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?);
@@ -177,7 +177,7 @@ fn run<L: Recorded>(
     // Before this thread is confined, which could not accept a connection.
     let gdb = what
         .gdb
-        .map(|listener| Gdb::new(listener.accept()?, &machine))
+        .map(|listener| Gdb::new(listener.accept()?, &mut machine))
         .transpose()?;
     let mut replayer = Replayer::new(machine, source, Arc::clone(&orders), Duration::ZERO)
         .to(what.to.map(Position));

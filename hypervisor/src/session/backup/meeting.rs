@@ -142,6 +142,7 @@ impl Meeting<'_> {
         let (flight, tape) = flight::start(config, &io, self.json, &spec, &machine, false)?;
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
             .with_disk(disk.clone())
+            .with_spool(Arc::clone(io.reporter.board().spool()))
             .taped(tape);
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
@@ -188,6 +189,7 @@ impl Meeting<'_> {
                 recruiter,
                 lag: config.lag,
                 replication: config.replicate.mode,
+                starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
             },
