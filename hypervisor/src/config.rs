@@ -593,11 +593,7 @@ impl Config {
             );
         }
         if self.replicate.mode == Replication::Checkpoint && self.recorder.is_some() {
-            return bad(
-                "recorder",
-                "given, with replicate.mode = checkpoint".into(),
-                "choose replay for a machine that is recorded: intervals are no log that could be run again",
-            );
+            return bad("recorder", recorder::BY_CHECKPOINT.into(), recorder::NEEDED);
         }
         if !(1..=1000).contains(&self.replicate.interval_ms) {
             return bad(

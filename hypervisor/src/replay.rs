@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod debugging;
+mod ending;
 mod intervals;
 mod taping;
 
@@ -24,7 +25,7 @@ use crate::divergence::Divergence;
 use crate::entry::{
     Base, Body, Control, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
 };
-use crate::event::{GuestTime, Input, Output};
+use crate::event::{Input, Output};
 use crate::flight::Tape;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace};
@@ -32,6 +33,7 @@ use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use crate::spool::Spool;
 pub use debugging::{Debugger, Go, Stop};
+pub use ending::Remains;
 use intervals::Adopting;
 use taping::Taping;
 
@@ -197,22 +199,6 @@ pub struct Replayer<L> {
     debugger: Option<Box<dyn Debugger + Send>>,
 }
 
-/// What is left of a replayer when it goes live.
-pub struct Remains {
-    /// The machine, at the last entry's sync point.
-    pub machine: Machine,
-    /// Where the log stands.
-    pub base: Base,
-    /// Outputs above the released watermark, oldest first.
-    pub unreleased: Vec<Output>,
-    /// When the last clock value came: guest time goes on from there.
-    pub clock_came: Instant,
-    /// What the guest may have of its time.
-    pub share: Pace,
-    /// The last clock value.
-    pub clock: GuestTime,
-}
-
 impl<L: LogSource> Replayer<L> {
     /// A replayer of a fresh machine.
     #[must_use]
@@ -273,13 +259,6 @@ impl<L: LogSource> Replayer<L> {
         self
     }
 
-    /// Ends at this position at the latest, after its inputs and before the guest runs on.
-    #[must_use]
-    pub fn to(mut self, to: Option<Position>) -> Self {
-        self.to = to;
-        self
-    }
-
     /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
     ///
     /// # Errors
@@ -292,11 +271,6 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn machine(&self) -> &Machine {
         &self.machine
-    }
-
-    /// The machine, which is not replayed any further.
-    pub fn machine_mut(&mut self) -> &mut Machine {
-        &mut self.machine
     }
 
     /// The source.
@@ -355,13 +329,8 @@ impl<L: LogSource> Replayer<L> {
                 }
             }
             self.last_seq = seq;
-            if let Some(to) = self.to.filter(|to| entry.position > *to) {
-                let there = self.run_to(to)?;
-                return Ok(if there {
-                    ReplayEnd::There
-                } else {
-                    ReplayEnd::Stopped
-                });
+            if let Some(end) = self.ends_before(entry.position)? {
+                return Ok(end);
             }
             self.tape(&entry, base)?;
             let end = self.entry(entry)?;
@@ -641,28 +610,6 @@ impl<L: LogSource> Replayer<L> {
 
     fn divergence(&self, field: &'static str, expected: String, found: String) -> ReplayError {
         Divergence::new(&self.machine, self.last_digest_at, field, expected, found).into()
-    }
-
-    /// Takes the machine over, after the log is over. Frames that were staged and not applied stay with the source.
-    #[must_use]
-    pub fn into_remains(mut self) -> (Remains, L) {
-        self.end_tape();
-        let base = self.base();
-        (
-            Remains {
-                machine: self.machine,
-                base,
-                unreleased: self
-                    .unreleased
-                    .into_iter()
-                    .map(|(_, output)| output)
-                    .collect(),
-                clock_came: self.clock_came,
-                share: self.share,
-                clock: base.clock(),
-            },
-            self.source,
-        )
     }
 }
 

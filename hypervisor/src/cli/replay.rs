@@ -53,6 +53,10 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Shows how far a replay is, for as long as the process lives.
 fn show(watch: Watch) {
     let draw = move || {
+        // One that cannot be confined draws nothing.
+        if watch.confine().is_err() {
+            return;
+        }
         thread::sleep(SHORT);
         let bar = ProgressBar::new(1000);
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {percent:>3} % of the log  {msg}")

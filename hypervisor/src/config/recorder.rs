@@ -19,6 +19,12 @@ pub struct FlightRecorder {
     pub every: Option<Duration>,
 }
 
+/// What is wrong with a recorder of such a machine.
+pub(super) const BY_CHECKPOINT: &str = "given, with replicate.mode = checkpoint";
+/// And what is to be done.
+pub(super) const NEEDED: &str =
+    "choose replay for a machine that is recorded: intervals are no log that could be run again";
+
 impl FromStr for FlightRecorder {
     type Err = String;
 

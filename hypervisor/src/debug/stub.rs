@@ -19,6 +19,7 @@ use crate::backends::wait::Waiter;
 use crate::kvm::Kick;
 use crate::machine::Machine;
 use crate::replay::{Debugger, Go, Stop};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 
 /// A packet of gdb's: its memory reads are answered in ones of this size.
 const PACKET: usize = 16 << 10;
@@ -65,7 +66,11 @@ impl Gdb {
     ///
     /// # Errors
     /// [`DebugError`].
-    pub fn new(connection: File, machine: &mut Machine) -> Result<Self, DebugError> {
+    pub fn new(
+        connection: File,
+        machine: &mut Machine,
+        sandbox: &Sandbox,
+    ) -> Result<Self, DebugError> {
         let broke = DebugError::Connection;
         let mut view = View::of(machine)?;
         let wire = Wire {
@@ -82,6 +87,7 @@ impl Gdb {
             connection.try_clone().map_err(broke)?,
             Arc::downgrade(&running),
             machine.kick_handle(),
+            sandbox.clone(),
         )
         .map_err(broke)?;
         Ok(Self {
@@ -191,8 +197,14 @@ impl Debugger for Gdb {
 }
 
 /// Kicks the vCPU when gdb says something while the guest runs.
-fn listen(connection: File, running: std::sync::Weak<AtomicBool>, kick: Kick) -> io::Result<()> {
+fn listen(
+    connection: File,
+    running: std::sync::Weak<AtomicBool>,
+    kick: Kick,
+    sandbox: Sandbox,
+) -> io::Result<()> {
     let listen = move || {
+        sandbox.confine(Thread::Replay).expect(NOT_CONFINED);
         while let Some(running) = running.upgrade() {
             if running.load(Ordering::SeqCst) && readable(&connection, LOOK) {
                 kick.kick();

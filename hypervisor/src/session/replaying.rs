@@ -19,7 +19,7 @@ use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Orders;
 use crate::position::Position;
 use crate::replay::{LogSource, ReplayEnd, ReplayError, Replayer};
-use crate::sandbox::{Sandbox, Thread};
+use crate::sandbox::{Sandbox, SandboxError, Thread};
 
 /// How far a replay is, for another thread.
 #[derive(Clone, Debug)]
@@ -27,9 +27,18 @@ pub struct Watch {
     orders: Arc<Orders>,
     bytes: u64,
     read: Arc<AtomicU64>,
+    sandbox: Sandbox,
 }
 
 impl Watch {
+    /// Confines the calling thread as the replay's own.
+    ///
+    /// # Errors
+    /// [`SandboxError`].
+    pub fn confine(&self) -> Result<(), SandboxError> {
+        self.sandbox.confine(Thread::Replay)
+    }
+
     /// The last sync point.
     #[must_use]
     pub fn position(&self) -> u64 {
@@ -174,10 +183,11 @@ fn run<L: Recorded>(
             needed: "a position that is not before the recording's checkpoint (replay it without --to to see where it begins)",
         });
     }
+    let sandbox = Sandbox::prepare(what.sandbox)?;
     // Before this thread is confined, which could not accept a connection.
     let gdb = what
         .gdb
-        .map(|listener| Gdb::new(listener.accept()?, &mut machine))
+        .map(|listener| Gdb::new(listener.accept()?, &mut machine, &sandbox))
         .transpose()?;
     let mut replayer = Replayer::new(machine, source, Arc::clone(&orders), Duration::ZERO)
         .to(what.to.map(Position));
@@ -188,8 +198,9 @@ fn run<L: Recorded>(
         orders,
         bytes,
         read,
+        sandbox: sandbox.clone(),
     });
-    Sandbox::prepare(what.sandbox)?.confine(Thread::Replay)?;
+    sandbox.confine(Thread::Replay)?;
     let ended = match gdb {
         Some(gdb) => match replayer.debugged(Box::new(gdb)) {
             Ok(true) => replayer.run(),
