@@ -25,6 +25,7 @@ pub mod load;
 pub mod meddler;
 pub mod oracle;
 pub mod program;
+pub mod prometheus;
 pub mod random;
 pub mod recording;
 pub mod redis;

@@ -24,6 +24,7 @@ pub mod linux_busy;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
+pub mod monitored;
 pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
@@ -69,6 +70,7 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
     operator_view::PROMISE,
+    monitored::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
