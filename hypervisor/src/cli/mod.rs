@@ -6,6 +6,7 @@ mod figures;
 mod hook;
 mod machine;
 mod order;
+mod package;
 mod pair;
 mod prepare;
 mod record;
@@ -17,7 +18,7 @@ mod top;
 use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
@@ -28,6 +29,7 @@ use hypervisor::session::serve::Served;
 /// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
 #[derive(Debug, Parser)]
 #[command(
+    name = "doppel",
     version,
     after_help = "Exit codes:\n  \
         0  well: the guest turned itself off, or the role was ended on purpose\n  \
@@ -81,6 +83,8 @@ enum Command {
     Top(top::TopArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
+    #[command(hide = true)]
+    PackageFiles(package::PackageArgs),
 }
 
 /// An exit code with its message.
@@ -138,6 +142,7 @@ pub fn main() -> ExitCode {
         Command::Share(args) => order::share(&args),
         Command::Top(args) => top::top(&args),
         Command::HookHelper(args) => hook::help(&args),
+        Command::PackageFiles(args) => package::write(&args, Cli::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

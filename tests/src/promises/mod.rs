@@ -28,6 +28,7 @@ pub mod monitored;
 pub mod no_false_failover;
 pub mod operator_view;
 pub mod output_rule;
+pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
 pub mod protocol_modelled;
@@ -76,6 +77,7 @@ pub const ALL: &[Promise] = &[
     linearizable::PROMISE,
     switch_over::PROMISE,
     leaves_nothing::PROMISE,
+    packaged::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,
