@@ -2,10 +2,12 @@
 
 use crate::promise::Promise;
 
+pub mod agents_keep;
 pub mod bad_input;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
+pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod disk_keeps_writes;
@@ -40,6 +42,7 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod resets;
 pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
@@ -60,6 +63,7 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     side_by_side::PROMISE,
@@ -72,6 +76,8 @@ pub const ALL: &[Promise] = &[
     disk_keeps_writes::PROMISE,
     operator_view::PROMISE,
     monitored::PROMISE,
+    console::PROMISE,
+    resets::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
