@@ -27,6 +27,7 @@ pub mod load;
 pub mod meddler;
 pub mod oracle;
 pub mod program;
+pub mod prometheus;
 pub mod pty;
 pub mod random;
 pub mod recording;

@@ -27,10 +27,12 @@ pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
+pub mod monitored;
 pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
+pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
 pub mod protocol_modelled;
@@ -76,6 +78,7 @@ pub const ALL: &[Promise] = &[
     disk_keeps_writes::PROMISE,
     offline_replay::PROMISE,
     operator_view::PROMISE,
+    monitored::PROMISE,
     console::PROMISE,
     resets::PROMISE,
     reprotects_large::PROMISE,
@@ -83,6 +86,7 @@ pub const ALL: &[Promise] = &[
     linearizable::PROMISE,
     switch_over::PROMISE,
     leaves_nothing::PROMISE,
+    packaged::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,
