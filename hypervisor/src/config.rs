@@ -15,12 +15,14 @@ use serde::{Deserialize, Serialize};
 
 mod disk;
 mod pair;
+mod recorder;
 
 pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
+pub use recorder::{FlightRecorder, duration};
 
 use crate::intervals::{Ends, Lengths, Replication};
-use crate::machine::{ClockSource, VCPUS_MOST};
+use crate::machine::{ClockSource, OnReset, VCPUS_MOST};
 use crate::preempt::Strategy;
 
 /// A Linux guest's CPU.
@@ -51,6 +53,8 @@ pub struct Config {
     pub cpu: Option<GuestCpu>,
     /// How many vCPUs it has.
     pub vcpus: u8,
+    /// What becomes of the machine when its guest resets it.
+    pub on_reset: OnReset,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -77,6 +81,8 @@ pub struct Config {
     pub replicate: Replicate,
     /// The ring.
     pub ring: Ring,
+    /// Where a backup, or `record`, keeps the last checkpoint and the log since; nowhere if none.
+    pub recorder: Option<FlightRecorder>,
     /// What the threads may still do once all is set up.
     pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
@@ -374,6 +380,8 @@ impl Default for Config {
             clock: None,
             cpu: None,
             vcpus: 1,
+            // A guest that says reboot means it, and one that panics is worth a second try: the machine is to be there.
+            on_reset: OnReset::Reboot,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -387,6 +395,7 @@ impl Default for Config {
             preempt: Preempt::default(),
             replicate: Replicate::default(),
             ring: Ring::default(),
+            recorder: None,
             sandbox: Sandbox::default(),
             console: None,
             run_dir: None,
@@ -581,6 +590,13 @@ impl Config {
                 "replicate.mode",
                 "checkpoint".into(),
                 "choose replay for a machine with a disk: an interval carries no writes, so the backup's image would not get them",
+            );
+        }
+        if self.replicate.mode == Replication::Checkpoint && self.recorder.is_some() {
+            return bad(
+                "recorder",
+                "given, with replicate.mode = checkpoint".into(),
+                "choose replay for a machine that is recorded: intervals are no log that could be run again",
             );
         }
         if !(1..=1000).contains(&self.replicate.interval_ms) {

@@ -15,6 +15,7 @@ mod intervals;
 mod obeying;
 mod pacing;
 mod preempting;
+mod resetting;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -36,6 +37,7 @@ use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
 pub use ending::Finished;
 pub use intervals::Intervals;
+use resetting::Resets;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
@@ -128,6 +130,8 @@ pub struct Recorder<S> {
     deeds: VecDeque<Order>,
     /// This side's disk image.
     disk: Option<Arc<Disk>>,
+    /// When the machine last started anew.
+    resets: Resets,
 }
 
 /// Everything a recorder is made of.
@@ -199,6 +203,7 @@ impl<S: Sink> Recorder<S> {
             cut: None,
             deeds: VecDeque::new(),
             disk: None,
+            resets: Resets::default(),
         }
     }
 
@@ -235,6 +240,8 @@ impl<S: Sink> Recorder<S> {
             if let Some(ended) = self.keep_intervals()? {
                 return Ok(ended);
             }
+            let place = (!self.mid_run).then(|| self.encoder.base());
+            self.sink.attend(&mut self.machine, place);
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -256,6 +263,9 @@ impl<S: Sink> Recorder<S> {
                 }
                 continue;
             }
+            if let Some(ended) = self.stand_after_resets()? {
+                return Ok(ended);
+            }
             self.orders.resting();
             if self.orders.pace() < Pace::FULL
                 && let Some(ended) = self.keep_pace()?
@@ -263,7 +273,7 @@ impl<S: Sink> Recorder<S> {
                 return Ok(ended);
             }
             self.entering();
-            self.mid_run = self.step_at_pace()? == Stepped::Kicked;
+            self.mid_run = self.step_at_pace()? != Stepped::SyncPoint;
             self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run
@@ -289,6 +299,11 @@ impl<S: Sink> Recorder<S> {
             Phase::Off(status) => {
                 self.post_step()?;
                 return self.wait_for_power_off(status).map(Some);
+            }
+            Phase::Reset => {
+                self.post_step()?;
+                self.reset()?;
+                return self.let_reader_catch_up();
             }
             Phase::Needs(need) => self.give(need)?,
             Phase::Ready | Phase::Halted | Phase::HltInstruction => {}
@@ -335,6 +350,7 @@ impl<S: Sink> Recorder<S> {
         }
         let mut spin_until = Some(Instant::now() + self.options.spin);
         loop {
+            self.sink.attend(&mut self.machine, None);
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -423,6 +439,7 @@ impl<S: Sink> Recorder<S> {
             checksum = crc32c::crc32c_append(checksum, &frame.bytes);
             count += 1;
             self.applied = self.applied.max(frame.seq);
+            self.sink.frame(&frame.bytes);
             let input = Input::Frame(frame.bytes);
             self.machine.supply(&input)?;
             if let Input::Frame(bytes) = input {

@@ -22,6 +22,7 @@ const BUILT_IN: &[(&str, &[u8])] = &[
     ("memory", include_bytes!(env!("GUEST_MEMORY"))),
     ("hostile", include_bytes!(env!("GUEST_HOSTILE"))),
     ("disk", include_bytes!(env!("GUEST_DISK"))),
+    ("console", include_bytes!(env!("GUEST_CONSOLE"))),
 ];
 
 /// Why an image cannot be used.

@@ -87,7 +87,7 @@ impl Machine {
             // It never runs again: whether the last instruction is complete is nobody's business.
             Phase::Off(_) => (self.cpus_at_exit()?, self.save_devices()),
             Phase::Halted => (self.cpus_at_exit()?, self.save_devices_before_access()),
-            phase @ (Phase::Needs(_) | Phase::Crashed) => {
+            phase @ (Phase::Needs(_) | Phase::Reset | Phase::Crashed) => {
                 return Err(CheckpointError::NotReady { phase });
             }
         };

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
-use hypervisor::machine::{ClockSource, MachineSpec};
+use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
@@ -42,6 +42,9 @@ pub struct MachineArgs {
     /// vCPUs of a Linux guest, 1 to 8; several only without replay (run, or --replicate checkpoint)
     #[arg(long, value_name = "COUNT")]
     vcpus: Option<u8>,
+    /// When the guest resets the machine it starts anew (the default), or ends as by a power-off
+    #[arg(long, value_name = "reboot|end", value_parser = on_reset)]
+    on_reset: Option<OnReset>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
@@ -112,6 +115,14 @@ pub fn cpu(text: &str) -> Result<GuestCpu, String> {
     }
 }
 
+fn on_reset(text: &str) -> Result<OnReset, String> {
+    match text {
+        "reboot" => Ok(OnReset::Reboot),
+        "end" => Ok(OnReset::End),
+        _ => Err("choose reboot or end".into()),
+    }
+}
+
 pub fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
@@ -142,6 +153,7 @@ impl MachineArgs {
         config.clock = self.clock.or(config.clock);
         config.cpu = self.cpu.or(config.cpu);
         config.vcpus = self.vcpus.unwrap_or(config.vcpus);
+        config.on_reset = self.on_reset.unwrap_or(config.on_reset);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -207,24 +219,25 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
     let usage = |error| Failure::new(Failure::USAGE, error);
+    let on_reset = config.on_reset;
     let Some(kernel) = &config.kernel else {
-        return MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
-            .map_err(usage);
+        let spec = MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now);
+        return spec.map(|spec| spec.on_reset(on_reset)).map_err(usage);
     };
     let mut seed = [0; SEED_BYTES];
     random_source()
         .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
         .map_err(|error| Failure::new(Failure::ERROR, error))?;
-    MachineSpec::linux(
+    let spec = MachineSpec::linux(
         kernel,
         config.initrd.as_deref(),
         config.memory_mib,
         &config.command_line,
         now,
         (config.clock_source(), seed),
-    )
-    .map(|spec| spec.with_vcpus(config.crew()))
-    .map_err(usage)
+    );
+    spec.map(|spec| spec.with_vcpus(config.crew()).on_reset(on_reset))
+        .map_err(usage)
 }
 
 /// Run a machine unprotected, for comparison

@@ -1,6 +1,7 @@
 //! Arguments and printing; everything else is in the library.
 
 mod agent;
+mod console;
 mod demo;
 mod doctor;
 mod figures;
@@ -76,8 +77,10 @@ enum Command {
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
     Status(status::StatusArgs),
+    Console(console::ConsoleArgs),
     Switch(order::SwitchArgs),
     PowerOff(order::PowerOffArgs),
+    Reset(order::ResetArgs),
     Pause(order::PauseArgs),
     Resume(order::ResumeArgs),
     Share(order::ShareArgs),
@@ -136,8 +139,10 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),
         Command::Status(args) => status::status(&args),
+        Command::Console(args) => console::console(&args),
         Command::Switch(args) => order::switch(&args),
         Command::PowerOff(args) => order::power_off(&args),
+        Command::Reset(args) => order::reset(&args),
         Command::Pause(args) => order::pause(&args),
         Command::Resume(args) => order::resume(&args),
         Command::Share(args) => order::share(&args),

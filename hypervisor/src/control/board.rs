@@ -16,6 +16,8 @@ use super::status::{Happened, Ordered, Role, Standing};
 use crate::backends::wait::Wake;
 use crate::orders::{Orders, Pace, Samples};
 use crate::protocol::{Answer, Record};
+use crate::spool::Spool;
+use crate::stage::Stage;
 
 /// What may wait to be picked up: changes of role come a few at a time, and the thread is woken for each.
 const WAITING: usize = 256;
@@ -58,6 +60,8 @@ pub enum Command {
     Switch,
     /// The machine is to be turned off.
     PowerOff,
+    /// The machine is to start anew.
+    Reset,
     /// The guest may have so much of its time.
     Share(Pace),
 }
@@ -69,6 +73,7 @@ impl Command {
         match self {
             Self::Switch => "switch-over".to_owned(),
             Self::PowerOff => "power-off".to_owned(),
+            Self::Reset => "reset".to_owned(),
             Self::Share(Pace::NONE) => "pause".to_owned(),
             Self::Share(Pace::FULL) => "resume".to_owned(),
             Self::Share(pace) => format!("a share of {} %", pace.percent()),
@@ -100,6 +105,7 @@ pub struct Context {
 struct Now {
     state: State,
     orders: Option<Arc<Orders>>,
+    stage: Option<Arc<Stage>>,
 }
 
 /// The place.
@@ -116,6 +122,7 @@ pub struct Board {
     lost: AtomicU64,
     over: AtomicBool,
     wake: Wake,
+    spool: Arc<Spool>,
     /// Not for the operator's thread, but for lines of the log.
     now: Mutex<Now>,
 }
@@ -135,6 +142,7 @@ impl Board {
             lost: AtomicU64::new(0),
             over: AtomicBool::new(false),
             wake: Wake::new()?,
+            spool: Arc::new(Spool::new()?),
             now: Mutex::new(Now {
                 state: State {
                     role,
@@ -142,6 +150,7 @@ impl Board {
                     record: None,
                 },
                 orders: None,
+                stage: None,
             }),
         })
     }
@@ -157,10 +166,25 @@ impl Board {
         self.wake.ring();
     }
 
-    /// The machine's figures are these from now on.
-    pub fn attach(&self, samples: &Arc<Samples>, orders: &Arc<Orders>) {
-        self.now().orders = Some(Arc::clone(orders));
+    /// The machine's figures are these from now on, and what is typed at its console goes there.
+    pub fn attach(&self, samples: &Arc<Samples>, orders: &Arc<Orders>, stage: &Arc<Stage>) {
+        {
+            let mut now = self.now();
+            now.orders = Some(Arc::clone(orders));
+            now.stage = Some(Arc::clone(stage));
+        }
         self.leave(Update::Attach(Arc::clone(samples), Arc::clone(orders)));
+    }
+
+    /// What the guest's console has let out of late.
+    #[must_use]
+    pub fn spool(&self) -> &Arc<Spool> {
+        &self.spool
+    }
+
+    /// Where what is typed at the console goes.
+    pub(super) fn stage(&self) -> Option<Arc<Stage>> {
+        self.now().stage.clone()
     }
 
     /// The role stands so. Cheap if it did before.

@@ -360,7 +360,7 @@ impl Shared {
                 touch(&mut devices, &self.ram, exit, vcpu.data())
             }
             // A triple fault is how some kernels reset.
-            Exit::Shutdown => devices.turn_off(0),
+            Exit::Shutdown => Effect::Reset,
             // KVM waits by itself, and answers registers by itself.
             other => {
                 return Err(KvmError::Stopped {
@@ -380,7 +380,9 @@ impl Shared {
                 self.end(End::Off(status));
                 None
             }
-            Effect::Crash => {
+            // It is not started anew: KVM's own controllers would have to be, too.
+            Effect::Reset | Effect::Crash => {
+                devices.turn_off(0);
                 self.end(End::Off(0));
                 None
             }

@@ -6,6 +6,7 @@
 //!    ▲                  ├─ Ready   nothing is missing
 //!    │                  ├─ Needs   a read waits for an input
 //!    │                  ├─ Halted  waits until something happens
+//!    ├── reset() ◀──────┼─ Reset   the guest wants to start anew
 //!    └── step() ◀───────┴─ Off     the guest is gone (power-off, triple fault)
 //! ```
 //! Nothing here knows whether it is recorded or replayed: both call `step`, hand in the same inputs at the same
@@ -13,15 +14,15 @@
 #![forbid(unsafe_code)]
 
 mod crew;
+mod reset;
 mod spec;
 mod state;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
-pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, SpecError};
+pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
 pub use state::{BadProcessors, Processors, Swept};
 
-use crate::boot::linux::{self, Linux};
-use crate::boot::{self, BootError, Image};
+use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::Request;
@@ -29,6 +30,8 @@ use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
+
+use reset::Reset;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -47,6 +50,8 @@ pub enum Phase {
     Halted,
     /// The guest waits in HLT for an interrupt.
     HltInstruction,
+    /// The guest resets the machine: [`Machine::reset`].
+    Reset,
     /// The guest turned itself off with this status.
     Off(u8),
     /// Triple fault, or HLT with interrupts off: the guest is beyond help.
@@ -60,6 +65,8 @@ pub enum Stepped {
     SyncPoint,
     /// Somebody kicked the vCPU; nothing happened.
     Kicked,
+    /// It stands where a debugger wanted it; nothing happened either.
+    Debugged,
 }
 
 /// What can go wrong with a machine.
@@ -133,29 +140,6 @@ fn lock(devices: &Mutex<Devices>) -> MutexGuard<'_, Devices> {
     devices.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Loads the guest, and puts its first vCPU at the entry.
-fn boot_into(ram: &GuestRam, vcpu: &mut Vcpu, spec: &MachineSpec) -> Result<(), MachineError> {
-    match spec.boot {
-        BootProtocol::Bare => {
-            let image = Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;
-            boot::load(ram, vcpu, &image, &spec.command_line, spec.wall_clock_ns)?;
-        }
-        BootProtocol::Linux => {
-            let linux = Linux {
-                name: &spec.guest,
-                kernel: &spec.image,
-                initrd: &spec.initrd,
-                command_line: &spec.command_line,
-                seed: spec.seed,
-                disk: spec.disk.is_some(),
-                vcpus: spec.vcpus,
-            };
-            linux::load(ram, vcpu, &linux)?;
-        }
-    }
-    Ok(())
-}
-
 /// One virtual machine.
 pub struct Machine {
     // Dropped in this order: the vCPU and the VM before the memory they point into.
@@ -171,6 +155,9 @@ pub struct Machine {
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
+    /// What it takes to start anew.
+    /// What it takes to start anew; none where vCPUs have threads of their own.
+    again: Option<Reset>,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -192,15 +179,19 @@ impl Machine {
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
         let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (mut vcpus, shape, model) = vm.create_crew(count)?;
-            boot_into(&ram, &mut vcpus[0], spec)?;
+            let (vcpus, shape, model) = vm.create_crew(count)?;
+            reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm);
             (vm, Cpus::Crew(crew), model)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (mut vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
-            boot_into(&ram, &mut vcpu, spec)?;
+            let (vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            reset::load(spec, spec.seed, &ram, &vcpu)?;
             (vm, Cpus::One(vcpu), model)
+        };
+        let again = match &cpus {
+            Cpus::One(vcpu) => Some(Reset::of(spec, vcpu)?),
+            Cpus::Crew(_) => None,
         };
         Ok(Self {
             injectable: cpus.crew().is_some(),
@@ -213,6 +204,7 @@ impl Machine {
             digest: Digest(0),
             history: History::default(),
             phase: Phase::Ready,
+            again,
             halts_for_good: spec.boot == BootProtocol::Linux,
             memory_hash: None,
             watched: false,
@@ -288,6 +280,12 @@ impl Machine {
         lock(&self.devices).console_room()
     }
 
+    /// How many bytes the guest has printed on its console.
+    #[must_use]
+    pub fn printed(&self) -> u64 {
+        lock(&self.devices).printed()
+    }
+
     /// The time that the guest reads from memory, if it does: it is renewed by each clock value that is handed in.
     #[must_use]
     pub fn shown_time(&self) -> Option<GuestTime> {
@@ -359,7 +357,10 @@ impl Machine {
             // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
             // is interrupted.
             self.injectable = false;
-            return Ok(Stepped::Kicked);
+            return Ok(match exit {
+                Exit::Debug => Stepped::Debugged,
+                _ => Stepped::Kicked,
+            });
         }
         self.position = self.position.next();
         self.injectable = exit.may_inject();
@@ -412,14 +413,21 @@ impl Machine {
                 self.cpus.one().answer_msr(value, false);
                 lock(&self.devices).write_msr(&self.ram, index, value)
             }
+            // How Linux resets a machine that knows no other way.
+            Exit::Shutdown if self.halts_for_good => Effect::Reset,
             Exit::Shutdown => self.end_of_guest(),
-            Exit::Interrupted => Effect::Done,
+            Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
             Effect::Done => Phase::Ready,
             Effect::Needs(need) => Phase::Needs(need),
             Effect::Halt => Phase::Halted,
             Effect::PowerOff(status) => Phase::Off(status),
+            Effect::Reset if self.again.as_ref().is_some_and(Reset::wanted) => Phase::Reset,
+            Effect::Reset => {
+                lock(&self.devices).turn_off(0);
+                Phase::Off(0)
+            }
             Effect::Crash => Phase::Crashed,
         }
     }

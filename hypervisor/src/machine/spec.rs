@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +10,7 @@ use super::VCPUS_MOST;
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
+use crate::kvm::CpuModel;
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
 pub const ENCODED_MAX: u32 = 256 << 20;
@@ -25,6 +27,17 @@ pub enum ClockSource {
     Timer,
     /// In a page of its memory, KVM's paravirtual clock: a read costs nothing, and time goes on only at exits, ticks and preemptions.
     Page,
+}
+
+/// What becomes of a machine whose guest resets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// It is off, with status 0. The only way that descriptions knew before there was another.
+    #[default]
+    End,
+    /// It starts anew: memory, vCPU and devices as at power-on, the image loaded again.
+    Reboot,
 }
 
 /// A locally administered address.
@@ -71,14 +84,20 @@ pub struct MachineSpec {
     pub vcpus: Option<u8>,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
+    /// Where a recording of it was made: it is replayed on the same model, and on no other. A pair's sides tell each other theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuModel>,
+    /// What becomes of it when its guest resets it.
+    #[serde(default)]
+    pub on_reset: OnReset,
     /// Bytes of the image; the initial RAM disk follows it.
     image_bytes: u64,
     /// The guest: an ELF file, or a Linux kernel.
     #[serde(skip)]
-    pub image: Vec<u8>,
+    pub image: Arc<Vec<u8>>,
     /// A Linux kernel's initial RAM disk.
     #[serde(skip)]
-    pub initrd: Vec<u8>,
+    pub initrd: Arc<Vec<u8>>,
 }
 
 /// Why a description is refused.
@@ -152,9 +171,11 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             image_bytes: image.bytes().len() as u64,
-            image: image.bytes().to_vec(),
-            initrd: Vec::new(),
+            on_reset: OnReset::default(),
+            image: Arc::new(image.bytes().to_vec()),
+            initrd: Arc::default(),
         })
     }
 
@@ -182,17 +203,35 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             seed,
             image_bytes: image.len() as u64,
-            image,
-            initrd: initrd.map_or_else(|| Ok(Vec::new()), read)?,
+            on_reset: OnReset::default(),
+            image: Arc::new(image),
+            initrd: Arc::new(initrd.map_or_else(|| Ok(Vec::new()), read)?),
         })
+    }
+
+    /// The same, for a recording that is made on this CPU.
+    #[must_use]
+    pub fn recorded_on(&self, cpu: &CpuModel) -> Self {
+        Self {
+            cpu: Some(cpu.clone()),
+            ..self.clone()
+        }
     }
 
     /// With so many vCPUs, at most [`VCPUS_MOST`], of the host's CPU and with KVM's own interrupt controller. For a Linux guest.
     #[must_use]
     pub fn with_vcpus(mut self, vcpus: Option<u8>) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// The same, of a machine that does this when its guest resets it.
+    #[must_use]
+    pub fn on_reset(mut self, what: OnReset) -> Self {
+        self.on_reset = what;
         self
     }
 
@@ -258,8 +297,8 @@ impl MachineSpec {
         if spec.boot == BootProtocol::Bare && !initrd.is_empty() {
             return Err(malformed("bytes follow its image"));
         }
-        spec.image = image.to_vec();
-        spec.initrd = initrd.to_vec();
+        spec.image = Arc::new(image.to_vec());
+        spec.initrd = Arc::new(initrd.to_vec());
         Ok(spec)
     }
 }

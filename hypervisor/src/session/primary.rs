@@ -127,6 +127,7 @@ fn lead(
         recruiter,
         lag: config.lag,
         replication: config.replicate.mode,
+        starts_anew: config.crew().is_none(),
         machine: MachineId::of(&config.name),
         me,
     };

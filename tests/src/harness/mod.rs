@@ -1,12 +1,15 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod bench;
 pub mod built;
 pub mod busy;
+pub mod console;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
 pub mod forged;
+pub mod gdb;
 pub mod hostile;
 pub mod hostile_backup;
 pub mod hostile_capture;
@@ -24,6 +27,7 @@ pub mod load;
 pub mod meddler;
 pub mod oracle;
 pub mod program;
+pub mod pty;
 pub mod random;
 pub mod recording;
 pub mod redis;

@@ -7,6 +7,7 @@ pub mod bad_input;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
+pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod disk_keeps_writes;
@@ -14,6 +15,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
 pub mod failover_fast;
+pub mod figures_quoted;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -21,10 +23,12 @@ pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
+pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
 pub mod no_false_failover;
+pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
 pub mod preempts;
@@ -38,6 +42,8 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod resets;
+pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
 
@@ -60,13 +66,18 @@ pub const ALL: &[Promise] = &[
     agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
+    side_by_side::PROMISE,
+    figures_quoted::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,
     confined::PROMISE,
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
+    offline_replay::PROMISE,
     operator_view::PROMISE,
+    console::PROMISE,
+    resets::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
@@ -78,6 +89,7 @@ pub const ALL: &[Promise] = &[
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
+    linux_debugged::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,

@@ -33,6 +33,7 @@ use crate::ring_log::RingSource;
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
 use crate::session::disk;
+use crate::session::flight;
 use crate::session::freight::Consignee;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
@@ -137,8 +138,12 @@ impl Meeting<'_> {
         let disk = disk::start(image, config, &io)?;
         io.stager.serve_disk(disk.clone());
         let spin = config.timing.spin();
-        let mut replayer =
-            Replayer::new(machine, log, Arc::clone(&io.orders), spin).with_disk(disk.clone());
+        // The replayer, which has the tape, goes before it.
+        let (flight, tape) = flight::start(config, &io, self.json, &spec, &machine, false)?;
+        let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
+            .with_disk(disk.clone())
+            .with_spool(Arc::clone(io.reporter.board().spool()))
+            .taped(tape);
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
         }
@@ -184,6 +189,7 @@ impl Meeting<'_> {
                 recruiter,
                 lag: config.lag,
                 replication: config.replicate.mode,
+                starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
             },
@@ -193,6 +199,7 @@ impl Meeting<'_> {
             },
             protocol,
             follower,
+            flight,
             fencer: Some((ring.fencer, fenced)),
             claim: None,
             drained: None,
