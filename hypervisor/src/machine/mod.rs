@@ -23,7 +23,7 @@ pub use state::Swept;
 use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
-use crate::disk::Request;
+use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
@@ -250,6 +250,13 @@ impl Machine {
     /// Requests to the disk of which it is not known what came of them, oldest first.
     pub fn disk_requests(&self) -> impl Iterator<Item = &Request> {
         self.devices.disk_requests()
+    }
+
+    /// Whether the guest's disk has all of this.
+    #[must_use]
+    pub fn disk_holds(&self, extent: Extent) -> bool {
+        let disk = self.again.disk();
+        disk.is_some_and(|disk| extent.is_within(disk.sectors))
     }
 
     /// Whether outputs wait to be taken.

@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::{BootProtocol, Machine, MachineError, MachineSpec, OnReset, Phase};
 use crate::boot::linux::{self, Linux, SEED_BYTES};
 use crate::boot::{self, BootError, Image};
+use crate::devices::DiskConfig;
 use crate::kvm::{CpuState, Vcpu};
 use crate::memory::{GuestRam, PAGE_SIZE, PageNumber};
 
@@ -33,6 +34,11 @@ impl Reset {
             spec: spec.clone(),
             cpu: vcpu.state()?,
         })
+    }
+
+    /// The machine's disk.
+    pub(super) fn disk(&self) -> Option<DiskConfig> {
+        self.spec.disk
     }
 
     /// Whether a guest that resets the machine starts anew.

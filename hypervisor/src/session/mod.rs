@@ -83,11 +83,6 @@ pub enum SessionError {
     /// The disk's image.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A disk, and replication by checkpoints.
-    #[error(
-        "a machine with a disk is replicated by replay (--replicate, replicate.mode): an interval carries no writes, so the backup's image would not get them"
-    )]
-    DiskByCheckpoints,
     /// The image fails while a backup follows whose own is well.
     #[error(
         "this side's disk image fails: {0}; this side ends without telling the guest, so that its backup takes over with its own image"

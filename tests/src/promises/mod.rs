@@ -9,6 +9,7 @@ pub mod confined;
 pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
@@ -66,6 +67,7 @@ pub const ALL: &[Promise] = &[
     confined::PROMISE,
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
+    disk_joins::PROMISE,
     operator_view::PROMISE,
     console::PROMISE,
     resets::PROMISE,
