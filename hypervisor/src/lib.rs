@@ -9,6 +9,7 @@
 //! ```
 //! `docs/architecture.md` says what each module knows and which must not know which.
 
+pub mod agent;
 pub mod arbiter;
 pub mod backends;
 pub mod boot;

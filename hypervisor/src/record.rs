@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod crew;
 mod deeds;
 mod disk;
 mod ending;
@@ -225,6 +226,9 @@ impl<S: Sink> Recorder<S> {
         self.stage.bell().attach();
         self.orders.attach(self.machine.kick_handle());
         self.prepare_to_preempt()?;
+        if self.machine.has_crew() {
+            return self.run_crew();
+        }
         // A machine that was taken over may stand in the middle of a sync point.
         if self.machine.position().0 > 0
             && let Some(ended) = self.sync_point()?

@@ -246,6 +246,14 @@ impl<L: LogSource> Replayer<L> {
         self
     }
 
+    /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
+    ///
+    /// # Errors
+    /// [`MachineError::Threads`].
+    pub fn man(&mut self, first: impl Fn() + Clone + Send + 'static) -> Result<(), MachineError> {
+        self.machine.man(first)
+    }
+
     /// The machine.
     #[must_use]
     pub fn machine(&self) -> &Machine {

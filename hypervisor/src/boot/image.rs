@@ -49,6 +49,12 @@ pub enum ImageError {
     Memory(#[from] MemoryError),
 }
 
+/// Whether a guest of this name is part of this program.
+#[must_use]
+pub fn is_built_in(name: &str) -> bool {
+    BUILT_IN.iter().any(|(built_in, _)| *built_in == name)
+}
+
 fn built_in_names() -> String {
     let names: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
     names.join(", ")

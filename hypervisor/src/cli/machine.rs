@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
-use hypervisor::config::{Config, Disk, MetricsAddress, NetBackend};
+use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
 use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
@@ -35,6 +35,13 @@ pub struct MachineArgs {
     /// --preempt checkpoint or --replicate checkpoint, and is the default with that
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
+    /// A Linux guest's CPU: one that can be replayed, or the host's with KVM's own interrupt controller [default: host with
+    /// --replicate checkpoint or more than one vCPU]
+    #[arg(long, value_name = "replayable|host", value_parser = cpu)]
+    cpu: Option<GuestCpu>,
+    /// vCPUs of a Linux guest, 1 to 8; several only without replay (run, or --replicate checkpoint)
+    #[arg(long, value_name = "COUNT")]
+    vcpus: Option<u8>,
     /// When the guest resets the machine it starts anew (the default), or ends as by a power-off
     #[arg(long, value_name = "reboot|end", value_parser = on_reset)]
     on_reset: Option<OnReset>,
@@ -53,6 +60,9 @@ pub struct MachineArgs {
     /// Use this Unix socket for the guest's network, one message a frame
     #[arg(long, value_name = "SOCKET")]
     link: Option<PathBuf>,
+    /// The guest's address on its link, such as 02:d0:99:e1:00:02: machines of one network need one each
+    #[arg(long, value_name = "MAC")]
+    mac: Option<Mac>,
     /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own (docs/disks.md)
     #[arg(long, value_name = "FILE[,replicated][,read-only]")]
     disk: Option<Disk>,
@@ -89,11 +99,19 @@ pub struct MachineArgs {
     kvm_fd: Option<RawFd>,
 }
 
-fn clock(text: &str) -> Result<ClockSource, String> {
+pub fn clock(text: &str) -> Result<ClockSource, String> {
     match text {
         "timer" => Ok(ClockSource::Timer),
         "page" => Ok(ClockSource::Page),
         _ => Err("choose timer or page".into()),
+    }
+}
+
+pub fn cpu(text: &str) -> Result<GuestCpu, String> {
+    match text {
+        "replayable" => Ok(GuestCpu::Replayable),
+        "host" => Ok(GuestCpu::Host),
+        _ => Err("choose replayable or host".into()),
     }
 }
 
@@ -105,7 +123,7 @@ fn on_reset(text: &str) -> Result<OnReset, String> {
     }
 }
 
-fn strategy(text: &str) -> Result<Strategy, String> {
+pub fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
         "checkpoint" => Ok(Strategy::Checkpoint),
@@ -133,6 +151,8 @@ impl MachineArgs {
             config.kernel.clone_from(&self.kernel);
         }
         config.clock = self.clock.or(config.clock);
+        config.cpu = self.cpu.or(config.cpu);
+        config.vcpus = self.vcpus.unwrap_or(config.vcpus);
         config.on_reset = self.on_reset.unwrap_or(config.on_reset);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
@@ -148,6 +168,7 @@ impl MachineArgs {
             config.net.backend = NetBackend::Link;
             config.net.link = Some(link.clone());
         }
+        config.net.mac = self.mac.or(config.net.mac);
         if let Some(disk) = &self.disk {
             config.disk.clone_from(disk);
         }
@@ -186,6 +207,14 @@ impl MachineArgs {
 
 /// The machine that a configuration describes, starting now.
 pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
+    let mut spec = without_address(config)?;
+    if let Some(Mac(mac)) = config.net.mac {
+        spec.mac = mac;
+    }
+    Ok(spec)
+}
+
+fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
@@ -207,7 +236,8 @@ pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
         now,
         (config.clock_source(), seed),
     );
-    spec.map(|spec| spec.on_reset(on_reset)).map_err(usage)
+    spec.map(|spec| spec.with_vcpus(config.crew()).on_reset(on_reset))
+        .map_err(usage)
 }
 
 /// Run a machine unprotected, for comparison

@@ -1,5 +1,6 @@
 //! Arguments and printing; everything else is in the library.
 
+mod agent;
 mod console;
 mod demo;
 mod doctor;
@@ -14,6 +15,7 @@ mod replay;
 mod secret;
 mod status;
 mod top;
+mod vm;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -64,6 +66,7 @@ impl From<LogFormat> for Format {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Agent(agent::AgentArgs),
     Demo(demo::DemoArgs),
     Doctor(doctor::DoctorArgs),
     Run(machine::RunArgs),
@@ -82,6 +85,7 @@ enum Command {
     Resume(order::ResumeArgs),
     Share(order::ShareArgs),
     Top(top::TopArgs),
+    Vm(vm::VmArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
 }
@@ -124,6 +128,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     journal::start(cli.log_format.into());
     let outcome = match cli.command {
+        Command::Agent(args) => agent::agent(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Run(args) => machine::run(&args),
@@ -142,6 +147,7 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => order::resume(&args),
         Command::Share(args) => order::share(&args),
         Command::Top(args) => top::top(&args),
+        Command::Vm(args) => vm::vm(&args),
         Command::HookHelper(args) => hook::help(&args),
     };
     match outcome {

@@ -84,6 +84,9 @@ impl Command {
 /// Orders that may wait for the I/O thread. It takes them within a round, so more than one is somebody's impatience.
 const ORDERS: usize = 8;
 
+/// Places for backups that a role can be told of: the hosts of a site.
+const PLACES: usize = 64;
+
 /// What a line of the log says of its role.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Context {
@@ -112,6 +115,8 @@ pub struct Board {
     updates: ArrayQueue<Update>,
     /// The other way: for the I/O thread, by number.
     commands: ArrayQueue<(u64, Command)>,
+    /// Where backups may listen, beside the places that the role was started with. For the recruiter, which serves nobody.
+    places: Mutex<Vec<SocketAddr>>,
     /// Orders that were left there.
     given: AtomicU64,
     lost: AtomicU64,
@@ -132,6 +137,7 @@ impl Board {
             name: name.to_owned(),
             updates: ArrayQueue::new(WAITING),
             commands: ArrayQueue::new(ORDERS),
+            places: Mutex::default(),
             given: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             over: AtomicBool::new(false),
@@ -232,6 +238,26 @@ impl Board {
             orders.ring_reports();
         }
         Some(number)
+    }
+
+    /// Where a backup may listen, from now on. False: too many places are known.
+    pub fn add_place(&self, place: SocketAddr) -> bool {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.contains(&place) {
+            return true;
+        }
+        let room = places.len() < PLACES;
+        if room {
+            places.push(place);
+        }
+        room
+    }
+
+    /// Where backups may listen, beside the places that the role was started with.
+    #[must_use]
+    pub fn places(&self) -> Vec<SocketAddr> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.clone()
     }
 
     /// The next order. By the I/O thread, in each of its rounds.

@@ -346,6 +346,13 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
     }
     let command = match ask {
         Ask::Status | Ask::Console { .. } => return Err("this is no order".to_owned()),
+        // It is done when it is known: the next look for a backup looks there, too.
+        Ask::Standby(place) => {
+            return match board.add_place(place) {
+                true => Ok(0),
+                false => Err("too many places for backups are known already".to_owned()),
+            };
+        }
         Ask::Switch => Command::Switch,
         Ask::PowerOff => Command::PowerOff,
         Ask::Reset => Command::Reset,

@@ -1,6 +1,8 @@
 //! What goes over a control socket: one JSON object a line, each way, of bounded length.
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::status::Status;
@@ -43,6 +45,8 @@ pub enum Ask {
         /// The first byte that is wanted, counted from the guest's first; none: the last screen of what is kept.
         from: Option<u64>,
     },
+    /// That a backup may listen there, too, from now on.
+    Standby(SocketAddr),
 }
 
 /// An answer.
@@ -149,7 +153,14 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        for ask in [Ask::Switch, Ask::PowerOff, Ask::Reset, Ask::Share(512)] {
+        let place = "192.0.2.3:7700".parse().unwrap();
+        for ask in [
+            Ask::Switch,
+            Ask::PowerOff,
+            Ask::Reset,
+            Ask::Share(512),
+            Ask::Standby(place),
+        ] {
             let request = Request {
                 doppel: VERSION,
                 ask,

@@ -472,6 +472,12 @@ impl Devices {
         self.board.pic.acknowledge()
     }
 
+    /// Interrupts that the devices have asked for since this was last called, a bit for each line; where KVM has the controllers.
+    pub fn take_edges(&mut self) -> impl Iterator<Item = u8> + use<> {
+        let edges = self.board.pic.take_edges();
+        (0..16).filter(move |line| edges & 1 << line != 0)
+    }
+
     /// HALT's latch: whether a frame, console bytes, random bytes or an interrupt reached the guest since HALT was
     /// last answered. A tick counts when its interrupt is taken.
     #[must_use]

@@ -7,10 +7,9 @@
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::{BootProtocol, Machine, MachineError, MachineSpec, OnReset, Phase};
+use super::{BootProtocol, Machine, MachineError, MachineSpec, OnReset, Phase, lock};
 use crate::boot::linux::{self, Linux, SEED_BYTES};
 use crate::boot::{self, BootError, Image};
-use crate::devices::DiskConfig;
 use crate::kvm::{CpuState, Vcpu};
 use crate::memory::{GuestRam, PAGE_SIZE, PageNumber};
 
@@ -34,11 +33,6 @@ impl Reset {
             spec: spec.clone(),
             cpu: vcpu.state()?,
         })
-    }
-
-    /// The machine's disk.
-    pub(super) fn disk(&self) -> Option<DiskConfig> {
-        self.spec.disk
     }
 
     /// Whether a guest that resets the machine starts anew.
@@ -67,6 +61,7 @@ pub(super) fn load(
                 command_line: &spec.command_line,
                 seed,
                 disk: spec.disk.is_some(),
+                vcpus: spec.vcpus,
             };
             linux::load(ram, vcpu, &linux)
         }
@@ -80,7 +75,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; the machine is then of no further use.
     pub fn reset(&mut self, mut turn: impl FnMut()) -> Result<(), MachineError> {
-        self.vcpu.finish()?;
+        self.cpus.one().finish()?;
         let mut content = [0; PAGE_SIZE];
         let mut from = PageNumber(0);
         while let Some(run) = self.ram.next_touched(from)? {
@@ -95,16 +90,16 @@ impl Machine {
             }
             from = PageNumber(run.end);
         }
-        let spec = &self.again.spec;
-        load(
-            spec,
-            seed_of(spec.seed, self.position.0),
-            &self.ram,
-            &self.vcpu,
-        )?;
+        let Reset { spec, cpu } = self
+            .again
+            .as_ref()
+            .expect("whoever resets it has asked whether it can be");
+        let seed = seed_of(spec.seed, self.position.0);
+        let vcpu = self.cpus.one();
+        load(spec, seed, &self.ram, vcpu)?;
         turn();
-        self.devices.reset(&spec.devices());
-        self.vcpu.restore(&self.again.cpu)?;
+        lock(&self.devices).reset(&spec.devices());
+        vcpu.restore(cpu)?;
         (self.phase, self.injectable) = (Phase::Ready, false);
         Ok(())
     }

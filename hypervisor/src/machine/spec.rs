@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::VCPUS_MOST;
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
@@ -76,6 +77,10 @@ pub struct MachineSpec {
     pub disk: Option<DiskConfig>,
     /// Where a Linux guest reads the time; a bare-metal one has a clock of its own.
     pub clock: ClockSource,
+    /// So many vCPUs with the host's CPU and KVM's own interrupt controller, which cannot be replayed; none: one by the deterministic
+    /// template.
+    #[serde(default)]
+    pub vcpus: Option<u8>,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
     /// What becomes of it when its guest resets it.
@@ -153,6 +158,7 @@ impl MachineSpec {
         Ok(Self {
             boot: BootProtocol::Bare,
             clock: ClockSource::default(),
+            vcpus: None,
             seed: [0; SEED_BYTES],
             guest: guest.to_owned(),
             memory_mib,
@@ -184,6 +190,7 @@ impl MachineSpec {
         Ok(Self {
             boot: BootProtocol::Linux,
             clock,
+            vcpus: None,
             guest: kernel.display().to_string(),
             memory_mib,
             command_line: command_line.to_owned(),
@@ -197,6 +204,13 @@ impl MachineSpec {
             image: Arc::new(image),
             initrd: Arc::new(initrd.map_or_else(|| Ok(Vec::new()), read)?),
         })
+    }
+
+    /// With so many vCPUs, at most [`VCPUS_MOST`], of the host's CPU and with KVM's own interrupt controller. For a Linux guest.
+    #[must_use]
+    pub fn with_vcpus(mut self, vcpus: Option<u8>) -> Self {
+        self.vcpus = vcpus;
+        self
     }
 
     /// The same, of a machine that does this when its guest resets it.
@@ -250,6 +264,17 @@ impl MachineSpec {
             serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
                 why: error.to_string(),
             })?;
+        if spec
+            .vcpus
+            .is_some_and(|count| !(1..=VCPUS_MOST).contains(&count))
+        {
+            return Err(malformed("it has more vCPUs than a machine can have"));
+        }
+        if spec.vcpus.is_some() && spec.boot == BootProtocol::Bare {
+            return Err(malformed(
+                "its guest does not know KVM's interrupt controller",
+            ));
+        }
         let (image, initrd) = usize::try_from(spec.image_bytes)
             .ok()
             .and_then(|length| files.split_at_checked(length))

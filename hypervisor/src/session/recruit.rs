@@ -29,6 +29,7 @@ use crate::backends::disk::{CopyRead, Disk};
 use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
+use crate::control::board::Board;
 use crate::desk::{Answer, Ask, Cut, Desk};
 use crate::handshake::parcel::Parcels;
 use crate::handshake::{self, Channel, HandshakeError, Hurried, Stream};
@@ -145,6 +146,8 @@ struct Work {
     /// Questions so far.
     asked: AtomicU64,
     orders: Arc<Orders>,
+    /// Where it is told of further places.
+    board: Arc<Board>,
     stage: Arc<Stage>,
     news: Sender<News>,
     wake: Arc<Wake>,
@@ -209,6 +212,7 @@ impl Recruiter {
             answers: Mutex::new(answers),
             asked: AtomicU64::new(0),
             orders: Arc::clone(&io.orders),
+            board: Arc::clone(io.reporter.board()),
             stage: Arc::clone(&io.stage),
             news,
             wake: Arc::clone(&io.wake),
@@ -272,7 +276,7 @@ impl Work {
         let mut failures: usize = 0;
         loop {
             // Behind the place that failed: it may fail for ever.
-            match meet::call_any(&self.config.pair, failures) {
+            match meet::call_any(&self.config.pair, &self.board.places(), failures) {
                 None => thread::sleep(LOOK_AGAIN),
                 Some(stream) => match self.copy_to(stream, epoch) {
                     Ok(recruit) => {

@@ -14,6 +14,7 @@ use super::disk;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
+use super::serve::NO_RESET;
 use crate::backends::disk::OpenImage;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
@@ -96,6 +97,7 @@ pub fn record(
     what: RecordFor<'_>,
 ) -> Result<Recorded, SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
+    super::ensure_replayable(spec)?;
     let image = disk::open_alone(config)?;
     let spec = &disk::described(spec, image.as_ref());
     let ring = RingConfig {
@@ -138,6 +140,8 @@ type Vcpu = JoinHandle<Result<(Ended, Option<Finished>), RecordError>>;
 
 struct Solo {
     io: Io,
+    /// Whether the machine can be reset.
+    starts_anew: bool,
 }
 
 impl Solo {
@@ -154,7 +158,10 @@ impl Solo {
         if let Some(lane) = lane {
             io.stager.attach(lane);
         }
-        Ok(Self { io })
+        Ok(Self {
+            io,
+            starts_anew: config.crew().is_none(),
+        })
     }
 
     fn serve_disk(
@@ -170,11 +177,12 @@ impl Solo {
     fn start<S: Sink + Send + 'static>(
         &self,
         config: &Config,
-        machine: Machine,
+        mut machine: Machine,
         clock: GuestClock,
         sink: S,
         options: RecordOptions,
     ) -> Result<Vcpu, SessionError> {
+        machine.man(super::confined(&self.io.sandbox))?;
         let parts = Parts {
             machine,
             sink,
@@ -228,10 +236,14 @@ impl Solo {
             self.io.tell_disk_failure();
             while let Some((number, command)) = self.io.reporter.board().take_command() {
                 // Nothing else is ordered of a machine alone.
-                if command == Command::Reset {
-                    self.io.order(Order::Reset);
-                }
-                let done = Ok("from the guest's next exit on".to_owned());
+                let done = if command == Command::Reset && !self.starts_anew {
+                    Err(NO_RESET.to_owned())
+                } else {
+                    if command == Command::Reset {
+                        self.io.order(Order::Reset);
+                    }
+                    Ok("from the guest's next exit on".to_owned())
+                };
                 let board = self.io.reporter.board();
                 board.ordered(number, command, Some(done));
             }

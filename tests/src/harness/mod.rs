@@ -1,6 +1,7 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod bench;
 pub mod built;
 pub mod busy;
 pub mod console;
@@ -33,6 +34,7 @@ pub mod relay;
 pub mod role;
 pub mod scheduler;
 pub mod signal;
+pub mod site;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;

@@ -2,6 +2,7 @@
 
 use crate::promise::Promise;
 
+pub mod agents_keep;
 pub mod bad_input;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
@@ -15,6 +16,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
 pub mod failover_fast;
+pub mod figures_quoted;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -40,6 +42,7 @@ pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod resets;
+pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
 
@@ -59,8 +62,11 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
+    side_by_side::PROMISE,
+    figures_quoted::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,

@@ -201,6 +201,7 @@ impl Meeting<'_> {
                 recruiter,
                 lag: config.lag,
                 replication: config.replicate.mode,
+                starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
             },
