@@ -10,6 +10,7 @@ pub mod confined;
 pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
@@ -77,6 +78,7 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
     offline_replay::PROMISE,
+    disk_joins::PROMISE,
     operator_view::PROMISE,
     monitored::PROMISE,
     console::PROMISE,
