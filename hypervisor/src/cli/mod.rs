@@ -74,6 +74,7 @@ enum Command {
     Secret(secret::SecretArgs),
     Status(status::StatusArgs),
     Switch(order::SwitchArgs),
+    MigrateBackup(order::MigrateBackupArgs),
     PowerOff(order::PowerOffArgs),
     Pause(order::PauseArgs),
     Resume(order::ResumeArgs),
@@ -132,6 +133,7 @@ pub fn main() -> ExitCode {
         Command::Secret(args) => secret::secret(&args),
         Command::Status(args) => status::status(&args),
         Command::Switch(args) => order::switch(&args),
+        Command::MigrateBackup(args) => order::migrate_backup(&args),
         Command::PowerOff(args) => order::power_off(&args),
         Command::Pause(args) => order::pause(&args),
         Command::Resume(args) => order::resume(&args),
@@ -167,7 +169,9 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) | (Reason::HandedOver { .. }, _) => Ok(()),
+        (Reason::PoweredOff, None) | (Reason::HandedOver { .. } | Reason::Relieved { .. }, _) => {
+            Ok(())
+        }
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

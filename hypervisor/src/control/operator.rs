@@ -327,6 +327,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
     let command = match ask {
         Ask::Status => return Err("a status is no order".to_owned()),
         Ask::Switch => Command::Switch,
+        Ask::MigrateBackup(to) => Command::MigrateBackup(to),
         Ask::PowerOff => Command::PowerOff,
         Ask::Share(share @ 0) => Command::Share(Pace::of(share)),
         Ask::Share(share) if Pace::LEAST <= Pace::of(share) && share <= Control::WHOLE => {
@@ -357,6 +358,11 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
             return Err(format!(
                 "machine {name} has no backup that could take it: start one (doppel backup), wait until doppel status {name} says \
                  PROTECTED, and try again"
+            ));
+        }
+        (Command::MigrateBackup(_), Standing::Unprotected | Standing::Joining) => {
+            return Err(format!(
+                "machine {name} has no backup whose place another one could take: one that listens joins by itself"
             ));
         }
         (_, Standing::Protected | Standing::Unprotected | Standing::Joining) => {}
@@ -439,6 +445,12 @@ mod tests {
                 Standing::Unprotected,
                 Ask::Switch,
                 "has no backup",
+            ),
+            (
+                Role::Primary,
+                Standing::Joining,
+                Ask::MigrateBackup(None),
+                "joins by itself",
             ),
             (
                 Role::Primary,

@@ -1,6 +1,8 @@
 //! What goes over a control socket: one JSON object a line, each way, of bounded length.
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::status::Status;
@@ -32,6 +34,8 @@ pub enum Ask {
     Status,
     /// That the backup gets the machine.
     Switch,
+    /// That another backup, at this address or wherever one listens, takes the place of the one that there is.
+    MigrateBackup(Option<SocketAddr>),
     /// That the machine is turned off.
     PowerOff,
     /// That the guest has so many 1024ths of its time.
@@ -140,7 +144,14 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        for ask in [Ask::Switch, Ask::PowerOff, Ask::Share(512)] {
+        let address = "[2001:db8::7]:7700".parse().unwrap();
+        for ask in [
+            Ask::Switch,
+            Ask::MigrateBackup(None),
+            Ask::MigrateBackup(Some(address)),
+            Ask::PowerOff,
+            Ask::Share(512),
+        ] {
             let request = Request {
                 doppel: VERSION,
                 ask,

@@ -126,6 +126,7 @@ fn lead(
         recruiter,
         lag: config.lag,
         replication: config.replicate.mode,
+        transport: config.pair.transport,
         machine: MachineId::of(&config.name),
         me,
     };

@@ -3,6 +3,7 @@
 pub mod arbiter_rules;
 pub mod built;
 pub mod busy;
+pub mod chaos;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;

@@ -184,6 +184,7 @@ impl Meeting<'_> {
                 recruiter,
                 lag: config.lag,
                 replication: config.replicate.mode,
+                transport: config.pair.transport,
                 machine: pair.machine,
                 me: pair.me,
             },
