@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The binaries of the workspace.
-const GUESTS: [&str; 7] = ["kv", "compute", "irq", "clock", "memory", "hostile", "disk"];
+const GUESTS: [&str; 8] = [
+    "kv", "compute", "irq", "clock", "memory", "hostile", "disk", "console",
+];
 /// The libraries they are made of.
 const LIBRARIES: [&str; 2] = ["runtime", "kv-engine"];
 /// Flags for every crate of a guest, parted by cargo's separator. They outrank those of any configuration file.

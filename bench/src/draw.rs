@@ -3,12 +3,14 @@
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// One picture among those of a sheet.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "kind")]
 pub enum Panel {
     /// Values side by side, from 0.
     Bars {
@@ -62,11 +64,33 @@ impl Panel {
 /// # Errors
 /// If the file cannot be written.
 pub fn write(path: &Path, panels: &[Panel]) -> Result<()> {
+    let text = picture(panels)?;
+    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+fn picture(panels: &[Panel]) -> Result<String> {
     let height = panels.iter().map(Panel::height).sum::<u32>().max(ROW);
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    draw_all(&root, panels)
-        .and_then(|()| root.present())
-        .map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
+    let mut text = String::new();
+    {
+        let root = SVGBackend::with_string(&mut text, (WIDTH, height)).into_drawing_area();
+        draw_all(&root, panels)
+            .and_then(|()| root.present())
+            .map_err(|error| anyhow!("cannot draw: {error}"))?;
+    }
+    Ok(text)
+}
+
+/// The picture as a part of a page: ink is the page's own, whether that is light or dark, and there is no ground.
+///
+/// # Errors
+/// If it cannot be drawn.
+pub fn inline(panels: &[Panel]) -> Result<String> {
+    let text = picture(panels)?;
+    let from = text.find("<svg").context("a picture without a beginning")?;
+    Ok(text[from..]
+        .replace("\"#FFFFFF\"", "\"none\"")
+        .replace("\"#3C3C3C\"", "\"currentColor\"")
+        .replace("\"#000000\"", "\"currentColor\""))
 }
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
@@ -163,5 +187,32 @@ fn short(value: f64) -> String {
         large if large >= 100.0 => format!("{value:.0}"),
         middle if middle >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_in_a_page_has_no_colour_of_ink_or_ground() {
+        let panels = [
+            Panel::Bars {
+                title: "Bars".into(),
+                unit: "ms".into(),
+                bars: vec![("one".into(), 1.0)],
+            },
+            Panel::Lines {
+                title: "Lines".into(),
+                x: "x".into(),
+                y: "y".into(),
+                lines: vec![("two".into(), vec![(1.0, 2.0), (3.0, 4.0)])],
+            },
+        ];
+        let text = inline(&panels).unwrap();
+        assert!(text.starts_with("<svg") && text.contains("Lines"));
+        for fixed in ["#FFFFFF", "#3C3C3C", "#000000"] {
+            assert!(!text.contains(fixed), "{fixed}");
+        }
     }
 }

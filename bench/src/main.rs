@@ -1,10 +1,15 @@
 //! `bench`: measures, and writes what it found as figures, a table and a picture. It judges nothing: promises do.
 
+mod alternatives;
+mod demo;
 mod draw;
 mod failover;
 mod host;
 mod log;
+mod paper;
+mod quote;
 mod rdma;
+mod report;
 mod request;
 mod ring;
 mod sheet;
@@ -47,8 +52,29 @@ enum What {
     Log(Form),
     /// Failover and longest wait of a client, over many kills
     Failover(Form),
-    /// All of them but `rdma`, one after the other
+    /// Protected guests beside redis-server, Sentinel and etcd: latency, throughput, a kill, and what was lost
+    Alternatives(Form),
+    /// The paper's tables: the guest's work and its network, protected and not; the log's bandwidth
+    Paper(Form),
+    /// One run of `doppel demo`, as it prints it
+    Demo(Form),
+    /// All of them but `rdma`, one after the other, and the report
     All(Form),
+    /// One self-contained page, and the pictures anew, from the results that are there
+    Report {
+        /// Where they are
+        #[arg(long, value_name = "DIRECTORY", default_value = "results")]
+        out: PathBuf,
+    },
+    /// Whether every figure that README.md and docs/ quote is what results/ says
+    Quote {
+        /// Take them from there
+        #[arg(long)]
+        write: bool,
+        /// The project's directory
+        #[arg(long, value_name = "DIRECTORY", default_value = ".")]
+        root: PathBuf,
+    },
 }
 
 #[derive(Clone, Debug, Args)]
@@ -69,6 +95,18 @@ struct Form {
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
+
+/// What `all` runs.
+const ALL: [&str; 8] = [
+    "ring",
+    "request",
+    "throughput",
+    "log",
+    "failover",
+    "alternatives",
+    "paper",
+    "demo",
+];
 
 impl Form {
     fn pick<T>(&self, short: T, full: T) -> T {
@@ -117,10 +155,26 @@ impl Form {
         failover::measure(self.kills.unwrap_or(self.pick(5, 200)), self.seed)
     }
 
+    fn alternatives(&self) -> Result<Sheet> {
+        alternatives::measure(alternatives::Extent {
+            time: Duration::from_millis(self.pick(700, 10_000)),
+            patience: Duration::from_secs(self.pick(8, 20)),
+            keys: self.pick(256, 4096),
+            rounds: self.pick(1, 5),
+        })
+    }
+
+    fn paper(&self) -> Result<Sheet> {
+        paper::measure(paper::Extent {
+            time: Duration::from_millis(self.pick(1000, 10_000)),
+            rounds: self.pick(1, 5),
+        })
+    }
+
     /// Each in a process of its own: a network namespace cannot be left again.
     fn all(&self) -> Result<()> {
         let own = std::env::current_exe().context("find this program's own file")?;
-        for name in ["ring", "request", "throughput", "log", "failover"] {
+        for name in ALL {
             let mut command = Command::new(&own);
             command
                 .args([
@@ -139,6 +193,7 @@ impl Form {
                 .with_context(|| format!("start bench {name}"))?;
             ensure!(status.success(), "bench {name}: {status}");
         }
+        report::write(&self.out)?;
         Ok(())
     }
 }
@@ -157,7 +212,21 @@ fn run(what: &What) -> Result<()> {
         What::Throughput(form) => finish(&form.throughput()?, &form.out),
         What::Log(form) => finish(&form.log()?, &form.out),
         What::Failover(form) => finish(&form.failover()?, &form.out),
+        What::Alternatives(form) => finish(&form.alternatives()?, &form.out),
+        What::Paper(form) => finish(&form.paper()?, &form.out),
+        What::Demo(form) => finish(&demo::measure(form.seed)?, &form.out),
         What::All(form) => form.all(),
+        What::Report { out } => {
+            println!("{}", report::write(out)?.display());
+            Ok(())
+        }
+        What::Quote { write, root } => {
+            println!(
+                "{} figures are what results/ says",
+                quote::check(root, *write)?
+            );
+            Ok(())
+        }
     }
 }
 

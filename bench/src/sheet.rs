@@ -6,14 +6,14 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::draw::{self, Panel};
 use crate::host::Origin;
 
 /// What was aimed at, and what was found.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Aim {
     /// In words.
     pub what: String,
@@ -49,7 +49,7 @@ impl Aim {
 }
 
 /// A table.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Table {
     /// What it shows.
     pub title: String,
@@ -75,7 +75,12 @@ impl Table {
     }
 
     fn markdown(&self) -> String {
-        let mut text = format!("### {}\n\n| {} |\n|", self.title, self.columns.join(" | "));
+        format!("### {}\n\n{}", self.title, self.lines())
+    }
+
+    /// As Markdown, without its title.
+    pub fn lines(&self) -> String {
+        let mut text = format!("| {} |\n|", self.columns.join(" | "));
         text.push_str(&" --- |".repeat(self.columns.len()));
         text.push('\n');
         for row in &self.rows {
@@ -141,6 +146,9 @@ impl Sheet {
         for (path, text) in [(path("json"), text), (path("md"), self.markdown())] {
             fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         }
+        if self.panels.is_empty() {
+            return Ok(());
+        }
         draw::write(&path("svg"), &self.panels)
     }
 
@@ -149,7 +157,10 @@ impl Sheet {
             "name": self.name,
             "origin": self.origin,
             "figures": self.figures,
+            "title": self.title,
             "aims": self.aims,
+            "tables": self.tables,
+            "panels": self.panels,
             "notes": self.notes,
         })
     }
@@ -165,13 +176,18 @@ impl Sheet {
         } = &self.origin;
         let mut text = format!(
             "# {}\n\nMade by `{command}` at {date}, version {version}, commit {commit}, on {}: {} cores, Linux {}, \
-             KVM {}, load {} before.\nNot edited by hand; the figures are in `{name}.json`, the picture in `{name}.svg`.\n",
+             KVM {}, load {} before.\nNot edited by hand; the figures are in `{name}.json`{}.\n",
             self.title,
             machine.cpu,
             machine.cores,
             machine.kernel,
             machine.kvm,
             machine.load,
+            if self.panels.is_empty() {
+                String::new()
+            } else {
+                format!(", the picture in `{}.svg`", self.name)
+            },
             name = self.name,
         );
         for table in &self.tables {
@@ -179,23 +195,8 @@ impl Sheet {
             text.push_str(&table.markdown());
         }
         if !self.aims.is_empty() {
-            let mut table = Table::new("Aims", &["aim", "figure", "found", "", "remark"]);
-            for aim in &self.aims {
-                let verdict = if aim.reached {
-                    "reached"
-                } else {
-                    "**not reached**"
-                };
-                table.row([
-                    aim.what.clone(),
-                    aim.aim.to_string(),
-                    aim.found.to_string(),
-                    verdict.to_owned(),
-                    aim.remark.clone(),
-                ]);
-            }
             text.push('\n');
-            text.push_str(&table.markdown());
+            text.push_str(&aims(&self.aims).markdown());
         }
         if !self.notes.is_empty() {
             text.push('\n');
@@ -206,6 +207,26 @@ impl Sheet {
         }
         text
     }
+}
+
+/// Aims as a table.
+pub fn aims(all: &[Aim]) -> Table {
+    let mut table = Table::new("Aims", &["aim", "figure", "found", "", "remark"]);
+    for aim in all {
+        let verdict = if aim.reached {
+            "reached"
+        } else {
+            "**not reached**"
+        };
+        table.row([
+            aim.what.clone(),
+            aim.aim.to_string(),
+            aim.found.to_string(),
+            verdict.to_owned(),
+            aim.remark.clone(),
+        ]);
+    }
+    table
 }
 
 /// Three places after the point: more would be noise.

@@ -33,29 +33,37 @@ pub struct Extent {
 
 /// How fast a guest was.
 #[derive(Clone, Copy, Debug, Default)]
-struct Pace {
+pub struct Pace {
     /// Units for each second of the clock.
-    wall: f64,
+    pub wall: f64,
     /// Units for each second that the process which serves had a processor: what other processes take does not show in it,
     /// nor does waiting for them.
-    processor: f64,
+    pub processor: f64,
 }
 
 /// A stretch that is being measured.
-struct Stretch {
+pub struct Stretch {
     begun: Instant,
     processor: Duration,
 }
 
 impl Stretch {
-    fn begin(guest: &Guest) -> Result<Self> {
+    /// Begins now.
+    ///
+    /// # Errors
+    /// If the kernel does not say what the guest has used.
+    pub fn begin(guest: &Guest) -> Result<Self> {
         Ok(Self {
             processor: guest.cpu_time()?,
             begun: Instant::now(),
         })
     }
 
-    fn pace(&self, guest: &Guest, units: usize) -> Result<Pace> {
+    /// What so many units come to.
+    ///
+    /// # Errors
+    /// If the kernel does not say what the guest has used.
+    pub fn pace(&self, guest: &Guest, units: usize) -> Result<Pace> {
         let (wall, processor) = (self.begun.elapsed(), guest.cpu_time()? - self.processor);
         let pace = |time: Duration| units as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
         Ok(Pace {

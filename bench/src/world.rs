@@ -16,6 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use hypervisor::backends::NetPort;
 use hypervisor::backends::link;
 use hypervisor::backends::tap::{Ipv4Network, TapConfig};
+use hypervisor::config::Transport;
+use hypervisor::control::find::ask_process;
 use hypervisor::demo::client::{self, Client, Outcome};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::namespace::{self, Namespace};
@@ -30,6 +32,8 @@ const HOST: Ipv4Network = Ipv4Network {
 const GUEST: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379);
 /// Guest memory in MiB: the demo's default.
 const MEMORY_MIB: u32 = 64;
+/// A machine's name where none is given.
+const MACHINE: &str = "machine";
 /// How long a machine may take to end once it was asked to.
 const END_WITHIN: Duration = Duration::from_secs(10);
 
@@ -100,6 +104,12 @@ impl Network {
         })
     }
 
+    /// Where the guest serves.
+    #[must_use]
+    pub fn address(&self) -> SocketAddrV4 {
+        self.address
+    }
+
     /// A client of the machine that is on the cable now; a seed must not be used twice on one machine.
     ///
     /// # Errors
@@ -143,8 +153,10 @@ pub enum Mode {
     Run,
     /// `doppel record` into memory: the ring is filled and drained, and nobody replays.
     Record,
-    /// A primary and a backup.
+    /// A primary and a backup, the log in memory that they share.
     Pair,
+    /// A primary and a backup, the log over TCP.
+    PairTcp,
 }
 
 impl Mode {
@@ -155,6 +167,7 @@ impl Mode {
             Self::Run => "run",
             Self::Record => "record",
             Self::Pair => "pair",
+            Self::PairTcp => "pair-tcp",
         }
     }
 }
@@ -180,7 +193,33 @@ impl Guest {
     /// # Errors
     /// If it does not start.
     pub fn start(mode: Mode, guest: &str, words: &str, network: Option<&Network>) -> Result<Self> {
+        Self::start_with(mode, guest, words, network, None)
+    }
+
+    /// The same, with a disk of so many bytes, an image for each side.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn start_with(
+        mode: Mode,
+        guest: &str,
+        words: &str,
+        network: Option<&Network>,
+        disk: Option<u64>,
+    ) -> Result<Self> {
         let directory = in_memory()?;
+        let image = |side: &str| directory.path().join(format!("{side}.disk"));
+        let mut more = Vec::new();
+        if let Some(bytes) = disk {
+            for side in ["primary", "backup", "alone"] {
+                let file = File::create(image(side)).context("make a disk's image")?;
+                file.set_len(bytes).context("make a disk's image")?;
+            }
+            more = vec![
+                "--disk".to_owned(),
+                image("{side}").to_string_lossy().into_owned(),
+            ];
+        }
         let mut command_line = words.to_owned();
         if network.is_some() {
             command_line = format!(
@@ -192,9 +231,12 @@ impl Guest {
         }
         let port = network.map(|network| &network.port);
         let running = match mode {
-            Mode::Pair => {
+            Mode::Pair | Mode::PairTcp => {
                 let spec = PairSpec {
-                    transport: hypervisor::config::Transport::Shm,
+                    transport: match mode {
+                        Mode::PairTcp => Transport::Tcp,
+                        _ => Transport::Shm,
+                    },
                     arbiter: None,
                     doppel: doppel()?,
                     directory: directory.path().to_owned(),
@@ -204,7 +246,7 @@ impl Guest {
                     // Comparing whole memories is a check of the demo's, not a part of protecting.
                     memory_check_ms: 0,
                     kvm: None,
-                    more: Vec::new(),
+                    more,
                 };
                 Running::Pair(Box::new(Pair::start(&spec, port)?))
             }
@@ -214,6 +256,7 @@ impl Guest {
                 guest,
                 &command_line,
                 port,
+                &more,
             )?),
         };
         Ok(Self {
@@ -227,7 +270,7 @@ impl Guest {
     #[must_use]
     pub fn console(&self) -> String {
         let name = match self.mode {
-            Mode::Pair => "primary.console",
+            Mode::Pair | Mode::PairTcp => "primary.console",
             Mode::Run | Mode::Record => "console",
         };
         // Not there yet is as good as empty.
@@ -257,6 +300,30 @@ impl Guest {
                 .with_context(|| format!("understand {text:?} of {}", path.display()))?;
         }
         Ok(Duration::from_nanos(nanos))
+    }
+
+    /// Bytes that were posted to both lanes of a pair's log so far, with every entry's header.
+    ///
+    /// # Errors
+    /// If the primary does not answer.
+    pub fn logged(&self) -> Result<Option<f64>> {
+        let Running::Pair(pair) = &self.running else {
+            return Ok(None);
+        };
+        let run = self.directory.path().join("run");
+        let status = ask_process(&run, MACHINE, pair.primary.pid()).context("ask the primary")?;
+        let totals = status.totals;
+        // Frames for the guest are entries of the other lane.
+        let headers = (totals.entries + totals.frames) * rdma_log::entry::HEADER_LEN as f64;
+        Ok(Some(totals.entry_bytes + totals.frame_bytes + headers))
+    }
+
+    /// SIGKILL for the process that serves, and reaped.
+    pub fn kill_serving(&mut self) {
+        match &mut self.running {
+            Running::Alone(alone) => alone.kill(),
+            Running::Pair(pair) => pair.primary.kill(),
+        }
     }
 
     /// The pair, if it is one.
@@ -291,8 +358,22 @@ impl Guest {
     }
 }
 
+/// Has the kernel end a child with the thread that starts it.
+pub fn end_with_us(command: &mut Command) {
+    // SAFETY: prctl with PR_SET_PDEATHSIG touches no memory and is safe between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+}
+
 /// A directory on a file system in memory where there is one, so that a disk's pace is not measured.
-fn in_memory() -> Result<TempDir> {
+///
+/// # Errors
+/// If there is no room for one.
+pub fn in_memory() -> Result<TempDir> {
     let shared_memory = Path::new("/dev/shm");
     let builder = &mut tempfile::Builder::new();
     builder.prefix("doppel-bench-");
@@ -318,6 +399,7 @@ impl Alone {
         guest: &str,
         command_line: &str,
         port: Option<&NetPort>,
+        more: &[String],
     ) -> Result<Self> {
         let [vcpu, io] = Placement::of_this_machine().primary;
         let errors = directory.join("stderr");
@@ -343,6 +425,7 @@ impl Alone {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&errors).context("create a file for messages")?);
+        command.args(more.iter().map(|word| word.replace("{side}", "alone")));
         if mode == Mode::Record {
             command.arg("--out").arg(directory.join("log"));
         }
@@ -354,13 +437,7 @@ impl Alone {
         if let Some(fd) = &inheritable {
             command.args(["--net-fd", &fd.as_raw_fd().to_string()]);
         }
-        // SAFETY: prctl with PR_SET_PDEATHSIG touches no memory and is safe between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            });
-        }
+        end_with_us(&mut command);
         let child = command.spawn().context("start doppel")?;
         Ok(Self { child, errors })
     }
@@ -384,6 +461,12 @@ impl Alone {
         Ok(())
     }
 
+    fn kill(&mut self) {
+        // Both fail only for a child that was reaped.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     fn messages(&self) -> String {
         let mut text = String::new();
         // A message that cannot be read is left out of a message.
@@ -394,8 +477,6 @@ impl Alone {
 
 impl Drop for Alone {
     fn drop(&mut self) {
-        // Both fail only for a child that was reaped.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
     }
 }

@@ -11,7 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rdma_log::transport::rdma;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 mod disk;
 mod pair;
@@ -20,8 +20,18 @@ pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
 
 use crate::intervals::{Ends, Lengths, Replication};
-use crate::machine::ClockSource;
+use crate::machine::{ClockSource, OnReset, VCPUS_MOST};
 use crate::preempt::Strategy;
+
+/// A Linux guest's CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestCpu {
+    /// The deterministic template, with a user-space interrupt controller: one vCPU.
+    Replayable,
+    /// The host's, with its time-stamp counter and KVM's own interrupt controller.
+    Host,
+}
 
 /// Everything that can be configured. Every field has a default, so an empty file is a good one.
 #[derive(Clone, Debug, Deserialize)]
@@ -37,6 +47,12 @@ pub struct Config {
     pub initrd: Option<PathBuf>,
     /// Where a Linux guest reads the time: `timer` or `page`; see [`Config::clock_source`] if none.
     pub clock: Option<ClockSource>,
+    /// The CPU of a Linux guest: `replayable` or `host`; see [`Config::crew`] if none.
+    pub cpu: Option<GuestCpu>,
+    /// How many vCPUs it has.
+    pub vcpus: u8,
+    /// What becomes of the machine when its guest resets it.
+    pub on_reset: OnReset,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// The guest's command line.
@@ -114,6 +130,46 @@ pub struct Net {
     pub address: Option<String>,
     /// Path of the Unix socket (backend `link`).
     pub link: Option<PathBuf>,
+    /// The guest's address on its link; if not given, the one that every guest has that was given none.
+    pub mac: Option<Mac>,
+}
+
+/// An address on a link, as in `02:d0:99:e1:00:01`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        let digits = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        let read = bytes.iter_mut().all(|byte| {
+            let part = parts.next().filter(|part| digits(part));
+            part.and_then(|part| u8::from_str_radix(part, 16).ok())
+                .is_some_and(|value| {
+                    *byte = value;
+                    true
+                })
+        });
+        // The lowest bit of the first byte is for groups.
+        if !read || parts.next().is_some() || bytes[0] & 1 != 0 || bytes == [0; 6] {
+            return Err(format!(
+                "{text:?} is no address for one guest: write six bytes as 02:d0:99:e1:00:01, the first of them even"
+            ));
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
 }
 
 /// What carries the guest's frames.
@@ -318,6 +374,10 @@ impl Default for Config {
             kernel: None,
             initrd: None,
             clock: None,
+            cpu: None,
+            vcpus: 1,
+            // A guest that says reboot means it, and one that panics is worth a second try: the machine is to be there.
+            on_reset: OnReset::Reboot,
             memory_mib: 64,
             command_line: String::new(),
             kvm: PathBuf::from("/dev/kvm"),
@@ -422,6 +482,18 @@ impl Config {
         })
     }
 
+    /// How many vCPUs the guest has with the host's CPU and KVM's own interrupt controller; none: it has one that can be replayed.
+    /// Unless something else is said, that is so where it is replicated by replay or not at all, and for guests of our own.
+    #[must_use]
+    pub fn crew(&self) -> Option<u8> {
+        let checkpoints = self.replicate.mode == Replication::Checkpoint;
+        let host = match self.cpu {
+            Some(cpu) => cpu == GuestCpu::Host,
+            None => self.vcpus != 1 || checkpoints && self.kernel.is_some(),
+        };
+        host.then_some(self.vcpus)
+    }
+
     /// How the ring uses RDMA.
     #[must_use]
     pub fn rdma_ring(&self) -> rdma::Config {
@@ -452,6 +524,23 @@ impl Config {
                 "memory_mib",
                 self.memory_mib.to_string(),
                 "choose 2 to 3072",
+            );
+        }
+        if !(1..=VCPUS_MOST).contains(&self.vcpus) {
+            return bad("vcpus", self.vcpus.to_string(), "choose 1 to 8");
+        }
+        if self.cpu == Some(GuestCpu::Replayable) && self.vcpus > 1 {
+            return bad(
+                "vcpus",
+                self.vcpus.to_string(),
+                "choose 1 with --cpu replayable: several vCPUs meet in no order that a log could give",
+            );
+        }
+        if self.crew().is_some() && self.kernel.is_none() {
+            return bad(
+                "vcpus",
+                self.vcpus.to_string(),
+                "choose several vCPUs or --cpu host for a Linux guest only (--kernel): guests of ours have one, which can be replayed",
             );
         }
         if !(1..=1000).contains(&self.timing.heartbeat_ms) {
@@ -613,6 +702,28 @@ mod tests {
     }
 
     #[test]
+    fn a_guests_address_on_its_link_is_six_bytes_for_one() {
+        let mac =
+            |text: &str| Config::parse(&format!("[net]\nmac = \"{text}\"")).map(|c| c.net.mac);
+        assert_eq!(
+            mac("02:d0:99:e2:1e:14").unwrap(),
+            Some(Mac([2, 0xd0, 0x99, 0xe2, 0x1e, 0x14]))
+        );
+        for bad in [
+            "",
+            "02:d0:99:e2:1e",
+            "02:d0:99:e2:1e:14:00",
+            "03:00:00:00:00:01",
+            "2:d0:99:e2:1e:14",
+            "00:00:00:00:00:00",
+            "+2:00:00:00:00:00",
+        ] {
+            let error = mac(bad).unwrap_err().to_string();
+            assert!(error.contains("02:d0:99:e1:00:01"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
     fn values_out_of_bounds_are_refused() {
         for (text, field) in [
             ("name = \"a b\"", "name"),
@@ -641,6 +752,41 @@ mod tests {
             "clock = \"page\"\n[replicate]\nmode = \"checkpoint\"",
         ] {
             Config::parse(text).unwrap().check().unwrap();
+        }
+    }
+
+    #[test]
+    fn several_vcpus_need_a_kernel_and_no_replay() {
+        let crew = |text: &str| {
+            let config = Config::parse(text).unwrap();
+            config
+                .check()
+                .map(|()| config.crew())
+                .map_err(|error| error.to_string())
+        };
+        let kernel = "kernel = \"vmlinuz\"\n";
+        let checkpoint = "[replicate]\nmode = \"checkpoint\"";
+        for (text, expected) in [
+            (String::new(), None),
+            (kernel.into(), None),
+            (format!("{kernel}cpu = \"host\""), Some(1)),
+            (format!("{kernel}vcpus = 2"), Some(2)),
+            (format!("{kernel}{checkpoint}"), Some(1)),
+            (format!("{kernel}vcpus = 8\n{checkpoint}"), Some(8)),
+            (format!("{kernel}cpu = \"replayable\"\n{checkpoint}"), None),
+            (checkpoint.into(), None),
+        ] {
+            assert_eq!(crew(&text), Ok(expected), "{text}");
+        }
+        for text in [
+            "vcpus = 2".into(),
+            "cpu = \"host\"".into(),
+            format!("{kernel}vcpus = 0"),
+            format!("{kernel}vcpus = 9"),
+            format!("{kernel}vcpus = 2\ncpu = \"replayable\""),
+        ] {
+            let error = crew(&text).unwrap_err();
+            assert!(error.contains("vcpus"), "{text}: {error}");
         }
     }
 }

@@ -67,6 +67,8 @@ pub enum Control {
     },
     /// The machine is turned off, with this status.
     PowerOff(u8),
+    /// The machine starts anew, at its guest's wish or its operator's.
+    Reset,
     /// From here on the guest may run for so many 1024ths of its time; at 0 it stands.
     Share(u16),
 }
@@ -184,6 +186,7 @@ const KIND_CONTROL: u8 = 5;
 const CONTROL_HAND_OVER: u8 = 1;
 const CONTROL_POWER_OFF: u8 = 2;
 const CONTROL_SHARE: u8 = 3;
+const CONTROL_RESET: u8 = 4;
 
 const TAG_CLOCK: u8 = 1;
 const TAG_RANDOM: u8 = 2;
@@ -278,6 +281,7 @@ impl Encoder {
                     Control::HandOver { stood } => (CONTROL_HAND_OVER, stood),
                     Control::PowerOff(status) => (CONTROL_POWER_OFF, status.into()),
                     Control::Share(share) => (CONTROL_SHARE, share.into()),
+                    Control::Reset => (CONTROL_RESET, 0),
                 };
                 self.bytes.push(code);
                 self.varint(value);
@@ -513,7 +517,8 @@ fn control(rest: &mut Bytes<'_>) -> Result<Control, EntryError> {
         CONTROL_HAND_OVER => Control::HandOver { stood: value },
         CONTROL_POWER_OFF => Control::PowerOff(u8::try_from(value).map_err(|_| refused)?),
         CONTROL_SHARE if value <= u64::from(Control::WHOLE) => Control::Share(value as u16),
-        CONTROL_SHARE => return Err(refused),
+        CONTROL_RESET if value == 0 => Control::Reset,
+        CONTROL_SHARE | CONTROL_RESET => return Err(refused),
         other => {
             return Err(EntryError::Value {
                 field: "control",

@@ -52,6 +52,8 @@ pub enum Effect {
     Halt,
     /// The guest turned itself off, with this status (0 is well).
     PowerOff(u8),
+    /// The guest resets the machine.
+    Reset,
     /// The guest can never run again.
     Crash,
 }

@@ -9,6 +9,7 @@
 //! ```
 //! `docs/architecture.md` says what each module knows and which must not know which.
 
+pub mod agent;
 pub mod arbiter;
 pub mod backends;
 pub mod boot;
@@ -49,5 +50,6 @@ pub mod sandbox;
 pub mod scheduling;
 pub mod session;
 pub mod sink;
+pub mod spool;
 pub mod stage;
 pub mod world;

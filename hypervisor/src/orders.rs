@@ -41,6 +41,8 @@ pub enum Order {
     BeginLog,
     /// Turn the machine off at a sync point, with this status.
     PowerOff(u8),
+    /// Start the machine anew, at a sync point.
+    Reset,
     /// From the next sync point on the guest may have so much of its time; none: it stands.
     Share(Pace),
 }
@@ -49,7 +51,10 @@ impl Order {
     /// Whether it is done at a sync point at which nothing is under way.
     #[must_use]
     pub fn is_deed(self) -> bool {
-        matches!(self, Self::HandOver(_) | Self::PowerOff(_) | Self::Share(_))
+        matches!(
+            self,
+            Self::HandOver(_) | Self::PowerOff(_) | Self::Reset | Self::Share(_)
+        )
     }
 }
 
@@ -84,6 +89,8 @@ pub struct Orders {
     handed: Mutex<Option<(Duration, Instant)>>,
     /// For how long in all the guest has stood because the backup had not kept up, in nanoseconds.
     stood: AtomicU64,
+    /// How often the machine has started anew.
+    resets: AtomicU64,
 }
 
 /// How much of its time a guest may run.
@@ -174,6 +181,7 @@ impl Orders {
             share: AtomicU32::new(Pace::FULL.0),
             handed: Mutex::default(),
             stood: AtomicU64::new(0),
+            resets: AtomicU64::new(0),
         }
     }
 
@@ -388,6 +396,18 @@ impl Orders {
     #[must_use]
     pub fn stood(&self) -> Duration {
         Duration::from_nanos(self.stood.load(Ordering::Relaxed))
+    }
+
+    /// The machine has started anew. By the vCPU thread.
+    pub(crate) fn report_reset(&self) {
+        self.resets.fetch_add(1, Ordering::Relaxed);
+        self.reports.ring();
+    }
+
+    /// How often it has.
+    #[must_use]
+    pub fn resets(&self) -> u64 {
+        self.resets.load(Ordering::Relaxed)
     }
 
     /// Something has come for the thread that gives the orders.

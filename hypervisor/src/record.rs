@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod copying;
+mod crew;
 mod deeds;
 mod disk;
 mod ending;
@@ -14,6 +15,7 @@ mod intervals;
 mod obeying;
 mod pacing;
 mod preempting;
+mod resetting;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -35,6 +37,7 @@ use crate::sink::{Sink, SinkError};
 use crate::stage::Stage;
 pub use ending::Finished;
 pub use intervals::Intervals;
+use resetting::Resets;
 
 /// Frames applied at one sync point: a quarter of the guest's ring, so that replies to the first need not wait for the last.
 const FRAMES_AT_ONCE: u32 = 64;
@@ -129,6 +132,8 @@ pub struct Recorder<S> {
     deeds: VecDeque<Order>,
     /// This side's disk image.
     disk: Option<Arc<Disk>>,
+    /// When the machine last started anew.
+    resets: Resets,
 }
 
 /// Everything a recorder is made of.
@@ -201,6 +206,7 @@ impl<S: Sink> Recorder<S> {
             begins: false,
             deeds: VecDeque::new(),
             disk: None,
+            resets: Resets::default(),
         }
     }
 
@@ -223,6 +229,9 @@ impl<S: Sink> Recorder<S> {
         self.stage.bell().attach();
         self.orders.attach(self.machine.kick_handle());
         self.prepare_to_preempt()?;
+        if self.machine.has_crew() {
+            return self.run_crew();
+        }
         // A machine that was taken over may stand in the middle of a sync point.
         if self.machine.position().0 > 0
             && let Some(ended) = self.sync_point()?
@@ -257,6 +266,9 @@ impl<S: Sink> Recorder<S> {
                 }
                 continue;
             }
+            if let Some(ended) = self.stand_after_resets()? {
+                return Ok(ended);
+            }
             self.orders.resting();
             if self.orders.pace() < Pace::FULL
                 && let Some(ended) = self.keep_pace()?
@@ -290,6 +302,11 @@ impl<S: Sink> Recorder<S> {
             Phase::Off(status) => {
                 self.post_step()?;
                 return self.wait_for_power_off(status).map(Some);
+            }
+            Phase::Reset => {
+                self.post_step()?;
+                self.reset()?;
+                return self.let_reader_catch_up();
             }
             Phase::Needs(need) => self.give(need)?,
             Phase::Ready | Phase::Halted | Phase::HltInstruction => {}

@@ -27,6 +27,7 @@ use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
+use crate::spool::Spool;
 use intervals::Adopting;
 
 /// Where a replayer gets its log.
@@ -164,6 +165,8 @@ pub struct Replayer<L> {
     shadow: Shadow,
     /// This side's image, to which is done what the log says was asked of the primary's.
     disk: Option<Arc<Disk>>,
+    /// Where those look who want to see the console after a take-over.
+    spool: Option<Arc<Spool>>,
     /// Set when the guest has turned itself off.
     off: Arc<AtomicBool>,
     /// The log carries intervals.
@@ -208,6 +211,7 @@ impl<L: LogSource> Replayer<L> {
             share: Pace::FULL,
             shadow,
             disk: None,
+            spool: None,
             off: Arc::default(),
             adopts: None,
         }
@@ -217,6 +221,14 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn with_disk(mut self, disk: Option<Arc<Disk>>) -> Self {
         self.disk = disk;
+        self
+    }
+
+    /// What the primary's console has let out is kept there, from where this machine stands.
+    #[must_use]
+    pub fn with_spool(mut self, spool: Arc<Spool>) -> Self {
+        spool.begin_at(self.machine.printed());
+        self.spool = Some(spool);
         self
     }
 
@@ -232,6 +244,14 @@ impl<L: LogSource> Replayer<L> {
         self.decoder = Decoder::from_base(base);
         self.last_digest_at = self.machine.position();
         self
+    }
+
+    /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
+    ///
+    /// # Errors
+    /// [`MachineError::Threads`].
+    pub fn man(&mut self, first: impl Fn() + Clone + Send + 'static) -> Result<(), MachineError> {
+        self.machine.man(first)
     }
 
     /// The machine.
@@ -286,6 +306,9 @@ impl<L: LogSource> Replayer<L> {
             let released = self.released;
             while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
                 self.frame_bytes -= frame_length(&output);
+                if let (Some(spool), Output::Console(bytes)) = (&self.spool, &output) {
+                    spool.feed(bytes);
+                }
             }
             self.last_seq = seq;
             let end = self.entry(entry)?;
@@ -439,6 +462,15 @@ impl<L: LogSource> Replayer<L> {
                 self.orders.report_handed_over(Duration::from_nanos(stood))
             }
             Control::PowerOff(status) => self.machine.turn_off(status),
+            Control::Reset => {
+                let (orders, position) = (&self.orders, self.machine.position());
+                let turn = || {
+                    orders.resting();
+                    orders.working(position);
+                };
+                self.machine.reset(turn).map_err(ReplayError::Machine)?;
+                self.orders.report_reset();
+            }
             // A replay has no reason to be slow; whoever goes live from it has.
             Control::Share(share) => self.share = Pace::of(share),
         }

@@ -173,6 +173,12 @@ impl Stage {
         }
     }
 
+    /// How many more bytes can be typed.
+    #[must_use]
+    pub fn typing_room(&self) -> usize {
+        self.console.capacity() - self.console.len()
+    }
+
     /// Takes a byte typed at the console.
     pub fn typed(&self) -> Option<u8> {
         self.console.pop()

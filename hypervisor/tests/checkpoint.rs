@@ -321,12 +321,12 @@ fn a_guest_that_waits_makes_its_exit_again() {
         assert!(capture.pages() > 0);
         let taken = second.adopt(&capture.sealed()).unwrap();
         assert_eq!((taken.base, second.position()), (base, first.position()));
-        adopted = Some(taken.cpu);
+        adopted = Some(taken.cpus);
         if waited < 20 {
             serve(&mut first);
         }
     }
-    second.settle(&adopted.unwrap()).unwrap();
+    second.settle(&adopted.unwrap(), Duration::ZERO).unwrap();
     assert_eq!(second.phase(), Phase::Ready);
     assert_eq!(second.step().unwrap(), Stepped::SyncPoint);
     assert_eq!(second.phase(), Phase::Halted);

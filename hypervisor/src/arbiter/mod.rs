@@ -10,6 +10,8 @@ mod file;
 mod place;
 mod text;
 
+pub(crate) use etcd::base64;
+pub(crate) use etcd::client::{Client, Header, parse};
 pub use etcd::{EtcdArbiter, EtcdError};
 pub use file::{Durability, FileArbiter};
 pub use place::{BadPlace, Endpoint, Place};
@@ -90,6 +92,14 @@ pub fn open(place: &Place, machine: &str) -> Result<Box<dyn Arbiter>, ArbiterErr
         }
         Place::Etcd(endpoints) => Box::new(EtcdArbiter::open(endpoints, machine)?),
     })
+}
+
+/// The record that etcd keeps of `machine` under `doppel/machines/`, for those who only look.
+///
+/// # Errors
+/// What is wrong with the text.
+pub(crate) fn record_of(machine: &str, text: &[u8]) -> Result<Record, String> {
+    text::read(machine, text)
 }
 
 fn check_name(machine: &str) -> Result<(), ArbiterError> {

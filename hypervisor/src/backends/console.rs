@@ -74,8 +74,9 @@ impl ConsoleOutput {
     }
 }
 
-/// Standard input, byte by byte as it is typed. A terminal is set to neither gather lines nor echo; its
-/// settings come back when this is dropped. Ctrl-C and its kin go on ending the process.
+/// Standard input, byte by byte as it is typed. A terminal is set to neither gather lines, nor echo, nor make signals of keys; its
+/// settings come back when this is dropped, also by a panic. What is printed is treated as before: a guest that ends its lines by a line
+/// feed alone is readable.
 #[derive(Debug)]
 pub struct RawInput {
     stdin: Stdin,
@@ -100,8 +101,8 @@ impl RawInput {
             return Err(failed("read"));
         }
         let mut raw = saved;
-        raw.c_lflag &= !(libc::ICANON | libc::ECHO);
-        raw.c_iflag &= !libc::ICRNL;
+        raw.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG | libc::IEXTEN);
+        raw.c_iflag &= !(libc::ICRNL | libc::INLCR | libc::IGNCR | libc::IXON | libc::ISTRIP);
         // SAFETY: the kernel reads one termios.
         if unsafe { libc::tcsetattr(stdin.as_raw_fd(), libc::TCSANOW, &raw) } < 0 {
             return Err(failed("change"));
@@ -110,6 +111,12 @@ impl RawInput {
             stdin,
             saved: Some(saved),
         })
+    }
+
+    /// Whether it is a terminal.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        self.saved.is_some()
     }
 
     /// Reads what has been typed: `None` if nothing yet, 0 at the end of input. Never blocks.

@@ -25,6 +25,9 @@ pub const TUN_DEVICE: &str = "/dev/net/tun";
 /// connections with a 64 KiB window each can have in flight (11,000 full frames).
 pub const QUEUE_FRAMES: u32 = 16_384;
 
+/// Adds an interface to a bridge: linux/sockios.h, which the libc crate has only in part.
+const SIOCBRADDIF: libc::Ioctl = 0x89a2;
+
 /// An IPv4 address and the length of its network's prefix, as in `10.77.0.1/24`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ipv4Network {
@@ -178,6 +181,26 @@ impl Tap {
         })
     }
 
+    /// Cables the interface to a bridge of the calling thread's network namespace, and brings it up.
+    ///
+    /// # Errors
+    /// If there is no such bridge, or we may not.
+    pub fn join_bridge(&self, bridge: &str, mtu: u16) -> Result<(), TapError> {
+        let own = Interface::new(&self.name)?;
+        own.quieten();
+        let mut request = named(&self.name)?;
+        request.ifr_ifru.ifru_mtu = i32::from(mtu);
+        own.set("MTU", libc::SIOCSIFMTU, &mut request)?;
+        own.set_queue_length(QUEUE_FRAMES)?;
+        own.set("bridge", libc::SIOCGIFINDEX, &mut request)?;
+        // SAFETY: the kernel has just filled in the index.
+        let index = unsafe { request.ifr_ifru.ifru_ifindex };
+        let mut joining = named(bridge)?;
+        joining.ifr_ifru.ifru_ifindex = index;
+        Interface::new(bridge)?.set("ports", SIOCBRADDIF, &mut joining)?;
+        own.set_state(true)
+    }
+
     /// The interface's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -284,12 +307,15 @@ impl Interface {
         })
     }
 
-    fn set_up(&self, network: Ipv4Network, mtu: u16) -> Result<(), TapError> {
-        // Quiet: no router solicitations and multicast reports of the host's. Where it cannot be written
-        // (no IPv6 in the kernel) there is nothing to silence.
+    /// No router solicitations and multicast reports of the host's. Where it cannot be written (no IPv6 in the kernel) there is
+    /// nothing to silence.
+    fn quieten(&self) {
         let quiet = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.name);
         let _ = fs::write(quiet, "1");
+    }
 
+    fn set_up(&self, network: Ipv4Network, mtu: u16) -> Result<(), TapError> {
+        self.quieten();
         let mut request = named(&self.name)?;
         request.ifr_ifru.ifru_mtu = i32::from(mtu);
         self.set("MTU", libc::SIOCSIFMTU, &mut request)?;

@@ -22,6 +22,7 @@ const BUILT_IN: &[(&str, &[u8])] = &[
     ("memory", include_bytes!(env!("GUEST_MEMORY"))),
     ("hostile", include_bytes!(env!("GUEST_HOSTILE"))),
     ("disk", include_bytes!(env!("GUEST_DISK"))),
+    ("console", include_bytes!(env!("GUEST_CONSOLE"))),
 ];
 
 /// Why an image cannot be used.
@@ -46,6 +47,12 @@ pub enum ImageError {
     /// Guest memory could not be written.
     #[error("guest image: {0}")]
     Memory(#[from] MemoryError),
+}
+
+/// Whether a guest of this name is part of this program.
+#[must_use]
+pub fn is_built_in(name: &str) -> bool {
+    BUILT_IN.iter().any(|(built_in, _)| *built_in == name)
 }
 
 fn built_in_names() -> String {

@@ -5,7 +5,7 @@ mod image;
 pub mod linux;
 mod tables;
 
-pub use image::{Image, ImageError};
+pub use image::{Image, ImageError, is_built_in};
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
 

@@ -33,8 +33,8 @@ const HALTED: u32 = 2;
 const OFF: u32 = 4;
 const STATUS_SHIFT: u32 = 8;
 
-/// Room for the CPU's state: some 1.6 KiB today.
-const CPU_MAX: u64 = 16 << 10;
+/// Room for the CPUs' state: some 1.6 KiB today, or 7 KiB for each of several.
+const CPU_MAX: u64 = 96 << 10;
 /// Room for the devices' state: some 3 KiB today.
 const DEVICES_MAX: u64 = 256 << 10;
 /// Frames that can be staged: as many as the stage holds, twice over.

@@ -31,8 +31,7 @@ pub use save::{Capture, Pages};
 pub use shadow::{PART_BYTES, Shadow, ShadowError};
 
 use crate::devices::BadDevices;
-use crate::kvm::BadCpuState;
-use crate::machine::{MachineError, Phase};
+use crate::machine::{BadProcessors, MachineError, Phase};
 
 /// Why a checkpoint cannot be taken or put in place.
 #[derive(Debug, thiserror::Error)]
@@ -49,9 +48,9 @@ pub enum CheckpointError {
     /// The interval that it ends.
     #[error(transparent)]
     Interval(#[from] IntervalError),
-    /// The CPU's state in it.
+    /// The state of the CPUs in it.
     #[error(transparent)]
-    Cpu(#[from] BadCpuState),
+    Cpu(#[from] BadProcessors),
     /// The devices' state in it.
     #[error(transparent)]
     Devices(#[from] BadDevices),

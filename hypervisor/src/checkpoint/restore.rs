@@ -3,10 +3,11 @@
 
 use super::format::{Image, Scope};
 use super::{CheckpointError, FormatError};
+use std::time::Duration;
+
 use crate::devices::Devices;
 use crate::entry::Base;
-use crate::kvm::CpuState;
-use crate::machine::{Machine, MachineError, Phase};
+use crate::machine::{Machine, MachineError, Phase, Processors};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, PageNumber};
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -25,8 +26,8 @@ pub struct Restored {
 pub struct Adopted {
     /// Where the log stands.
     pub base: Base,
-    /// The CPU's state.
-    pub cpu: CpuState,
+    /// The state of the CPU, or of all of them.
+    pub cpus: Processors,
 }
 
 impl Machine {
@@ -37,9 +38,9 @@ impl Machine {
     /// state, and the machine is of no further use.
     pub fn restore(&mut self, checkpoint: &[u8]) -> Result<Restored, CheckpointError> {
         let image = Image::parse(checkpoint, self.ram().pages())?;
-        let (cpu, devices) = self.checked(&image)?;
+        let (cpus, devices) = self.checked(&image)?;
         // The vCPU first: completing the instruction that it stands at may write memory.
-        self.restore_cpu(&cpu)?;
+        self.restore_cpus(&cpus, Duration::ZERO)?;
         self.put_in_place(&image, devices)?;
         Ok(Restored {
             base: image.state.base,
@@ -54,24 +55,24 @@ impl Machine {
     /// What is wrong with the checkpoint, and the machine is as it was.
     pub fn adopt(&mut self, checkpoint: &[u8]) -> Result<Adopted, CheckpointError> {
         let image = Image::parse(checkpoint, self.ram().pages())?;
-        let (cpu, devices) = self.checked(&image)?;
+        let (cpus, devices) = self.checked(&image)?;
         self.put_in_place(&image, devices)?;
         Ok(Adopted {
             base: image.state.base,
-            cpu,
+            cpus,
         })
     }
 
-    /// Gives KVM the state of the CPU that was adopted last.
+    /// Gives KVM the state of the CPUs that was adopted last, so long ago: several CPUs have their time from KVM, and it is to go on.
     ///
     /// # Errors
     /// [`MachineError::Kvm`] if KVM refuses it, and the machine is of no further use.
-    pub fn settle(&mut self, cpu: &CpuState) -> Result<(), MachineError> {
-        self.restore_cpu(cpu)
+    pub fn settle(&mut self, cpus: &Processors, passed: Duration) -> Result<(), MachineError> {
+        self.restore_cpus(cpus, passed)
     }
 
-    fn checked(&self, image: &Image<'_>) -> Result<(CpuState, Devices), CheckpointError> {
-        let cpu = CpuState::from_bytes(&image.state.cpu)?;
+    fn checked(&self, image: &Image<'_>) -> Result<(Processors, Devices), CheckpointError> {
+        let cpus = self.processors(&image.state.cpu)?;
         let devices = self.restored_devices(&image.state.devices)?;
         if image.scope == Scope::Delta && image.state.position < self.position() {
             return Err(FormatError::Limit {
@@ -81,7 +82,7 @@ impl Machine {
             }
             .into());
         }
-        Ok((cpu, devices))
+        Ok((cpus, devices))
     }
 
     fn put_in_place(&mut self, image: &Image<'_>, devices: Devices) -> Result<(), CheckpointError> {

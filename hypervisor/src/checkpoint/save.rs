@@ -82,12 +82,12 @@ impl Machine {
         staged: Vec<Vec<u8>>,
         spare: Vec<u8>,
     ) -> Result<Capture, CheckpointError> {
-        let (cpu, devices) = match self.phase() {
-            Phase::Ready | Phase::HltInstruction => (self.settled_cpu()?, self.save_devices()),
+        let (cpus, devices) = match self.phase() {
+            Phase::Ready | Phase::HltInstruction => (self.settled_cpus()?, self.save_devices()),
             // It never runs again: whether the last instruction is complete is nobody's business.
-            Phase::Off(_) => (self.cpu_at_exit()?, self.save_devices()),
-            Phase::Halted => (self.cpu_at_exit()?, self.save_devices_before_access()),
-            phase @ (Phase::Needs(_) | Phase::Crashed) => {
+            Phase::Off(_) => (self.cpus_at_exit()?, self.save_devices()),
+            Phase::Halted => (self.cpus_at_exit()?, self.save_devices_before_access()),
+            phase @ (Phase::Needs(_) | Phase::Reset | Phase::Crashed) => {
                 return Err(CheckpointError::NotReady { phase });
             }
         };
@@ -104,7 +104,7 @@ impl Machine {
                 _ => None,
             },
             base,
-            cpu: cpu.to_bytes(),
+            cpu: cpus,
             devices,
             staged,
         };

@@ -7,8 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
-use hypervisor::config::{Config, Disk, MetricsAddress, NetBackend};
-use hypervisor::machine::{ClockSource, MachineSpec};
+use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
+use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
@@ -35,6 +35,16 @@ pub struct MachineArgs {
     /// --preempt checkpoint or --replicate checkpoint, and is the default with that
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
+    /// A Linux guest's CPU: one that can be replayed, or the host's with KVM's own interrupt controller [default: host with
+    /// --replicate checkpoint or more than one vCPU]
+    #[arg(long, value_name = "replayable|host", value_parser = cpu)]
+    cpu: Option<GuestCpu>,
+    /// vCPUs of a Linux guest, 1 to 8; several only without replay (run, or --replicate checkpoint)
+    #[arg(long, value_name = "COUNT")]
+    vcpus: Option<u8>,
+    /// When the guest resets the machine it starts anew (the default), or ends as by a power-off
+    #[arg(long, value_name = "reboot|end", value_parser = on_reset)]
+    on_reset: Option<OnReset>,
     /// Guest memory in MiB, 2 to 3072
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
@@ -50,6 +60,9 @@ pub struct MachineArgs {
     /// Use this Unix socket for the guest's network, one message a frame
     #[arg(long, value_name = "SOCKET")]
     link: Option<PathBuf>,
+    /// The guest's address on its link, such as 02:d0:99:e1:00:02: machines of one network need one each
+    #[arg(long, value_name = "MAC")]
+    mac: Option<Mac>,
     /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own (docs/disks.md)
     #[arg(long, value_name = "FILE[,replicated][,read-only]")]
     disk: Option<Disk>,
@@ -86,7 +99,7 @@ pub struct MachineArgs {
     kvm_fd: Option<RawFd>,
 }
 
-fn clock(text: &str) -> Result<ClockSource, String> {
+pub fn clock(text: &str) -> Result<ClockSource, String> {
     match text {
         "timer" => Ok(ClockSource::Timer),
         "page" => Ok(ClockSource::Page),
@@ -94,7 +107,23 @@ fn clock(text: &str) -> Result<ClockSource, String> {
     }
 }
 
-fn strategy(text: &str) -> Result<Strategy, String> {
+pub fn cpu(text: &str) -> Result<GuestCpu, String> {
+    match text {
+        "replayable" => Ok(GuestCpu::Replayable),
+        "host" => Ok(GuestCpu::Host),
+        _ => Err("choose replayable or host".into()),
+    }
+}
+
+fn on_reset(text: &str) -> Result<OnReset, String> {
+    match text {
+        "reboot" => Ok(OnReset::Reboot),
+        "end" => Ok(OnReset::End),
+        _ => Err("choose reboot or end".into()),
+    }
+}
+
+pub fn strategy(text: &str) -> Result<Strategy, String> {
     match text {
         "exit" => Ok(Strategy::Exit),
         "checkpoint" => Ok(Strategy::Checkpoint),
@@ -122,6 +151,9 @@ impl MachineArgs {
             config.kernel.clone_from(&self.kernel);
         }
         config.clock = self.clock.or(config.clock);
+        config.cpu = self.cpu.or(config.cpu);
+        config.vcpus = self.vcpus.unwrap_or(config.vcpus);
+        config.on_reset = self.on_reset.unwrap_or(config.on_reset);
         if self.initrd.is_some() {
             config.initrd.clone_from(&self.initrd);
         }
@@ -136,6 +168,7 @@ impl MachineArgs {
             config.net.backend = NetBackend::Link;
             config.net.link = Some(link.clone());
         }
+        config.net.mac = self.mac.or(config.net.mac);
         if let Some(disk) = &self.disk {
             config.disk.clone_from(disk);
         }
@@ -174,27 +207,37 @@ impl MachineArgs {
 
 /// The machine that a configuration describes, starting now.
 pub fn spec(config: &Config) -> Result<MachineSpec, Failure> {
+    let mut spec = without_address(config)?;
+    if let Some(Mac(mac)) = config.net.mac {
+        spec.mac = mac;
+    }
+    Ok(spec)
+}
+
+fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
     let usage = |error| Failure::new(Failure::USAGE, error);
+    let on_reset = config.on_reset;
     let Some(kernel) = &config.kernel else {
-        return MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now)
-            .map_err(usage);
+        let spec = MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now);
+        return spec.map(|spec| spec.on_reset(on_reset)).map_err(usage);
     };
     let mut seed = [0; SEED_BYTES];
     random_source()
         .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
         .map_err(|error| Failure::new(Failure::ERROR, error))?;
-    MachineSpec::linux(
+    let spec = MachineSpec::linux(
         kernel,
         config.initrd.as_deref(),
         config.memory_mib,
         &config.command_line,
         now,
         (config.clock_source(), seed),
-    )
-    .map_err(usage)
+    );
+    spec.map(|spec| spec.with_vcpus(config.crew()).on_reset(on_reset))
+        .map_err(usage)
 }
 
 /// Run a machine unprotected, for comparison

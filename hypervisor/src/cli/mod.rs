@@ -1,5 +1,7 @@
 //! Arguments and printing; everything else is in the library.
 
+mod agent;
+mod console;
 mod demo;
 mod doctor;
 mod figures;
@@ -13,6 +15,7 @@ mod replay;
 mod secret;
 mod status;
 mod top;
+mod vm;
 
 use std::fmt::Display;
 use std::process::ExitCode;
@@ -63,6 +66,7 @@ impl From<LogFormat> for Format {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Agent(agent::AgentArgs),
     Demo(demo::DemoArgs),
     Doctor(doctor::DoctorArgs),
     Run(machine::RunArgs),
@@ -73,13 +77,16 @@ enum Command {
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
     Status(status::StatusArgs),
+    Console(console::ConsoleArgs),
     Switch(order::SwitchArgs),
     MigrateBackup(order::MigrateBackupArgs),
     PowerOff(order::PowerOffArgs),
+    Reset(order::ResetArgs),
     Pause(order::PauseArgs),
     Resume(order::ResumeArgs),
     Share(order::ShareArgs),
     Top(top::TopArgs),
+    Vm(vm::VmArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
 }
@@ -122,6 +129,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     journal::start(cli.log_format.into());
     let outcome = match cli.command {
+        Command::Agent(args) => agent::agent(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Run(args) => machine::run(&args),
@@ -132,13 +140,16 @@ pub fn main() -> ExitCode {
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),
         Command::Status(args) => status::status(&args),
+        Command::Console(args) => console::console(&args),
         Command::Switch(args) => order::switch(&args),
         Command::MigrateBackup(args) => order::migrate_backup(&args),
         Command::PowerOff(args) => order::power_off(&args),
+        Command::Reset(args) => order::reset(&args),
         Command::Pause(args) => order::pause(&args),
         Command::Resume(args) => order::resume(&args),
         Command::Share(args) => order::share(&args),
         Command::Top(args) => top::top(&args),
+        Command::Vm(args) => vm::vm(&args),
         Command::HookHelper(args) => hook::help(&args),
     };
     match outcome {

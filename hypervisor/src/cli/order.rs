@@ -67,6 +67,14 @@ pub struct PowerOffArgs {
     of: Of,
 }
 
+/// Reset a machine, as by its reset button: it starts anew, on both sides
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  doppel reset kv")]
+pub struct ResetArgs {
+    #[command(flatten)]
+    of: Of,
+}
+
 /// Let a machine's guest stand until `doppel resume`; whoever takes it over lets it stand, too
 #[derive(Debug, Args)]
 #[command(
@@ -105,6 +113,10 @@ pub fn migrate_backup(args: &MigrateBackupArgs) -> Result<(), Failure> {
 
 pub fn power_off(args: &PowerOffArgs) -> Result<(), Failure> {
     give(&args.of, Ask::PowerOff)
+}
+
+pub fn reset(args: &ResetArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::Reset)
 }
 
 pub fn pause(args: &PauseArgs) -> Result<(), Failure> {

@@ -162,7 +162,7 @@ fn to_json(found: &Found, arbiters: &Arbiters) -> Value {
 
 /// Colours, or none.
 #[derive(Clone, Copy)]
-struct Paint(bool);
+pub struct Paint(pub bool);
 
 impl Paint {
     fn with(self, code: &str, text: &str) -> String {
@@ -172,19 +172,19 @@ impl Paint {
         }
     }
 
-    fn good(self, text: &str) -> String {
+    pub fn good(self, text: &str) -> String {
         self.with("32", text)
     }
 
-    fn alarm(self, text: &str) -> String {
+    pub fn alarm(self, text: &str) -> String {
         self.with("1;97;41", text)
     }
 
-    fn bold(self, text: &str) -> String {
+    pub fn bold(self, text: &str) -> String {
         self.with("1", text)
     }
 
-    fn faint(self, text: &str) -> String {
+    pub fn faint(self, text: &str) -> String {
         self.with("2", text)
     }
 }

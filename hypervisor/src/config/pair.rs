@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rdma_log::transport::rdma;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::arbiter::Place;
 
@@ -35,7 +35,7 @@ pub struct Pair {
 }
 
 /// What carries the log from the primary to its backup.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// Memory shared by two processes of one host.

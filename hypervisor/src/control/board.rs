@@ -16,6 +16,8 @@ use super::status::{Happened, Ordered, Role, Standing};
 use crate::backends::wait::Wake;
 use crate::orders::{Orders, Pace, Samples};
 use crate::protocol::{Answer, Record};
+use crate::spool::Spool;
+use crate::stage::Stage;
 
 /// What may wait to be picked up: changes of role come a few at a time, and the thread is woken for each.
 const WAITING: usize = 256;
@@ -60,6 +62,8 @@ pub enum Command {
     MigrateBackup(Option<SocketAddr>),
     /// The machine is to be turned off.
     PowerOff,
+    /// The machine is to start anew.
+    Reset,
     /// The guest may have so much of its time.
     Share(Pace),
 }
@@ -73,6 +77,7 @@ impl Command {
             Self::MigrateBackup(None) => "another backup".to_owned(),
             Self::MigrateBackup(Some(address)) => format!("another backup, at {address}"),
             Self::PowerOff => "power-off".to_owned(),
+            Self::Reset => "reset".to_owned(),
             Self::Share(Pace::NONE) => "pause".to_owned(),
             Self::Share(Pace::FULL) => "resume".to_owned(),
             Self::Share(pace) => format!("a share of {} %", pace.percent()),
@@ -82,6 +87,9 @@ impl Command {
 
 /// Orders that may wait for the I/O thread. It takes them within a round, so more than one is somebody's impatience.
 const ORDERS: usize = 8;
+
+/// Places for backups that a role can be told of: the hosts of a site.
+const PLACES: usize = 64;
 
 /// What a line of the log says of its role.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +109,7 @@ pub struct Context {
 struct Now {
     state: State,
     orders: Option<Arc<Orders>>,
+    stage: Option<Arc<Stage>>,
 }
 
 /// The place.
@@ -110,11 +119,14 @@ pub struct Board {
     updates: ArrayQueue<Update>,
     /// The other way: for the I/O thread, by number.
     commands: ArrayQueue<(u64, Command)>,
+    /// Where backups may listen, beside the places that the role was started with. For the recruiter, which serves nobody.
+    places: Mutex<Vec<SocketAddr>>,
     /// Orders that were left there.
     given: AtomicU64,
     lost: AtomicU64,
     over: AtomicBool,
     wake: Wake,
+    spool: Arc<Spool>,
     /// Not for the operator's thread, but for lines of the log.
     now: Mutex<Now>,
 }
@@ -129,10 +141,12 @@ impl Board {
             name: name.to_owned(),
             updates: ArrayQueue::new(WAITING),
             commands: ArrayQueue::new(ORDERS),
+            places: Mutex::default(),
             given: AtomicU64::new(0),
             lost: AtomicU64::new(0),
             over: AtomicBool::new(false),
             wake: Wake::new()?,
+            spool: Arc::new(Spool::new()?),
             now: Mutex::new(Now {
                 state: State {
                     role,
@@ -140,6 +154,7 @@ impl Board {
                     record: None,
                 },
                 orders: None,
+                stage: None,
             }),
         })
     }
@@ -155,10 +170,25 @@ impl Board {
         self.wake.ring();
     }
 
-    /// The machine's figures are these from now on.
-    pub fn attach(&self, samples: &Arc<Samples>, orders: &Arc<Orders>) {
-        self.now().orders = Some(Arc::clone(orders));
+    /// The machine's figures are these from now on, and what is typed at its console goes there.
+    pub fn attach(&self, samples: &Arc<Samples>, orders: &Arc<Orders>, stage: &Arc<Stage>) {
+        {
+            let mut now = self.now();
+            now.orders = Some(Arc::clone(orders));
+            now.stage = Some(Arc::clone(stage));
+        }
         self.leave(Update::Attach(Arc::clone(samples), Arc::clone(orders)));
+    }
+
+    /// What the guest's console has let out of late.
+    #[must_use]
+    pub fn spool(&self) -> &Arc<Spool> {
+        &self.spool
+    }
+
+    /// Where what is typed at the console goes.
+    pub(super) fn stage(&self) -> Option<Arc<Stage>> {
+        self.now().stage.clone()
     }
 
     /// The role stands so. Cheap if it did before.
@@ -212,6 +242,26 @@ impl Board {
             orders.ring_reports();
         }
         Some(number)
+    }
+
+    /// Where a backup may listen, from now on. False: too many places are known.
+    pub fn add_place(&self, place: SocketAddr) -> bool {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.contains(&place) {
+            return true;
+        }
+        let room = places.len() < PLACES;
+        if room {
+            places.push(place);
+        }
+        room
+    }
+
+    /// Where backups may listen, beside the places that the role was started with.
+    #[must_use]
+    pub fn places(&self) -> Vec<SocketAddr> {
+        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.clone()
     }
 
     /// The next order. By the I/O thread, in each of its rounds.

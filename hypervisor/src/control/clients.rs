@@ -87,6 +87,30 @@ impl AsFd for Socket {
     }
 }
 
+/// What is said to a request.
+#[derive(Debug)]
+pub(super) enum Reply {
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// These, and then the console from this byte on: the client is a viewer from here on.
+    Console(Vec<u8>, u64),
+}
+
+impl From<Vec<u8>> for Reply {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+/// A client that became a viewer.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    pub(super) stream: UnixStream,
+    pub(super) hello: Vec<u8>,
+    pub(super) from: u64,
+    pub(super) typed: Vec<u8>,
+}
+
 #[derive(Debug)]
 struct Client {
     socket: Socket,
@@ -100,6 +124,8 @@ struct Client {
     quiet: Instant,
     /// It is dropped once the outbox is sent.
     last: bool,
+    /// It is to look at the console, from this byte on.
+    looks: Option<u64>,
 }
 
 impl Client {
@@ -113,7 +139,11 @@ impl Client {
     }
 
     /// Reads or sends what there is. False: it is to be dropped.
-    fn turn(&mut self, now: Instant, answer: &mut impl FnMut(Kind, &[u8]) -> Vec<u8>) -> bool {
+    fn turn<R: Into<Reply>>(
+        &mut self,
+        now: Instant,
+        answer: &mut impl FnMut(Kind, &[u8]) -> R,
+    ) -> bool {
         if self.owes() {
             return self.send(now);
         }
@@ -129,18 +159,30 @@ impl Client {
     }
 
     /// Answers the first request that is whole.
-    fn consider(&mut self, now: Instant, answer: &mut impl FnMut(Kind, &[u8]) -> Vec<u8>) -> bool {
-        match self.kind.end_of(&self.inbox) {
+    fn consider<R: Into<Reply>>(
+        &mut self,
+        now: Instant,
+        answer: &mut impl FnMut(Kind, &[u8]) -> R,
+    ) -> bool {
+        let reply = match self.kind.end_of(&self.inbox) {
             Some(end) if end <= REQUEST_MAX => {
-                self.outbox = answer(self.kind, &self.inbox[..end]);
+                let reply = answer(self.kind, &self.inbox[..end]);
                 self.inbox.drain(..end);
                 self.last = self.kind == Kind::Scrape;
+                reply
             }
             None if self.inbox.len() < REQUEST_MAX => return true,
             _ => {
                 // What would have been a request has no end, or one too far.
-                self.outbox = answer(self.kind, b"");
                 self.last = true;
+                answer(self.kind, b"")
+            }
+        };
+        match reply.into() {
+            Reply::Bytes(bytes) => self.outbox = bytes,
+            Reply::Console(hello, from) => {
+                (self.outbox, self.looks) = (hello, Some(from));
+                return true;
             }
         }
         self.sent = 0;
@@ -195,6 +237,7 @@ impl Clients {
             until: now + kind.patience(),
             quiet: now,
             last: false,
+            looks: None,
         });
     }
 
@@ -220,11 +263,11 @@ impl Clients {
     }
 
     /// Turns to each that is ready, after a wait; drops who has gone, who is done, and whose time is over.
-    pub(super) fn turn(
+    pub(super) fn turn<R: Into<Reply>>(
         &mut self,
         waiter: &Waiter,
         now: Instant,
-        mut answer: impl FnMut(Kind, &[u8]) -> Vec<u8>,
+        mut answer: impl FnMut(Kind, &[u8]) -> R,
     ) {
         let mut waits = std::mem::take(&mut self.waits).into_iter();
         self.list.retain_mut(|client| {
@@ -241,6 +284,21 @@ impl Clients {
             };
             kept && now < client.until
         });
+    }
+
+    /// Those who became viewers.
+    pub(super) fn leaving(&mut self) -> impl Iterator<Item = Leaving> + '_ {
+        self.list
+            .extract_if(.., |client| client.looks.is_some())
+            .filter_map(|client| match (client.socket, client.looks) {
+                (Socket::Unix(stream), Some(from)) => Some(Leaving {
+                    stream,
+                    hello: client.outbox,
+                    from,
+                    typed: client.inbox,
+                }),
+                _ => None,
+            })
     }
 }
 

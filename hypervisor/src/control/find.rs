@@ -103,7 +103,7 @@ pub fn ask(path: &Path) -> io::Result<Status> {
     match exchange(path, Ask::Status)? {
         Outcome::Status(status) => Ok(*status),
         Outcome::Error(why) => Err(io::Error::other(why)),
-        Outcome::Ordered(_) => Err(io::Error::other("it answers another question")),
+        Outcome::Ordered(_) | Outcome::Console(_) => Err(another()),
     }
 }
 
@@ -115,7 +115,7 @@ pub fn order(directory: &Path, name: &str, pid: u32, what: Ask) -> io::Result<u6
     match exchange(&place::path(directory, name, pid), what)? {
         Outcome::Ordered(number) => Ok(number),
         Outcome::Error(why) => Err(io::Error::other(why)),
-        Outcome::Status(_) => Err(io::Error::other("it answers another question")),
+        Outcome::Status(_) | Outcome::Console(_) => Err(another()),
     }
 }
 
@@ -127,7 +127,37 @@ pub fn ask_process(directory: &Path, name: &str, pid: u32) -> io::Result<Status>
     ask(&place::path(directory, name, pid))
 }
 
+/// The console of the machine that this process serves: the number of the first byte to come, and the connection that carries them,
+/// from which a byte or more may have been read already.
+///
+/// # Errors
+/// What the kernel says, or why the role shows none.
+pub fn console(
+    directory: &Path,
+    name: &str,
+    pid: u32,
+    from: Option<u64>,
+) -> io::Result<(u64, BufReader<UnixStream>)> {
+    let mut reader = BufReader::new(request(
+        &place::path(directory, name, pid),
+        Ask::Console { from },
+    )?);
+    match answer(&mut reader)? {
+        Outcome::Console(at) => Ok((at, reader)),
+        Outcome::Error(why) => Err(io::Error::other(why)),
+        Outcome::Status(_) | Outcome::Ordered(_) => Err(another()),
+    }
+}
+
+fn another() -> io::Error {
+    io::Error::other("it answers another question")
+}
+
 fn exchange(path: &Path, ask: Ask) -> io::Result<Outcome> {
+    answer(&mut BufReader::new(request(path, ask)?))
+}
+
+fn request(path: &Path, ask: Ask) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -136,8 +166,12 @@ fn exchange(path: &Path, ask: Ask) -> io::Result<Outcome> {
         ask,
     };
     stream.write_all(&request.encode())?;
+    Ok(stream)
+}
+
+fn answer(from: &mut BufReader<UnixStream>) -> io::Result<Outcome> {
     let mut line = Vec::new();
-    BufReader::new(stream.take(ANSWER_MAX as u64)).read_until(b'\n', &mut line)?;
+    from.take(ANSWER_MAX as u64).read_until(b'\n', &mut line)?;
     if line.is_empty() {
         return Err(io::Error::new(
             ErrorKind::UnexpectedEof,

@@ -21,6 +21,8 @@ mod place;
 mod prometheus;
 pub mod status;
 mod view;
+mod viewers;
+pub mod visit;
 pub mod wire;
 
 use std::io;

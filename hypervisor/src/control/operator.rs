@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::ControlError;
 use super::board::{Board, Command};
-use super::clients::{Clients, Kind, Socket};
+use super::clients::{Clients, Kind, Reply, Socket};
 use super::hook::{Change, Helper};
 use super::place::{ControlSocket, default_run_dir};
 use super::prometheus;
 use super::status::{Role, Standing};
 use super::view::{About, View};
+use super::viewers::{self, Viewers};
 use super::wire::{Answer, Ask, Outcome, Request};
 use crate::backends::wait::Waiter;
 use crate::config::Config;
@@ -82,6 +83,7 @@ impl Operator {
             metrics,
             helper,
             clients: Clients::default(),
+            viewers: Viewers::default(),
         };
         let thread = std::thread::Builder::new()
             .name("operator".into())
@@ -142,6 +144,7 @@ struct Desk {
     metrics: Option<TcpListener>,
     helper: Option<Helper>,
     clients: Clients,
+    viewers: Viewers,
 }
 
 impl Desk {
@@ -187,6 +190,11 @@ impl Desk {
             if let Some(next) = self.clients.wait(&mut waiter, now) {
                 again = again.min(next);
             }
+            let stage = self.board.stage();
+            let (spool, stage) = (self.board.spool(), stage.as_deref());
+            if let Some(next) = self.viewers.wait(&mut waiter, spool, stage, now) {
+                again = again.min(next);
+            }
             let longest = again.saturating_duration_since(now);
             if waiter.wait(Some(longest)).is_err() {
                 // Not for want of descriptors, of which there are a few. Not to spin in case it goes on.
@@ -204,13 +212,24 @@ impl Desk {
             }
             let Self {
                 clients,
+                viewers,
                 view,
                 board,
                 ..
             } = &mut self;
+            let stage = board.stage();
+            viewers.turn(&waiter, board.spool(), stage.as_deref(), now);
+            let full = viewers.is_full();
             clients.turn(&waiter, now, |kind, request| {
-                answer(view, board, kind, request, now)
+                answer(view, board, full, kind, request, now)
             });
+            for new in clients.leaving() {
+                if viewers.is_full() {
+                    // Several came in one round; the answer is not sent yet, and this one is hung up on.
+                    continue;
+                }
+                viewers.admit(new.stream, new.hello, new.from, new.typed);
+            }
             if control.is_some_and(|index| waiter.ready(index).read) {
                 admit_at[0] = now + Kind::Control.pace();
                 if let Some(stream) = self.socket.as_ref().and_then(ControlSocket::accept) {
@@ -319,16 +338,24 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
              another. doppel status {name} shows what runs here"
         ));
     }
-    if state.role == Role::Solo {
+    if state.role == Role::Solo && ask != Ask::Reset {
         return Err(format!(
             "machine {name} runs without a pair (doppel run, doppel record): end it with SIGTERM, or start it as doppel primary --alone"
         ));
     }
     let command = match ask {
-        Ask::Status => return Err("a status is no order".to_owned()),
+        Ask::Status | Ask::Console { .. } => return Err("this is no order".to_owned()),
+        // It is done when it is known: the next look for a backup looks there, too.
+        Ask::Standby(place) => {
+            return match board.add_place(place) {
+                true => Ok(0),
+                false => Err("too many places for backups are known already".to_owned()),
+            };
+        }
         Ask::Switch => Command::Switch,
         Ask::MigrateBackup(to) => Command::MigrateBackup(to),
         Ask::PowerOff => Command::PowerOff,
+        Ask::Reset => Command::Reset,
         Ask::Share(share @ 0) => Command::Share(Pace::of(share)),
         Ask::Share(share) if Pace::LEAST <= Pace::of(share) && share <= Control::WHOLE => {
             Command::Share(Pace::of(share))
@@ -378,8 +405,37 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
         .ok_or_else(|| "too many orders wait already".to_owned())
 }
 
-fn answer(view: &View, board: &Board, kind: Kind, request: &[u8], now: Instant) -> Vec<u8> {
-    match kind {
+/// What somebody is shown of what came before, who asks for nothing else: about a screen of it.
+const TAIL: u64 = 4 << 10;
+
+/// From which byte on somebody is shown the console who wants it from this one on.
+fn console(view: &View, board: &Board, full: bool, from: Option<u64>) -> Result<u64, String> {
+    let (state, name) = (view.state(), view.name());
+    if state.role == Role::Backup {
+        return Err(format!(
+            "this process is the backup of machine {name}, and its console is shown by the one that serves it: its primary, on this host or another"
+        ));
+    }
+    if full {
+        return Err(format!(
+            "{} look at this console already: end one of them",
+            viewers::MOST
+        ));
+    }
+    let oldest = board.spool().oldest();
+    let tail = board.spool().head().saturating_sub(TAIL);
+    Ok(from.unwrap_or(tail).max(oldest))
+}
+
+fn answer(
+    view: &View,
+    board: &Board,
+    full: bool,
+    kind: Kind,
+    request: &[u8],
+    now: Instant,
+) -> Reply {
+    let said = match kind {
         Kind::Scrape => prometheus::respond(request, || {
             prometheus::page(&view.status(now), &view.latencies(), &view.stops())
         }),
@@ -387,6 +443,16 @@ fn answer(view: &View, board: &Board, kind: Kind, request: &[u8], now: Instant) 
             Ok(Request {
                 ask: Ask::Status, ..
             }) => Outcome::Status(Box::new(view.status(now))),
+            Ok(Request {
+                ask: Ask::Console { from },
+                ..
+            }) => match console(view, board, full, from) {
+                Ok(at) => {
+                    let hello = Answer::new(Outcome::Console(at)).encode();
+                    return Reply::Console(hello, at);
+                }
+                Err(why) => Outcome::Error(why),
+            },
             Ok(Request { ask, .. }) => match order(view, board, ask) {
                 Ok(number) => Outcome::Ordered(number),
                 Err(why) => Outcome::Error(why),
@@ -394,7 +460,8 @@ fn answer(view: &View, board: &Board, kind: Kind, request: &[u8], now: Instant) 
             Err(why) => Outcome::Error(why),
         })
         .encode(),
-    }
+    };
+    Reply::Bytes(said)
 }
 
 #[cfg(test)]

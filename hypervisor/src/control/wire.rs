@@ -38,8 +38,17 @@ pub enum Ask {
     MigrateBackup(Option<SocketAddr>),
     /// That the machine is turned off.
     PowerOff,
+    /// That the machine starts anew.
+    Reset,
     /// That the guest has so many 1024ths of its time.
     Share(u16),
+    /// The guest's console. Behind the answer's line come the bytes that it lets out, as they are, and what the other side sends is typed.
+    Console {
+        /// The first byte that is wanted, counted from the guest's first; none: the last screen of what is kept.
+        from: Option<u64>,
+    },
+    /// That a backup may listen there, too, from now on.
+    Standby(SocketAddr),
 }
 
 /// An answer.
@@ -60,6 +69,8 @@ pub enum Outcome {
     Status(Box<Status>),
     /// It is ordered, by this number: what comes of it is told by the status.
     Ordered(u64),
+    /// The console's bytes follow, from this one on.
+    Console(u64),
     /// Why it is not answered.
     Error(String),
 }
@@ -99,7 +110,7 @@ impl Ask {
     /// Whether it changes something.
     #[must_use]
     pub fn is_order(self) -> bool {
-        self != Self::Status
+        !matches!(self, Self::Status | Self::Console { .. })
     }
 }
 
@@ -144,13 +155,15 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        let address = "[2001:db8::7]:7700".parse().unwrap();
+        let place = "[2001:db8::7]:7700".parse().unwrap();
         for ask in [
             Ask::Switch,
             Ask::MigrateBackup(None),
-            Ask::MigrateBackup(Some(address)),
+            Ask::MigrateBackup(Some(place)),
             Ask::PowerOff,
+            Ask::Reset,
             Ask::Share(512),
+            Ask::Standby(place),
         ] {
             let request = Request {
                 doppel: VERSION,
@@ -160,6 +173,19 @@ mod tests {
             assert!(ask.is_order());
         }
         assert!(!Ask::Status.is_order());
+    }
+
+    #[test]
+    fn a_console_is_asked_for_from_a_byte_on() {
+        for from in [None, Some(7)] {
+            let ask = Ask::Console { from };
+            let request = Request {
+                doppel: VERSION,
+                ask,
+            };
+            assert_eq!(Request::decode(&request.encode()).unwrap(), request);
+            assert!(!ask.is_order());
+        }
     }
 
     #[test]

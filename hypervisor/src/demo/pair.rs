@@ -38,7 +38,7 @@ pub struct PairSpec {
     pub transport: Transport,
     /// `--arbiter`; a directory of the pair's own if there is none.
     pub arbiter: Option<String>,
-    /// More options for both sides.
+    /// More options for both sides; `{side}` in one stands for the side's name, where each has a file of its own.
     pub more: Vec<String>,
 }
 
@@ -179,7 +179,7 @@ impl Side {
                 &cpus[1].to_string(),
             ])
             .args(arguments)
-            .args(&spec.more)
+            .args(spec.more.iter().map(|more| more.replace("{side}", name)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr);

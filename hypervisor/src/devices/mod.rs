@@ -29,6 +29,7 @@ mod place;
 mod platform;
 pub mod power;
 pub mod pvclock;
+mod reset;
 mod saved;
 mod serial;
 pub mod tsc;
@@ -234,7 +235,7 @@ impl Devices {
             Place::TimeStamp => return self.wait(Awaiting::TimeStamp),
             // PM1 control: no sleep type, nothing enabled.
             Place::Power => data.fill(0),
-            Place::Reset | Place::Nothing => {}
+            Place::Reset | Place::Keyboard | Place::Nothing => {}
         }
         Effect::Done
     }
@@ -268,8 +269,8 @@ impl Devices {
                     return self.turn_off(status);
                 }
             }
-            // There is no second start: who resets the machine has it end, and starts it again.
-            Place::Reset if data[0] == acpi::RESET_VALUE => return self.turn_off(0),
+            Place::Reset if data[0] == acpi::RESET_VALUE => return Effect::Reset,
+            Place::Keyboard if data[0] == power::PULSE_RESET => return Effect::Reset,
             Place::Cmos(port) => board.cmos.write(port, data[0]),
             Place::Events(port) => {
                 if let Some(value) = data.first_chunk() {
@@ -294,6 +295,7 @@ impl Devices {
             | Place::PmTimer
             | Place::TimeStamp
             | Place::Reset
+            | Place::Keyboard
             | Place::Nothing => {}
         }
         Effect::Done
@@ -440,6 +442,12 @@ impl Devices {
         self.board.serial.room()
     }
 
+    /// How many bytes the guest has printed on its console, those that wait as [`outputs`](Self::outputs) included.
+    #[must_use]
+    pub fn printed(&self) -> u64 {
+        self.board.serial.sent()
+    }
+
     /// Whether [`outputs`](Self::outputs) would yield any.
     #[must_use]
     pub fn has_outputs(&self) -> bool {
@@ -462,6 +470,12 @@ impl Devices {
     pub fn acknowledge_interrupt(&mut self) -> u8 {
         self.board.happened = true;
         self.board.pic.acknowledge()
+    }
+
+    /// Interrupts that the devices have asked for since this was last called, a bit for each line; where KVM has the controllers.
+    pub fn take_edges(&mut self) -> impl Iterator<Item = u8> + use<> {
+        let edges = self.board.pic.take_edges();
+        (0..16).filter(move |line| edges & 1 << line != 0)
     }
 
     /// HALT's latch: whether a frame, console bytes, random bytes or an interrupt reached the guest since HALT was

@@ -262,6 +262,15 @@ impl Pic {
         self.set_line(irq, true);
     }
 
+    /// Lines that have risen since this was last asked, a bit each, and are not asked for any more: for a machine whose interrupts
+    /// another controller takes, and whose guest never sees this one.
+    pub fn take_edges(&mut self) -> u16 {
+        let master = std::mem::take(&mut self.master.irr) & !(1 << CASCADE);
+        let slave = std::mem::take(&mut self.slave.irr);
+        self.join();
+        u16::from(master) | u16::from(slave) << 8
+    }
+
     /// Whether the CPU's interrupt pin is up.
     #[must_use]
     pub fn pending(&self) -> bool {
@@ -350,6 +359,20 @@ mod tests {
             pic.write(base + 1, icw4);
         }
         pic
+    }
+
+    #[test]
+    fn where_another_controller_takes_them_only_edges_are_told() {
+        let mut pic = Pic::default();
+        pic.pulse(5);
+        pic.set_line(12, true);
+        assert_eq!(pic.take_edges(), 1 << 5 | 1 << 12);
+        pic.set_line(5, true);
+        assert_eq!(pic.take_edges(), 0, "it was high already");
+        pic.pulse(5);
+        pic.set_line(12, false);
+        assert_eq!(pic.take_edges(), 1 << 5);
+        assert!(pic.is_sound());
     }
 
     #[test]

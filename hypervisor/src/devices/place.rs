@@ -39,6 +39,7 @@ pub(super) enum Place {
     TimeStamp,
     Power,
     Reset,
+    Keyboard,
     Platform(u64),
     Net(u64),
     Rng(u64),
@@ -57,6 +58,7 @@ pub(super) fn place(bus: Bus, addr: u64, len: usize) -> Place {
             CONSOLE..=0x3ff => Place::Serial(port - CONSOLE),
             cmos::INDEX | cmos::DATA => Place::Cmos(port),
             acpi::RESET => Place::Reset,
+            power::KEYBOARD => Place::Keyboard,
             _ => Place::Nothing,
         },
         (Bus::Port, Ok(port)) => match (port, len) {

@@ -1,8 +1,13 @@
-//! The power-off port (guest ABI, "Ports").
+//! The power-off port, and the keyboard controller's way to reset a machine (guest ABI, "Ports").
 #![forbid(unsafe_code)]
 
 /// The port.
 pub const PORT: u16 = 0x604;
+
+/// The keyboard controller's command port. There is no such controller but for this one command.
+pub const KEYBOARD: u16 = 0x64;
+/// Pulses the line that resets the processor.
+pub const PULSE_RESET: u8 = 0xfe;
 
 /// The status with which a write of `data` turns the guest off: 16 bits, 0x2000 + status.
 #[must_use]

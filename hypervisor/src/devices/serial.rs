@@ -61,9 +61,26 @@ pub struct Serial {
     lcr: u8,
     mcr: u8,
     scr: u8,
+    /// Bytes that went out since the machine was made.
+    sent: u64,
 }
 
 impl Serial {
+    /// One at power-on, after so many bytes had gone out.
+    #[must_use]
+    pub fn after(sent: u64) -> Self {
+        Self {
+            sent,
+            ..Self::default()
+        }
+    }
+
+    /// Bytes that went out on the wire since the machine was made.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
     /// Whether a 16550 can be in this state.
     #[must_use]
     pub fn is_sound(&self) -> bool {
@@ -117,6 +134,7 @@ impl Serial {
             DATA => {
                 self.empty_unseen = true;
                 if !self.looped() {
+                    self.sent += 1;
                     return Some(value);
                 }
                 if self.room() == 0 {

@@ -162,6 +162,8 @@ pub struct Facts {
     pub cores: usize,
     /// CPUs that the kernel keeps free of other work.
     pub isolated: Vec<usize>,
+    /// Whether the kernel shares CPUs out by session first, and by process within; none if it cannot.
+    pub autogroups: Option<bool>,
     /// How much memory may be locked, in bytes; none is without limit.
     pub lock_limit: Option<u64>,
     /// Memory that is free to use, in bytes.
@@ -205,6 +207,9 @@ impl Facts {
                 .text("sys/devices/system/cpu/isolated")
                 .map_or_else(Vec::new, |text| cpu_list(&text)),
             cpus,
+            autogroups: host
+                .text("proc/sys/kernel/sched_autogroup_enabled")
+                .map(|text| text.trim() != "0"),
             lock_limit: lock_limit(host),
             memory_available: kib(host.field("proc/meminfo", "MemAvailable")),
             huge_pages_free: host

@@ -114,6 +114,31 @@ fn kvm(facts: &Facts, findings: &mut Findings) -> bool {
     };
     let runs = costs(probe, findings);
     quirks(probe, findings);
+    if capabilities.no_crew.is_empty() && !capabilities.moves_time_stamps {
+        findings.add(
+            AREA,
+            Level::Limited,
+            "it has interrupt controllers of its own (--cpu host, --vcpus), and does not move a guest's time stamp: after a failover from another host it may go back",
+        )
+        .advise("protect guests that read it between two processes of this host, or use --cpu replayable");
+    } else if capabilities.no_crew.is_empty() {
+        findings.add(
+            AREA,
+            Level::Good,
+            "it has interrupt controllers of its own: Linux guests can have the host's CPU and several vCPUs (--cpu host, --vcpus)",
+        );
+    } else {
+        findings
+            .add(
+                AREA,
+                Level::Limited,
+                format!(
+                    "it lacks {}: Linux guests have one vCPU, which can be replayed (--cpu replayable)",
+                    capabilities.no_crew.join(", ")
+                ),
+            )
+            .advise("use a newer kernel for guests with several vCPUs");
+    }
     let ring = capabilities.dirty_ring;
     match (&probe.dirty_log, ring) {
         (Ok(true), 0) => findings.add(
@@ -372,6 +397,17 @@ fn cpu(facts: &Facts, findings: &mut Findings) {
                 facts.isolated
             ),
         );
+    }
+    if facts.autogroups == Some(true) {
+        findings
+            .add(
+                AREA,
+                Level::Limited,
+                "the kernel shares CPUs out by session (autogroups)",
+            )
+            .advise(
+                "under load a kernel 6.18 kept workers of its own, for which KVM waits, off a CPU for 13 s: sysctl kernel.sched_autogroup_enabled=0",
+            );
     }
 }
 

@@ -67,6 +67,8 @@ fn best() -> Facts {
                 tsc_scaling: true,
                 vcpus: 8,
                 missing: Vec::new(),
+                no_crew: Vec::new(),
+                moves_time_stamps: true,
             },
             cpu: Some(CpuModel {
                 vendor: "AuthenticAMD".into(),
@@ -79,6 +81,7 @@ fn best() -> Facts {
         cpus: (0..8).collect(),
         cores: 8,
         isolated: vec![4, 5, 6, 7],
+        autogroups: Some(false),
         lock_limit: None,
         memory_available: Some(8 << 30),
         huge_pages_free: 0,
@@ -197,6 +200,11 @@ fn each_lack_is_named_with_its_remedy() {
         (set(|f| f.cores = 1), Level::Limited, "share it"),
         (set(|f| f.cores = 2), Level::Limited, "gets one"),
         (set(|f| f.isolated.clear()), Level::Limited, "no core"),
+        (
+            set(|f| f.autogroups = Some(true)),
+            Level::Limited,
+            "by session",
+        ),
         (
             set(|f| f.lock_limit = Some(64 << 10)),
             Level::Limited,

@@ -117,7 +117,7 @@ impl Secret {
         Self(bytes)
     }
 
-    pub(super) fn bytes(&self) -> &[u8; BYTES] {
+    pub(crate) fn bytes(&self) -> &[u8; BYTES] {
         &self.0
     }
 

@@ -11,15 +11,32 @@ use serde::{Deserialize, Serialize};
 use super::{KvmError, KvmSource};
 
 /// Bits hidden in one register of one leaf.
-struct Hide {
-    leaf: u32,
-    subleaf: u32,
-    register: Register,
-    bits: &'static [u8],
+pub(super) struct Hide {
+    pub(super) leaf: u32,
+    pub(super) subleaf: u32,
+    pub(super) register: Register,
+    pub(super) bits: &'static [u8],
+}
+
+impl Hide {
+    /// Hides them in an entry, if they are in it.
+    pub(super) fn in_entry(&self, entry: &mut kvm_cpuid_entry2) {
+        if entry.function != self.leaf || entry.index != self.subleaf {
+            return;
+        }
+        let mask = self.bits.iter().fold(0u32, |mask, bit| mask | 1 << bit);
+        match self.register {
+            Register::Eax => entry.eax &= !mask,
+            Register::Ebx => entry.ebx &= !mask,
+            Register::Ecx => entry.ecx &= !mask,
+            Register::Edx => entry.edx &= !mask,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
-enum Register {
+pub(super) enum Register {
+    Eax,
     Ebx,
     Ecx,
     Edx,
@@ -129,7 +146,7 @@ impl CpuModel {
         Ok(deterministic(&supported, false)?.1)
     }
 
-    fn of(entries: &[kvm_cpuid_entry2]) -> Option<Self> {
+    pub(super) fn of(entries: &[kvm_cpuid_entry2]) -> Option<Self> {
         let zero = entries.iter().find(|e| e.function == 0)?;
         let one = entries.iter().find(|e| e.function == 1)?;
         let mut vendor = Vec::new();
@@ -167,14 +184,7 @@ pub fn deterministic(supported: &CpuId, clock_page: bool) -> Result<(CpuId, CpuM
             entry.ebx &= 0x0000_ffff;
         }
         for hide in HIDDEN {
-            if entry.function == hide.leaf && entry.index == hide.subleaf {
-                let mask = hide.bits.iter().fold(0u32, |mask, bit| mask | 1 << bit);
-                match hide.register {
-                    Register::Ebx => entry.ebx &= !mask,
-                    Register::Ecx => entry.ecx &= !mask,
-                    Register::Edx => entry.edx &= !mask,
-                }
-            }
+            hide.in_entry(entry);
         }
     }
     // Leaf 7 subleaf 1 and above: only AVX-VNNI, AMX and their kin; a bare guest needs none.

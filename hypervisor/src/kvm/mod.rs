@@ -4,13 +4,16 @@
 //! memory handed to the kernel, and the signal that kicks a vCPU. Nothing above this module touches any of it.
 
 mod cpuid;
+mod crew;
 mod exit;
+mod host_cpu;
 mod msr;
 mod state;
 mod vcpu;
 mod vm;
 
 pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
+pub use crew::{BadCrewState, CrewState, Shape};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
 pub use vcpu::{Kick, Vcpu};
@@ -39,6 +42,14 @@ pub enum KvmError {
     #[error("this KVM lacks {what}; a newer kernel has it")]
     Missing {
         /// The capability's name.
+        what: &'static str,
+    },
+    /// It cannot run a guest with KVM's own interrupt controller.
+    #[error(
+        "this KVM lacks {what}, which a guest with the host's CPU needs: give it one that can be replayed (--cpu replayable, one vCPU)"
+    )]
+    NoControllers {
+        /// What it lacks.
         what: &'static str,
     },
     /// An ioctl failed.

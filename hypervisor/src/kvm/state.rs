@@ -86,7 +86,7 @@ pub struct BadCpuState {
 ///
 /// # Safety
 /// `repr(C)`, no padding, and every bit pattern is a value.
-unsafe trait Plain: Copy + Default {}
+pub(super) unsafe trait Plain: Copy {}
 // SAFETY: integers and arrays of them only; the sizes below are the sums of the fields' sizes.
 unsafe impl Plain for kvm_regs {}
 // SAFETY: as above.
@@ -111,16 +111,16 @@ const FIXED: usize = size_of::<kvm_regs>()
     + size_of::<kvm_fpu>()
     + size_of::<kvm_debugregs>();
 /// Bytes of one MSR.
-const MSR: usize = 12;
+pub(super) const MSR: usize = 12;
 
-fn put<T: Plain>(bytes: &mut Vec<u8>, value: &T) {
+pub(super) fn put<T: Plain>(bytes: &mut Vec<u8>, value: &T) {
     // SAFETY: `Plain` says that these are initialised bytes, and the borrow keeps them in place.
     bytes.extend_from_slice(unsafe {
         std::slice::from_raw_parts(std::ptr::from_ref(value).cast::<u8>(), size_of::<T>())
     });
 }
 
-fn take<T: Plain>(bytes: &mut &[u8]) -> T {
+pub(super) fn take<T: Plain>(bytes: &mut &[u8]) -> T {
     let (head, rest) = bytes.split_at(size_of::<T>());
     *bytes = rest;
     // SAFETY: `head` is exactly as long as `T`, and `Plain` says that any bytes are a value; they may be unaligned.
@@ -164,22 +164,24 @@ impl CpuState {
             events: take(&mut rest),
             fpu: take(&mut rest),
             debug: take(&mut rest),
-            msrs: rest
-                .chunks_exact(MSR)
-                .map(|msr| {
-                    let (index, value) = msr.split_at(4);
-                    let index = u32::from_le_bytes(index.try_into().expect("four bytes"));
-                    (
-                        index,
-                        u64::from_le_bytes(value.try_into().expect("eight bytes")),
-                    )
-                })
-                .collect(),
+            msrs: msrs_of(rest).collect(),
         })
     }
 }
 
-fn entry(index: u32, data: u64) -> kvm_msr_entry {
+/// The MSRs in these bytes: number (u32) and value (u64) of each.
+pub(super) fn msrs_of(bytes: &[u8]) -> impl Iterator<Item = (u32, u64)> + '_ {
+    bytes.chunks_exact(MSR).map(|msr| {
+        let (index, value) = msr.split_at(4);
+        let index = u32::from_le_bytes(index.try_into().expect("four bytes"));
+        (
+            index,
+            u64::from_le_bytes(value.try_into().expect("eight bytes")),
+        )
+    })
+}
+
+pub(super) fn entry(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry {
         index,
         data,
@@ -187,16 +189,16 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
+pub(super) fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
     Msrs::from_entries(entries).map_err(|_| KvmError::Missing {
         what: "room for a list of MSRs",
     })
 }
 
-/// Which of [`MSRS`] this vCPU has.
-pub(super) fn supported_msrs(fd: &VcpuFd) -> Result<Vec<u32>, KvmError> {
-    let mut found = Vec::with_capacity(MSRS.len());
-    for &index in MSRS {
+/// Which of [`MSRS`] and of `more` this vCPU has.
+pub(super) fn supported_msrs(fd: &VcpuFd, more: &[u32]) -> Result<Vec<u32>, KvmError> {
+    let mut found = Vec::with_capacity(MSRS.len() + more.len());
+    for &index in MSRS.iter().chain(more) {
         // A register that this KVM does not have is not read: the count is then 0.
         if matches!(fd.get_msrs(&mut list(&[entry(index, 0)])?), Ok(1)) {
             found.push(index);
@@ -207,9 +209,28 @@ pub(super) fn supported_msrs(fd: &VcpuFd) -> Result<Vec<u32>, KvmError> {
 
 /// Reads everything; the instruction of the last exit must be complete.
 pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
+    Ok(CpuState {
+        regs: fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
+        sregs: system_registers(fd)?,
+        events: fd
+            .get_vcpu_events()
+            .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+        fpu: get_fpu(fd)?,
+        debug: fd
+            .get_debug_regs()
+            .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
+        msrs: read_msrs(fd, msrs)?,
+    })
+}
+
+pub(super) fn system_registers(fd: &VcpuFd) -> Result<kvm_sregs, KvmError> {
     let mut sregs = fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
     // The same interrupt stands among the events.
     sregs.interrupt_bitmap = [0; 4];
+    Ok(sregs)
+}
+
+pub(super) fn read_msrs(fd: &VcpuFd, msrs: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = list(
         &msrs
             .iter()
@@ -225,22 +246,24 @@ pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
             index: msrs[read],
         });
     }
-    Ok(CpuState {
-        regs: fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
-        sregs,
-        events: fd
-            .get_vcpu_events()
-            .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
-        fpu: get_fpu(fd)?,
-        debug: fd
-            .get_debug_regs()
-            .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
-        msrs: values
-            .as_slice()
-            .iter()
-            .map(|msr| (msr.index, msr.data))
-            .collect(),
-    })
+    Ok(values
+        .as_slice()
+        .iter()
+        .map(|msr| (msr.index, msr.data))
+        .collect())
+}
+
+pub(super) fn write_msrs(fd: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    let written = fd
+        .set_msrs(&list(msrs)?)
+        .map_err(KvmError::call("KVM_SET_MSRS"))?;
+    if written != msrs.len() {
+        return Err(KvmError::Msr {
+            what: "set",
+            index: msrs[written].index,
+        });
+    }
+    Ok(())
 }
 
 // x87 and SSE go by way of the XSAVE area: a software KVM was met whose KVM_GET_FPU knows no MXCSR and whose KVM_SET_FPU
@@ -320,7 +343,7 @@ pub(super) fn set_sregs(fd: &VcpuFd, sregs: &kvm_sregs) -> Result<(), KvmError> 
 }
 
 /// Whether this host's processor is QEMU's software emulation: it says so in the leaf that is kept for hypervisors.
-fn is_emulated() -> bool {
+pub(super) fn is_emulated() -> bool {
     let said = std::arch::x86_64::__cpuid(0x4000_0000);
     let name = [said.ebx, said.ecx, said.edx].map(u32::to_le_bytes);
     name.as_flattened() == b"TCGTCGTCGTCG"
@@ -339,15 +362,7 @@ pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
         .iter()
         .map(|&(index, value)| entry(index, value))
         .collect();
-    let written = fd
-        .set_msrs(&list(&msrs)?)
-        .map_err(KvmError::call("KVM_SET_MSRS"))?;
-    if written != msrs.len() {
-        return Err(KvmError::Msr {
-            what: "set",
-            index: msrs[written].index,
-        });
-    }
+    write_msrs(fd, &msrs)?;
     fd.set_vcpu_events(&state.events)
         .map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))
 }

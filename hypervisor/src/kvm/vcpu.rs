@@ -14,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::state::{self, CpuState};
-use super::{Exit, KvmError};
+use super::{Exit, KvmError, crew};
 
 /// `_IOW(KVMIO, 0x86, struct kvm_interrupt)`: `kvm-ioctls` has no wrapper for it.
 const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
@@ -94,7 +94,7 @@ enum DataAt {
     Mmio { len: usize },
 }
 
-/// The one vCPU of a machine.
+/// A vCPU of a machine.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -107,10 +107,19 @@ pub struct Vcpu {
 
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Result<Self, KvmError> {
-        install_kick_handler();
         fd.set_sync_valid_reg(SyncReg::Register);
         fd.set_sync_valid_reg(SyncReg::SystemRegister);
-        let msrs = state::supported_msrs(&fd)?;
+        Self::with(fd, &[])
+    }
+
+    /// One of several. Nobody looks at its registers at an exit.
+    pub(super) fn of_crew(fd: VcpuFd) -> Result<Self, KvmError> {
+        Self::with(fd, crew::MSRS)
+    }
+
+    fn with(fd: VcpuFd, more: &[u32]) -> Result<Self, KvmError> {
+        install_kick_handler();
+        let msrs = state::supported_msrs(&fd, more)?;
         Ok(Self {
             fd,
             data_at: DataAt::Nothing,
@@ -303,15 +312,35 @@ impl Vcpu {
     /// # Errors
     /// As [`Vcpu::run`].
     pub fn complete(&mut self) -> Result<(), KvmError> {
-        self.fd.set_kvm_immediate_exit(1);
-        let outcome = self.run();
-        self.fd.set_kvm_immediate_exit(0);
-        match outcome? {
+        match self.go_no_further()? {
             Exit::Interrupted => Ok(()),
             other => Err(KvmError::Stopped {
                 why: format!("completing an exit made another: {other:?}"),
             }),
         }
+    }
+
+    /// Lets KVM complete the instruction of the last exit without running another: [`Exit::Interrupted`], or what that instruction
+    /// needs next, as one that crosses the end of a page does.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`].
+    pub fn go_no_further(&mut self) -> Result<Exit, KvmError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let outcome = self.run();
+        self.fd.set_kvm_immediate_exit(0);
+        outcome
+    }
+
+    /// Whether the last run ended in an exit whose instruction is not complete.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished
+    }
+
+    /// For the state of all.
+    pub(super) fn parts(&self) -> (&VcpuFd, &[u32]) {
+        (&self.fd, &self.msrs)
     }
 
     /// Completes the instruction of the last exit, unless that was done.

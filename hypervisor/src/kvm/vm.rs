@@ -2,15 +2,18 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
-    kvm_clear_dirty_log, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_clear_dirty_log, kvm_enable_cap,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use super::{CpuModel, KvmError, Vcpu, deterministic_cpuid, msr};
+use super::crew::{self, CrewState, Shape};
+use super::{CpuModel, KvmError, Vcpu, deterministic_cpuid, host_cpu, msr, state};
 use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
 
 const RAM_SLOT: u32 = 0;
@@ -89,7 +92,24 @@ pub struct Capabilities {
     pub tsc_scaling: bool,
     /// vCPUs that it recommends at most.
     pub vcpus: usize,
+    /// What a guest with KVM's own interrupt controller (`--cpu host`) needs and this KVM has not.
+    pub no_crew: Vec<&'static str>,
+    /// A guest's time-stamp counter is really moved where a host takes over that is behind the one before.
+    pub moves_time_stamps: bool,
 }
+
+/// What a machine with KVM's own interrupt controller takes.
+const FOR_CREWS: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "an interrupt controller (KVM_CAP_IRQCHIP)"),
+    (Cap::PitState2, "a timer (KVM_CAP_PIT_STATE2)"),
+    (
+        Cap::AdjustClock,
+        "a clock that can be set (KVM_CAP_ADJUST_CLOCK)",
+    ),
+    (Cap::MpState, "states of several vCPUs (KVM_CAP_MP_STATE)"),
+    (Cap::Xsave, "extended states (KVM_CAP_XSAVE)"),
+    (Cap::Xcrs, "extended control registers (KVM_CAP_XCRS)"),
+];
 
 impl Capabilities {
     /// Asks.
@@ -112,6 +132,15 @@ impl Capabilities {
             guest_debug: kvm.check_extension(Cap::SetGuestDebug),
             tsc_scaling: kvm.check_extension(Cap::TscControl),
             vcpus: kvm.get_nr_vcpus(),
+            no_crew: FOR_CREWS
+                .into_iter()
+                .filter(|(cap, _)| !kvm.check_extension(*cap))
+                .map(|(_, what)| what)
+                .collect(),
+            moves_time_stamps: kvm
+                .create_vm()
+                .and_then(|vm| vm.create_vcpu(0))
+                .is_ok_and(|vcpu| crew::moves_time_stamps(&vcpu)),
         }
     }
 }
@@ -138,6 +167,51 @@ impl Vm {
     /// # Errors
     /// [`KvmError::Missing`] for a capability this KVM has not, [`KvmError::Call`] otherwise.
     pub fn new(kvm: Kvm, ram: &GuestRam) -> Result<Self, KvmError> {
+        let vm = Self::bare(kvm, ram)?;
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_FILTER);
+        vm.fd.enable_cap(&cap).map_err(|_| KvmError::Missing {
+            what: "KVM_CAP_X86_USER_SPACE_MSR",
+        })?;
+        msr::with_filter(|default, ranges| vm.fd.set_msr_filter(default, ranges))
+            .map_err(KvmError::call("KVM_X86_SET_MSR_FILTER"))?;
+        Ok(vm)
+    }
+
+    /// The same with KVM's own interrupt controllers and timer, for a guest that has the host's CPU.
+    ///
+    /// # Errors
+    /// As for [`Vm::new`].
+    pub fn with_controllers(kvm: Kvm, ram: &GuestRam) -> Result<Self, KvmError> {
+        if let Some((_, what)) = FOR_CREWS.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(KvmError::NoControllers { what });
+        }
+        let vm = Self::bare(kvm, ram)?;
+        // Before there is a vCPU: its counters are no part of a checkpoint. A KVM that cannot take them away hides them at least.
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_PMU_CAPABILITY,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
+        let _ = vm.fd.enable_cap(&cap);
+        vm.fd
+            .create_irq_chip()
+            .map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
+        // The port of the speaker is the timer's, too.
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.fd
+            .create_pit2(pit)
+            .map_err(KvmError::call("KVM_CREATE_PIT2"))?;
+        Ok(vm)
+    }
+
+    fn bare(kvm: Kvm, ram: &GuestRam) -> Result<Self, KvmError> {
         for (cap, what) in [
             (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
             (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
@@ -150,16 +224,6 @@ impl Vm {
         let fd = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
         // AMD needs no TSS page and some KVMs refuse the call: only Intel's real mode depends on it, which we never enter.
         let _ = fd.set_tss_address(TSS_ADDRESS);
-        let mut cap = kvm_enable_cap {
-            cap: KVM_CAP_X86_USER_SPACE_MSR,
-            ..Default::default()
-        };
-        cap.args[0] = u64::from(KVM_MSR_EXIT_REASON_FILTER);
-        fd.enable_cap(&cap).map_err(|_| KvmError::Missing {
-            what: "KVM_CAP_X86_USER_SPACE_MSR",
-        })?;
-        msr::with_filter(|default, ranges| fd.set_msr_filter(default, ranges))
-            .map_err(KvmError::call("KVM_X86_SET_MSR_FILTER"))?;
         let mut cap = kvm_enable_cap {
             cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
             ..Default::default()
@@ -276,5 +340,71 @@ impl Vm {
         fd.set_cpuid2(&cpuid)
             .map_err(KvmError::call("KVM_SET_CPUID2"))?;
         Ok((Vcpu::new(fd)?, model))
+    }
+
+    /// Creates so many vCPUs with the host's CPU, of a machine [with KVM's own controllers](Vm::with_controllers).
+    ///
+    /// # Errors
+    /// See [`KvmError`].
+    pub fn create_crew(&self, count: u8) -> Result<(Vec<Vcpu>, Shape, CpuModel), KvmError> {
+        let supported = self
+            .kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+        let deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
+        let (entries, model) = host_cpu::ordinary(&supported, deadline, !state::is_emulated())?;
+        let mut vcpus = Vec::with_capacity(count.into());
+        for number in 0..count {
+            let fd = self
+                .fd
+                .create_vcpu(number.into())
+                .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+            fd.set_cpuid2(&host_cpu::of_vcpu(&entries, number)?)
+                .map_err(KvmError::call("KVM_SET_CPUID2"))?;
+            vcpus.push(Vcpu::of_crew(fd)?);
+        }
+        let shape = Shape {
+            vcpus: count.into(),
+            msrs: vcpus.first().map_or(0, |vcpu| vcpu.parts().1.len() as u32),
+            cpuid: host_cpu::hash(&entries),
+        };
+        Ok((vcpus, shape, model))
+    }
+
+    /// A fresh edge on this line of the interrupt controllers.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn pulse(&self, line: u8) -> Result<(), KvmError> {
+        for level in [true, false] {
+            self.fd
+                .set_irq_line(line.into(), level)
+                .map_err(KvmError::call("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
+    /// The state of all vCPUs, which stand, and of what they share.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`], [`KvmError::Msr`].
+    pub fn crew_state(&self, vcpus: &[&Vcpu], shape: Shape) -> Result<CrewState, KvmError> {
+        let parts: Vec<_> = vcpus.iter().map(|vcpu| vcpu.parts()).collect();
+        crew::read(&self.fd, &parts, shape)
+    }
+
+    /// Sets it, as it would be if so much time had passed.
+    ///
+    /// # Errors
+    /// As for [`Vm::crew_state`]; the machine is then of no further use.
+    pub fn set_crew_state(
+        &self,
+        vcpus: &[&Vcpu],
+        state: &CrewState,
+        passed: Duration,
+    ) -> Result<(), KvmError> {
+        let fds: Vec<_> = vcpus.iter().map(|vcpu| vcpu.parts().0).collect();
+        let scales = self.kvm.check_extension(Cap::TscControl);
+        crew::write(&self.fd, &fds, state, passed, scales)
     }
 }

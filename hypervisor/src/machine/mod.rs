@@ -6,20 +6,23 @@
 //!    ▲                  ├─ Ready   nothing is missing
 //!    │                  ├─ Needs   a read waits for an input
 //!    │                  ├─ Halted  waits until something happens
+//!    ├── reset() ◀──────┼─ Reset   the guest wants to start anew
 //!    └── step() ◀───────┴─ Off     the guest is gone (power-off, triple fault)
 //! ```
 //! Nothing here knows whether it is recorded or replayed: both call `step`, hand in the same inputs at the same
 //! positions, and get the same outputs.
 #![forbid(unsafe_code)]
 
+mod crew;
+mod reset;
 mod spec;
 mod state;
 
-pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, SpecError};
-pub use state::Swept;
+pub use crew::{Company, MOST as VCPUS_MOST};
+pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
+pub use state::{BadProcessors, Processors, Swept};
 
-use crate::boot::linux::{self, Linux};
-use crate::boot::{self, BootError, Image};
+use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::Request;
@@ -28,9 +31,13 @@ use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
 
-use std::sync::Arc;
+use reset::Reset;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crew::Crew;
 
 /// What the machine waits for at a sync point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +50,8 @@ pub enum Phase {
     Halted,
     /// The guest waits in HLT for an interrupt.
     HltInstruction,
+    /// The guest resets the machine: [`Machine::reset`].
+    Reset,
     /// The guest turned itself off with this status.
     Off(u8),
     /// Triple fault, or HLT with interrupts off: the guest is beyond help.
@@ -85,15 +94,58 @@ pub enum MachineError {
     /// A device refused an input.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The threads of several vCPUs could not be started.
+    #[error("cannot start a vCPU's thread: {0}")]
+    Threads(std::io::Error),
+    /// vCPUs that were told to stand run on.
+    #[error(
+        "{standing} of {all} vCPUs stand, the others do not leave their guest: no checkpoint of it can be taken"
+    )]
+    Runaway {
+        /// Those that stand.
+        standing: usize,
+        /// All.
+        all: usize,
+    },
+}
+
+/// What runs the guest.
+enum Cpus {
+    /// One vCPU, run by whoever owns the machine, from exit to exit.
+    One(Vcpu),
+    /// One or several with threads of their own.
+    Crew(Crew),
+}
+
+impl Cpus {
+    /// The vCPU of a machine that goes from sync point to sync point.
+    fn one(&mut self) -> &mut Vcpu {
+        match self {
+            Self::One(vcpu) => vcpu,
+            Self::Crew(_) => panic!("vCPUs with threads of their own have no sync points"),
+        }
+    }
+
+    fn crew(&self) -> Option<&Crew> {
+        match self {
+            Self::One(_) => None,
+            Self::Crew(crew) => Some(crew),
+        }
+    }
+}
+
+fn lock(devices: &Mutex<Devices>) -> MutexGuard<'_, Devices> {
+    devices.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One virtual machine.
 pub struct Machine {
     // Dropped in this order: the vCPU and the VM before the memory they point into.
-    vcpu: Vcpu,
-    vm: Vm,
+    cpus: Cpus,
+    vm: Arc<Vm>,
     ram: Arc<GuestRam>,
-    devices: Devices,
+    /// Shared with the vCPUs where they run by themselves; nobody else ever waits for it.
+    devices: Arc<Mutex<Devices>>,
     cpu_model: CpuModel,
     position: Position,
     digest: Digest,
@@ -101,6 +153,9 @@ pub struct Machine {
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
+    /// What it takes to start anew.
+    /// What it takes to start anew; none where vCPUs have threads of their own.
+    again: Option<Reset>,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -118,38 +173,37 @@ impl Machine {
     /// See [`MachineError`].
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
-        let vm = Vm::new(source.open()?, &ram)?;
-        let (vcpu, cpu_model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
-        match spec.boot {
-            BootProtocol::Bare => {
-                let image =
-                    Image::parse(&spec.guest, spec.image.clone()).map_err(BootError::from)?;
-                boot::load(&ram, &vcpu, &image, &spec.command_line, spec.wall_clock_ns)?;
-            }
-            BootProtocol::Linux => {
-                let linux = Linux {
-                    name: &spec.guest,
-                    kernel: &spec.image,
-                    initrd: &spec.initrd,
-                    command_line: &spec.command_line,
-                    seed: spec.seed,
-                    disk: spec.disk.is_some(),
-                };
-                linux::load(&ram, &vcpu, &linux)?;
-            }
-        }
+        let kvm = source.open()?;
+        let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
+        let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
+            let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
+            let (mut vcpus, shape, model) = vm.create_crew(count)?;
+            reset::load(spec, spec.seed, &ram, &mut vcpus[0])?;
+            let crew = Crew::new(vcpus, shape, &devices, &ram, &vm);
+            (vm, Cpus::Crew(crew), model)
+        } else {
+            let vm = Arc::new(Vm::new(kvm, &ram)?);
+            let (mut vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            reset::load(spec, spec.seed, &ram, &mut vcpu)?;
+            (vm, Cpus::One(vcpu), model)
+        };
+        let again = match &cpus {
+            Cpus::One(vcpu) => Some(Reset::of(spec, vcpu)?),
+            Cpus::Crew(_) => None,
+        };
         Ok(Self {
-            vcpu,
+            injectable: cpus.crew().is_some(),
+            cpus,
             vm,
             ram,
-            devices: Devices::new(&spec.devices()),
+            devices,
             cpu_model,
             position: Position(0),
             digest: Digest(0),
             history: History::default(),
             phase: Phase::Ready,
+            again,
             halts_for_good: spec.boot == BootProtocol::Linux,
-            injectable: false,
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
@@ -166,7 +220,11 @@ impl Machine {
     /// The sync point the machine stands at.
     #[must_use]
     pub fn position(&self) -> Position {
-        self.position
+        match &self.cpus {
+            Cpus::One(_) => self.position,
+            // Exits of all: that they go on is all it means.
+            Cpus::Crew(crew) => Position(crew.exits()),
+        }
     }
 
     /// The rolling hash over all exits so far.
@@ -184,7 +242,10 @@ impl Machine {
     /// What the machine waits for.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        self.phase
+        match self.cpus.crew().and_then(Crew::off) {
+            Some(status) => Phase::Off(status),
+            None => self.phase,
+        }
     }
 
     /// Whether inputs that nobody asked for may be handed in here.
@@ -196,73 +257,87 @@ impl Machine {
     /// Random bytes that the entropy device waits for.
     #[must_use]
     pub fn pending(&self) -> Option<Need> {
-        self.devices.pending()
+        lock(&self.devices).pending()
     }
 
     /// Whether the network device has room for one more frame.
     #[must_use]
     pub fn can_receive(&self) -> bool {
-        self.devices.can_receive(&self.ram)
+        lock(&self.devices).can_receive(&self.ram)
     }
 
     /// Whether the guest's network driver runs; a frame that comes before is lost, as on a real wire.
     #[must_use]
     pub fn network_is_up(&self) -> bool {
-        self.devices.network_is_up()
+        lock(&self.devices).network_is_up()
     }
 
     /// How many console bytes can be handed in.
     #[must_use]
     pub fn console_room(&self) -> usize {
-        self.devices.console_room()
+        lock(&self.devices).console_room()
+    }
+
+    /// How many bytes the guest has printed on its console.
+    #[must_use]
+    pub fn printed(&self) -> u64 {
+        lock(&self.devices).printed()
     }
 
     /// The time that the guest reads from memory, if it does: it is renewed by each clock value that is handed in.
     #[must_use]
     pub fn shown_time(&self) -> Option<GuestTime> {
-        let shows = self.devices.shows_time();
-        shows.then(|| self.devices.shown_time())
+        let shows = lock(&self.devices).shows_time();
+        shows.then(|| lock(&self.devices).shown_time())
     }
 
     /// When the next tick of the timer is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<GuestTime> {
-        self.devices.next_tick()
+        lock(&self.devices).next_tick()
     }
 
     /// Ticks due at `now` that were not supplied yet.
     #[must_use]
     pub fn ticks_due(&self, now: GuestTime) -> u32 {
-        self.devices.ticks_due(now)
+        lock(&self.devices).ticks_due(now)
     }
 
     /// Whether a halted guest may go on: something has happened, or an interrupt can be delivered.
     pub fn awake(&mut self) -> bool {
         match self.phase {
-            Phase::Halted => self.devices.something_happened() || self.deliverable(),
+            Phase::Halted => {
+                let happened = lock(&self.devices).something_happened();
+                happened || self.deliverable()
+            }
             Phase::HltInstruction => self.deliverable(),
             _ => true,
         }
     }
 
     fn deliverable(&mut self) -> bool {
-        self.injectable && self.devices.interrupt_pending() && self.vcpu.ready_for_interrupt()
+        self.injectable
+            && lock(&self.devices).interrupt_pending()
+            && self.cpus.one().ready_for_interrupt()
     }
 
     /// Requests to the disk of which it is not known what came of them, oldest first.
-    pub fn disk_requests(&self) -> impl Iterator<Item = &Request> {
-        self.devices.disk_requests()
+    pub fn disk_requests(&self) -> impl Iterator<Item = Request> + use<> {
+        let requests: Vec<_> = lock(&self.devices).disk_requests().cloned().collect();
+        requests.into_iter()
     }
 
     /// Whether outputs wait to be taken.
     #[must_use]
     pub fn has_outputs(&self) -> bool {
-        self.devices.has_outputs()
+        lock(&self.devices).has_outputs()
     }
 
     /// Takes the outputs made at this sync point.
-    pub fn outputs(&mut self) -> impl Iterator<Item = Output> + '_ {
-        self.devices.outputs()
+    pub fn outputs(&mut self) -> impl Iterator<Item = Output> + use<> {
+        // Empty it is no allocation, and that it mostly is.
+        let outputs: Vec<_> = lock(&self.devices).outputs().collect();
+        outputs.into_iter()
     }
 
     /// Runs to the next sync point and hands the access to the devices. Only when [`Phase::Ready`].
@@ -275,7 +350,7 @@ impl Machine {
     pub fn step(&mut self) -> Result<Stepped, MachineError> {
         assert_eq!(self.phase, Phase::Ready, "a step while the guest waits");
         self.deliver()?;
-        let exit = self.vcpu.run()?;
+        let exit = self.cpus.one().run()?;
         if !exit.is_sync_point() {
             // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
             // is interrupted.
@@ -284,9 +359,11 @@ impl Machine {
         }
         self.position = self.position.next();
         self.injectable = exit.may_inject();
-        let regs = self.vcpu.regs();
+        let regs = self.cpus.one().regs();
         let written: &[u8] = match exit {
-            Exit::Port { write: true, .. } | Exit::Mmio { write: true, .. } => self.vcpu.data(),
+            Exit::Port { write: true, .. } | Exit::Mmio { write: true, .. } => {
+                self.cpus.one().data()
+            }
             _ => &[],
         };
         let record = ExitRecord::new(self.position, exit, written, &regs);
@@ -300,8 +377,8 @@ impl Machine {
     /// KVM holds one already, or was found not to take one.
     fn deliver(&mut self) -> Result<(), MachineError> {
         if self.deliverable() {
-            let vector = self.devices.acknowledge_interrupt();
-            self.vcpu.inject(vector)?;
+            let vector = lock(&self.devices).acknowledge_interrupt();
+            self.cpus.one().inject(vector)?;
             self.injectable = false;
         }
         Ok(())
@@ -309,51 +386,30 @@ impl Machine {
 
     fn access(&mut self, exit: Exit) -> Phase {
         let effect = match exit {
-            Exit::Port {
-                port, size, write, ..
-            } => {
-                let mut effect = Effect::Done;
-                for element in self.vcpu.data().chunks_exact_mut(usize::from(size.max(1))) {
-                    effect = if write {
-                        self.devices
-                            .write(&self.ram, Bus::Port, u64::from(port), element)
-                    } else {
-                        self.devices
-                            .read(&self.ram, Bus::Port, u64::from(port), element)
-                    };
-                    // A string instruction on a register that needs an input would need several: answer one.
-                    if effect != Effect::Done {
-                        break;
-                    }
-                }
-                effect
-            }
-            Exit::Mmio { address, write, .. } => {
-                let data = self.vcpu.data();
-                if write {
-                    self.devices.write(&self.ram, Bus::Mmio, address, data)
-                } else {
-                    self.devices.read(&self.ram, Bus::Mmio, address, data)
-                }
+            Exit::Port { .. } | Exit::Mmio { .. } => {
+                let data = self.cpus.one().data();
+                touch(&mut lock(&self.devices), &self.ram, exit, data)
             }
             Exit::Hlt => {
                 if self.deliverable() {
                     return Phase::Ready;
                 }
-                if self.vcpu.ready_for_interrupt() {
+                if self.cpus.one().ready_for_interrupt() {
                     return Phase::HltInstruction;
                 }
                 self.end_of_guest()
             }
             // A guest that asks for time this way is told 0.
             Exit::ReadMsr { .. } => {
-                self.vcpu.answer_msr(0, false);
+                self.cpus.one().answer_msr(0, false);
                 Effect::Done
             }
             Exit::WriteMsr { index, value } => {
-                self.vcpu.answer_msr(value, false);
-                self.devices.write_msr(&self.ram, index, value)
+                self.cpus.one().answer_msr(value, false);
+                lock(&self.devices).write_msr(&self.ram, index, value)
             }
+            // How Linux resets a machine that knows no other way.
+            Exit::Shutdown if self.halts_for_good => Effect::Reset,
             Exit::Shutdown => self.end_of_guest(),
             Exit::Interrupted => Effect::Done,
         };
@@ -362,6 +418,11 @@ impl Machine {
             Effect::Needs(need) => Phase::Needs(need),
             Effect::Halt => Phase::Halted,
             Effect::PowerOff(status) => Phase::Off(status),
+            Effect::Reset if self.again.as_ref().is_some_and(Reset::wanted) => Phase::Reset,
+            Effect::Reset => {
+                lock(&self.devices).turn_off(0);
+                Phase::Off(0)
+            }
             Effect::Crash => Phase::Crashed,
         }
     }
@@ -369,7 +430,7 @@ impl Machine {
     /// What it means that the guest can never run again.
     fn end_of_guest(&mut self) -> Effect {
         if self.halts_for_good {
-            self.devices.turn_off(0)
+            lock(&self.devices).turn_off(0)
         } else {
             Effect::Crash
         }
@@ -390,17 +451,17 @@ impl Machine {
                 // An interrupt delivered now is what ended the wait: before the answer, which clears the latch.
                 self.deliver()?;
             }
-            if let Some(rdx) = self.devices.answer(input, self.vcpu.data())? {
-                self.vcpu.set_rdx(rdx);
+            if let Some(rdx) = lock(&self.devices).answer(input, self.cpus.one().data())? {
+                self.cpus.one().set_rdx(rdx);
             }
             if let Input::Clock(now) = input {
-                self.devices.show_time(&self.ram, *now);
+                lock(&self.devices).show_time(&self.ram, *now);
             }
             self.phase = Phase::Ready;
             return Ok(());
         }
         let fits = match input {
-            Input::Clock(_) => self.injectable && self.devices.shows_time(),
+            Input::Clock(_) => self.injectable && lock(&self.devices).shows_time(),
             Input::Random(_) => true,
             Input::Tick(_) | Input::Frame(_) | Input::Console(_) | Input::Disk(_) => {
                 self.injectable
@@ -414,10 +475,15 @@ impl Machine {
             });
         }
         if let Input::Clock(now) = input {
-            self.devices.show_time(&self.ram, *now);
+            lock(&self.devices).show_time(&self.ram, *now);
             return Ok(());
         }
-        self.devices.apply(&self.ram, input)?;
+        let mut devices = lock(&self.devices);
+        devices.apply(&self.ram, input)?;
+        if let Some(crew) = self.cpus.crew() {
+            crew.interrupt(&mut devices)?;
+        }
+        drop(devices);
         if self.phase == Phase::HltInstruction && self.deliverable() {
             self.phase = Phase::Ready;
         }
@@ -426,8 +492,11 @@ impl Machine {
 
     /// Turns the machine off where it stands, with this status: the same as if its guest had done it, and an output as then.
     pub fn turn_off(&mut self, status: u8) {
-        self.devices.turn_off(status);
+        lock(&self.devices).turn_off(status);
         self.phase = Phase::Off(status);
+        if let Some(crew) = self.cpus.crew() {
+            crew.set_off(Some(status));
+        }
     }
 
     /// Makes the calling thread's KVM_RUN end early when kicked.
@@ -442,13 +511,44 @@ impl Machine {
     /// # Errors
     /// [`MachineError::Kvm`].
     pub fn final_state(&mut self) -> Result<u64, MachineError> {
-        if self.phase == Phase::Ready && self.position != Position(0) {
-            self.deliver()?;
-            self.vcpu.finish()?;
-        }
-        let cpu = format!("{:?}", self.vcpu.state()?);
-        Ok(xxh3_64_with_seed(cpu.as_bytes(), self.devices.digest()))
+        let cpu = if let Some(crew) = self.cpus.crew() {
+            format!("{:?}", crew.state()?)
+        } else {
+            if self.phase == Phase::Ready && self.position != Position(0) {
+                self.deliver()?;
+                self.cpus.one().finish()?;
+            }
+            format!("{:?}", self.cpus.one().state()?)
+        };
+        Ok(xxh3_64_with_seed(
+            cpu.as_bytes(),
+            lock(&self.devices).digest(),
+        ))
     }
+}
+
+/// Hands an access to the devices.
+fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> Effect {
+    let (bus, address, size, write) = match exit {
+        Exit::Port {
+            port, size, write, ..
+        } => (Bus::Port, u64::from(port), usize::from(size), write),
+        Exit::Mmio { address, write, .. } => (Bus::Mmio, address, data.len(), write),
+        _ => return Effect::Done,
+    };
+    let mut effect = Effect::Done;
+    for element in data.chunks_exact_mut(size.max(1)) {
+        effect = if write {
+            devices.write(ram, bus, address, element)
+        } else {
+            devices.read(ram, bus, address, element)
+        };
+        // A string instruction on a register that needs an input would need several: answer one.
+        if effect != Effect::Done {
+            break;
+        }
+    }
+    effect
 }
 
 fn kind(input: &Input) -> &'static str {

@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::VCPUS_MOST;
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
@@ -24,6 +26,17 @@ pub enum ClockSource {
     Timer,
     /// In a page of its memory, KVM's paravirtual clock: a read costs nothing, and time goes on only at exits, ticks and preemptions.
     Page,
+}
+
+/// What becomes of a machine whose guest resets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// It is off, with status 0. The only way that descriptions knew before there was another.
+    #[default]
+    End,
+    /// It starts anew: memory, vCPU and devices as at power-on, the image loaded again.
+    Reboot,
 }
 
 /// A locally administered address.
@@ -64,16 +77,23 @@ pub struct MachineSpec {
     pub disk: Option<DiskConfig>,
     /// Where a Linux guest reads the time; a bare-metal one has a clock of its own.
     pub clock: ClockSource,
+    /// So many vCPUs with the host's CPU and KVM's own interrupt controller, which cannot be replayed; none: one by the deterministic
+    /// template.
+    #[serde(default)]
+    pub vcpus: Option<u8>,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
+    /// What becomes of it when its guest resets it.
+    #[serde(default)]
+    pub on_reset: OnReset,
     /// Bytes of the image; the initial RAM disk follows it.
     image_bytes: u64,
     /// The guest: an ELF file, or a Linux kernel.
     #[serde(skip)]
-    pub image: Vec<u8>,
+    pub image: Arc<Vec<u8>>,
     /// A Linux kernel's initial RAM disk.
     #[serde(skip)]
-    pub initrd: Vec<u8>,
+    pub initrd: Arc<Vec<u8>>,
 }
 
 /// Why a description is refused.
@@ -138,6 +158,7 @@ impl MachineSpec {
         Ok(Self {
             boot: BootProtocol::Bare,
             clock: ClockSource::default(),
+            vcpus: None,
             seed: [0; SEED_BYTES],
             guest: guest.to_owned(),
             memory_mib,
@@ -147,8 +168,9 @@ impl MachineSpec {
             mtu: MTU,
             disk: None,
             image_bytes: image.bytes().len() as u64,
-            image: image.bytes().to_vec(),
-            initrd: Vec::new(),
+            on_reset: OnReset::default(),
+            image: Arc::new(image.bytes().to_vec()),
+            initrd: Arc::default(),
         })
     }
 
@@ -168,6 +190,7 @@ impl MachineSpec {
         Ok(Self {
             boot: BootProtocol::Linux,
             clock,
+            vcpus: None,
             guest: kernel.display().to_string(),
             memory_mib,
             command_line: command_line.to_owned(),
@@ -177,9 +200,24 @@ impl MachineSpec {
             disk: None,
             seed,
             image_bytes: image.len() as u64,
-            image,
-            initrd: initrd.map_or_else(|| Ok(Vec::new()), read)?,
+            on_reset: OnReset::default(),
+            image: Arc::new(image),
+            initrd: Arc::new(initrd.map_or_else(|| Ok(Vec::new()), read)?),
         })
+    }
+
+    /// With so many vCPUs, at most [`VCPUS_MOST`], of the host's CPU and with KVM's own interrupt controller. For a Linux guest.
+    #[must_use]
+    pub fn with_vcpus(mut self, vcpus: Option<u8>) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// The same, of a machine that does this when its guest resets it.
+    #[must_use]
+    pub fn on_reset(mut self, what: OnReset) -> Self {
+        self.on_reset = what;
+        self
     }
 
     pub(super) fn devices(&self) -> DevicesConfig {
@@ -226,6 +264,17 @@ impl MachineSpec {
             serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
                 why: error.to_string(),
             })?;
+        if spec
+            .vcpus
+            .is_some_and(|count| !(1..=VCPUS_MOST).contains(&count))
+        {
+            return Err(malformed("it has more vCPUs than a machine can have"));
+        }
+        if spec.vcpus.is_some() && spec.boot == BootProtocol::Bare {
+            return Err(malformed(
+                "its guest does not know KVM's interrupt controller",
+            ));
+        }
         let (image, initrd) = usize::try_from(spec.image_bytes)
             .ok()
             .and_then(|length| files.split_at_checked(length))
@@ -233,8 +282,8 @@ impl MachineSpec {
         if spec.boot == BootProtocol::Bare && !initrd.is_empty() {
             return Err(malformed("bytes follow its image"));
         }
-        spec.image = image.to_vec();
-        spec.initrd = initrd.to_vec();
+        spec.image = Arc::new(image.to_vec());
+        spec.initrd = Arc::new(initrd.to_vec());
         Ok(spec)
     }
 }

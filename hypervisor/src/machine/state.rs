@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Machine, MachineError, Phase};
+use super::crew::{Company, Crew};
+use super::{Cpus, Machine, MachineError, Phase, lock};
 use crate::devices::{BadDevices, Devices};
 use crate::digest::Digest;
-use crate::kvm::CpuState;
+use crate::kvm::{BadCpuState, BadCrewState, CpuState, CrewState};
 use crate::memory::{Consumer, DirtyPages, GuestRam, MemoryHash, PageNumber};
 use crate::position::Position;
 
@@ -17,6 +19,26 @@ pub struct Swept {
     pub pages: DirtyPages,
     /// The sweep has come to this page. None: to the end.
     pub next: Option<PageNumber>,
+}
+
+/// The state of all CPUs, of this machine's kind.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Processors {
+    /// Of the one that goes from sync point to sync point.
+    One(Box<CpuState>),
+    /// Of those with threads of their own.
+    Crew(CrewState),
+}
+
+/// Why bytes are no state of this machine's CPUs.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BadProcessors {
+    /// Of one.
+    #[error(transparent)]
+    One(#[from] BadCpuState),
+    /// Of several.
+    #[error(transparent)]
+    Crew(#[from] BadCrewState),
 }
 
 impl Machine {
@@ -37,33 +59,133 @@ impl Machine {
         self.ram.pages()
     }
 
-    /// The CPU's state between two instructions: one that an exit left unfinished is completed.
-    pub(crate) fn settled_cpu(&mut self) -> Result<CpuState, MachineError> {
-        self.vcpu.finish()?;
-        Ok(self.vcpu.state()?)
+    /// Whether its vCPUs have threads of their own and KVM's interrupt controller; then it has no sync points, and inputs may be handed
+    /// in at any time.
+    #[must_use]
+    pub fn has_crew(&self) -> bool {
+        self.cpus.crew().is_some()
     }
 
-    /// The CPU's state at the exit where the guest waits. The instruction is not complete, and the registers are those before
+    /// Starts the threads of such vCPUs, which stand; each begins with `first`. Does nothing where there are none.
+    ///
+    /// # Errors
+    /// [`MachineError::Threads`].
+    pub fn man(&mut self, first: impl Fn() + Clone + Send + 'static) -> Result<(), MachineError> {
+        match &mut self.cpus {
+            Cpus::One(_) => Ok(()),
+            Cpus::Crew(crew) => crew.man(first).map_err(MachineError::Threads),
+        }
+    }
+
+    /// Whom vCPUs with threads of their own turn to for the time, and when there is something to take. Before they first run.
+    pub fn accompany(&self, company: Arc<dyn Company>) {
+        if let Some(crew) = self.cpus.crew() {
+            crew.accompany(company);
+        }
+    }
+
+    /// vCPUs with threads of their own run, unless the guest is off.
+    pub fn go(&mut self) {
+        if let Cpus::Crew(crew) = &mut self.cpus {
+            crew.go();
+        }
+    }
+
+    /// They stand when this returns, each between two instructions.
+    ///
+    /// # Errors
+    /// [`MachineError::Runaway`].
+    pub fn stand(&mut self) -> Result<(), MachineError> {
+        match &mut self.cpus {
+            Cpus::One(_) => Ok(()),
+            Cpus::Crew(crew) => crew.stand(),
+        }
+    }
+
+    /// How long it took them to stand, the last time; nothing where there are none.
+    #[must_use]
+    pub fn stand_took(&self) -> Duration {
+        self.cpus.crew().map_or(Duration::ZERO, Crew::stand_took)
+    }
+
+    /// Whether nothing of the guest runs now.
+    #[must_use]
+    pub fn stands(&self) -> bool {
+        self.cpus.crew().is_none_or(Crew::stands)
+    }
+
+    /// Whether vCPUs with threads of their own have ended, one way or another.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.cpus.crew().is_some_and(Crew::is_over)
+    }
+
+    /// Whether a vCPU with a thread of its own cannot go on; told once.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`]: why.
+    pub fn check_crew(&self) -> Result<(), MachineError> {
+        match self.cpus.crew().and_then(Crew::failure) {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// The state of all CPUs between two instructions: one that an exit left unfinished is completed.
+    pub(crate) fn settled_cpus(&mut self) -> Result<Vec<u8>, MachineError> {
+        match &mut self.cpus {
+            Cpus::One(vcpu) => {
+                vcpu.finish()?;
+                Ok(vcpu.state()?.to_bytes())
+            }
+            Cpus::Crew(crew) => {
+                crew.stand()?;
+                Ok(crew.state()?.to_bytes())
+            }
+        }
+    }
+
+    /// Their state at the exit where the guest waits. The instruction is not complete, and the registers are those before
     /// it: KVM hands a read's value to its register when it completes the read.
-    pub(crate) fn cpu_at_exit(&self) -> Result<CpuState, MachineError> {
-        Ok(self.vcpu.state()?)
+    pub(crate) fn cpus_at_exit(&mut self) -> Result<Vec<u8>, MachineError> {
+        match &self.cpus {
+            Cpus::One(vcpu) => Ok(vcpu.state()?.to_bytes()),
+            Cpus::Crew(_) => self.settled_cpus(),
+        }
     }
 
-    pub(crate) fn restore_cpu(&mut self, cpu: &CpuState) -> Result<(), MachineError> {
-        Ok(self.vcpu.restore(cpu)?)
+    /// Their state out of a checkpoint's bytes.
+    pub(crate) fn processors(&self, bytes: &[u8]) -> Result<Processors, BadProcessors> {
+        Ok(match &self.cpus {
+            Cpus::One(_) => Processors::One(Box::new(CpuState::from_bytes(bytes)?)),
+            Cpus::Crew(crew) => Processors::Crew(CrewState::from_bytes(bytes, crew.shape())?),
+        })
+    }
+
+    /// Gives it to KVM. Several go on as if so much time had passed since it was taken; one is told the time by its devices.
+    pub(crate) fn restore_cpus(
+        &mut self,
+        cpus: &Processors,
+        passed: Duration,
+    ) -> Result<(), MachineError> {
+        match (&mut self.cpus, cpus) {
+            (Cpus::One(vcpu), Processors::One(state)) => Ok(vcpu.restore(state)?),
+            (Cpus::Crew(crew), Processors::Crew(state)) => Ok(crew.restore(state, passed)?),
+            _ => unreachable!("a state is made by the machine that takes it"),
+        }
     }
 
     pub(crate) fn save_devices(&self) -> Vec<u8> {
-        self.devices.save()
+        lock(&self.devices).save()
     }
 
     /// The devices as they are if the access that waits for its answer has not been made.
     pub(crate) fn save_devices_before_access(&self) -> Vec<u8> {
-        self.devices.before_access().save()
+        lock(&self.devices).before_access().save()
     }
 
     pub(crate) fn restored_devices(&self, bytes: &[u8]) -> Result<Devices, BadDevices> {
-        self.devices.restored(bytes)
+        lock(&self.devices).restored(bytes)
     }
 
     pub(crate) fn restore_rest(
@@ -78,17 +200,25 @@ impl Machine {
         self.digest = digest;
         self.phase = phase;
         self.injectable = injectable;
-        self.devices = devices;
+        *lock(&self.devices) = devices;
+        if let Some(crew) = self.cpus.crew() {
+            crew.set_exits(position.0);
+            crew.set_off(match phase {
+                Phase::Off(status) => Some(status),
+                _ => None,
+            });
+        }
     }
 
     /// Whether a guest that was kicked where it is now would take an interrupt here.
     pub fn preemptible(&mut self) -> bool {
-        self.phase == Phase::Ready && self.vcpu.ready_for_interrupt()
+        self.phase == Phase::Ready && self.cpus.one().ready_for_interrupt()
     }
 
     /// Whether an interrupt is pending that the next step does not deliver.
     pub fn owes_interrupt(&mut self) -> bool {
-        self.devices.interrupt_pending() && !self.deliverable()
+        let pending = lock(&self.devices).interrupt_pending();
+        pending && !self.deliverable()
     }
 
     /// A checkpoint is taken here, between two sync points: from now on inputs may be handed in as at one.

@@ -32,6 +32,10 @@ impl<S: Sink> Recorder<S> {
                     // An output like any other, and the machine's last.
                     self.sync_point()?
                 }
+                Order::Reset => {
+                    self.reset()?;
+                    None
+                }
                 Order::Share(share) => {
                     self.post_control(Control::Share(share.share()))?;
                     self.orders.set_share(share);
@@ -88,7 +92,7 @@ impl<S: Sink> Recorder<S> {
         all_left
     }
 
-    fn post_control(&mut self, what: Control) -> Result<(), RecordError> {
+    pub(super) fn post_control(&mut self, what: Control) -> Result<(), RecordError> {
         self.sink.released(self.outlet.released());
         let entry = Entry {
             position: self.machine.position(),

@@ -111,6 +111,12 @@ impl<S: Sink> Intervals<S> {
         self.is_over(now) || self.has_urgent_outputs()
     }
 
+    /// Whether the guest is to stand because it ends, or because nobody carries it any more.
+    pub(super) fn wants_end(&self, now: Instant) -> bool {
+        let ends = || self.should_end(now) && (self.courier.is_free() || self.is_over(now));
+        self.protected && (self.courier.has_failed() || ends())
+    }
+
     /// Whether something changed that a waiting vCPU thread is to look at.
     pub(super) fn calls(&self) -> bool {
         self.protected
@@ -234,7 +240,7 @@ impl<S: Sink> Recorder<S> {
         let spare = intervals.courier.spare();
         let capture = self.machine.capture(&pages, base, Vec::new(), spare)?;
         self.samples.interval(Stop {
-            took: began.elapsed(),
+            took: began.elapsed() + self.machine.stand_took(),
             pages: capture.pages(),
             bytes: capture.bytes(),
         });

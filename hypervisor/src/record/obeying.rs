@@ -28,7 +28,7 @@ impl<S: Sink> Recorder<S> {
                 self.attend();
                 true
             }
-            Order::HandOver(_) | Order::PowerOff(_) | Order::Share(_) => {
+            Order::HandOver(_) | Order::PowerOff(_) | Order::Reset | Order::Share(_) => {
                 self.deeds.push_back(order);
                 true
             }

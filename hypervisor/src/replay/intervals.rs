@@ -14,13 +14,13 @@ use std::time::Instant;
 use super::{LogError, LogSource, ReplayError, Replayer, unusable};
 use crate::checkpoint::{CheckpointError, Interval, Shadow};
 use crate::entry::{Base, Body, Entry};
-use crate::kvm::CpuState;
+use crate::machine::Processors;
 
 /// What is kept of the last interval.
 #[derive(Debug, Default)]
 pub(super) struct Adopting {
-    /// The CPU's state, and where the log stood. None before the first.
-    last: Option<(CpuState, Base)>,
+    /// The state of the CPUs, and where the log stood. None before the first.
+    last: Option<(Processors, Base)>,
 }
 
 impl<L: LogSource> Replayer<L> {
@@ -57,7 +57,7 @@ impl<L: LogSource> Replayer<L> {
         self.source.cover(interval.frames)?;
         self.clock_came = came;
         if let Some(adopts) = &mut self.adopts {
-            adopts.last = Some((adopted.cpu, adopted.base));
+            adopts.last = Some((adopted.cpus, adopted.base));
         }
         Ok(())
     }
@@ -74,8 +74,11 @@ impl<L: LogSource> Replayer<L> {
     /// # Errors
     /// [`ReplayError::Machine`]; this machine can then never go live.
     pub fn settle(&mut self) -> Result<(), ReplayError> {
-        if let Some((cpu, _)) = self.adopts.as_ref().and_then(|adopts| adopts.last.as_ref()) {
-            self.machine.settle(cpu).map_err(ReplayError::Machine)?;
+        if let Some((cpus, _)) = self.adopts.as_ref().and_then(|adopts| adopts.last.as_ref()) {
+            let passed = self.clock_came.elapsed();
+            self.machine
+                .settle(cpus, passed)
+                .map_err(ReplayError::Machine)?;
         }
         Ok(())
     }

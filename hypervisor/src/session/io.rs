@@ -68,6 +68,8 @@ pub(super) struct Io {
     /// How far the backup has come, on the primary.
     pub(super) replayed: Arc<AtomicU64>,
     replayed_before: u64,
+    /// How often the machine had started anew when that was last told.
+    resets_told: u64,
     /// The backup asked for our recent exits.
     exits_wanted: bool,
     /// What the peer has said over the control connection.
@@ -162,14 +164,20 @@ impl Io {
         let stage = Arc::new(Stage::new(Arc::clone(&common.wake)));
         let samples: Arc<Samples> = Arc::default();
         let orders = Arc::new(Orders::new(Arc::clone(&common.wake)));
-        common.reporter.board().attach(&samples, &orders);
+        let board = common.reporter.board();
+        board.attach(&samples, &orders, &stage);
+        let spool = Arc::clone(board.spool());
         host::pin(&config.cpus.io, "I/O");
         let lengths = config.replicate.lengths();
         Ok(Self {
             orders,
             outlet: Outlet::new(
                 gate,
-                Box::new(HostWorld::new(out, host::open_console(config, json)?)),
+                Box::new(HostWorld::new(
+                    out,
+                    host::open_console(config, json)?,
+                    spool,
+                )),
             ),
             stager: Stager::new(port, Arc::clone(&stage), Arc::clone(&samples)),
             samples,
@@ -187,6 +195,7 @@ impl Io {
             link: None,
             replayed: Arc::default(),
             replayed_before: 0,
+            resets_told: 0,
             exits_wanted: false,
             said: Vec::new(),
             repeat_beats: config
@@ -417,6 +426,15 @@ impl Io {
         if blocked {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
+        }
+        let resets = self.orders.resets();
+        if std::mem::replace(&mut self.resets_told, resets) != resets {
+            self.reporter.say(&Said::Notice {
+                text: format!(
+                    "the machine was reset and starts anew ({resets} since this process started)"
+                ),
+                loud: false,
+            });
         }
         if self.reporter.commits_due() {
             self.reporter.commits(&self.samples);

@@ -448,12 +448,15 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
     pair.transport == Transport::Shm || pair.connect.is_some() || !pair.standbys.is_empty()
 }
 
-/// Calls every place at which a new backup may listen, beginning with the one of this number; the first that answers.
-pub(super) fn call_any(pair: &Pair, first: usize) -> Option<Stream> {
+/// Calls every place at which a new backup may listen, those that were told later, too, beginning with the one of this number; the first
+/// that answers.
+pub(super) fn call_any(pair: &Pair, told: &[SocketAddr], first: usize) -> Option<Stream> {
     match pair.transport {
         Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix).ok(),
         Transport::Tcp | Transport::Rdma => {
-            let places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
+            let mut places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
+            // One that was both configured and told would be called twice a round.
+            places.extend(told.iter().filter(|place| !pair.standbys.contains(place)));
             let first = first % places.len().max(1);
             let mut turn = places[first..].iter().chain(&places[..first]);
             turn.find_map(|&&address| dial(address, CALL_WITHIN).ok())

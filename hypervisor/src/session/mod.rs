@@ -41,13 +41,14 @@ use crate::config::Config;
 use crate::courier::Courier;
 use crate::file_log::FileLogError;
 use crate::handshake::{HandshakeError, TrustError};
-use crate::machine::{MachineError, SpecError};
+use crate::intervals::Replication;
+use crate::machine::{MachineError, MachineSpec, SpecError};
 use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
 use crate::record::{Intervals, RecordError, RecordOptions};
 use crate::replay::ReplayError;
 use crate::ring_log::RingSink;
-use crate::sandbox::{NOT_CONFINED, Thread};
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use io::Io;
 
 /// Why a role ended badly.
@@ -88,6 +89,16 @@ pub enum SessionError {
         "a machine with a disk is replicated by replay (--replicate, replicate.mode): an interval carries no writes, so the backup's image would not get them"
     )]
     DiskByCheckpoints,
+    /// A guest that cannot be replayed is to be.
+    #[error(
+        "a guest with the host's CPU and {vcpus} vCPU{} cannot be replayed, as its vCPUs meet in no order that a log could give: protect it \
+         by checkpoints (--replicate checkpoint), or give it one vCPU that can be replayed (--cpu replayable --vcpus 1)",
+        if *vcpus == 1 { "" } else { "s" }
+    )]
+    NotReplayable {
+        /// How many it has.
+        vcpus: u8,
+    },
     /// The image fails while a backup follows whose own is well.
     #[error(
         "this side's disk image fails: {0}; this side ends without telling the guest, so that its backup takes over with its own image"
@@ -204,6 +215,27 @@ fn intervals(config: &Config, io: &Io) -> Result<Option<Intervals<RingSink>>, Se
         })
         .map_err(SessionError::host("start the courier's thread"))?;
     Ok(Some(Intervals::new(courier, lengths)))
+}
+
+/// What a vCPU's own thread begins with.
+fn confined(sandbox: &Sandbox) -> impl Fn() + Clone + Send + 'static {
+    let sandbox = sandbox.clone();
+    move || sandbox.confine(Thread::Vcpu).expect(NOT_CONFINED)
+}
+
+/// A guest with the host's CPU does nothing twice in the same way.
+fn ensure_replayable(spec: &MachineSpec) -> Result<(), SessionError> {
+    match spec.vcpus {
+        None => Ok(()),
+        Some(vcpus) => Err(SessionError::NotReplayable { vcpus }),
+    }
+}
+
+fn ensure_replicable(config: &Config, spec: &MachineSpec) -> Result<(), SessionError> {
+    match config.replicate.mode {
+        Replication::Replay => ensure_replayable(spec),
+        Replication::Checkpoint => Ok(()),
+    }
 }
 
 /// What the last line of a role's history says.

@@ -66,6 +66,7 @@ fn lead(
 ) -> Result<Served, SessionError> {
     let trust = Trust::of(&config.pair)?;
     let common = Common::new(json, Arc::clone(&board))?;
+    super::ensure_replicable(config, spec)?;
     let image = disk::open(config)?;
     let spec = &disk::described(spec, image.as_ref());
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
@@ -127,6 +128,7 @@ fn lead(
         lag: config.lag,
         replication: config.replicate.mode,
         transport: config.pair.transport,
+        starts_anew: config.crew().is_none(),
         machine: MachineId::of(&config.name),
         me,
     };
@@ -209,7 +211,7 @@ fn begin(
 fn start_vcpu(
     config: &Config,
     io: &Io,
-    machine: Machine,
+    mut machine: Machine,
     clock: GuestClock,
     mut sink: RingSink,
     desk: Option<Arc<Desk<RingSink>>>,
@@ -221,6 +223,7 @@ fn start_vcpu(
         let log = std::mem::replace(&mut sink, RingSink::detached());
         intervals.begin_log(log, Base::default());
     }
+    machine.man(super::confined(&io.sandbox))?;
     let parts = Parts {
         machine,
         sink,

@@ -30,6 +30,7 @@ use super::meet::{self, Introduction};
 use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
+use crate::control::board::Board;
 use crate::desk::{Answer, Ask, Cut, Desk};
 use crate::handshake::parcel::Parcels;
 use crate::handshake::{self, Channel, HandshakeError, Hurried, Stream};
@@ -146,6 +147,8 @@ struct Work {
     /// Questions so far.
     asked: AtomicU64,
     orders: Arc<Orders>,
+    /// Where it is told of further places.
+    board: Arc<Board>,
     stage: Arc<Stage>,
     news: Sender<News>,
     wake: Arc<Wake>,
@@ -209,6 +212,7 @@ impl Recruiter {
             answers: Mutex::new(answers),
             asked: AtomicU64::new(0),
             orders: Arc::clone(&io.orders),
+            board: Arc::clone(io.reporter.board()),
             stage: Arc::clone(&io.stage),
             news,
             wake: Arc::clone(&io.wake),
@@ -268,7 +272,7 @@ impl Work {
         let mut failures: usize = 0;
         loop {
             // Behind the place that failed: it may fail for ever.
-            match meet::call_any(&self.config.pair, failures) {
+            match meet::call_any(&self.config.pair, &self.board.places(), failures) {
                 None => thread::sleep(LOOK_AGAIN),
                 Some(stream) => match self.copy_to(stream, epoch) {
                     Ok(recruit) => {
@@ -294,7 +298,7 @@ impl Work {
     fn replace(&self, epoch: rdma_log::Epoch, to: Option<SocketAddr>) {
         let called = match to {
             Some(address) => meet::call_at(address).map_err(SessionError::host("call a backup")),
-            None => meet::call_any(&self.config.pair, 0).ok_or_else(|| {
+            None => meet::call_any(&self.config.pair, &self.board.places(), 0).ok_or_else(|| {
                 SessionError::NoCopy("nobody listens where a new backup is looked for".into())
             }),
         };

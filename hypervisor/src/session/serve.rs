@@ -35,6 +35,9 @@ pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
 const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their log has no such entries yet: only a machine that is \
     replicated by replay is switched over, paused, or left a share of its time";
 
+/// Why a machine is not reset.
+pub(super) const NO_RESET: &str = "a machine with the host's CPU cannot be started anew where it stands: power it off, and start it again";
+
 /// Now, for the protocol.
 pub(super) fn now() -> Moment {
     Moment(Timeline::now())
@@ -60,6 +63,8 @@ pub(super) struct Staff {
     pub(super) replication: Replication,
     /// What carries its log.
     pub(super) transport: Transport,
+    /// Whether it can be reset.
+    pub(super) starts_anew: bool,
     pub(super) machine: MachineId,
     pub(super) me: Identity,
 }
@@ -246,12 +251,16 @@ impl Serving {
             Command::Share(_) if self.staff.replication == Replication::Checkpoint => {
                 return self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
             }
+            Command::Reset if !self.staff.starts_anew => {
+                return self.tell_ordered(number, command, Some(Err(NO_RESET.to_owned())));
+            }
             // One that comes between the guest's last exit here and its first one there would be lost.
             _ if !self.protocol.phase().is_settled() => {
                 let why = "who serves the machine is just being decided: order it again".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
             }
             Command::PowerOff => Order::PowerOff(0),
+            Command::Reset => Order::Reset,
             Command::Share(share) => Order::Share(share),
         };
         self.io.order(order);

@@ -14,12 +14,13 @@ use super::disk;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
+use super::serve::NO_RESET;
 use crate::backends::disk::OpenImage;
 use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
 use crate::config::{self, Config};
 use crate::control::Operator;
-use crate::control::board::Board;
+use crate::control::board::{Board, Command};
 use crate::control::status::{Role, Standing};
 use crate::entry::Base;
 use crate::file_log::{FileRecorder, FileSource};
@@ -96,6 +97,7 @@ pub fn record(
     what: RecordFor<'_>,
 ) -> Result<Recorded, SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
+    super::ensure_replayable(spec)?;
     let image = disk::open_alone(config)?;
     let spec = &disk::described(spec, image.as_ref());
     let ring = RingConfig {
@@ -138,6 +140,8 @@ type Vcpu = JoinHandle<Result<(Ended, Option<Finished>), RecordError>>;
 
 struct Solo {
     io: Io,
+    /// Whether the machine can be reset.
+    starts_anew: bool,
 }
 
 impl Solo {
@@ -154,7 +158,10 @@ impl Solo {
         if let Some(lane) = lane {
             io.stager.attach(lane);
         }
-        Ok(Self { io })
+        Ok(Self {
+            io,
+            starts_anew: config.crew().is_none(),
+        })
     }
 
     fn serve_disk(
@@ -170,11 +177,12 @@ impl Solo {
     fn start<S: Sink + Send + 'static>(
         &self,
         config: &Config,
-        machine: Machine,
+        mut machine: Machine,
         clock: GuestClock,
         sink: S,
         options: RecordOptions,
     ) -> Result<Vcpu, SessionError> {
+        machine.man(super::confined(&self.io.sandbox))?;
         let parts = Parts {
             machine,
             sink,
@@ -226,6 +234,19 @@ impl Solo {
             let longest = next.map(|at| at.saturating_duration_since(Instant::now()));
             let found = self.io.round(longest, true)?;
             self.io.tell_disk_failure();
+            while let Some((number, command)) = self.io.reporter.board().take_command() {
+                // Nothing else is ordered of a machine alone.
+                let done = if command == Command::Reset && !self.starts_anew {
+                    Err(NO_RESET.to_owned())
+                } else {
+                    if command == Command::Reset {
+                        self.io.order(Order::Reset);
+                    }
+                    Ok("from the guest's next exit on".to_owned())
+                };
+                let board = self.io.reporter.board();
+                board.ordered(number, command, Some(done));
+            }
             let now = Instant::now();
             if (found.signalled || end_at.is_some_and(|at| now >= at)) && give_up_at.is_none() {
                 end_at = None;

@@ -1,16 +1,21 @@
 //! The real world: the network port and the console.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use crate::backends::NetPort;
 use crate::backends::console::ConsoleOutput;
 use crate::event::Output;
 use crate::gate::Sent;
+use crate::spool::Spool;
 use crate::world::World;
 
 /// Sends frames to a port and console bytes to a file or to standard output.
 pub struct HostWorld {
     port: Option<NetPort>,
     console: ConsoleOutput,
+    /// Those who look at the console.
+    spool: Arc<Spool>,
     /// The port failed; it is said once, and frames are then lost as on a broken wire.
     broken: bool,
 }
@@ -18,10 +23,11 @@ pub struct HostWorld {
 impl HostWorld {
     /// A world of these.
     #[must_use]
-    pub fn new(port: Option<NetPort>, console: ConsoleOutput) -> Self {
+    pub fn new(port: Option<NetPort>, console: ConsoleOutput, spool: Arc<Spool>) -> Self {
         Self {
             port,
             console,
+            spool,
             broken: false,
         }
     }
@@ -52,6 +58,7 @@ impl World for HostWorld {
                 if let Err(error) = self.console.write(bytes) {
                     tracing::warn!("the guest's console cannot be written: {error}");
                 }
+                self.spool.feed(bytes);
                 Sent::Done
             }
             // A disk's requests do not come this way.

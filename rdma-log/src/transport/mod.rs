@@ -37,6 +37,7 @@ mod suite;
 pub mod network;
 #[cfg(not(loom))]
 pub mod rdma;
+mod reading;
 pub mod shm;
 pub mod sim;
 #[cfg(not(loom))]

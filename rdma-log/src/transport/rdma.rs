@@ -265,7 +265,11 @@ fn reader_handles(
     let acks = Acks::new(Arc::new(RdmaAcks(shared.clone())));
     let port = |lane, view| -> (Box<dyn ReadPort>, Acks) {
         let shared = shared.clone();
-        let reader = RdmaReader { lane, shared, view };
+        let reader = RdmaReader {
+            lane,
+            end: shared,
+            view,
+        };
         (Box::new(reader), acks.clone())
     };
     let reader = RingReader::assemble(

@@ -231,7 +231,7 @@ pub fn accept_with(
         let landing = landing.clone();
         let reader = TcpReader {
             lane,
-            landing,
+            end: landing,
             view,
         };
         (Box::new(reader), acks.clone())

@@ -148,7 +148,7 @@ fn access(board: &mut Devices, ram: &GuestRam, bus: Bus, at: u64, length: usize,
         board.read(ram, bus, at, &mut data)
     };
     let answer = match effect {
-        Effect::Done | Effect::PowerOff(_) | Effect::Crash => return,
+        Effect::Done | Effect::PowerOff(_) | Effect::Reset | Effect::Crash => return,
         Effect::Halt | Effect::Needs(Need::Clock) => Input::Clock(GuestTime(u64::MAX / 2)),
         Effect::Needs(Need::Random(count)) => Input::Random(vec![0; count]),
     };

@@ -121,6 +121,7 @@ impl Machine {
     fn answer(&mut self, effect: Effect, data: &mut [u8]) {
         let input = match effect {
             Effect::Done | Effect::PowerOff(_) | Effect::Crash => return,
+            Effect::Reset => return self.board.reset(&CONFIG),
             Effect::Halt | Effect::Needs(Need::Clock) => Input::Clock(GuestTime(1 << 30)),
             Effect::Needs(Need::Random(count)) => Input::Random(vec![5; count]),
         };
@@ -254,14 +255,16 @@ impl Machine {
     }
 }
 
+const CONFIG: DevicesConfig = DevicesConfig {
+    mac: [2; 6],
+    mtu: 1500,
+    disk: DISK,
+    wall_clock_ns: 0,
+    firmware: false,
+};
+
 fn board() -> Devices {
-    Devices::new(&DevicesConfig {
-        mac: [2; 6],
-        mtu: 1500,
-        disk: DISK,
-        wall_clock_ns: 0,
-        firmware: false,
-    })
+    Devices::new(&CONFIG)
 }
 
 fn length(choice: u8) -> usize {

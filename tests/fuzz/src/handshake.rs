@@ -59,7 +59,7 @@ fn run(bytes: &[u8]) {
             Ok((hello, spec)) => {
                 assert_eq!(hello.name, NAME);
                 let _ = handshake::identity_of(&hello);
-                let image = hypervisor::boot::Image::parse(&spec.guest, spec.image);
+                let image = hypervisor::boot::Image::parse(&spec.guest, spec.image.to_vec());
                 image.err().map(|error| error.to_string())
             }
             Err(error) => {

@@ -57,7 +57,7 @@ fn read(file: &[u8]) -> Option<u64> {
         }
     };
     match MachineSpec::decode(reader.description()) {
-        Ok(spec) => drop(Image::parse(&spec.guest, spec.image)),
+        Ok(spec) => drop(Image::parse(&spec.guest, spec.image.to_vec())),
         Err(error) => assert!(!error.to_string().is_empty()),
     }
     let mut decoder = Decoder::default();

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,9 +29,9 @@ pub struct Etcd {
     child: Option<Child>,
 }
 
-/// An address on loopback that was free a moment ago.
-fn free() -> Result<SocketAddr> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("find a free port")?;
+/// A port of this address that was free a moment ago.
+fn free(at: IpAddr) -> Result<SocketAddr> {
+    let listener = TcpListener::bind((at, 0)).context("find a free port")?;
     listener.local_addr().context("read a port")
 }
 
@@ -41,11 +41,19 @@ impl Etcd {
     /// # Errors
     /// If it is not installed, or does not serve.
     pub fn start(directory: &Path) -> Result<Self> {
+        Self::start_at(directory, Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// The same, at this address of the calling thread's network.
+    ///
+    /// # Errors
+    /// As [`Etcd::start`].
+    pub fn start_at(directory: &Path, at: IpAddr) -> Result<Self> {
         std::fs::create_dir_all(directory).context("make a directory for etcd")?;
         let mut etcd = Self {
             directory: directory.to_owned(),
-            client: free()?,
-            peer: free()?,
+            client: free(at)?,
+            peer: free(at)?,
             child: None,
         };
         etcd.run()?;

@@ -1,9 +1,11 @@
 //! Starting the real program, and doing things to it.
 
 pub mod arbiter_rules;
+pub mod bench;
 pub mod built;
 pub mod busy;
 pub mod chaos;
+pub mod console;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
@@ -25,6 +27,7 @@ pub mod load;
 pub mod meddler;
 pub mod oracle;
 pub mod program;
+pub mod pty;
 pub mod random;
 pub mod recording;
 pub mod redis;
@@ -32,6 +35,7 @@ pub mod relay;
 pub mod role;
 pub mod scheduler;
 pub mod signal;
+pub mod site;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;

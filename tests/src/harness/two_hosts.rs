@@ -297,7 +297,8 @@ fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Resu
     host.namespace.run(work).context("enter a host")?
 }
 
-fn ip(words: &[&str]) -> Result<()> {
+/// iproute2's `ip`, in the calling thread's network.
+pub(super) fn ip(words: &[&str]) -> Result<()> {
     run("ip", words)
 }
 

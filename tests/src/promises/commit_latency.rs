@@ -4,14 +4,12 @@
 //! are those below which the promise is broken on any machine, a busy one with two cores too; each says where it comes from.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::harness::program;
+use crate::harness::bench::{measure, number};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -67,34 +65,8 @@ fn show(run: &Run) -> Result<Figures> {
 
 type Judge = fn(&Value, &mut Figures) -> Result<()>;
 
-/// Has `bench` measure, and reads what it wrote.
-fn measure(name: &str, form: &str, directory: &Path) -> Result<Value> {
-    let output = Command::new(program::beside("bench")?)
-        .args([name, form, "--out"])
-        .arg(directory)
-        .env("DOPPEL", program::doppel()?)
-        .output()
-        .context("start bench")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "bench {name}: {}: {said}",
-        output.status
-    );
-    let path = directory.join(format!("{name}.json"));
-    let bytes = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-    serde_json::from_slice(&bytes).context("read what bench wrote")
-}
-
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
-}
-
-fn number(value: &Value, pointer: &str) -> Result<f64> {
-    value
-        .pointer(pointer)
-        .and_then(Value::as_f64)
-        .with_context(|| format!("bench wrote no number at {pointer}"))
 }
 
 fn judge_ring(found: &Value, figures: &mut Figures) -> Result<()> {

@@ -2,12 +2,14 @@
 
 use crate::promise::Promise;
 
+pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
 pub mod chaos;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
+pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
 pub mod disk_keeps_writes;
@@ -15,6 +17,7 @@ pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
 pub mod failover_fast;
+pub mod figures_quoted;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -39,6 +42,8 @@ pub mod redis_clients;
 pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
+pub mod resets;
+pub mod side_by_side;
 pub mod switch_over;
 pub mod zombie;
 
@@ -58,8 +63,11 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
+    side_by_side::PROMISE,
+    figures_quoted::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,
@@ -67,6 +75,8 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
     operator_view::PROMISE,
+    console::PROMISE,
+    resets::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,

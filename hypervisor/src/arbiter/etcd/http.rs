@@ -10,14 +10,13 @@ use std::time::{Duration, Instant};
 /// An answer's head is never longer; etcd's are a few hundred bytes.
 const HEAD_MAX: usize = 16 << 10;
 
-/// An answer's body is never longer; a record is under a kilobyte.
-const BODY_MAX: usize = 64 << 10;
-
 /// A connection, which outlives a request if the server lets it.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
     host: String,
+    /// The longest body that is read, in bytes.
+    longest: usize,
     /// Bytes that came after the last answer: none, or the server does not speak HTTP as we do.
     left: Vec<u8>,
 }
@@ -84,6 +83,7 @@ impl Connection {
     pub(super) fn open(
         address: SocketAddr,
         host: String,
+        longest: usize,
         deadline: Deadline,
     ) -> Result<Self, HttpError> {
         let stream = TcpStream::connect_timeout(&address, deadline.left()?)
@@ -92,6 +92,7 @@ impl Connection {
         Ok(Self {
             stream,
             host,
+            longest,
             left: Vec::new(),
         })
     }
@@ -139,7 +140,7 @@ impl Connection {
             }
             self.more(&mut bytes, deadline)?;
         };
-        let head = Head::parse(&bytes[..head_end])?;
+        let head = Head::parse(&bytes[..head_end], self.longest)?;
         let mut rest = bytes.split_off(head_end);
         let (body, used) = match head.length {
             Length::Exactly(length) => {
@@ -149,10 +150,10 @@ impl Connection {
                 (rest[..length].to_vec(), length)
             }
             Length::Chunked => loop {
-                if let Some(done) = chunks(&rest)? {
+                if let Some(done) = chunks(&rest, self.longest)? {
                     break done;
                 }
-                if rest.len() > 2 * BODY_MAX {
+                if rest.len() > 2 * self.longest {
                     return Err(HttpError::Junk("a body that is too long"));
                 }
                 self.more(&mut rest, deadline)?;
@@ -197,7 +198,7 @@ struct Head {
 }
 
 impl Head {
-    fn parse(bytes: &[u8]) -> Result<Self, HttpError> {
+    fn parse(bytes: &[u8], longest: usize) -> Result<Self, HttpError> {
         let text =
             std::str::from_utf8(bytes).map_err(|_| HttpError::Junk("a head that is no text"))?;
         let mut lines = text.split("\r\n");
@@ -221,7 +222,7 @@ impl Head {
                 if length.is_some_and(|before| before != found) {
                     return Err(HttpError::Junk("two lengths"));
                 }
-                if found > BODY_MAX {
+                if found > longest {
                     return Err(HttpError::Junk("a body that is too long"));
                 }
                 length = Some(found);
@@ -248,7 +249,7 @@ impl Head {
 }
 
 /// The body of whole chunks and the bytes that they took; `None` if more must come.
-fn chunks(bytes: &[u8]) -> Result<Option<(Vec<u8>, usize)>, HttpError> {
+fn chunks(bytes: &[u8], longest: usize) -> Result<Option<(Vec<u8>, usize)>, HttpError> {
     let (mut body, mut at) = (Vec::new(), 0);
     loop {
         let Some(line) = find(&bytes[at..], b"\r\n") else {
@@ -261,7 +262,7 @@ fn chunks(bytes: &[u8]) -> Result<Option<(Vec<u8>, usize)>, HttpError> {
         let digits = text.split(';').next().unwrap_or_default().trim();
         let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
         let length = match usize::from_str_radix(digits, 16) {
-            Ok(length) if plain && length <= BODY_MAX - body.len() => length,
+            Ok(length) if plain && length <= longest - body.len() => length,
             _ => {
                 return Err(HttpError::Junk(
                     "a chunk's length that is none, or too much",
@@ -269,6 +270,10 @@ fn chunks(bytes: &[u8]) -> Result<Option<(Vec<u8>, usize)>, HttpError> {
             }
         };
         let start = at + line + 2;
+        if length == 0 {
+            return after_trailers(&bytes[start..])
+                .map(|after| after.map(|after| (body, start + after)));
+        }
         let end = start + length;
         if bytes.len() < end + 2 {
             return Ok(None);
@@ -276,12 +281,21 @@ fn chunks(bytes: &[u8]) -> Result<Option<(Vec<u8>, usize)>, HttpError> {
         if &bytes[end..end + 2] != b"\r\n" {
             return Err(HttpError::Junk("a chunk that does not end where it says"));
         }
-        if length == 0 {
-            // Trailers are allowed and never sent by etcd; with one, the two bytes above would not have been there.
-            return Ok(Some((body, end + 2)));
-        }
         body.extend_from_slice(&bytes[start..end]);
         at = end + 2;
+    }
+}
+
+/// How many bytes the trailers take behind the last chunk, their closing empty line included: etcd's answers have some where they are errors.
+/// None if more must come.
+fn after_trailers(bytes: &[u8]) -> Result<Option<usize>, HttpError> {
+    if bytes.starts_with(b"\r\n") {
+        return Ok(Some(2));
+    }
+    match find(bytes, b"\r\n\r\n") {
+        Some(at) => Ok(Some(at + 4)),
+        None if bytes.len() > HEAD_MAX => Err(HttpError::Junk("trailers without an end")),
+        None => Ok(None),
     }
 }
 
@@ -311,7 +325,8 @@ mod tests {
             request[..length].to_vec()
         });
         let deadline = Deadline::after(Duration::from_millis(300));
-        let mut connection = Connection::open(address, "etcd:2379".into(), deadline).unwrap();
+        let mut connection =
+            Connection::open(address, "etcd:2379".into(), 64 << 10, deadline).unwrap();
         connection.send("/v3/kv/range", b"{}", deadline).unwrap();
         let answer = connection.receive(deadline);
         drop(connection);
@@ -334,6 +349,7 @@ mod tests {
         for text in [
             "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nGrpc-Trailer-X: y\r\n\r\n",
         ] {
             let expected = Answer {
                 status: 200,
@@ -397,8 +413,8 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_comes_no_parser_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Head::parse(&bytes);
-            if let Ok(Some((body, used))) = chunks(&bytes) {
+            let _ = Head::parse(&bytes, 64 << 10);
+            if let Ok(Some((body, used))) = chunks(&bytes, 64 << 10) {
                 prop_assert!(used <= bytes.len() && body.len() <= used);
             }
         }

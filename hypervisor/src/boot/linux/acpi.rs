@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! RSDP ─▶ XSDT ─▶ FADT ─▶ DSDT    FACS
+//!              └▶ MADT
 //! ```
 //! The FADT gives the power-management timer, S5 and the reset register, and says that there is no keyboard controller and no VGA
 //! (probing for them costs thousands of exits); the DSDT gives the windows of the virtio devices, which a distribution's kernel
-//! takes from no command line, and the console. There is no MADT: one processor, and the 8259.
+//! takes from no command line, and the console. The MADT gives local APICs and the I/O APIC where KVM has them; without it there are one
+//! processor, and the 8259s.
 #![forbid(unsafe_code)]
 
 use acpi_tables::aml::{self, Path};
@@ -27,8 +29,9 @@ const SCI: u16 = 9;
 /// not (bit 2), and MSI must not be used (bit 3).
 const BOOT_ARCH: u16 = 0b1101;
 
-/// All tables, one behind the other from `base`; the RSDP comes first. The disk is named if there is one.
-pub(super) fn tables(base: u64, disk: bool) -> Vec<u8> {
+/// All tables, one behind the other from `base`; the RSDP comes first. The disk is named if there is one, and so many vCPUs if they
+/// have local APICs.
+pub(super) fn tables(base: u64, disk: bool, vcpus: Option<u8>) -> Vec<u8> {
     // Each begins at a multiple of 64, as the FACS must.
     let mut bytes = vec![0; 64];
     let mut add = |table: &dyn Aml| {
@@ -42,6 +45,9 @@ pub(super) fn tables(base: u64, disk: bool) -> Vec<u8> {
     let fadt = add(&fadt(dsdt as u32, facs as u32));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt);
+    if let Some(count) = vcpus {
+        xsdt.add_entry(add(&madt(count)));
+    }
     let xsdt = add(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
@@ -84,6 +90,31 @@ fn fadt(dsdt: u32, facs: u32) -> acpi_tables::fadt::FADT {
     );
     fadt.reset_value = ports::RESET_VALUE;
     fadt.finalize()
+}
+
+/// KVM's controllers: line n of the 8259s is pin n of the I/O APIC, also for the timer.
+fn madt(vcpus: u8) -> Sdt {
+    const LOCAL_APICS: u32 = 0xfee0_0000;
+    const IO_APIC: u32 = 0xfec0_0000;
+    /// There are 8259s, too, to be turned off.
+    const PC_COMPATIBLE: u32 = 1;
+    /// Edge and level, high and low: of the system control interrupt, level and high.
+    const LEVEL_HIGH: u16 = 0b1101;
+    let mut madt = Sdt::new(*b"APIC", 36, 3, OEM, OEM_TABLE, REVISION);
+    madt.append_slice(&LOCAL_APICS.to_le_bytes());
+    madt.append_slice(&PC_COMPATIBLE.to_le_bytes());
+    for number in 0..vcpus {
+        const ENABLED: u8 = 1;
+        madt.append_slice(&[0, 8, number, number, ENABLED, 0, 0, 0]);
+    }
+    madt.append_slice(&[1, 12, vcpus, 0]);
+    madt.append_slice(&IO_APIC.to_le_bytes());
+    madt.append_slice(&0u32.to_le_bytes());
+    let [low, high] = LEVEL_HIGH.to_le_bytes();
+    madt.append_slice(&[2, 10, 0, SCI as u8, SCI as u8, 0, 0, 0, low, high]);
+    // A non-maskable interrupt comes by the second local pin of all.
+    madt.append_slice(&[4, 6, 0xff, 0, 0, 1]);
+    madt
 }
 
 fn dsdt(disk: bool) -> Sdt {
@@ -129,7 +160,7 @@ mod tests {
     #[test]
     fn every_table_is_found_from_the_first_and_sums_to_zero() {
         let base = 0xe_0000;
-        let bytes = tables(base, true);
+        let bytes = tables(base, true, Some(3));
         assert!(bytes.len() < 0x1_0000, "they fit below the BIOS's end");
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         let table = |at: usize| {
@@ -142,6 +173,19 @@ mod tests {
         assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
         let fadt = table(word(xsdt, 36));
         assert_eq!((&fadt[..4], sum(fadt)), (&b"FACP"[..], 0));
+        let madt = table(word(xsdt, 44));
+        assert_eq!((&madt[..4], sum(madt)), (&b"APIC"[..], 0));
+        let mut processors = Vec::new();
+        let mut rest = &madt[44..];
+        while let [kind, length, ..] = *rest {
+            let (entry, after) = rest.split_at(length.into());
+            if kind == 0 {
+                processors.push((entry[2], entry[3], entry[4] & 1));
+            }
+            rest = after;
+        }
+        assert!(rest.is_empty(), "the lengths add up");
+        assert_eq!(processors, [(0, 0, 1), (1, 1, 1), (2, 2, 1)]);
         let dsdt = table(word(fadt, 40));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         let facs = table(word(fadt, 36));

@@ -45,6 +45,10 @@ pub const SEED_BYTES: usize = 32;
 const WORDS: &str = "console=ttyS0 nolapic noapic pci=off lpj=1000000 nokaslr mitigations=off random.trust_cpu=off \
                      randomize_kstack_offset=off no_timer_check panic=-1";
 
+/// The same where the guest has the host's CPU and KVM's interrupt controller: nothing of it need be the same twice. The timer's
+/// wiring is not tried out, as hypervisors recommend.
+const WORDS_OF_CREWS: &str = "console=ttyS0 pci=off mitigations=off no_timer_check panic=-1";
+
 /// Why a kernel cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LinuxError {
@@ -94,6 +98,8 @@ pub struct Linux<'a> {
     pub seed: [u8; SEED_BYTES],
     /// Whether there is a disk, for the tables to tell.
     pub disk: bool,
+    /// How many vCPUs with local APICs there are; none: one without, and the 8259s.
+    pub vcpus: Option<u8>,
 }
 
 /// Loads all of it, and puts the vCPU at the entry.
@@ -144,7 +150,11 @@ fn place(ram: &GuestRam, linux: &Linux<'_>) -> Result<u64, LinuxError> {
         .ok_or_else(|| little(end + disk))?;
     ram.write(disk_at, linux.initrd)?;
 
-    let line = format!("{WORDS} {}", linux.command_line);
+    let words = match linux.vcpus {
+        None => WORDS,
+        Some(_) => WORDS_OF_CREWS,
+    };
+    let line = format!("{words} {}", linux.command_line);
     let line = line.trim_end();
     if line.len() > COMMAND_LINE_MAX {
         return Err(LinuxError::CommandLine { length: line.len() });
@@ -152,7 +162,7 @@ fn place(ram: &GuestRam, linux: &Linux<'_>) -> Result<u64, LinuxError> {
     ram.write(COMMAND_LINE, line.as_bytes())?;
     ram.write(COMMAND_LINE + line.len() as u64, &[0])?;
     write_seed(ram, &linux.seed)?;
-    let tables = acpi::tables(TABLES, linux.disk);
+    let tables = acpi::tables(TABLES, linux.disk, linux.vcpus);
     ram.write(TABLES, &tables)?;
     write_page_tables(ram)?;
     write_gdt(ram)?;

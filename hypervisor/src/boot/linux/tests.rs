@@ -34,6 +34,7 @@ fn linux<'a>(kernel: &'a [u8], initrd: &'a [u8], command_line: &'a str) -> Linux
         command_line,
         seed: SEED_ZERO,
         disk: false,
+        vcpus: None,
     }
 }
 

@@ -216,6 +216,48 @@ fn power_off_is_an_effect_and_the_last_output() {
 }
 
 #[test]
+fn both_ways_to_reset_and_what_stays() {
+    let mut guest = Guest::new();
+    for wrong in [(0xcf9, 2), (0x64, 0xd1), (0x60, 0xfe)] {
+        let effect = guest
+            .board
+            .write(&guest.ram, Bus::Port, wrong.0, &[wrong.1]);
+        assert_eq!(effect, Effect::Done);
+    }
+    let fresh = guest.board.digest();
+    for (port, value) in [(0xcf9, 6), (0x64, 0xfe)] {
+        guest.outb(0x3f8, b'.');
+        guest.outb(0x21, 0xfe);
+        guest.outb(0x3ff, 1);
+        guest.mmio_write(super::driver::NET + 0x70, 1);
+        guest
+            .board
+            .apply(&guest.ram, &Input::Console(b"typed".to_vec()))
+            .unwrap();
+        let effect = guest.board.write(&guest.ram, Bus::Port, port, &[value]);
+        assert_eq!(effect, Effect::Reset);
+        let before = guest.board.digest();
+        guest.board.reset(&super::driver::config(None));
+        assert_ne!(guest.board.digest(), before);
+        assert_eq!(guest.inb(0x21), 0, "the mask");
+        assert_eq!(guest.mmio_read(super::driver::NET + 0x70), 0, "the driver");
+        assert_eq!(guest.inb(0x3fd), 0x60, "nothing was typed");
+    }
+    assert_eq!(
+        guest.board.printed(),
+        2,
+        "how much was printed is counted on"
+    );
+    let dots = Output::Console(b".".to_vec());
+    assert!(guest.outputs().iter().all(|output| *output == dots));
+    assert_ne!(
+        guest.board.digest(),
+        fresh,
+        "that count is a part of the state"
+    );
+}
+
+#[test]
 fn the_digest_sees_every_device() {
     let mut guest = Guest::new();
     let mut seen = vec![guest.board.digest()];

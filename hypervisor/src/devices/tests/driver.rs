@@ -45,6 +45,17 @@ pub struct Guest {
     pub ram: GuestRam,
 }
 
+/// The board's, with this disk.
+pub fn config(disk: Option<DiskConfig>) -> DevicesConfig {
+    DevicesConfig {
+        mac: MAC,
+        mtu: MTU,
+        disk,
+        wall_clock_ns: 0,
+        firmware: false,
+    }
+}
+
 impl Guest {
     pub fn new() -> Self {
         Self::with(None)
@@ -52,15 +63,8 @@ impl Guest {
 
     /// One with this disk.
     pub fn with(disk: Option<DiskConfig>) -> Self {
-        let config = DevicesConfig {
-            mac: MAC,
-            mtu: MTU,
-            disk,
-            wall_clock_ns: 0,
-            firmware: false,
-        };
         Self {
-            board: Devices::new(&config),
+            board: Devices::new(&config(disk)),
             ram: GuestRam::new(4).unwrap(),
         }
     }

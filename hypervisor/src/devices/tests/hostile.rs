@@ -210,6 +210,7 @@ fn perform(guest: &mut Guest, attacks: &[Attack; 3], step: &Step, turn: u64) -> 
             let random = Input::Random(vec![turn as u8; len]);
             board.answer(&random, &mut data).unwrap();
         }
+        Some(Effect::Reset) => board.reset(&super::driver::config(None)),
         Some(Effect::Done | Effect::PowerOff(_) | Effect::Crash) | None => {}
     }
     // Our bytes may make new requests in overlaid rings, so the recorder, too, gives a bounded number at a time.

@@ -269,7 +269,8 @@ impl<D: Device, const QUEUES: usize> Mmio<D, QUEUES> {
         self.queues.get(usize::try_from(self.queue_sel).ok()?)
     }
 
-    fn reset(&mut self) {
+    /// As if its driver had reset it.
+    pub fn reset(&mut self) {
         self.device.reset();
         self.status = 0;
         self.device_features_sel = 0;

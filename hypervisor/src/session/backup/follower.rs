@@ -23,7 +23,7 @@ use crate::replay::{MemoryCheck, Remains, ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::{RingSink, RingSource};
 use crate::sandbox::{NOT_CONFINED, Thread};
 use crate::session::io::Io;
-use crate::session::{SessionError, host, intervals, record_options};
+use crate::session::{SessionError, confined, host, intervals, record_options};
 use crate::stage::Stage;
 
 /// What the vCPU thread says.
@@ -100,6 +100,7 @@ impl Follower {
         };
         let (cpus, wake) = (config.cpus.vcpu.clone(), Arc::clone(&io.wake));
         let sandbox = io.sandbox.clone();
+        replayer.man(confined(&sandbox))?;
         let thread = std::thread::Builder::new()
             .name("vcpu".into())
             .spawn(move || {
@@ -197,7 +198,7 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         // What came of them the guest was not told, and what this image has of them does no harm: they are the last that were
         // asked, and are done again in their order.
         for request in remains.machine.disk_requests() {
-            disk.serve(request.clone());
+            disk.serve(request);
         }
     }
     // Nothing leaves if the gate is still shut. If it was opened already, nobody else comes by for these until the guest has

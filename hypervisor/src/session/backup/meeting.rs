@@ -137,8 +137,9 @@ impl Meeting<'_> {
         let disk = disk::start(image, config, &io)?;
         io.stager.serve_disk(disk.clone());
         let spin = config.timing.spin();
-        let mut replayer =
-            Replayer::new(machine, log, Arc::clone(&io.orders), spin).with_disk(disk.clone());
+        let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
+            .with_disk(disk.clone())
+            .with_spool(Arc::clone(io.reporter.board().spool()));
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
         }
@@ -185,6 +186,7 @@ impl Meeting<'_> {
                 lag: config.lag,
                 replication: config.replicate.mode,
                 transport: config.pair.transport,
+                starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
             },

@@ -18,10 +18,9 @@ use ports::{Finder, Nobody};
 pub use ports::Link;
 pub(super) use ports::{RdmaAcks, RdmaFence, RdmaReader};
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -30,12 +29,12 @@ use super::hello::Mode;
 use super::pipe::{Pipe, Slots};
 use super::writer::BEAT;
 use crate::entry::{HEADER_LEN, Header, Keys, Lane, Nonce, Stamp};
-use crate::futex::{Bell, FutexWord};
 use crate::lane::{Geometry, LaneReader, ReaderParts};
 use crate::poll::wait;
 use crate::region::{ReadView, Region};
 use crate::ring::{Acks, RingConfig};
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fence};
+use crate::transport::reading::{Reading, ReadingLane};
 use crate::verbs::RdmaError;
 use crate::verbs::{Device, Registered};
 
@@ -47,84 +46,24 @@ const FAREWELL: Duration = Duration::from_millis(20);
 /// Entries that are found at once before what was found is said.
 const FOUND: usize = 64;
 
-/// One lane's numbers.
-#[derive(Debug, Default)]
-struct LaneState {
-    /// Bytes that the reader has copied out.
-    consumed: AtomicU64,
-    /// Bytes that were found to have arrived: mode `ack` only.
-    found: AtomicU64,
-    /// The last entry received, and replayed.
-    received: AtomicU64,
-    replayed: AtomicU64,
-    /// `consumed` in the last block.
-    credited: AtomicU64,
-    /// Where a reader sleeps that waits for entries.
-    waiting: AtomicU32,
-    data: FutexWord,
-}
-
-impl LaneState {
-    fn bell(&self) -> Bell<'_> {
-        Bell {
-            waiting: &self.waiting,
-            word: &self.data,
-        }
-    }
-
-    fn is_waiting(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) != 0
-    }
-}
-
 /// What the thread and the reader's handles share.
 #[derive(Debug)]
 pub(super) struct Shared {
-    nonce: Nonce,
+    reading: Reading,
     mode: Mode,
-    sizes: [u64; 2],
-    lanes: [LaneState; 2],
-    /// The thread is to end.
-    retired: AtomicBool,
-    fenced: AtomicBool,
-    /// The thread waits, and does not look by itself for what this side has to say.
-    parked: AtomicBool,
-    /// Ends its wait.
-    wake: UnixStream,
+    /// Bytes of each lane that were found to have arrived: mode `ack` only.
+    found: [AtomicU64; 2],
     broken: OnceLock<RdmaError>,
 }
 
 impl Shared {
     pub(super) fn nonce(&self) -> Nonce {
-        self.nonce
-    }
-
-    fn lane(&self, lane: Lane) -> &LaneState {
-        &self.lanes[lane.index()]
-    }
-
-    fn wake(&self) {
-        // It fails only when it is readable already, or nobody waits any more.
-        let _ = (&self.wake).write(&[0]);
-    }
-
-    /// Sees to it that the thread looks, if it does not do so by itself.
-    fn attend(&self) {
-        // Pairs with the one before the thread parks: either it sees the change, or this sees that it parks.
-        fence(Ordering::SeqCst);
-        let starved = |(lane, size): (&LaneState, &u64)| {
-            let consumed = lane.consumed.load(Ordering::Relaxed);
-            consumed.saturating_sub(lane.credited.load(Ordering::Relaxed)) >= size / 2
-        };
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed)
-            || self.lanes.iter().zip(&self.sizes).any(starved)
-        {
-            self.wake();
-        }
+        self.reading.nonce
     }
 
     fn words(&self) -> [LaneWords; 2] {
-        self.lanes.each_ref().map(|lane| {
+        Lane::ALL.map(|which| {
+            let lane = self.reading.lane(which);
             // In this order: what was replayed had been received.
             let replayed = lane.replayed.load(Ordering::Acquire);
             let received = lane.received.load(Ordering::Acquire);
@@ -137,18 +76,12 @@ impl Shared {
                 },
                 // What was not found yet must not be written over.
                 Mode::Ack => LaneWords {
-                    consumed: consumed.min(lane.found.load(Ordering::Acquire)),
+                    consumed: consumed.min(self.found[which.index()].load(Ordering::Acquire)),
                     received,
                     replayed: replayed.min(received),
                 },
             }
         })
-    }
-
-    fn ring_all(&self) {
-        for lane in &self.lanes {
-            lane.bell().ring();
-        }
     }
 }
 
@@ -207,18 +140,12 @@ pub(super) fn start(
     first_lane: usize,
     ring: &RingConfig,
 ) -> io::Result<(Arc<Shared>, RdmaFence)> {
-    let (wake, woken) = UnixStream::pair()?;
-    wake.set_nonblocking(true)?;
-    woken.set_nonblocking(true)?;
+    let sizes = [ring.events as u64, ring.inputs as u64];
+    let (reading, woken) = Reading::new(parts.nonce, sizes)?;
     let shared = Arc::new(Shared {
-        nonce: parts.nonce,
+        reading,
         mode: parts.mode,
-        sizes: [ring.events as u64, ring.inputs as u64],
-        lanes: Default::default(),
-        retired: AtomicBool::new(false),
-        fenced: AtomicBool::new(false),
-        parked: AtomicBool::new(false),
-        wake,
+        found: Default::default(),
         broken: OnceLock::new(),
     });
     let [events, inputs] = region.read_views(first_lane, [ring.events, ring.inputs]);
@@ -259,7 +186,7 @@ pub(super) fn start(
 }
 
 fn scan(shared: &Arc<Shared>, lane: Lane, view: ReadView, geometry: Geometry) -> Scan {
-    let nonce = shared.nonce;
+    let nonce = shared.nonce();
     match shared.mode {
         Mode::Nic => Scan::Peek {
             view,
@@ -287,13 +214,13 @@ impl Attendant {
         } else {
             self.farewell();
         }
-        self.shared.ring_all();
+        self.shared.reading.ring_all();
         self.pipes
     }
 
     fn attend(&mut self) -> Result<(), RdmaError> {
         let mut came = Instant::now();
-        while !self.shared.retired.load(Ordering::Acquire) {
+        while !self.shared.reading.retired.load(Ordering::Acquire) {
             if self.look()? {
                 came = Instant::now();
             } else if came.elapsed() < self.spin {
@@ -349,7 +276,7 @@ impl Attendant {
             return;
         }
         // Nothing of it is believed but that somebody wants to be woken.
-        if let Some(block) = Block::from_bytes(&bytes, &self.shared.nonce, From::Writer) {
+        if let Some(block) = Block::from_bytes(&bytes, &self.shared.nonce(), From::Writer) {
             self.heard = bytes;
             self.writer_alarm = self.writer_alarm.max(block.alarm);
         }
@@ -359,7 +286,7 @@ impl Attendant {
     fn find(&mut self) -> bool {
         let mut any = false;
         for (lane, scan) in &mut self.scans {
-            let state = self.shared.lane(*lane);
+            let state = self.shared.reading.lane(*lane);
             match scan {
                 Scan::Peek {
                     view,
@@ -379,7 +306,13 @@ impl Attendant {
 
     /// Whether there is somebody here who waits for what the writer may send.
     fn waits(&self) -> bool {
-        self.shared.mode == Mode::Ack || self.shared.lanes.iter().any(LaneState::is_waiting)
+        self.shared.mode == Mode::Ack
+            || self
+                .shared
+                .reading
+                .lanes
+                .iter()
+                .any(ReadingLane::is_waiting)
     }
 
     fn has_news(&self) -> bool {
@@ -390,8 +323,8 @@ impl Attendant {
         let now = self.shared.words();
         let since = self.said_at.elapsed();
         let events = Lane::Events.index();
-        let starved =
-            (0..2).any(|i| now[i].consumed - self.said[i].consumed >= self.shared.sizes[i] / 2);
+        let starved = (0..2)
+            .any(|i| now[i].consumed - self.said[i].consumed >= self.shared.reading.sizes[i] / 2);
         if self.due
             || now[events].received != self.said[events].received
             || starved
@@ -425,7 +358,7 @@ impl Attendant {
         }
         self.said = lanes;
         self.said_at = Instant::now();
-        for (lane, said) in self.shared.lanes.iter().zip(lanes) {
+        for (lane, said) in self.shared.reading.lanes.iter().zip(lanes) {
             lane.credited.store(said.consumed, Ordering::Relaxed);
         }
         Ok(true)
@@ -445,7 +378,7 @@ impl Attendant {
         let within = if self.shared.words() != self.said {
             ANSWER_WITHIN
         } else {
-            self.shared.parked.store(true, Ordering::Relaxed);
+            self.shared.reading.parked.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
             BEAT
         };
@@ -453,7 +386,7 @@ impl Attendant {
         let awake = self.look()?
             || (within == BEAT && self.has_news())
             || (self.waits() && !self.alarm.is_set())
-            || self.shared.retired.load(Ordering::Acquire);
+            || self.shared.reading.retired.load(Ordering::Acquire);
         if !awake && !left.is_zero() {
             let fds = [(self.device.as_fd(), false), (self.woken.as_fd(), false)];
             let [_, woken] = wait(fds, Some(left)).map_err(|error| RdmaError::Verb {
@@ -466,13 +399,13 @@ impl Attendant {
                 let _ = (&self.woken).read(&mut bytes);
             }
         }
-        self.shared.parked.store(false, Ordering::Relaxed);
+        self.shared.reading.parked.store(false, Ordering::Relaxed);
         Ok(())
     }
 }
 
 /// Whether the header of an entry lies where the reader waits for one.
-fn peek(state: &LaneState, lane: Lane, view: &ReadView, keys: &Keys, geometry: Geometry) -> bool {
+fn peek(state: &ReadingLane, lane: Lane, view: &ReadView, keys: &Keys, geometry: Geometry) -> bool {
     let at = state.consumed.load(Ordering::Acquire);
     let mut bytes = [0; HEADER_LEN];
     view.copy_out(geometry.offset(at), &mut bytes);
@@ -483,7 +416,7 @@ fn peek(state: &LaneState, lane: Lane, view: &ReadView, keys: &Keys, geometry: G
 }
 
 /// Takes the next entries out and checks them; whether there were some.
-fn walk_on(state: &LaneState, walk: &mut Option<Box<LaneReader>>) -> bool {
+fn walk_on(state: &ReadingLane, walk: &mut Option<Box<LaneReader>>) -> bool {
     let Some(reader) = walk else { return false };
     let before = reader.last();
     let mut ended = false;

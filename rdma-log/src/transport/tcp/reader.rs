@@ -11,7 +11,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,12 +19,10 @@ use super::StreamError;
 use super::frame::{ANSWER, Answer, Frame, HEADER, LaneAnswer, MAX_PIECE, Part, bad};
 use crate::entry::{LINE, Lane, Nonce, Seq};
 use crate::fence::{FenceError, Fenced};
-use crate::futex::{Bell, FutexWord};
-use crate::lane::ReadError;
 use crate::poll::wait;
-use crate::region::ReadView;
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
-use crate::transport::{AckPort, FenceKey, FencePort, Limit, ReadPort, WriteView};
+use crate::sync::{AtomicU64, Ordering, fence};
+use crate::transport::reading::{End, LanePort, Reading};
+use crate::transport::{AckPort, FenceKey, FencePort, Limit, WriteView};
 
 /// How long an answer that nothing waits for may gather. Short against the lag that a writer allows its reader, long
 /// against the cost of an answer; a lane is seldom so full that a writer waits for it.
@@ -34,78 +31,24 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(1);
 /// Bytes read at once.
 const READ_AT_ONCE: usize = 2 * (HEADER + MAX_PIECE);
 
-/// One lane's numbers.
-#[derive(Debug, Default)]
-struct LaneState {
-    /// Bytes of whole entries that have landed.
-    tail: AtomicU64,
-    /// Number of the last of them.
-    received: AtomicU64,
-    /// Bytes that the reader has copied out.
-    consumed: AtomicU64,
-    /// The last entry that it says it replayed.
-    replayed: AtomicU64,
-    /// `consumed` in the last answer.
-    credited: AtomicU64,
-    /// Where a reader sleeps that waits for entries.
-    waiting: AtomicU32,
-    data: FutexWord,
-}
-
-impl LaneState {
-    fn bell(&self) -> Bell<'_> {
-        Bell {
-            waiting: &self.waiting,
-            word: &self.data,
-        }
-    }
-}
-
 /// What the landing thread and the reader's handles share.
 #[derive(Debug)]
 pub(super) struct Landing {
-    nonce: Nonce,
-    sizes: [u64; 2],
-    lanes: [LaneState; 2],
-    /// The landing thread is to end.
-    retired: AtomicBool,
-    fenced: AtomicBool,
-    /// The landing thread waits without a time limit.
-    parked: AtomicBool,
-    /// Ends its wait.
-    wake: UnixStream,
+    reading: Reading,
+    /// Bytes of whole entries that have landed, of each lane. The number of the last of them is what was received.
+    tails: [AtomicU64; 2],
     broken: OnceLock<StreamError>,
 }
 
 impl Landing {
-    fn lane(&self, lane: Lane) -> &LaneState {
-        &self.lanes[lane.index()]
-    }
-
-    fn wake(&self) {
-        // It fails only when it is readable already, or nobody waits any more.
-        let _ = (&self.wake).write(&[0]);
-    }
-
-    /// Sees to it that what changed is answered, if the landing thread does not know that it may have.
-    fn answer_soon(&self) {
-        // Pairs with the one before the thread parks: either it sees the change, or this sees that it parks.
-        fence(Ordering::SeqCst);
-        let starved = |(lane, size): (&LaneState, &u64)| {
-            let consumed = lane.consumed.load(Ordering::Relaxed);
-            consumed.saturating_sub(lane.credited.load(Ordering::Relaxed)) >= size / 2
-        };
-        if self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed)
-            || self.lanes.iter().zip(&self.sizes).any(starved)
-        {
-            self.wake();
-        }
+    fn tail(&self, lane: Lane) -> &AtomicU64 {
+        &self.tails[lane.index()]
     }
 
     fn answer(&self) -> Answer {
         Answer {
             fenced: false,
-            lanes: self.lanes.each_ref().map(|lane| {
+            lanes: self.reading.lanes.each_ref().map(|lane| {
                 let received = lane.received.load(Ordering::Relaxed);
                 LaneAnswer {
                     consumed: lane.consumed.load(Ordering::Acquire),
@@ -119,9 +62,9 @@ impl Landing {
     /// Whether the reader has still to take out, or to replay, what has landed.
     fn is_behind(&self) -> bool {
         let answer = self.answer();
-        self.lanes.iter().zip(answer.lanes).any(|(lane, said)| {
+        self.tails.iter().zip(answer.lanes).any(|(tail, said)| {
             let replays = said.replayed > 0;
-            said.consumed < lane.tail.load(Ordering::Relaxed)
+            said.consumed < tail.load(Ordering::Relaxed)
                 || (replays && said.replayed < said.received)
         })
     }
@@ -171,17 +114,11 @@ pub(super) fn start(
 ) -> io::Result<(Arc<Landing>, TcpFence)> {
     stream.set_nodelay(true)?;
     stream.set_nonblocking(true)?;
-    let (wake, woken) = UnixStream::pair()?;
-    wake.set_nonblocking(true)?;
-    woken.set_nonblocking(true)?;
+    let sizes = views.each_ref().map(|view| view.len() as u64);
+    let (reading, woken) = Reading::new(nonce, sizes)?;
     let landing = Arc::new(Landing {
-        nonce,
-        sizes: views.each_ref().map(|view| view.len() as u64),
-        lanes: Default::default(),
-        retired: AtomicBool::new(false),
-        fenced: AtomicBool::new(false),
-        parked: AtomicBool::new(false),
-        wake,
+        reading,
+        tails: Default::default(),
         broken: OnceLock::new(),
     });
     let receiver = Receiver {
@@ -216,23 +153,21 @@ impl Receiver {
             let _ = self.landing.broken.set(error);
         }
         // What landed at last is said as well, with the fence if it is one. If it does not get through, it did not commit.
-        let fenced = self.landing.retired.load(Ordering::Acquire);
+        let fenced = self.landing.reading.retired.load(Ordering::Acquire);
         let mut answer = self.landing.answer();
         answer.fenced = fenced;
         self.unsent
-            .extend_from_slice(&answer.to_bytes(&self.landing.nonce));
+            .extend_from_slice(&answer.to_bytes(&self.landing.reading.nonce));
         let _ = (&self.stream).write(&self.unsent);
         let _ = self.stream.shutdown(Shutdown::Both);
-        for lane in &self.landing.lanes {
-            lane.bell().ring();
-        }
+        self.landing.reading.ring_all();
     }
 
     /// Lands what comes, until the connection is retired or of no more use.
     fn land(&mut self) -> Result<(), StreamError> {
         let mut came = Instant::now();
         loop {
-            if self.landing.retired.load(Ordering::Acquire) {
+            if self.landing.reading.retired.load(Ordering::Acquire) {
                 return self.land_the_rest();
             }
             if self.take()? > 0 {
@@ -249,7 +184,7 @@ impl Receiver {
     /// What has come already was posted before the fence. It was not acknowledged, so taking it is a kindness, and bounded:
     /// a writer in its right mind cannot have more than its lanes under way.
     fn land_the_rest(&mut self) -> Result<(), StreamError> {
-        let mut left = self.landing.sizes.iter().sum::<u64>() * 2;
+        let mut left = self.landing.reading.sizes.iter().sum::<u64>() * 2;
         while left > 0 {
             let got = self.take()? as u64;
             if got == 0 {
@@ -276,16 +211,16 @@ impl Receiver {
             }
         }
         if limit.is_none() && !full {
-            landing.parked.store(true, Ordering::Relaxed);
+            landing.reading.parked.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
-            if landing.answer() != self.said || landing.retired.load(Ordering::Relaxed) {
-                landing.parked.store(false, Ordering::Relaxed);
+            if landing.answer() != self.said || landing.reading.retired.load(Ordering::Relaxed) {
+                landing.reading.parked.store(false, Ordering::Relaxed);
                 return Ok(());
             }
         }
         let socket = (self.stream.as_fd(), full);
         let [_, woken] = wait([socket, (self.wake.as_fd(), false)], limit)?;
-        landing.parked.store(false, Ordering::Relaxed);
+        landing.reading.parked.store(false, Ordering::Relaxed);
         if woken.read {
             let mut bytes = [0; 64];
             // It is readable, and how often it was written to says nothing.
@@ -305,7 +240,7 @@ impl Receiver {
         let events = Lane::Events.index();
         let starved = Lane::ALL.into_iter().any(|lane| {
             let i = lane.index();
-            now.lanes[i].consumed - self.said.lanes[i].consumed >= self.landing.sizes[i] / 2
+            now.lanes[i].consumed - self.said.lanes[i].consumed >= self.landing.reading.sizes[i] / 2
         });
         if now.lanes[events].received != self.said.lanes[events].received
             || starved
@@ -318,10 +253,10 @@ impl Receiver {
 
     fn say(&mut self, answer: Answer) -> Result<(), StreamError> {
         self.unsent
-            .extend_from_slice(&answer.to_bytes(&self.landing.nonce));
+            .extend_from_slice(&answer.to_bytes(&self.landing.reading.nonce));
         self.said = answer;
         self.said_at = Instant::now();
-        for (lane, said) in self.landing.lanes.iter().zip(answer.lanes) {
+        for (lane, said) in self.landing.reading.lanes.iter().zip(answer.lanes) {
             lane.credited.store(said.consumed, Ordering::Relaxed);
         }
         self.send()
@@ -366,9 +301,7 @@ impl Receiver {
         if at > 0 {
             // The commit first: outputs wait for it. Then whoever replays.
             self.answer_if_due()?;
-            for lane in &self.landing.lanes {
-                lane.bell().ring();
-            }
+            self.landing.reading.ring_all();
         }
         landed.map(|()| got)
     }
@@ -378,13 +311,17 @@ impl Receiver {
         let Some((header, rest)) = self.buffer[at..self.have].split_first_chunk::<HEADER>() else {
             return Ok(None);
         };
-        let frame = Frame::from_bytes(header, &self.landing.nonce)?;
+        let frame = Frame::from_bytes(header, &self.landing.reading.nonce)?;
         let Some(piece) = rest.get(..frame.len) else {
             return Ok(None);
         };
         frame.check(header, piece)?;
-        let lane = self.landing.lane(frame.lane);
-        let (index, size) = (frame.lane.index(), self.landing.sizes[frame.lane.index()]);
+        let lane = self.landing.reading.lane(frame.lane);
+        let tail = self.landing.tail(frame.lane);
+        let (index, size) = (
+            frame.lane.index(),
+            self.landing.reading.sizes[frame.lane.index()],
+        );
         let from = self.landed[index];
         if frame.from != from {
             return Err(bad(Part::Position, from, frame.from));
@@ -396,7 +333,7 @@ impl Receiver {
             return Err(bad(Part::Credit, most, end));
         }
         let last = lane.received.load(Ordering::Relaxed);
-        let fit = (end - lane.tail.load(Ordering::Relaxed)) / LINE as u64;
+        let fit = (end - tail.load(Ordering::Relaxed)) / LINE as u64;
         let new = frame.seq.0.checked_sub(last);
         let Some(new) = new.filter(|new| *new <= fit) else {
             return Err(bad(Part::Sequence, last + fit, frame.seq.0));
@@ -412,61 +349,25 @@ impl Receiver {
         if new > 0 {
             lane.received.store(frame.seq.0, Ordering::Relaxed);
             // Release: whoever sees the tail sees the bytes.
-            lane.tail.store(end, Ordering::Release);
+            tail.store(end, Ordering::Release);
         }
         Ok(Some(HEADER + frame.len))
     }
 }
 
 /// One lane, for its reader.
-#[derive(Debug)]
-pub(super) struct TcpReader {
-    pub(super) lane: Lane,
-    pub(super) landing: Arc<Landing>,
-    pub(super) view: ReadView,
-}
+pub(super) type TcpReader = LanePort<Landing>;
 
-impl TcpReader {
-    fn state(&self) -> &LaneState {
-        self.landing.lane(self.lane)
+impl End for Landing {
+    fn reading(&self) -> &Reading {
+        &self.reading
     }
-}
 
-impl ReadPort for TcpReader {
-    /// A broken stream is no error here: what has landed is still to be read, and nothing more is in the ring.
-    fn limit(&mut self) -> Result<Limit, ReadError> {
+    fn limit(&self, lane: Lane) -> Limit {
         // In this order: a tail that is read after the fence is the last.
-        let fenced = self.landing.fenced.load(Ordering::Acquire);
-        let at = self.state().tail.load(Ordering::Acquire);
-        Ok(Limit::Tail { at, fenced })
-    }
-
-    fn copy_out(&self, at: usize, to: &mut [u8]) {
-        self.view.copy_out(at, to);
-    }
-
-    fn release(&mut self, consumed: u64) {
-        // Release: the loads of these bytes are over.
-        self.state().consumed.store(consumed, Ordering::Release);
-    }
-
-    fn push(&mut self) -> Result<(), ReadError> {
-        self.landing.answer_soon();
-        Ok(())
-    }
-
-    fn arm(&mut self) -> u32 {
-        let armed = self.state().bell().arm();
-        self.landing.answer_soon();
-        armed
-    }
-
-    fn sleep(&mut self, armed: u32, limit: Duration) -> bool {
-        self.state().bell().sleep(armed, limit)
-    }
-
-    fn disarm(&mut self) {
-        self.state().bell().disarm();
+        let fenced = self.reading.fenced.load(Ordering::Acquire);
+        let at = self.tail(lane).load(Ordering::Acquire);
+        Limit::Tail { at, fenced }
     }
 }
 
@@ -478,10 +379,8 @@ impl AckPort for TcpAcks {
     fn received(&self, _: Lane, _: Seq) {}
 
     fn replayed(&self, lane: Lane, seq: Seq) {
-        self.0
-            .lane(lane)
-            .replayed
-            .fetch_max(seq.0, Ordering::AcqRel);
+        let state = self.0.reading.lane(lane);
+        state.replayed.fetch_max(seq.0, Ordering::AcqRel);
     }
 }
 
@@ -494,8 +393,7 @@ pub(super) struct TcpFence {
 
 impl TcpFence {
     fn retire(&mut self) -> std::thread::Result<()> {
-        self.landing.retired.store(true, Ordering::SeqCst);
-        self.landing.wake();
+        self.landing.reading.retire();
         self.thread.take().map_or(Ok(()), JoinHandle::join)
     }
 }
@@ -504,12 +402,13 @@ impl FencePort for TcpFence {
     fn fence(&mut self) -> Result<Fenced, FenceError> {
         // A thread that panicked lands as little as one that ended.
         let _ = self.retire();
-        self.landing.fenced.store(true, Ordering::Release);
-        for lane in &self.landing.lanes {
-            lane.data.bump();
-        }
-        let ends = Lane::ALL.map(|lane| Some(self.landing.lane(lane).tail.load(Ordering::Acquire)));
-        Ok(Fenced::attest(FenceKey(()), self.landing.nonce, ends))
+        self.landing.reading.end();
+        let ends = Lane::ALL.map(|lane| Some(self.landing.tail(lane).load(Ordering::Acquire)));
+        Ok(Fenced::attest(
+            FenceKey(()),
+            self.landing.reading.nonce,
+            ends,
+        ))
     }
 }
 

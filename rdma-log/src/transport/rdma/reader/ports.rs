@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::{LaneState, Shared};
+use super::Shared;
 use crate::entry::{Lane, Seq};
 use crate::fence::{FenceError, Fenced};
 use crate::lane::ReadError;
@@ -13,6 +13,7 @@ use crate::region::ReadView;
 use crate::sync::Ordering;
 use crate::transport::rdma::hello::Mode;
 use crate::transport::rdma::pipe::Pipe;
+use crate::transport::reading::{End, LanePort, Reading};
 use crate::transport::{AckPort, FenceKey, FencePort, Limit, ReadPort};
 use crate::verbs::{RdmaError, Registered};
 
@@ -49,8 +50,7 @@ impl ReadPort for Finder {
     }
 
     fn release(&mut self, consumed: u64) {
-        let state = self.shared.lane(self.lane);
-        state.found.store(consumed, Ordering::Release);
+        self.shared.found[self.lane.index()].store(consumed, Ordering::Release);
     }
 
     fn push(&mut self) -> Result<(), ReadError> {
@@ -79,53 +79,17 @@ impl AckPort for Nobody {
 }
 
 /// One lane, for its reader.
-#[derive(Debug)]
-pub(in crate::transport::rdma) struct RdmaReader {
-    pub(in crate::transport::rdma) lane: Lane,
-    pub(in crate::transport::rdma) shared: Arc<Shared>,
-    pub(in crate::transport::rdma) view: ReadView,
-}
+pub(in crate::transport::rdma) type RdmaReader = LanePort<Shared>;
 
-impl RdmaReader {
-    fn state(&self) -> &LaneState {
-        self.shared.lane(self.lane)
+impl End for Shared {
+    fn reading(&self) -> &Reading {
+        &self.reading
     }
-}
 
-impl ReadPort for RdmaReader {
-    /// A broken connection is no error here: what has arrived is still to be read.
-    fn limit(&mut self) -> Result<Limit, ReadError> {
+    fn limit(&self, _: Lane) -> Limit {
         // Acquire: whoever sees the fence sees every byte that came before it.
-        let fenced = self.shared.fenced.load(Ordering::Acquire);
-        Ok(Limit::Unknown { fenced })
-    }
-
-    fn copy_out(&self, at: usize, to: &mut [u8]) {
-        self.view.copy_out(at, to);
-    }
-
-    fn release(&mut self, consumed: u64) {
-        // Release: the loads of these bytes are over.
-        self.state().consumed.store(consumed, Ordering::Release);
-    }
-
-    fn push(&mut self) -> Result<(), ReadError> {
-        self.shared.attend();
-        Ok(())
-    }
-
-    fn arm(&mut self) -> u32 {
-        let armed = self.state().bell().arm();
-        self.shared.attend();
-        armed
-    }
-
-    fn sleep(&mut self, armed: u32, limit: Duration) -> bool {
-        self.state().bell().sleep(armed, limit)
-    }
-
-    fn disarm(&mut self) {
-        self.state().bell().disarm();
+        let fenced = self.reading.fenced.load(Ordering::Acquire);
+        Limit::Unknown { fenced }
     }
 }
 
@@ -136,19 +100,19 @@ impl AckPort for RdmaAcks {
     /// In mode `ack` it was acknowledged when it was found.
     fn received(&self, lane: Lane, seq: Seq) {
         if self.0.mode == Mode::Nic {
-            let before = self
-                .0
+            let reading = &self.0.reading;
+            let before = reading
                 .lane(lane)
                 .received
                 .fetch_max(seq.0, Ordering::AcqRel);
             if seq.0 > before {
-                self.0.attend();
+                reading.attend();
             }
         }
     }
 
     fn replayed(&self, lane: Lane, seq: Seq) {
-        let state = self.0.lane(lane);
+        let state = self.0.reading.lane(lane);
         state.replayed.fetch_max(seq.0, Ordering::AcqRel);
     }
 }
@@ -164,8 +128,7 @@ pub(in crate::transport::rdma) struct RdmaFence {
 impl RdmaFence {
     /// The other way: without its queue pairs nothing arrives either.
     fn destroy(&mut self) -> Result<(), RdmaError> {
-        self.shared.retired.store(true, Ordering::SeqCst);
-        self.shared.wake();
+        self.shared.reading.retire();
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
@@ -186,13 +149,10 @@ impl FencePort for RdmaFence {
                 reason: format!("{first}; and {second}"),
             })?;
         }
-        self.shared.fenced.store(true, Ordering::Release);
-        self.shared.retired.store(true, Ordering::SeqCst);
-        self.shared.wake();
-        for lane in &self.shared.lanes {
-            lane.data.bump();
-        }
-        Ok(Fenced::attest(FenceKey(()), self.shared.nonce, [None; 2]))
+        let reading = &self.shared.reading;
+        reading.end();
+        reading.retire();
+        Ok(Fenced::attest(FenceKey(()), reading.nonce, [None; 2]))
     }
 }
 

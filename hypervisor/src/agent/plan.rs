@@ -1,0 +1,454 @@
+//! What an agent does next, as a function of what it sees: the site's records, and its own host.
+//!
+//! ```text
+//!   create, start ──▶ Starting ──an agent chooses a host──▶ Starting on H ──H's agent starts a primary──▶ Running
+//!                        ▲  └────────── nobody is fit: it waits ──────────┘│ it ended: another host, or, if cold, Failed
+//!                        │                                                 ▼
+//!                     Stopped ◀── the record says ended, nobody has a part of it ── Stopping ◀── stop
+//!
+//!   Running, served by H without a backup ──H's agent chooses another host B──▶ B's agent starts a backup ──▶ H's recruiter finds it
+//! ```
+//! **Facts are what roles say, and come first**; what is written is what should be. Who serves a machine is what its roles and the arbiter
+//! have made of it: nothing here gives or takes that. A lease that has run out lets a role be placed elsewhere; if the host lives all the same,
+//! it is the arbiter that lets one primary start, and one backup at a time is entitled.
+//!
+//! Only the agent of the host that serves a machine places its backup, since it alone sees at first hand that there is none.
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use super::placement::{self, Role as Wanted};
+use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
+use crate::control::status::{Role, Standing};
+
+/// How long a backup may wait for its primary before another host is tried, in milliseconds. A primary looks every 50 ms, and a second for
+/// each host that does not answer.
+const JOINS_WITHIN_MS: u64 = 60_000;
+
+/// How many hosts are tried for a start.
+const STARTS: usize = 5;
+
+/// A role that this agent started, and that is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Of which assignment it was.
+    pub number: u64,
+    /// How it ended.
+    pub why: String,
+}
+
+/// What an agent sees of its own host.
+#[derive(Clone, Debug, Default)]
+pub struct Local {
+    /// The host's name.
+    pub me: String,
+    /// Milliseconds since 1970.
+    pub now_ms: u64,
+    /// Whether it has seen the site for long enough: who is not there now is away.
+    pub settled: bool,
+    /// Processes here, by machine: those that say something, and those that do not.
+    pub held: BTreeMap<String, usize>,
+    /// Roles that are over, by machine.
+    pub ended: BTreeMap<String, Ended>,
+    /// What the processes that serve here were told of places where a backup may listen.
+    pub told: BTreeSet<(u32, SocketAddr)>,
+}
+
+/// What is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// A primary without a backup.
+    Primary {
+        /// Whatever the arbiter's record says.
+        cold: bool,
+    },
+    /// A backup.
+    Backup,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Act {
+    /// Swap a machine's record from the revision that was seen.
+    Write {
+        /// The new one.
+        vm: Box<Vm>,
+        /// The old one's.
+        revision: i64,
+        /// It places a role: only if nothing else was placed since.
+        places: bool,
+    },
+    /// Start a role here.
+    Start {
+        /// Of this machine.
+        machine: String,
+        /// What.
+        what: Start,
+        /// For this assignment.
+        number: u64,
+    },
+    /// End a backup here that nobody needs.
+    EndBackup {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Turn a machine off that is served here.
+    PowerOff {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Tell a process that serves here where a backup may listen.
+    Tell {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+        /// Where.
+        place: SocketAddr,
+    },
+}
+
+/// Everything to do now.
+#[must_use]
+pub fn plan(site: &Site, local: &Local) -> Vec<Act> {
+    let mut acts = Vec::new();
+    for vm in site.vms.values() {
+        Planner {
+            site,
+            local,
+            vm,
+            acts: &mut acts,
+        }
+        .machine();
+    }
+    acts
+}
+
+/// One machine.
+struct Planner<'a> {
+    site: &'a Site,
+    local: &'a Local,
+    vm: &'a Kept<Vm>,
+    acts: &'a mut Vec<Act>,
+}
+
+impl Planner<'_> {
+    fn machine(&mut self) {
+        self.end_useless_backups();
+        match &self.vm.value.phase {
+            Phase::Stopped | Phase::Failed { .. } => {}
+            Phase::Stopping => self.stop(),
+            Phase::Starting { on: None, .. } => self.place_primary(),
+            Phase::Starting { on: Some(on), cold } => {
+                let (host, number, cold) = (on.host.clone(), on.number, *cold);
+                self.start(&host, number, cold);
+            }
+            Phase::Running => self.run(),
+        }
+    }
+
+    fn me(&self) -> Option<&Host> {
+        self.site.hosts.get(&self.local.me).map(|host| &host.value)
+    }
+
+    fn roles_here(&self) -> Vec<RoleReport> {
+        let name = self.vm.value.name.clone();
+        let here = self.me().into_iter().flat_map(|host| host.roles_of(&name));
+        here.cloned().collect()
+    }
+
+    fn processes_here(&self) -> usize {
+        let held = self.local.held.get(&self.vm.value.name).copied();
+        held.unwrap_or(0).max(self.roles_here().len())
+    }
+
+    /// A host whose agent is away for longer than a moment.
+    fn is_away(&self, host: &str) -> bool {
+        self.local.settled && !self.site.hosts.contains_key(host)
+    }
+
+    fn is_assigned_backup_here(&self) -> bool {
+        let vm = &self.vm.value;
+        let backup = vm.backup.as_ref();
+        vm.phase == Phase::Running
+            && vm.protect
+            && backup.is_some_and(|backup| backup.host == self.local.me)
+    }
+
+    /// Those that wait though no primary is to come, and one that follows a machine that is to have none.
+    fn end_useless_backups(&mut self) {
+        let vm = &self.vm.value;
+        let unwanted = vm.phase == Phase::Running && !vm.protect;
+        for role in self.roles_here() {
+            let waits = role.is_backup(Standing::Waiting) && !self.is_assigned_backup_here();
+            if waits || unwanted && role.is_backup(Standing::Following) {
+                self.acts.push(Act::EndBackup {
+                    machine: self.vm.value.name.clone(),
+                    pid: role.pid,
+                });
+            }
+        }
+    }
+
+    fn write(&mut self, places: bool, change: impl FnOnce(&mut Vm)) {
+        let mut vm = Box::new(self.vm.value.clone());
+        change(&mut vm);
+        if *vm != self.vm.value {
+            self.acts.push(Act::Write {
+                vm,
+                revision: self.vm.revision,
+                places,
+            });
+        }
+    }
+
+    /// Writes why nothing can be placed, once.
+    fn note(&mut self, note: String) {
+        self.write(false, |vm| vm.note = Some(note));
+    }
+
+    fn stop(&mut self) {
+        let (site, name) = (self.site, &self.vm.value.name);
+        if let Some((host, role)) = site.serving(name) {
+            if host.name == self.local.me {
+                self.acts.push(Act::PowerOff {
+                    machine: name.clone(),
+                    pid: role.pid,
+                });
+            }
+        } else if self.local.settled
+            && !site.is_anywhere(name)
+            && self.processes_here() == 0
+            && site.is_ended(name)
+        {
+            self.write(false, |vm| {
+                vm.phase = Phase::Stopped;
+                vm.backup = None;
+                vm.note = None;
+            });
+        }
+    }
+
+    fn place_primary(&mut self) {
+        if !self.local.settled {
+            return;
+        }
+        let (vm, now) = (&self.vm.value, self.local.now_ms);
+        match placement::choose(self.site, vm, Wanted::Primary, now) {
+            Ok(host) => {
+                let host = host.name.clone();
+                self.write(true, |vm| {
+                    let on = Some(vm.assign(&host, now));
+                    if let Phase::Starting { on: to, .. } = &mut vm.phase {
+                        *to = on;
+                    }
+                    vm.note = None;
+                });
+            }
+            Err(unfit) => self.note(format!(
+                "no host can run it: {}",
+                placement::explain(&unfit)
+            )),
+        }
+    }
+
+    fn start(&mut self, host: &str, number: u64, cold: bool) {
+        let name = &self.vm.value.name;
+        if let Some((serving, _)) = self.site.serving(name) {
+            // A host that was given up lives, and has started it.
+            if serving.name == self.local.me {
+                self.write(false, |vm| {
+                    vm.phase = Phase::Running;
+                    vm.note = None;
+                });
+            }
+            return;
+        }
+        if host != self.local.me {
+            // A cold start is no arbiter's to decide: two could succeed. It waits for its host.
+            if !cold && self.is_away(host) {
+                self.write(false, |vm| {
+                    vm.phase = Phase::Starting {
+                        on: None,
+                        cold: false,
+                    };
+                });
+            }
+            return;
+        }
+        match self.local.ended.get(name) {
+            Some(ended) if ended.number == number => {
+                let why = ended.why.clone();
+                if cold {
+                    self.write(false, |vm| vm.phase = Phase::Failed { why });
+                } else {
+                    self.give_up_start(host, &why);
+                }
+            }
+            _ if self.processes_here() == 0 => {
+                let machine = name.clone();
+                self.acts.push(Act::Start {
+                    machine,
+                    what: Start::Primary { cold },
+                    number,
+                });
+            }
+            _ => {}
+        }
+    }
+
+    /// Another host may start it.
+    fn give_up_start(&mut self, host: &str, why: &str) {
+        let now = self.local.now_ms;
+        self.write(false, |vm| {
+            vm.failed(host, now, why);
+            vm.phase = if vm.failures.len() >= STARTS {
+                let why = why.to_owned();
+                Phase::Failed { why }
+            } else {
+                Phase::Starting {
+                    on: None,
+                    cold: false,
+                }
+            };
+            vm.note = Some(format!("on {host}: {why}"));
+        });
+    }
+
+    fn run(&mut self) {
+        let (site, name) = (self.site, &self.vm.value.name);
+        let Some((host, role)) = site.serving(name) else {
+            // Nobody serves it. A guest that turned itself off is over; anything else is an operator's to judge.
+            if self.local.settled
+                && site.is_ended(name)
+                && !site.is_anywhere(name)
+                && self.processes_here() == 0
+            {
+                self.write(false, |vm| {
+                    vm.phase = Phase::Stopped;
+                    vm.backup = None;
+                    vm.note = Some("the guest has turned itself off".to_owned());
+                });
+            }
+            return;
+        };
+        if host.name == self.local.me {
+            self.tell_places(role.pid);
+            self.keep_protected(host, role);
+        }
+        if self.is_assigned_backup_here() {
+            self.have_backup_here();
+        }
+    }
+
+    /// Where backups of it may listen: on every host but this one.
+    fn tell_places(&mut self, pid: u32) {
+        let vm = &self.vm.value;
+        for host in self.site.hosts.values().map(|host| &host.value) {
+            let place = host.place(vm.port);
+            let apart = host.name != self.local.me || vm.spec.same_host;
+            if apart && host.ports.has(vm.port) && !self.local.told.contains(&(pid, place)) {
+                self.acts.push(Act::Tell {
+                    machine: vm.name.clone(),
+                    pid,
+                    place,
+                });
+            }
+        }
+    }
+
+    /// At the host that serves it: a backup is somewhere, or is to be.
+    fn keep_protected(&mut self, host: &Host, role: &RoleReport) {
+        let (vm, now) = (&self.vm.value, self.local.now_ms);
+        if !vm.protect {
+            self.write(false, |vm| vm.backup = None);
+            return;
+        }
+        if !role
+            .says
+            .is_some_and(|says| says.standing == Standing::Unprotected)
+        {
+            // It has one, or is taking one in. Whoever that is has the assignment.
+            let following = self.site.following(&vm.name);
+            if let Some(following) = following
+                && vm
+                    .backup
+                    .as_ref()
+                    .is_none_or(|on| on.host != following.name)
+            {
+                let there = following.name.clone();
+                self.write(false, |vm| vm.backup = Some(vm.assign(&there, now)));
+            }
+            return;
+        }
+        let stays = vm.backup.as_ref().is_some_and(|on| {
+            let here = on.host == host.name && !vm.spec.same_host;
+            let late = now.saturating_sub(on.since_ms) > JOINS_WITHIN_MS;
+            !here && !late && !self.is_away(&on.host)
+        });
+        if stays || !self.local.settled {
+            return;
+        }
+        // The host that it is taken from is not to be chosen for having it.
+        let mut free = vm.clone();
+        if let Some(late) = free.backup.take()
+            && late.host != host.name
+            && !self.is_away(&late.host)
+        {
+            free.failed(&late.host, now, "its backup did not join");
+        }
+        match placement::choose(self.site, &free, Wanted::Backup(host), now) {
+            Ok(chosen) => {
+                let chosen = chosen.name.clone();
+                self.write(true, |vm| {
+                    vm.failures = free.failures;
+                    vm.backup = Some(vm.assign(&chosen, now));
+                    vm.note = None;
+                });
+            }
+            Err(unfit) => self.note(format!(
+                "no host can take its backup: {}",
+                placement::explain(&unfit)
+            )),
+        }
+    }
+
+    /// At the host that is to have its backup.
+    fn have_backup_here(&mut self) {
+        let Some(on) = self.vm.value.backup.clone() else {
+            return;
+        };
+        let (name, now) = (self.vm.value.name.clone(), self.local.now_ms);
+        if let Some(ended) = self.local.ended.get(&name)
+            && ended.number == on.number
+        {
+            let why = ended.why.clone();
+            self.write(false, |vm| {
+                vm.failed(&on.host, now, &why);
+                vm.backup = None;
+            });
+            return;
+        }
+        let roles = self.roles_here();
+        let serves = roles.iter().filter(|role| role.serves()).count();
+        let has_backup = roles
+            .iter()
+            .any(|role| role.says.is_some_and(|says| says.role == Role::Backup));
+        let may = serves == 0 || self.vm.value.spec.same_host;
+        if may && !has_backup && self.processes_here() == serves {
+            self.acts.push(Act::Start {
+                machine: name,
+                what: Start::Backup,
+                number: on.number,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,569 @@
+//! Single situations, and a site that is played through with hosts that come and go.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::agent::record::{Assigned, Says};
+use crate::agent::tests::{host, put, role_of, site, vm};
+use crate::protocol::record::{Identity, Record};
+
+fn local(me: &str) -> Local {
+    Local {
+        me: me.to_owned(),
+        now_ms: 100_000,
+        settled: true,
+        ..Local::default()
+    }
+}
+
+fn on(host: &str, number: u64) -> Assigned {
+    Assigned {
+        host: host.to_owned(),
+        number,
+        since_ms: 100_000,
+    }
+}
+
+fn written(acts: &[Act]) -> Option<&Vm> {
+    acts.iter().find_map(|act| match act {
+        Act::Write { vm, .. } => Some(&**vm),
+        _ => None,
+    })
+}
+
+fn starts(acts: &[Act]) -> Vec<Start> {
+    let of = acts.iter().filter_map(|act| match act {
+        Act::Start { what, .. } => Some(*what),
+        _ => None,
+    });
+    of.collect()
+}
+
+fn running(backup: Option<Assigned>) -> Vm {
+    Vm {
+        phase: Phase::Running,
+        number: backup.as_ref().map_or(1, |on| on.number),
+        backup,
+        ..vm("kv")
+    }
+}
+
+fn add(site: &mut Site, host: &str, role: Role, standing: Standing) {
+    let host = site.hosts.get_mut(host).unwrap();
+    host.value.roles.push(role_of("kv", role, standing));
+}
+
+#[test]
+fn a_start_is_placed_by_whoever_sees_it_and_carried_out_by_one() {
+    let mut site = site(&["a", "b"]);
+    put(&mut site, vm("kv"));
+    for me in ["a", "b"] {
+        let acts = plan(&site, &local(me));
+        let placed = written(&acts).unwrap();
+        assert!(matches!(&placed.phase, Phase::Starting { on: Some(on), .. } if on.host == "a"));
+        assert!(matches!(acts[..], [Act::Write { places: true, .. }]));
+    }
+    let mut placed = vm("kv");
+    placed.phase = Phase::Starting {
+        on: Some(on("a", 1)),
+        cold: false,
+    };
+    put(&mut site, placed);
+    assert_eq!(
+        starts(&plan(&site, &local("a"))),
+        [Start::Primary { cold: false }]
+    );
+    assert_eq!(plan(&site, &local("b")), []);
+    // A process that says nothing yet is one all the same.
+    let mut busy = local("a");
+    busy.held.insert("kv".into(), 1);
+    assert_eq!(plan(&site, &busy), []);
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    assert_eq!(
+        written(&plan(&site, &local("a"))).unwrap().phase,
+        Phase::Running
+    );
+}
+
+#[test]
+fn a_start_that_fails_is_tried_elsewhere_but_a_cold_one_is_not() {
+    let mut site = site(&["a", "b"]);
+    let mut placed = vm("kv");
+    placed.phase = Phase::Starting {
+        on: Some(on("a", 1)),
+        cold: false,
+    };
+    put(&mut site, placed.clone());
+    let mut ended = local("a");
+    ended.ended.insert(
+        "kv".into(),
+        Ended {
+            number: 1,
+            why: "no KVM".into(),
+        },
+    );
+    let after = written(&plan(&site, &ended)).unwrap().clone();
+    assert_eq!(
+        after.phase,
+        Phase::Starting {
+            on: None,
+            cold: false
+        }
+    );
+    assert!(after.avoids("a", 100_000) && after.note.as_ref().unwrap().contains("no KVM"));
+    put(&mut site, after);
+    let next = written(&plan(&site, &local("b"))).unwrap().clone();
+    assert!(matches!(next.phase, Phase::Starting { on: Some(on), .. } if on.host == "b"));
+
+    placed.phase = Phase::Starting {
+        on: Some(on("a", 1)),
+        cold: true,
+    };
+    put(&mut site, placed);
+    let after = written(&plan(&site, &ended)).unwrap().clone();
+    assert!(matches!(after.phase, Phase::Failed { why } if why == "no KVM"));
+    // Its host is away: somebody else's start may be the second one.
+    site.hosts.remove("a");
+    assert_eq!(plan(&site, &local("b")), []);
+}
+
+#[test]
+fn a_survivor_gets_a_backup_on_another_host() {
+    let mut site = site(&["a", "b", "c"]);
+    site.hosts.remove("a");
+    add(&mut site, "b", Role::Primary, Standing::Unprotected);
+    put(&mut site, running(Some(on("b", 2))));
+    let acts = plan(&site, &local("b"));
+    let after = written(&acts).unwrap().clone();
+    assert_eq!(after.backup.as_ref().unwrap().host, "c");
+    assert_eq!(plan(&site, &local("c")), [], "it is no business of c's yet");
+    put(&mut site, after);
+    assert_eq!(starts(&plan(&site, &local("c"))), [Start::Backup]);
+    add(&mut site, "c", Role::Backup, Standing::Waiting);
+    assert_eq!(plan(&site, &local("c")), []);
+    // Nothing is placed by an agent that has just come, for want of those that have not yet.
+    put(&mut site, running(None));
+    let young = Local {
+        settled: false,
+        ..local("b")
+    };
+    assert!(written(&plan(&site, &young)).is_none());
+}
+
+#[test]
+fn a_machine_that_is_protected_is_left_alone_whoever_is_away() {
+    let mut site = site(&["a", "b", "c"]);
+    add(&mut site, "a", Role::Primary, Standing::Protected);
+    put(&mut site, running(Some(on("b", 2))));
+    site.hosts.remove("b");
+    assert!(written(&plan(&site, &local("a"))).is_none());
+    // The backup that follows is another's: the record is what is put right.
+    add(&mut site, "c", Role::Backup, Standing::Following);
+    let after = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(after.backup.unwrap().host, "c");
+    assert!(
+        !plan(&site, &local("c"))
+            .iter()
+            .any(|act| matches!(act, Act::EndBackup { .. }))
+    );
+}
+
+#[test]
+fn a_backup_that_ended_is_replaced_and_its_host_left_out_for_a_while() {
+    let mut site = site(&["a", "b", "c"]);
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    put(&mut site, running(Some(on("b", 2))));
+    let mut ended = local("b");
+    ended.ended.insert(
+        "kv".into(),
+        Ended {
+            number: 2,
+            why: "diverged".into(),
+        },
+    );
+    let after = written(&plan(&site, &ended)).unwrap().clone();
+    assert!(after.backup.is_none());
+    put(&mut site, after);
+    let after = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(after.backup.unwrap().host, "c");
+}
+
+#[test]
+fn a_backup_that_never_joins_makes_room_for_another() {
+    let mut site = site(&["a", "b", "c"]);
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    add(&mut site, "b", Role::Backup, Standing::Waiting);
+    let mut machine = running(Some(on("b", 2)));
+    machine.backup.as_mut().unwrap().since_ms = 39_000;
+    put(&mut site, machine);
+    let after = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(after.backup.as_ref().unwrap().host, "c");
+    put(&mut site, after);
+    assert!(matches!(
+        plan(&site, &local("b"))[..],
+        [Act::EndBackup { pid: 100, .. }]
+    ));
+}
+
+#[test]
+fn protection_is_taken_away_and_given_back() {
+    let mut site = site(&["a", "b"]);
+    add(&mut site, "a", Role::Primary, Standing::Protected);
+    add(&mut site, "b", Role::Backup, Standing::Following);
+    put(
+        &mut site,
+        Vm {
+            protect: false,
+            ..running(Some(on("b", 2)))
+        },
+    );
+    assert!(matches!(
+        plan(&site, &local("b"))[..],
+        [Act::EndBackup { .. }]
+    ));
+    assert!(written(&plan(&site, &local("a"))).unwrap().backup.is_none());
+}
+
+#[test]
+fn stopping_ends_with_the_record_and_never_before() {
+    let mut site = site(&["a", "b"]);
+    let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+    site.records.insert("kv".into(), live);
+    put(
+        &mut site,
+        Vm {
+            phase: Phase::Stopping,
+            ..running(None)
+        },
+    );
+    // Out of sight, and alive for all that anybody knows.
+    assert_eq!(plan(&site, &local("b")), []);
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    assert!(matches!(
+        plan(&site, &local("a"))[..],
+        [Act::PowerOff { .. }]
+    ));
+    assert_eq!(plan(&site, &local("b")), []);
+    site.hosts.get_mut("a").unwrap().value.roles.clear();
+    assert_eq!(plan(&site, &local("b")), []);
+    site.records.insert("kv".into(), live.ended());
+    assert_eq!(
+        written(&plan(&site, &local("b"))).unwrap().phase,
+        Phase::Stopped
+    );
+}
+
+#[test]
+fn a_guest_that_turned_itself_off_stays_off_and_a_lost_one_is_not_started_anew() {
+    let mut site = site(&["a", "b"]);
+    let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+    site.records.insert("kv".into(), live);
+    put(&mut site, running(Some(on("b", 2))));
+    assert!(written(&plan(&site, &local("a"))).is_none());
+    site.records.insert("kv".into(), live.ended());
+    assert_eq!(
+        written(&plan(&site, &local("a"))).unwrap().phase,
+        Phase::Stopped
+    );
+}
+
+#[test]
+fn whoever_serves_is_told_of_every_other_host() {
+    let mut site = site(&["a", "b"]);
+    add(&mut site, "a", Role::Primary, Standing::Protected);
+    add(&mut site, "b", Role::Backup, Standing::Following);
+    put(&mut site, running(Some(on("b", 2))));
+    let place = host("b").place(7700);
+    let acts = plan(&site, &local("a"));
+    assert!(matches!(&acts[..], [Act::Tell { place: to, .. }] if *to == place));
+    let mut told = local("a");
+    told.told.insert((100, place));
+    assert_eq!(plan(&site, &told), []);
+}
+
+/// A host of the play.
+#[derive(Clone, Debug, Default)]
+struct Actor {
+    up: bool,
+    /// Its agent, and so its lease.
+    agent: bool,
+    roles: Vec<(Role, Standing, u64)>,
+    ended: BTreeMap<String, Ended>,
+}
+
+/// What happens to the site between two rounds.
+#[derive(Clone, Copy, Debug)]
+enum Chance {
+    HostDies(usize),
+    HostComes(usize),
+    AgentDies(usize),
+    AgentComes(usize),
+    BackupDies(usize),
+}
+
+fn chances() -> impl Strategy<Value = Vec<Chance>> {
+    let one = prop_oneof![
+        (0..3usize).prop_map(Chance::HostDies),
+        (0..3usize).prop_map(Chance::HostComes),
+        (0..3usize).prop_map(Chance::AgentDies),
+        (0..3usize).prop_map(Chance::AgentComes),
+        (0..3usize).prop_map(Chance::BackupDies),
+    ];
+    prop::collection::vec(one, 0..12)
+}
+
+/// Three hosts, one machine; roles do what roles do.
+#[derive(Debug)]
+struct Play {
+    actors: Vec<Actor>,
+    vm: Kept<Vm>,
+    record: Option<Record>,
+    placements: i64,
+    now: u64,
+}
+
+const NAMES: [&str; 3] = ["h0", "h1", "h2"];
+
+impl Play {
+    fn new() -> Self {
+        let up = Actor {
+            up: true,
+            agent: true,
+            ..Actor::default()
+        };
+        Self {
+            actors: vec![up.clone(), up.clone(), up],
+            vm: Kept {
+                value: vm("kv"),
+                revision: 1,
+            },
+            record: None,
+            placements: 0,
+            now: 1_000_000,
+        }
+    }
+
+    fn site(&self) -> Site {
+        let mut site = Site {
+            placements: self.placements,
+            ..Site::default()
+        };
+        for (name, actor) in NAMES.iter().zip(&self.actors) {
+            if actor.up && actor.agent {
+                let mut value = host(name);
+                value.roles = actor
+                    .roles
+                    .iter()
+                    .map(|(role, standing, epoch)| RoleReport {
+                        machine: "kv".into(),
+                        pid: 100,
+                        says: Some(Says {
+                            role: *role,
+                            standing: *standing,
+                            epoch: *epoch,
+                            position: 0,
+                        }),
+                    })
+                    .collect();
+                site.hosts
+                    .insert((*name).to_owned(), Kept { value, revision: 1 });
+            }
+        }
+        site.vms.insert("kv".into(), self.vm.clone());
+        site.records
+            .extend(self.record.map(|record| ("kv".to_owned(), record)));
+        site
+    }
+
+    /// Who serves, and who follows.
+    fn holders(&self) -> (Vec<usize>, Vec<usize>) {
+        let of = |wanted: Role| {
+            let all = self.actors.iter().enumerate();
+            let have = all.filter(|(_, actor)| {
+                actor
+                    .roles
+                    .iter()
+                    .any(|(role, standing, _)| *role == wanted && *standing != Standing::Waiting)
+            });
+            have.map(|(at, _)| at).collect()
+        };
+        (of(Role::Primary), of(Role::Backup))
+    }
+
+    fn chance(&mut self, chance: Chance) {
+        // Two losses at once are more than a pair survives; the next one comes when it is protected again.
+        let (primaries, backups) = self.holders();
+        let spared = |at: usize| primaries == [at] && backups.is_empty() && self.record.is_some();
+        match chance {
+            Chance::HostDies(at) if !spared(at) => {
+                self.actors[at] = Actor::default();
+                self.lose();
+            }
+            Chance::HostComes(at) if !self.actors[at].up => {
+                self.actors[at] = Actor {
+                    up: true,
+                    agent: true,
+                    ..Actor::default()
+                };
+            }
+            Chance::AgentDies(at) => {
+                self.actors[at].agent = false;
+                self.actors[at].ended.clear();
+            }
+            Chance::AgentComes(at) => self.actors[at].agent = true,
+            Chance::BackupDies(at) => {
+                let actor = &mut self.actors[at];
+                let before = actor.roles.len();
+                actor.roles.retain(|(role, ..)| *role != Role::Backup);
+                if actor.roles.len() < before && actor.agent {
+                    let number = self.vm.value.backup.as_ref().map_or(0, |on| on.number);
+                    actor.ended.insert(
+                        "kv".into(),
+                        Ended {
+                            number,
+                            why: "it died".into(),
+                        },
+                    );
+                }
+                self.lose();
+            }
+            _ => {}
+        }
+    }
+
+    /// What the pair makes of a loss.
+    fn lose(&mut self) {
+        let (primaries, backups) = self.holders();
+        if primaries.is_empty()
+            && let [heir] = backups[..]
+        {
+            let epoch = self.record.map_or(1, |record| record.epoch.0) + 1;
+            self.actors[heir].roles = vec![(Role::Primary, Standing::Unprotected, epoch)];
+            self.record.as_mut().unwrap().epoch.0 = epoch;
+        } else if let [serves] = primaries[..]
+            && backups.is_empty()
+        {
+            self.actors[serves].roles[0].1 = Standing::Unprotected;
+        }
+    }
+
+    fn act(&mut self, at: usize, act: Act) -> Result<(), TestCaseError> {
+        match act {
+            Act::Write {
+                vm,
+                revision,
+                places,
+            } => {
+                if revision == self.vm.revision {
+                    self.placements += i64::from(places);
+                    self.vm = Kept {
+                        value: *vm,
+                        revision: revision + 1,
+                    };
+                }
+            }
+            Act::Start {
+                what: Start::Primary { cold },
+                ..
+            } => {
+                prop_assert!(!cold);
+                prop_assert!(self.actors[at].roles.is_empty());
+                if self.record.is_none() {
+                    self.record = Some(Record::cold_start(
+                        None,
+                        Identity::from_bytes([1; 16]),
+                        None,
+                    ));
+                    self.actors[at]
+                        .roles
+                        .push((Role::Primary, Standing::Unprotected, 1));
+                }
+            }
+            Act::Start {
+                what: Start::Backup,
+                ..
+            } => {
+                prop_assert!(
+                    self.actors[at].roles.is_empty(),
+                    "two of its roles on one host"
+                );
+                self.actors[at]
+                    .roles
+                    .push((Role::Backup, Standing::Waiting, 0));
+            }
+            Act::EndBackup { .. } => {
+                let follows = self.actors[at]
+                    .roles
+                    .iter()
+                    .any(|(_, standing, _)| *standing == Standing::Following);
+                prop_assert!(!follows, "protection was taken away");
+                self.actors[at]
+                    .roles
+                    .retain(|(role, ..)| *role != Role::Backup);
+            }
+            Act::PowerOff { .. } => prop_assert!(false, "nobody wanted that"),
+            Act::Tell { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Every agent looks and acts; then the recruiter of whoever serves.
+    fn round(&mut self) -> Result<(), TestCaseError> {
+        self.now += 1000;
+        for (at, me) in NAMES.iter().enumerate() {
+            let actor = &self.actors[at];
+            if !(actor.up && actor.agent) {
+                continue;
+            }
+            let mut sees = Local {
+                now_ms: self.now,
+                ended: actor.ended.clone(),
+                ..local(me)
+            };
+            sees.held.insert("kv".into(), actor.roles.len());
+            for act in plan(&self.site(), &sees) {
+                self.act(at, act)?;
+            }
+        }
+        let waiting = self.actors.iter().position(|actor| {
+            actor
+                .roles
+                .iter()
+                .any(|(_, standing, _)| *standing == Standing::Waiting)
+        });
+        let (primaries, backups) = self.holders();
+        if let (Some(waiting), [serves], []) = (waiting, &primaries[..], &backups[..]) {
+            self.actors[waiting].roles[0].1 = Standing::Following;
+            self.actors[*serves].roles[0].1 = Standing::Protected;
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    /// Whatever happens to hosts, agents and backups, as long as no machine loses both sides at once: nothing is started twice, nobody who
+    /// follows is ended, and when all is quiet the machine has its two sides on two hosts again.
+    #[test]
+    fn a_machine_is_protected_again_whatever_happens(story in chances()) {
+        let mut play = Play::new();
+        for chance in story {
+            play.chance(chance);
+            for _ in 0..3 {
+                play.round()?;
+            }
+        }
+        for at in 0..NAMES.len() {
+            play.chance(Chance::HostComes(at));
+            play.chance(Chance::AgentComes(at));
+        }
+        // As long as the longest back-off.
+        for _ in 0..80 {
+            play.round()?;
+        }
+        let (primaries, backups) = play.holders();
+        prop_assert_eq!((primaries.len(), backups.len()), (1, 1), "{:?}", play);
+        prop_assert_eq!(&play.vm.value.phase, &Phase::Running);
+        let follows = NAMES[backups[0]];
+        prop_assert_eq!(&play.vm.value.backup.as_ref().unwrap().host, follows);
+    }
+}

@@ -1,0 +1,290 @@
+//! The agent's loop: look at the host, read the site, keep the membership, do what is to be done.
+//!
+//! One thread, which may wait for etcd or for a role that is frozen: nothing waits for it. While etcd is away it does nothing at all; roles
+//! run on, and the arbiter lets nobody change role.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::config::AgentConfig;
+use super::hands::Hands;
+use super::membership::{self, Membership, Standing};
+use super::orders::Desk;
+use super::plan::{Act, Local, Start, plan};
+use super::record::{Host, Kept, RoleReport, Site};
+use super::store::{Change, Key, Store};
+use super::{AgentError, unix_ms};
+use crate::arbiter::EtcdError;
+use crate::backends::wait::Waiter;
+use crate::config::Config;
+use crate::control::wire::Ask;
+use crate::handshake::Secret;
+use crate::kvm::{CpuModel, KvmSource};
+use crate::session::host::stop_signals;
+
+/// Between two orders to turn the same machine off: one that is under way is not to be asked for at every look.
+const OFF_AGAIN: Duration = Duration::from_secs(3);
+
+/// How long an agent that has just come, or has come back to etcd, sees who is there before it judges who is not: the others look as often
+/// as it does, and may have been waiting for an answer from a member that was away.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Runs the agent until SIGTERM or SIGINT. The roles that it has started run on.
+///
+/// # Errors
+/// See [`AgentError`].
+pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
+    let signals = stop_signals()?;
+    let hands = Hands::new(config)?;
+    let secret = Secret::read(&config.secret)?;
+    let store = Store::open(config.endpoints()?, secret)?;
+    let roles = match &config.roles {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    let cpu = CpuModel::of_host(&KvmSource::Path(roles.kvm));
+    if let Err(error) = &cpu {
+        tracing::warn!("no machine is placed here: {error}");
+    }
+    let host = Host {
+        name: config.name.clone(),
+        instance: hands.instance()?,
+        address: config.address,
+        cpu: cpu.ok(),
+        memory_mib: config.memory_mib,
+        ports: config.ports()?,
+        network: config.bridge.is_some(),
+        rdma: None,
+        load: 0.0,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        written_ms: 0,
+        roles: Vec::new(),
+    };
+    tracing::info!("agent of host {}, etcd at {}", host.name, config.etcd);
+    let mut agent = Agent {
+        poll: Duration::from_millis(config.poll_ms),
+        membership: Membership::new(Duration::from_secs(config.lease_s)),
+        desk: Desk::default(),
+        seen_since: None,
+        away: false,
+        taken: false,
+        foreign: BTreeSet::new(),
+        off_at: Vec::new(),
+        hands,
+        store,
+        host,
+    };
+    agent.work(&signals)
+}
+
+struct Agent {
+    poll: Duration,
+    hands: Hands,
+    store: Store,
+    membership: Membership,
+    desk: Desk,
+    /// The host's record, as it was told last.
+    host: Host,
+    /// Since when etcd has answered without a break.
+    seen_since: Option<Instant>,
+    /// Whether it was said that etcd is away.
+    away: bool,
+    /// Whether it was said that the name is taken.
+    taken: bool,
+    /// Keys of which it was said that nobody of the site wrote them.
+    foreign: BTreeSet<String>,
+    /// Machines that were ordered off, and when.
+    off_at: Vec<(u32, Instant)>,
+}
+
+impl Agent {
+    fn work(&mut self, signals: &UnixStream) -> Result<(), AgentError> {
+        let mut waiter = Waiter::new();
+        loop {
+            match self.round() {
+                Ok(()) => self.etcd_is_there(),
+                Err(AgentError::Etcd(error)) => self.etcd_is_away(&error),
+                Err(error) => return Err(error),
+            }
+            waiter.clear();
+            let signal = waiter.add(signals, true, false);
+            let waited = waiter.wait(Some(self.poll));
+            waited.map_err(AgentError::host("wait for signals"))?;
+            if waiter.ready(signal).read {
+                tracing::info!("the agent ends; what it has started runs on");
+                return Ok(());
+            }
+        }
+    }
+
+    fn etcd_is_away(&mut self, error: &EtcdError) {
+        self.seen_since = None;
+        if !self.away {
+            self.away = true;
+            tracing::warn!(
+                "etcd is away: machines run on, none is started or placed, and none changes role until it is back ({error})"
+            );
+        }
+    }
+
+    fn etcd_is_there(&mut self) {
+        if self.away {
+            self.away = false;
+            tracing::info!("etcd is back");
+        }
+    }
+
+    fn round(&mut self) -> Result<(), AgentError> {
+        let roles = self.hands.look()?;
+        let mut site = self.store.read()?;
+        let now = Instant::now();
+        let since = *self.seen_since.get_or_insert(now);
+        self.tell_of_foreign(&site);
+        self.describe(roles);
+        let standing = self.membership.keep(&self.store, &site, &self.host, now)?;
+        if standing == Standing::Taken {
+            if !self.taken {
+                self.taken = true;
+                tracing::warn!(
+                    "another agent is host {:?}: if that is an earlier life of this one, its lease runs out soon; if not, give this one another `name`",
+                    self.host.name
+                );
+            }
+            return Ok(());
+        }
+        self.taken = false;
+        // What is seen at first hand is newer than what was written.
+        let revision = site
+            .hosts
+            .get(&self.host.name)
+            .map_or(0, |kept| kept.revision);
+        let value = self.host.clone();
+        site.hosts
+            .insert(self.host.name.clone(), Kept { value, revision });
+        let now_ms = unix_ms();
+        let local = Local {
+            me: self.host.name.clone(),
+            now_ms,
+            settled: now - since >= SETTLE + 2 * self.poll,
+            held: self.hands.held(site.vms.keys()),
+            ended: self.hands.ended().clone(),
+            told: self.hands.told().clone(),
+        };
+        for act in plan(&site, &local) {
+            self.act(&site, act)?;
+        }
+        let (desk, hands) = (&mut self.desk, &self.hands);
+        desk.turn(&self.store, &site, hands, &self.host.name, now_ms)?;
+        Ok(())
+    }
+
+    fn describe(&mut self, roles: Vec<RoleReport>) {
+        self.host.roles = roles;
+        self.host.load = membership::load();
+        self.host.rdma = membership::rdma(std::path::Path::new("/sys/class/infiniband"));
+        self.host.written_ms = unix_ms();
+    }
+
+    fn tell_of_foreign(&mut self, site: &Site) {
+        for key in &site.foreign {
+            if self.foreign.insert(key.clone()) {
+                tracing::warn!(
+                    "etcd's key {key} is not believed: nobody with this site's secret wrote it, or another version did"
+                );
+            }
+        }
+    }
+
+    fn act(&mut self, site: &Site, act: Act) -> Result<(), AgentError> {
+        match act {
+            Act::Write {
+                vm,
+                revision,
+                places,
+            } => {
+                let key = Key::Vm(&vm.name);
+                let mut change =
+                    Change::new()
+                        .only_if(&key, revision)
+                        .put(&self.store, &key, &*vm, None);
+                if places {
+                    // Not from a picture that is older than somebody else's placement: memory is given once.
+                    change = change.only_if(&Key::Placements, site.placements).put(
+                        &self.store,
+                        &Key::Placements,
+                        &self.host.name,
+                        None,
+                    );
+                }
+                if self.store.change(&change)? {
+                    let backup = vm.backup.as_ref().map_or("none", |on| &on.host);
+                    let note = vm.note.as_deref().unwrap_or("");
+                    tracing::info!(
+                        "machine {}: {}, backup on {backup} {note}",
+                        vm.name,
+                        vm.phase.word()
+                    );
+                }
+            }
+            Act::Start {
+                machine,
+                what,
+                number,
+            } => {
+                let Some(vm) = site.vms.get(&machine) else {
+                    return Ok(());
+                };
+                let role = match what {
+                    Start::Primary { .. } => "primary",
+                    Start::Backup => "backup",
+                };
+                match self.hands.start(site, &self.host, &vm.value, what, number) {
+                    Ok(pid) => tracing::info!("machine {machine}: {role} started, process {pid}"),
+                    Err(error) => {
+                        tracing::warn!("machine {machine}: no {role} was started: {error}")
+                    }
+                }
+            }
+            Act::EndBackup { machine, pid } => match self.hands.end_backup(pid) {
+                Ok(()) => {
+                    tracing::info!("machine {machine}: its backup, process {pid}, is not needed")
+                }
+                Err(error) => tracing::warn!("machine {machine}: {error}"),
+            },
+            Act::PowerOff { machine, pid } => self.power_off(&machine, pid),
+            Act::Tell {
+                machine,
+                pid,
+                place,
+            } => {
+                // One that does not take it now is told again.
+                if let Err(error) = self.hands.tell(&machine, pid, place) {
+                    tracing::debug!("machine {machine}: {error}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn power_off(&mut self, machine: &str, pid: u32) {
+        let now = Instant::now();
+        self.off_at.retain(|(_, at)| now - *at < OFF_AGAIN);
+        if self.off_at.iter().any(|(of, _)| *of == pid) {
+            return;
+        }
+        self.off_at.push((pid, now));
+        match self.hands.order(machine, pid, Ask::PowerOff) {
+            Ok(_) => tracing::info!("machine {machine} is turned off"),
+            Err(error) => tracing::warn!("machine {machine} is not turned off yet: {error}"),
+        }
+    }
+}
+
+/// Milliseconds since 1970.
+#[must_use]
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,77 @@
+//! Records in etcd are believed only from those who know the site's secret: each has a tag over its key and its text.
+//!
+//! ```text
+//! doppel-site-1 <64 hexadecimal digits: HMAC-BLAKE2s of "doppel-site-1", the key, 0, the text>
+//! {"name":"kv", …}
+//! ```
+//! Whoever can only write to etcd can so take records away, or put old ones back in their places, but start nothing that nobody of
+//! the site wanted. (The arbiter's records are not among these: a pair's protocol says what they can do.)
+#![forbid(unsafe_code)]
+
+use snow::params::HashChoice;
+use snow::resolvers::{CryptoResolver, DefaultResolver};
+
+use crate::handshake::Secret;
+
+const TAG: &str = "doppel-site-1";
+const BYTES: usize = 32;
+
+/// The tag of a text under a key.
+fn tag(secret: &Secret, key: &str, text: &str) -> String {
+    let mut hash = DefaultResolver
+        .resolve_hash(&HashChoice::Blake2s)
+        .expect("the features of snow that this crate asks for have it");
+    let data = [TAG.as_bytes(), key.as_bytes(), &[0], text.as_bytes()].concat();
+    let mut bytes = [0; BYTES];
+    hash.hmac(secret.bytes(), &data, &mut bytes);
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The value that says this text.
+pub fn seal(secret: &Secret, key: &str, text: &str) -> String {
+    format!("{TAG} {}\n{text}\n", tag(secret, key, text))
+}
+
+/// The text of a value; none if nobody who knows the secret has written it there.
+pub fn open<'a>(secret: &Secret, key: &str, value: &'a [u8]) -> Option<&'a str> {
+    let value = std::str::from_utf8(value).ok()?;
+    let (head, text) = value.split_once('\n')?;
+    let said = head.strip_prefix(TAG)?.strip_prefix(' ')?;
+    let text = text.strip_suffix('\n')?;
+    let right = tag(secret, key, text);
+    // As long for any wrong tag.
+    let differs = said.len() != right.len()
+        || said
+            .bytes()
+            .zip(right.bytes())
+            .fold(0, |sum, (one, other)| sum | one ^ other)
+            != 0;
+    (!differs).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_secrets_own_text_in_its_own_place_is_opened() {
+        let (ours, others) = (Secret::from_bytes([1; 32]), Secret::from_bytes([2; 32]));
+        let value = seal(&ours, "doppel/site/vms/kv", "{\"a\":1}");
+        let there = "doppel/site/vms/kv";
+        assert_eq!(open(&ours, there, value.as_bytes()), Some("{\"a\":1}"));
+        assert_eq!(open(&others, there, value.as_bytes()), None);
+        assert_eq!(open(&ours, "doppel/site/vms/db", value.as_bytes()), None);
+        for bit in 0..value.len() * 8 {
+            let mut bad = value.clone().into_bytes();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(open(&ours, there, &bad), None, "bit {bit}");
+        }
+        for cut in 0..value.len() {
+            assert_eq!(
+                open(&ours, there, &value.as_bytes()[..cut]),
+                None,
+                "cut to {cut}"
+            );
+        }
+    }
+}

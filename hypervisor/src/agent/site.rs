@@ -1,0 +1,448 @@
+//! What `doppel vm` does: it reads the site's records, changes what a machine is to be, and gives orders. From any host that has the
+//! agent's configuration and the site's secret.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use super::config::{AgentConfig, AgentConfigError};
+use super::record::{Answer, Order, Phase, Ports, Site, Verb, Vm};
+use super::spec::{Spec, SpecError};
+use super::store::{Change, Key, Store};
+use crate::arbiter::{EtcdError, random_identity};
+use crate::handshake::{Secret, SecretError};
+
+/// How often a change is tried that others keep overtaking.
+const TRIES: usize = 16;
+
+/// Between two looks for what has come of something.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What keeps a verb from being done.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    /// The agent's configuration.
+    #[error(transparent)]
+    Config(#[from] AgentConfigError),
+    /// The site's secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// etcd.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+    /// The specification.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A machine of this name.
+    #[error("there is a machine {0:?} already: doppel vm show {0}")]
+    Exists(String),
+    /// No machine of this name.
+    #[error("there is no machine {0:?} at this site: doppel vm list shows them all")]
+    Unknown(String),
+    /// No port for it.
+    #[error(
+        "no port is free for another machine: give the agents more (`ports`), or delete a machine"
+    )]
+    NoPort,
+    /// It cannot be done to a machine that is as this one is.
+    #[error("machine {name} is {phase}: {advice}")]
+    Phase {
+        /// The machine.
+        name: String,
+        /// How it is.
+        phase: &'static str,
+        /// What to do first.
+        advice: String,
+    },
+    /// Others kept changing the record.
+    #[error("the record of machine {0} kept changing: try again")]
+    Busy(String),
+    /// Another order is under way.
+    #[error("another order for machine {0} is under way: try again when it is done")]
+    Ordered(String),
+    /// Nobody took the order.
+    #[error("nobody has taken the order within {} s, and it is withdrawn: no agent serves machine {name} (doppel vm show {name})", within.as_secs())]
+    NotTaken {
+        /// The machine.
+        name: String,
+        /// How long that was waited for.
+        within: Duration,
+    },
+    /// It was taken and not answered.
+    #[error("the order for machine {name} was taken ({by}), and has no answer within {} s: see doppel vm show {name}", within.as_secs())]
+    NoAnswer {
+        /// The machine.
+        name: String,
+        /// By whom.
+        by: String,
+        /// How long that was waited for.
+        within: Duration,
+    },
+    /// It was not done.
+    #[error("{0}")]
+    Refused(String),
+    /// The host's random source.
+    #[error("cannot draw an identity: {0}")]
+    Random(std::io::Error),
+}
+
+/// A way to the site.
+#[derive(Debug)]
+pub struct Access {
+    store: Store,
+}
+
+impl Access {
+    /// By this configuration's etcd and secret.
+    ///
+    /// # Errors
+    /// If either is none.
+    pub fn open(config: &AgentConfig) -> Result<Self, SiteError> {
+        let secret = Secret::read(&config.secret)?;
+        let store = Store::open(config.endpoints()?, secret)?;
+        Ok(Self { store })
+    }
+
+    /// Everything.
+    ///
+    /// # Errors
+    /// If etcd is away.
+    pub fn read(&self) -> Result<Site, SiteError> {
+        Ok(self.store.read()?)
+    }
+
+    /// Writes a new machine's record, and takes a port for it.
+    ///
+    /// # Errors
+    /// If the specification is refused, the name is taken, or no port is free.
+    pub fn create(
+        &self,
+        name: &str,
+        spec: &Spec,
+        protect: bool,
+        start: bool,
+    ) -> Result<Vm, SiteError> {
+        spec.check(name)?;
+        let instance = random_identity().map_err(SiteError::Random)?.to_string();
+        for _ in 0..TRIES {
+            let site = self.read()?;
+            if let Some(found) = site.vms.get(name) {
+                // This very attempt, whose answer got lost.
+                return match found.value.instance == instance {
+                    true => Ok(found.value.clone()),
+                    false => Err(SiteError::Exists(name.to_owned())),
+                };
+            }
+            let port = free_port(&site).ok_or(SiteError::NoPort)?;
+            let vm = Vm {
+                name: name.to_owned(),
+                instance: instance.clone(),
+                spec: spec.clone(),
+                port,
+                protect,
+                phase: match start {
+                    true => Phase::Starting {
+                        on: None,
+                        cold: false,
+                    },
+                    false => Phase::Stopped,
+                },
+                backup: None,
+                number: 0,
+                failures: Vec::new(),
+                note: None,
+            };
+            let (key, taken) = (Key::Vm(name), Key::Port(port));
+            let change = Change::new()
+                .only_if(&key, 0)
+                .only_if(&taken, 0)
+                .put(&self.store, &key, &vm, None)
+                .put(&self.store, &taken, &name, None);
+            if self.store.change(&change)? {
+                return Ok(vm);
+            }
+        }
+        Err(SiteError::Busy(name.to_owned()))
+    }
+
+    /// Changes what a machine is to be.
+    ///
+    /// # Errors
+    /// If there is none of this name, or `change` refuses.
+    pub fn change(
+        &self,
+        name: &str,
+        change: impl Fn(&Site, &mut Vm) -> Result<(), SiteError>,
+    ) -> Result<Vm, SiteError> {
+        for _ in 0..TRIES {
+            let site = self.read()?;
+            let found = site.vms.get(name);
+            let found = found.ok_or_else(|| SiteError::Unknown(name.to_owned()))?;
+            let mut vm = found.value.clone();
+            change(&site, &mut vm)?;
+            if vm == found.value {
+                return Ok(vm);
+            }
+            let key = Key::Vm(name);
+            let write =
+                Change::new()
+                    .only_if(&key, found.revision)
+                    .put(&self.store, &key, &vm, None);
+            if self.store.change(&write)? {
+                return Ok(vm);
+            }
+        }
+        Err(SiteError::Busy(name.to_owned()))
+    }
+
+    /// Takes a machine's record away, and gives its port back.
+    ///
+    /// # Errors
+    /// If it is not off.
+    pub fn delete(&self, name: &str) -> Result<(), SiteError> {
+        for _ in 0..TRIES {
+            let site = self.read()?;
+            let found = site.vms.get(name);
+            let found = found.ok_or_else(|| SiteError::Unknown(name.to_owned()))?;
+            deletable(&site, &found.value)?;
+            let key = Key::Vm(name);
+            let change = Change::new()
+                .only_if(&key, found.revision)
+                .delete(&key)
+                .delete(&Key::Port(found.value.port));
+            if self.store.change(&change)? {
+                return Ok(());
+            }
+        }
+        Err(SiteError::Busy(name.to_owned()))
+    }
+
+    /// Gives an order to whoever serves a machine, and waits for what comes of it.
+    ///
+    /// # Errors
+    /// Why it was not done, or that nobody knows within this time.
+    pub fn order(&self, name: &str, verb: Verb, within: Duration) -> Result<String, SiteError> {
+        let site = self.read()?;
+        if !site.vms.contains_key(name) {
+            return Err(SiteError::Unknown(name.to_owned()));
+        }
+        let id = random_identity().map_err(SiteError::Random)?.to_string();
+        let order = Order {
+            id: id.clone(),
+            machine: name.to_owned(),
+            verb,
+        };
+        // It goes with its lease if this process dies.
+        let lease = self.store.lease(within + Duration::from_secs(5))?;
+        let key = Key::Order(name);
+        let change = Change::new()
+            .only_if(&key, 0)
+            .put(&self.store, &key, &order, Some(lease));
+        if !self.store.change(&change)? {
+            return Err(SiteError::Ordered(name.to_owned()));
+        }
+        let until = Instant::now() + within;
+        loop {
+            let site = self.read()?;
+            let taken = match site.answers.get(&id) {
+                Some(Answer::Done(text)) => return Ok(text.clone()),
+                Some(Answer::Failed(text)) => return Err(SiteError::Refused(text.clone())),
+                Some(Answer::Taken(by)) => Some(by.clone()),
+                None => None,
+            };
+            if Instant::now() < until {
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            let name = name.to_owned();
+            if let Some(by) = taken {
+                return Err(SiteError::NoAnswer { name, by, within });
+            }
+            // If somebody takes it just now, the answer is looked for once more.
+            let order = site.orders.get(&name).filter(|order| order.value.id == id);
+            let Some(order) = order else { continue };
+            let key = Key::Order(&name);
+            let withdraw = Change::new().only_if(&key, order.revision).delete(&key);
+            if self.store.change(&withdraw)? {
+                return Err(SiteError::NotTaken { name, within });
+            }
+        }
+    }
+
+    /// Looks until the site is as it should be; false if it is not within this time.
+    ///
+    /// # Errors
+    /// If etcd is away, or what `is_there` says instead.
+    pub fn until(
+        &self,
+        within: Duration,
+        mut is_there: impl FnMut(&Site) -> Result<bool, SiteError>,
+    ) -> Result<bool, SiteError> {
+        let until = Instant::now() + within;
+        loop {
+            if is_there(&self.read()?)? {
+                return Ok(true);
+            }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+/// The first port that every host has and no machine; if no host is there, of the usual ones.
+fn free_port(site: &Site) -> Option<u16> {
+    let usual = Ports {
+        first: 7700,
+        last: 7799,
+    };
+    let all = site.hosts.values().map(|host| host.value.ports);
+    let common = all
+        .reduce(|one, other| Ports {
+            first: one.first.max(other.first),
+            last: one.last.min(other.last),
+        })
+        .unwrap_or(usual);
+    (common.first..=common.last).find(|port| !site.ports.contains_key(port))
+}
+
+fn in_phase(vm: &Vm, advice: String) -> SiteError {
+    SiteError::Phase {
+        name: vm.name.clone(),
+        phase: vm.phase.word(),
+        advice,
+    }
+}
+
+/// Has a machine started.
+///
+/// # Errors
+/// If it runs, or may run for all that is known and `cold` does not say that it does not.
+pub fn start(site: &Site, vm: &mut Vm, cold: bool) -> Result<(), SiteError> {
+    let name = &vm.name;
+    if site.is_anywhere(name) {
+        return Err(in_phase(
+            vm,
+            format!("a host has a process of it (doppel vm show {name})"),
+        ));
+    }
+    if !cold && !site.is_ended(name) {
+        return Err(in_phase(
+            vm,
+            "the arbiter's record says that a process of it may serve the world, and no agent sees one. If you know that none does (its hosts \
+             are off, or came back without it), say --cold-start: what was in its memory is gone"
+                .to_owned(),
+        ));
+    }
+    vm.phase = Phase::Starting { on: None, cold };
+    vm.backup = None;
+    vm.failures.clear();
+    vm.note = None;
+    Ok(())
+}
+
+/// Has a machine turned off.
+///
+/// # Errors
+/// None so far; a machine that is off stays off.
+pub fn stop(site: &Site, vm: &mut Vm) -> Result<(), SiteError> {
+    let never_ran = matches!(vm.phase, Phase::Starting { on: None, .. })
+        && site.is_ended(&vm.name)
+        && !site.is_anywhere(&vm.name);
+    if never_ran {
+        vm.phase = Phase::Stopped;
+    } else if !vm.phase.is_off() {
+        vm.phase = Phase::Stopping;
+    }
+    Ok(())
+}
+
+fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
+    if !vm.phase.is_off() {
+        let advice = format!("turn it off first (doppel vm stop {})", vm.name);
+        return Err(in_phase(vm, advice));
+    }
+    if site.is_anywhere(&vm.name) {
+        let advice = "a host has a process of it still".to_owned();
+        return Err(in_phase(vm, advice));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::tests::{put, role_of, site, vm};
+    use crate::control::status::{Role, Standing};
+    use crate::protocol::record::{Identity, Record};
+
+    #[test]
+    fn ports_are_those_that_every_host_has() {
+        let mut site = site(&["a", "b"]);
+        assert_eq!(free_port(&site), Some(7700));
+        site.ports.insert(7700, "kv".into());
+        site.hosts.get_mut("b").unwrap().value.ports = Ports {
+            first: 7690,
+            last: 7701,
+        };
+        assert_eq!(free_port(&site), Some(7701));
+        site.ports.insert(7701, "db".into());
+        assert_eq!(free_port(&site), None);
+    }
+
+    #[test]
+    fn a_machine_that_may_run_is_not_started_unless_told() {
+        let mut site = site(&["a"]);
+        let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+        site.records.insert("kv".into(), live);
+        let mut lost = Vm {
+            phase: Phase::Running,
+            ..vm("kv")
+        };
+        let why = start(&site, &mut lost, false).unwrap_err().to_string();
+        assert!(why.contains("--cold-start"), "{why}");
+        start(&site, &mut lost, true).unwrap();
+        assert!(matches!(
+            lost.phase,
+            Phase::Starting {
+                cold: true,
+                on: None
+            }
+        ));
+        let role = role_of("kv", Role::Primary, Standing::Unprotected);
+        site.hosts.get_mut("a").unwrap().value.roles.push(role);
+        let why = start(&site, &mut lost, true).unwrap_err().to_string();
+        assert!(why.contains("has a process"), "{why}");
+    }
+
+    #[test]
+    fn only_what_is_off_is_deleted() {
+        let mut site = site(&["a"]);
+        let running = Vm {
+            phase: Phase::Running,
+            ..vm("kv")
+        };
+        put(&mut site, running.clone());
+        let why = deletable(&site, &running).unwrap_err().to_string();
+        assert!(why.contains("vm stop"), "{why}");
+        let off = Vm {
+            phase: Phase::Stopped,
+            ..running
+        };
+        deletable(&site, &off).unwrap();
+    }
+
+    #[test]
+    fn what_has_not_been_placed_is_stopped_at_once() {
+        let site = site(&["a"]);
+        let mut young = vm("kv");
+        stop(&site, &mut young).unwrap();
+        assert_eq!(young.phase, Phase::Stopped);
+        let mut running = Vm {
+            phase: Phase::Running,
+            ..vm("kv")
+        };
+        stop(&site, &mut running).unwrap();
+        assert_eq!(running.phase, Phase::Stopping);
+    }
+}

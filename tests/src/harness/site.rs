@@ -1,0 +1,369 @@
+//! A site: an etcd, three hosts with an agent each, and the world, as four network namespaces joined by cables that can be cut.
+//!
+//! ```text
+//!   the world: clients 10.77.0.1, etcd 10.78.0.254
+//!        guests ┬────────┬────────┐        log ┬────────┬────────┐
+//!             to-a     to-b     to-c         log-a    log-b    log-c
+//!  ─────────────│────────│────────│────────────│────────│────────│──────
+//!   host a:   world, bridged with its guests' TAPs         log, 10.78.0.1
+//! ```
+//! The processes run on this machine; a host that is lost has its cables cut and all its processes killed. Needs root and `ip`.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hypervisor::backends::tap::set_link;
+use hypervisor::demo::namespace::{Namespace, enter_bare};
+use hypervisor::handshake::Secret;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::etcd::Etcd;
+use super::program;
+use super::role::Role;
+use super::signal::{Signal, send};
+use super::stage::alone;
+use super::two_hosts::ip;
+
+/// How many hosts there are.
+pub const HOSTS: usize = 3;
+
+/// Their names.
+pub const NAMES: [&str; HOSTS] = ["a", "b", "c"];
+
+/// The cables of a host, by their names in it.
+const CABLES: [&str; 2] = ["world", "log"];
+
+/// How long a host is taken for a member after its agent's last word, in seconds.
+pub const LEASE: Duration = Duration::from_secs(3);
+
+/// A bound for what takes seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One host.
+#[derive(Debug)]
+struct Host {
+    name: &'static str,
+    namespace: Namespace,
+    directory: PathBuf,
+    agent: Option<Role>,
+    /// Agents that it has had.
+    agents: u32,
+}
+
+/// All of it. The calling thread is in the world.
+#[derive(Debug)]
+pub struct Site {
+    hosts: Vec<Host>,
+    /// The records' place, and the arbiter.
+    pub etcd: Etcd,
+    directory: TempDir,
+    _world: Namespace,
+}
+
+impl Site {
+    /// Moves the calling thread into a new world with three hosts, whose agents run.
+    ///
+    /// # Errors
+    /// If this machine does not let us, or something is not installed.
+    pub fn enter() -> Result<Self> {
+        let world = enter_bare().context("make a network namespace")?;
+        let directory = tempfile::Builder::new()
+            .prefix("doppel-site-")
+            .tempdir()
+            .context("make a directory")?;
+        for (bridge, address) in [("guests", "10.77.0.1/24"), ("logs", "10.78.0.254/24")] {
+            ip(&["link", "add", "name", bridge, "type", "bridge"])?;
+            ip(&["address", "add", address, "dev", bridge])?;
+            set_link(bridge, true)?;
+        }
+        let mut hosts = Vec::new();
+        for (number, name) in (1..).zip(NAMES) {
+            hosts.push(host(number, name, directory.path())?);
+        }
+        let etcd = Etcd::start_at(
+            &directory.path().join("etcd"),
+            Ipv4Addr::new(10, 78, 0, 254).into(),
+        )?;
+        Secret::create(&directory.path().join("site.secret"))?;
+        let mut site = Self {
+            hosts,
+            etcd,
+            directory,
+            _world: world,
+        };
+        for at in 0..HOSTS {
+            site.write_config(at)?;
+            site.start_agent(at)?;
+        }
+        Ok(site)
+    }
+
+    fn write_config(&self, at: usize) -> Result<()> {
+        let host = &self.hosts[at];
+        let directory = host.directory.display();
+        // Three hosts share this machine's cores with whatever else it does: a side that is late is not to count as lost. (How soon a
+        // lost one is noticed is another promise's.)
+        fs::write(
+            host.directory.join("role.toml"),
+            "[timing]\nsilence_ms = 300\n",
+        )
+        .context("write a configuration of roles")?;
+        let text = format!(
+            "name = \"{}\"\netcd = \"{}\"\nsecret = \"{}\"\naddress = \"{}\"\nmemory_mib = 1024\nbridge = \"guests\"\n\
+             run_dir = \"{directory}/run\"\nlog_dir = \"{directory}/log\"\nimages = \"{directory}\"\nroles = \"{directory}/role.toml\"\nlease_s = {}\npoll_ms = 200\n",
+            host.name,
+            self.etcd.place(),
+            self.directory.path().join("site.secret").display(),
+            address(at),
+            LEASE.as_secs(),
+        );
+        fs::write(self.config(at), text).context("write an agent's configuration")
+    }
+
+    fn config(&self, at: usize) -> PathBuf {
+        self.hosts[at].directory.join("agent.toml")
+    }
+
+    /// Starts a host's agent.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn start_agent(&mut self, at: usize) -> Result<()> {
+        let config = self.config(at);
+        let config = config.to_str().context("a path of this machine")?;
+        let host = &mut self.hosts[at];
+        host.agents += 1;
+        let name = format!("agent-{}", host.agents);
+        let directory = host.directory.clone();
+        let started = inside(&host.namespace, || {
+            Role::start(&directory, &name, &["agent", "--config", config])
+        })?;
+        host.agent = Some(started);
+        Ok(())
+    }
+
+    /// SIGKILL to a host's agent: what it has started runs on.
+    pub fn kill_agent(&mut self, at: usize) {
+        // Killed and reaped when it is dropped.
+        self.hosts[at].agent = None;
+    }
+
+    /// Ends an agent well.
+    ///
+    /// # Errors
+    /// If it does not end, or not well.
+    pub fn stop_agent(&mut self, at: usize) -> Result<()> {
+        match self.hosts[at].agent.take() {
+            Some(mut agent) => agent.stop(PATIENCE),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until a host's agent, the one that runs now, has said this.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn agent_says(&mut self, at: usize, word: &str) -> Result<()> {
+        let agent = self.hosts[at].agent.as_mut();
+        agent
+            .context("its agent does not run")?
+            .until(word, PATIENCE)
+    }
+
+    /// The processes of a host: its agent, and the roles that this or an earlier one started. They name the host's directory.
+    ///
+    /// # Errors
+    /// If the kernel does not list them.
+    pub fn processes(&self, at: usize) -> Result<Vec<u32>> {
+        let own = format!("{}/", self.hosts[at].directory.display());
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").context("list processes")?.flatten() {
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&own) {
+                found.push(pid);
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// The host is lost, silently: its cables are cut, and its processes are killed.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn lose(&mut self, at: usize) -> Result<()> {
+        let processes = self.processes(at)?;
+        inside(&self.hosts[at].namespace, || {
+            CABLES
+                .iter()
+                .try_for_each(|cable| Ok(set_link(cable, false)?))
+        })?;
+        for pid in processes {
+            // One that has ended meanwhile needs no signal.
+            let _ = send(pid, Signal::Kill);
+        }
+        self.kill_agent(at);
+        let until = Instant::now() + PATIENCE;
+        while !self.processes(at)?.is_empty() {
+            ensure!(Instant::now() < until, "processes of a dead host stay");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// It comes back, as a host that has booted: its agent runs, and nothing else.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn mend(&mut self, at: usize) -> Result<()> {
+        inside(&self.hosts[at].namespace, || {
+            CABLES
+                .iter()
+                .try_for_each(|cable| Ok(set_link(cable, true)?))
+        })?;
+        self.start_agent(at)
+    }
+
+    /// `doppel vm` with these words, said on this host; what it printed.
+    ///
+    /// # Errors
+    /// If it does not end well.
+    pub fn vm(&self, at: usize, words: &[&str]) -> Result<String> {
+        let output = Command::new(program::doppel()?)
+            .arg("vm")
+            .args(words)
+            .arg("--config")
+            .arg(self.config(at))
+            .output()
+            .context("start doppel vm")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "doppel vm {}: {}: {said}",
+            words.join(" "),
+            output.status
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// A machine, as `doppel vm show --json` has it.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn show(&self, machine: &str) -> Result<Value> {
+        let text = self.vm(0, &["show", machine, "--json"])?;
+        serde_json::from_str(&text).context("read a machine's JSON")
+    }
+
+    /// Waits until a machine is protected, with its sides on two hosts that are no others than these; what it is then.
+    ///
+    /// # Errors
+    /// If it is not in time.
+    pub fn until_protected(&self, machine: &str, on: &[usize]) -> Result<Value> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let now = self.show(machine)?;
+            let place = |side: &str| on.iter().copied().find(|at| now[side] == NAMES[*at]);
+            if now["protected"] == true
+                && let (Some(serves), Some(follows)) = (place("served_by"), place("followed_by"))
+            {
+                ensure!(serves != follows, "both sides of {machine} are on one host");
+                return Ok(now);
+            }
+            if Instant::now() >= until {
+                bail!("{machine} is not protected: {now:#}\n{}", self.said());
+            }
+            std::thread::sleep(Duration::from_millis(150));
+        }
+    }
+
+    /// What everybody has said: for a failure's report.
+    #[must_use]
+    pub fn said(&self) -> String {
+        let mut text = String::new();
+        for host in &self.hosts {
+            let logs = [host.directory.clone(), host.directory.join("log")];
+            for path in logs
+                .iter()
+                .flat_map(|path| fs::read_dir(path).into_iter().flatten().flatten())
+            {
+                let path = path.path();
+                let wanted = path
+                    .extension()
+                    .is_some_and(|end| end == "stderr" || end == "log");
+                if wanted && let Ok(said) = fs::read_to_string(&path) {
+                    text.push_str(&format!("== {}\n{said}\n", path.display()));
+                }
+            }
+        }
+        text
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for at in 0..HOSTS {
+            // Agents go with their `Role`; what they started is nobody's child any more.
+            self.kill_agent(at);
+            for pid in self.processes(at).unwrap_or_default() {
+                let _ = send(pid, Signal::Kill);
+            }
+        }
+    }
+}
+
+fn address(at: usize) -> IpAddr {
+    Ipv4Addr::new(10, 78, 0, at as u8 + 1).into()
+}
+
+/// A host with its cables, as this number of the world's.
+fn host(number: u8, name: &'static str, directory: &Path) -> Result<Host> {
+    let directory = directory.join(name);
+    fs::create_dir(&directory).context("make a directory")?;
+    let namespace = alone(|| {
+        let namespace = enter_bare().context("make a network namespace")?;
+        ip(&["link", "add", "name", "guests", "type", "bridge"])?;
+        set_link("guests", true)?;
+        Ok(namespace)
+    })?;
+    let there = namespace.path();
+    let there = there.to_str().context("a path of this machine")?;
+    for (cable, bridge) in CABLES.iter().zip(["guests", "logs"]) {
+        let ours = format!("{cable}-{name}");
+        ip(&[
+            "link", "add", "name", &ours, "type", "veth", "peer", "name", cable, "netns", there,
+        ])?;
+        ip(&["link", "set", "dev", &ours, "master", bridge])?;
+        set_link(&ours, true)?;
+    }
+    let own = format!("{}/24", address(usize::from(number) - 1));
+    inside(&namespace, || {
+        ip(&["address", "add", &own, "dev", "log"])?;
+        ip(&["link", "set", "dev", "world", "master", "guests"])?;
+        CABLES
+            .iter()
+            .try_for_each(|cable| Ok(set_link(cable, true)?))
+    })?;
+    Ok(Host {
+        name,
+        namespace,
+        directory,
+        agent: None,
+        agents: 0,
+    })
+}
+
+/// Does this on a thread in the host.
+fn inside<T: Send>(namespace: &Namespace, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    namespace.run(work).context("enter a host")?
+}
