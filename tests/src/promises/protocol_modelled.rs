@@ -74,7 +74,7 @@ const SMALL: &[(&str, Scope)] = &[
         Scope {
             outputs: 1,
             deaths: 1,
-            depth: 12,
+            depth: 14,
             ..REPLACE
         },
     ),
@@ -98,7 +98,7 @@ const LARGE: &[(&str, Scope)] = &[
         Scope {
             deaths: 1,
             lost_answers: 1,
-            depth: 14,
+            depth: 16,
             ..REPLACE
         },
     ),

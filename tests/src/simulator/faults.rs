@@ -172,6 +172,14 @@ pub(super) struct Plan {
     pub(super) until: Micros,
 }
 
+impl Plan {
+    /// Whether one thing goes wrong at most. A replacement is no fault.
+    pub(super) fn is_single(&self) -> bool {
+        let faults = self.faults.iter();
+        faults.filter(|(_, it)| *it != Fault::Replace).count() <= 1
+    }
+}
+
 fn target(random: &mut Random) -> Target {
     match random.below(7) {
         0..3 => Target::Owner,

@@ -267,7 +267,7 @@ impl World {
             return;
         };
         // Not where a single fault must be survived: this would be a second one.
-        if self.plan.faults.len() > 1 && self.random.below(100) < 4 {
+        if !self.plan.is_single() && self.random.below(100) < 4 {
             let unfit = hypervisor::protocol::Unfit::Corrupt("simulated".to_owned());
             return self.deliver(who, Input::Unfit(unfit));
         }

@@ -160,7 +160,7 @@ impl World {
         faults::add_replacements(&mut plan, seed);
         // Lost datagrams make mistakes likelier, which together with a fault are more than one.
         let loss = match random.below(2) {
-            1 if plan.faults.len() > 1 => random.below(15),
+            1 if !plan.is_single() => random.below(15),
             _ => 0,
         };
         let mut world = Self {
@@ -337,9 +337,7 @@ impl World {
     }
 
     pub(super) fn is_single(&self) -> bool {
-        // A replacement is no fault.
-        let faults = self.plan.faults.iter();
-        faults.filter(|(_, it)| *it != Fault::Replace).count() <= 1
+        self.plan.is_single()
     }
 
     pub(super) fn host(&self, who: usize) -> usize {
