@@ -177,14 +177,14 @@ impl Machine {
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
         let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (mut vcpus, shape, model) = vm.create_crew(count)?;
-            reset::load(spec, spec.seed, &ram, &mut vcpus[0])?;
+            let (vcpus, shape, model) = vm.create_crew(count)?;
+            reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm);
             (vm, Cpus::Crew(crew), model)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (mut vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
-            reset::load(spec, spec.seed, &ram, &mut vcpu)?;
+            let (vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            reset::load(spec, spec.seed, &ram, &vcpu)?;
             (vm, Cpus::One(vcpu), model)
         };
         let again = match &cpus {
