@@ -585,13 +585,6 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        if self.replicate.mode == Replication::Checkpoint && self.disk.image.is_some() {
-            return bad(
-                "replicate.mode",
-                "checkpoint".into(),
-                "choose replay for a machine with a disk: an interval carries no writes, so the backup's image would not get them",
-            );
-        }
         if self.replicate.mode == Replication::Checkpoint && self.recorder.is_some() {
             return bad("recorder", recorder::BY_CHECKPOINT.into(), recorder::NEEDED);
         }
@@ -740,10 +733,6 @@ mod tests {
             ("[net]\nbackend = \"tap\"", "net.tap"),
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[replicate]\ninterval_ms = 0", "replicate.interval_ms"),
-            (
-                "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
-                "replicate.mode",
-            ),
             ("clock = \"page\"", "clock"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
@@ -757,6 +746,7 @@ mod tests {
         }
         for text in [
             "clock = \"page\"\n[preempt]\nstrategy = \"checkpoint\"",
+            "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
             "clock = \"page\"\n[replicate]\nmode = \"checkpoint\"",
         ] {
             Config::parse(text).unwrap().check().unwrap();

@@ -8,6 +8,7 @@ mod figures;
 mod hook;
 mod machine;
 mod order;
+mod package;
 mod pair;
 mod prepare;
 mod record;
@@ -20,7 +21,7 @@ mod vm;
 use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
@@ -31,6 +32,7 @@ use hypervisor::session::serve::Served;
 /// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
 #[derive(Debug, Parser)]
 #[command(
+    name = "doppel",
     version,
     after_help = "Exit codes:\n  \
         0  well: the guest turned itself off, or the role was ended on purpose\n  \
@@ -79,6 +81,7 @@ enum Command {
     Status(status::StatusArgs),
     Console(console::ConsoleArgs),
     Switch(order::SwitchArgs),
+    MigrateBackup(order::MigrateBackupArgs),
     PowerOff(order::PowerOffArgs),
     Reset(order::ResetArgs),
     Pause(order::PauseArgs),
@@ -88,6 +91,8 @@ enum Command {
     Vm(vm::VmArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
+    #[command(hide = true)]
+    PackageFiles(package::PackageArgs),
 }
 
 /// An exit code with its message.
@@ -141,6 +146,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::status(&args),
         Command::Console(args) => console::console(&args),
         Command::Switch(args) => order::switch(&args),
+        Command::MigrateBackup(args) => order::migrate_backup(&args),
         Command::PowerOff(args) => order::power_off(&args),
         Command::Reset(args) => order::reset(&args),
         Command::Pause(args) => order::pause(&args),
@@ -149,6 +155,7 @@ pub fn main() -> ExitCode {
         Command::Top(args) => top::top(&args),
         Command::Vm(args) => vm::vm(&args),
         Command::HookHelper(args) => hook::help(&args),
+        Command::PackageFiles(args) => package::write(&args, Cli::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -178,7 +185,9 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) | (Reason::HandedOver { .. }, _) => Ok(()),
+        (Reason::PoweredOff, None) | (Reason::HandedOver { .. } | Reason::Relieved { .. }, _) => {
+            Ok(())
+        }
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

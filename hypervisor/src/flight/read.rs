@@ -143,11 +143,12 @@ impl Recording {
         let Some((path, mut from)) = self.checkpoint.take() else {
             return Ok((machine, None));
         };
-        let (restored, _) =
-            clone::receive(&mut from, &mut machine).map_err(|source| FlightError::Checkpoint {
+        let (restored, _) = clone::receive(&mut from, &mut machine, None).map_err(|source| {
+            FlightError::Checkpoint {
                 path: path.clone(),
                 source,
-            })?;
+            }
+        })?;
         let mut more = [0];
         match from.read(&mut more) {
             Ok(0) => {}

@@ -25,7 +25,7 @@ pub use state::{BadProcessors, Processors, Swept};
 use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
-use crate::disk::Request;
+use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
@@ -158,6 +158,8 @@ pub struct Machine {
     /// What it takes to start anew.
     /// What it takes to start anew; none where vCPUs have threads of their own.
     again: Option<Reset>,
+    /// Of the guest's disk; 0 without one.
+    disk_sectors: u64,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -205,6 +207,7 @@ impl Machine {
             history: History::default(),
             phase: Phase::Ready,
             again,
+            disk_sectors: spec.disk.map_or(0, |disk| disk.sectors),
             halts_for_good: spec.boot == BootProtocol::Linux,
             memory_hash: None,
             watched: false,
@@ -327,6 +330,12 @@ impl Machine {
     pub fn disk_requests(&self) -> impl Iterator<Item = Request> + use<> {
         let requests: Vec<_> = lock(&self.devices).disk_requests().cloned().collect();
         requests.into_iter()
+    }
+
+    /// Whether the guest's disk has all of this.
+    #[must_use]
+    pub fn disk_holds(&self, extent: Extent) -> bool {
+        extent.is_within(self.disk_sectors)
     }
 
     /// Whether outputs wait to be taken.

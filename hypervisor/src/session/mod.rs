@@ -105,11 +105,6 @@ pub enum SessionError {
     /// The disk's image.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A disk, and replication by checkpoints.
-    #[error(
-        "a machine with a disk is replicated by replay (--replicate, replicate.mode): an interval carries no writes, so the backup's image would not get them"
-    )]
-    DiskByCheckpoints,
     /// A guest that cannot be replayed is to be.
     #[error(
         "a guest with the host's CPU and {vcpus} vCPU{} cannot be replayed, as its vCPUs meet in no order that a log could give: protect it \

@@ -122,11 +122,13 @@ fn lead(
     let disk = disk::start(image.as_ref(), config, &io)?;
     io.stager.serve_disk(disk);
     let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
+    disk::copy_with(recruiter.as_ref(), io.stager.disk(), spec);
     let staff = Staff {
         clerk,
         recruiter,
         lag: config.lag,
         replication: config.replicate.mode,
+        transport: config.pair.transport,
         starts_anew: config.crew().is_none(),
         machine: MachineId::of(&config.name),
         me,

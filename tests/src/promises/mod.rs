@@ -3,13 +3,16 @@
 use crate::promise::Promise;
 
 pub mod agents_keep;
+pub mod backup_migrates;
 pub mod bad_input;
+pub mod chaos;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
 pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
@@ -27,10 +30,12 @@ pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
+pub mod monitored;
 pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
+pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
 pub mod protocol_modelled;
@@ -75,14 +80,19 @@ pub const ALL: &[Promise] = &[
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
     offline_replay::PROMISE,
+    disk_joins::PROMISE,
     operator_view::PROMISE,
+    monitored::PROMISE,
     console::PROMISE,
     resets::PROMISE,
     reprotects_large::PROMISE,
     lag_bounded::PROMISE,
     linearizable::PROMISE,
     switch_over::PROMISE,
+    backup_migrates::PROMISE,
+    chaos::PROMISE,
     leaves_nothing::PROMISE,
+    packaged::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,
