@@ -5,7 +5,9 @@
 //! replay, and nothing of this machine can ever go live.
 #![forbid(unsafe_code)]
 
+mod debugging;
 mod intervals;
+mod taping;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,12 +25,15 @@ use crate::entry::{
     Base, Body, Control, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
 };
 use crate::event::{GuestTime, Input, Output};
+use crate::flight::Tape;
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use crate::spool::Spool;
+pub use debugging::{Debugger, Go, Stop};
 use intervals::Adopting;
+use taping::Taping;
 
 /// Where a replayer gets its log.
 pub trait LogSource {
@@ -49,6 +54,15 @@ pub trait LogSource {
     /// # Errors
     /// [`LogError`], also if it is not there.
     fn done(&mut self) -> Result<Done, LogError>;
+
+    /// Puts the next staged inputs, so many of either kind, on a tape, without taking them.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    fn show(&mut self, frames: u32, dones: u32, to: &Tape) -> Result<(), LogError> {
+        let _ = (frames, dones, to);
+        Err(LogError("a log of this kind is not recorded".into()))
+    }
 
     /// So many staged frames, the next ones, are in the checkpoint that was put in place: nobody is given them any more.
     ///
@@ -111,6 +125,9 @@ pub enum ReplayError {
     /// This side's disk image.
     #[error(transparent)]
     Disk(#[from] DiskFailure),
+    /// The debugger that watches it.
+    #[error(transparent)]
+    Debug(#[from] crate::debug::DebugError),
 }
 
 impl From<Divergence> for ReplayError {
@@ -129,6 +146,8 @@ pub enum ReplayEnd {
         /// Hash of the whole memory, on both sides.
         memory_hash: u64,
     },
+    /// It has come to the position that was asked for, which is not the log's end.
+    There,
     /// An order ended it.
     Stopped,
 }
@@ -171,6 +190,11 @@ pub struct Replayer<L> {
     off: Arc<AtomicBool>,
     /// The log carries intervals.
     adopts: Option<Adopting>,
+    /// A flight recorder keeps what comes.
+    taping: Option<Taping>,
+    /// Where it ends, if the log does not end before.
+    to: Option<Position>,
+    debugger: Option<Box<dyn Debugger + Send>>,
 }
 
 /// What is left of a replayer when it goes live.
@@ -214,6 +238,9 @@ impl<L: LogSource> Replayer<L> {
             spool: None,
             off: Arc::default(),
             adopts: None,
+            taping: None,
+            to: None,
+            debugger: None,
         }
     }
 
@@ -246,6 +273,13 @@ impl<L: LogSource> Replayer<L> {
         self
     }
 
+    /// Ends at this position at the latest, after its inputs and before the guest runs on.
+    #[must_use]
+    pub fn to(mut self, to: Option<Position>) -> Self {
+        self.to = to;
+        self
+    }
+
     /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
     ///
     /// # Errors
@@ -258,6 +292,11 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The machine, which is not replayed any further.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
     }
 
     /// The source.
@@ -283,6 +322,7 @@ impl<L: LogSource> Replayer<L> {
             {
                 return Ok(ReplayEnd::Stopped);
             }
+            self.attend();
             let Some(arrived) = self.source.next()? else {
                 if self.source.is_over()? {
                     return Ok(ReplayEnd::LogOver);
@@ -298,10 +338,14 @@ impl<L: LogSource> Replayer<L> {
             idle_since = None;
             self.orders.working(self.machine.position());
             let (seq, marks) = (arrived.seq, arrived.marks);
+            let base = self.decoder.base();
             let entry = self
                 .decoder
                 .decode(arrived.payload)
                 .map_err(|source| ReplayError::Entry { seq: seq.0, source })?;
+            if let Some(taping) = &mut self.taping {
+                taping.keep(arrived.payload);
+            }
             self.released = self.released.max(marks.released);
             let released = self.released;
             while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
@@ -311,6 +355,15 @@ impl<L: LogSource> Replayer<L> {
                 }
             }
             self.last_seq = seq;
+            if let Some(to) = self.to.filter(|to| entry.position > *to) {
+                let there = self.run_to(to)?;
+                return Ok(if there {
+                    ReplayEnd::There
+                } else {
+                    ReplayEnd::Stopped
+                });
+            }
+            self.tape(&entry, base)?;
             let end = self.entry(entry)?;
             self.source.replayed(seq);
             if matches!(self.machine.phase(), Phase::Off(_)) {
@@ -408,6 +461,9 @@ impl<L: LogSource> Replayer<L> {
                 self.orders.working(self.machine.position());
                 if stepped == Stepped::SyncPoint {
                     break;
+                }
+                if !self.consult(stepped)? {
+                    return Ok(false);
                 }
                 if self.orders.waiting()
                     && self.orders.take_if(|order| order == Order::Stop).is_some()
@@ -589,7 +645,8 @@ impl<L: LogSource> Replayer<L> {
 
     /// Takes the machine over, after the log is over. Frames that were staged and not applied stay with the source.
     #[must_use]
-    pub fn into_remains(self) -> (Remains, L) {
+    pub fn into_remains(mut self) -> (Remains, L) {
+        self.end_tape();
         let base = self.base();
         (
             Remains {

@@ -61,6 +61,10 @@ impl<S: Sink> Recorder<S> {
         let started = Instant::now();
         match self.checkpoint_for_copy() {
             Ok(checkpoint) => {
+                if let Some(disk) = &self.disk {
+                    // Before anything that is asked from here on.
+                    disk.copy_rest();
+                }
                 self.begin_log(*sink)?;
                 let stopped = started.elapsed();
                 let cut = Cut {

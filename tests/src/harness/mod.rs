@@ -9,6 +9,7 @@ pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
 pub mod forged;
+pub mod gdb;
 pub mod hostile;
 pub mod hostile_backup;
 pub mod hostile_capture;

@@ -10,6 +10,7 @@ pub mod confined;
 pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
@@ -23,11 +24,13 @@ pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
+pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
 pub mod monitored;
 pub mod no_false_failover;
+pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
 pub mod packaged;
@@ -74,6 +77,8 @@ pub const ALL: &[Promise] = &[
     confined::PROMISE,
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
+    offline_replay::PROMISE,
+    disk_joins::PROMISE,
     operator_view::PROMISE,
     monitored::PROMISE,
     console::PROMISE,
@@ -90,6 +95,7 @@ pub const ALL: &[Promise] = &[
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
+    linux_debugged::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,
