@@ -4,6 +4,7 @@
 //!  copier ── ask: watch ──▶ vCPU    from here on it is noted what the guest writes
 //!         ── ask: changed ▶         what it has written since
 //!         ── ask: cut ────▶         the guest stops: a checkpoint of what was written last, and the log goes on into the new ring
+//!         ── ask: stand ──▶         the same, once all that the guest made has left; and it stands until it is known which log goes on
 //! ```
 //! The copier leaves one question, has the vCPU thread told ([`Order::Attend`](crate::orders::Order::Attend)), and waits for the
 //! answer; meanwhile the guest runs. Questions have numbers, and answers carry them: one that was given up may still be answered.
@@ -12,6 +13,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+use rdma_log::Seq;
 
 use crate::machine::Swept;
 
@@ -24,6 +27,9 @@ pub enum Ask<S> {
     Changed,
     /// Stop, take a checkpoint of what was written since, and log to this from there on.
     Cut(Box<S>),
+    /// Let out all that was made, wait until the inputs lane has committed up to this, and take a checkpoint as for a cut. Then stand: an
+    /// order says whether the log is this one from there on.
+    Stand(Box<S>, Seq),
     /// There will be no copy after all.
     Forget,
 }
@@ -35,7 +41,7 @@ pub enum Answer {
     Watching,
     /// Written since it was last asked: a part of that.
     Changed(Swept),
-    /// It has stopped and runs again.
+    /// It has stopped, and runs again, or stands as it was asked to.
     Cut(Cut),
     /// It could not.
     Failed(String),

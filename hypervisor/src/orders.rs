@@ -37,6 +37,8 @@ pub enum Order {
     HandOver(Seq),
     /// It was not taken: go on as before.
     Resume,
+    /// The new backup has taken the old one's place: run on, with the log that the guest stands for.
+    BeginLog,
     /// Turn the machine off at a sync point, with this status.
     PowerOff(u8),
     /// Start the machine anew, at a sync point.

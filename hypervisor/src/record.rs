@@ -125,7 +125,9 @@ pub struct Recorder<S> {
     /// Where the machine is replicated by checkpoints: the sink is then nowhere, and the courier has the log.
     intervals: Option<Intervals<S>>,
     /// The log that is to begin at the next place.
-    cut: Option<(u64, Box<S>)>,
+    cut: Option<copying::Cutting<S>>,
+    /// It is to begin where the guest stands.
+    begins: bool,
     /// What is to be done at the next sync point.
     deeds: VecDeque<Order>,
     /// This side's disk image.
@@ -201,6 +203,7 @@ impl<S: Sink> Recorder<S> {
             intervals: parts.intervals,
             ran: Duration::ZERO,
             cut: None,
+            begins: false,
             deeds: VecDeque::new(),
             disk: None,
             resets: Resets::default(),
@@ -247,7 +250,9 @@ impl<S: Sink> Recorder<S> {
             {
                 return Ok(ended);
             }
-            self.cut_if_wanted()?;
+            if let Some(ended) = self.cut_if_wanted()? {
+                return Ok(ended);
+            }
             if self.wants_place() {
                 if let Some(ended) = self.make_place()? {
                     return Ok(ended);
@@ -363,7 +368,9 @@ impl<S: Sink> Recorder<S> {
                 if self.cut.is_some() && self.machine.phase() == Phase::Halted {
                     return Ok(None);
                 }
-                self.cut_if_wanted()?;
+                if let Some(ended) = self.cut_if_wanted()? {
+                    return Ok(Some(ended));
+                }
                 self.rest_while_paused();
                 continue;
             }
@@ -382,7 +389,9 @@ impl<S: Sink> Recorder<S> {
             if let Some(ended) = self.keep_intervals()? {
                 return Ok(Some(ended));
             }
-            self.cut_if_wanted()?;
+            if let Some(ended) = self.cut_if_wanted()? {
+                return Ok(Some(ended));
+            }
             if spin_until.is_some_and(|until| Instant::now() < until) {
                 if self.outlet.waiting() > 0 {
                     self.release();

@@ -81,6 +81,7 @@ enum Command {
     Status(status::StatusArgs),
     Console(console::ConsoleArgs),
     Switch(order::SwitchArgs),
+    MigrateBackup(order::MigrateBackupArgs),
     PowerOff(order::PowerOffArgs),
     Reset(order::ResetArgs),
     Pause(order::PauseArgs),
@@ -145,6 +146,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::status(&args),
         Command::Console(args) => console::console(&args),
         Command::Switch(args) => order::switch(&args),
+        Command::MigrateBackup(args) => order::migrate_backup(&args),
         Command::PowerOff(args) => order::power_off(&args),
         Command::Reset(args) => order::reset(&args),
         Command::Pause(args) => order::pause(&args),
@@ -183,7 +185,9 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) | (Reason::HandedOver { .. }, _) => Ok(()),
+        (Reason::PoweredOff, None) | (Reason::HandedOver { .. } | Reason::Relieved { .. }, _) => {
+            Ok(())
+        }
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

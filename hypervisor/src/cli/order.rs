@@ -1,6 +1,7 @@
-//! `doppel switch`, `power-off`, `pause`, `resume` and `share`: orders to the role that serves a machine.
+//! `doppel switch`, `migrate-backup`, `power-off`, `pause`, `resume` and `share`: orders to the role that serves a machine.
 
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,9 @@ use super::Failure;
 
 /// How long an order may take to be done. A switch-over is called off after half a second; a busy host takes some of these.
 const WITHIN: Duration = Duration::from_secs(10);
+
+/// How long a copy may take: the recruiter gives it up then.
+const COPY_WITHIN: Duration = Duration::from_secs(3600);
 
 /// Between two looks at what has come of it.
 const LOOK: Duration = Duration::from_millis(10);
@@ -38,6 +42,21 @@ struct Of {
 pub struct SwitchArgs {
     #[command(flatten)]
     of: Of,
+}
+
+/// Move a machine's backup: another one gets a copy while the old one goes on protecting it, takes its place, and the old one ends
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Said on the host of the primary, with the new backup started and listening (doppel backup). Ends 0 once the new one \
+                  protects the machine. Until then the old one does, and if the new one fails it goes on doing so, and this ends 1.\n\
+                  Example, before the backup's host is serviced:\n  doppel migrate-backup kv --to 192.0.2.7:7700"
+)]
+pub struct MigrateBackupArgs {
+    #[command(flatten)]
+    of: Of,
+    /// Where the new backup listens [default: the first of pair.connect and pair.standbys that answers]
+    #[arg(long, value_name = "ADDRESS")]
+    to: Option<SocketAddr>,
 }
 
 /// Turn a machine off, on both sides: nobody takes it over
@@ -88,6 +107,10 @@ pub fn switch(args: &SwitchArgs) -> Result<(), Failure> {
     give(&args.of, Ask::Switch)
 }
 
+pub fn migrate_backup(args: &MigrateBackupArgs) -> Result<(), Failure> {
+    give(&args.of, Ask::MigrateBackup(args.to))
+}
+
 pub fn power_off(args: &PowerOffArgs) -> Result<(), Failure> {
     give(&args.of, Ask::PowerOff)
 }
@@ -115,7 +138,11 @@ fn give(of: &Of, what: Ask) -> Result<(), Failure> {
     let pid = whom(&directory, &of.name)?;
     let failed = |why: &dyn std::fmt::Display| Failure::new(Failure::ERROR, why);
     let number = find::order(&directory, &of.name, pid, what).map_err(|error| failed(&error))?;
-    let until = Instant::now() + WITHIN;
+    let within = match what {
+        Ask::MigrateBackup(_) => COPY_WITHIN,
+        _ => WITHIN,
+    };
+    let until = Instant::now() + within;
     loop {
         match find::ask_process(&directory, &of.name, pid) {
             Ok(status) => {
@@ -136,7 +163,7 @@ fn give(of: &Of, what: Ask) -> Result<(), Failure> {
             return Err(failed(&format!(
                 "machine {} has not done it within {} s: see doppel status {}",
                 of.name,
-                WITHIN.as_secs(),
+                within.as_secs(),
                 of.name
             )));
         }
@@ -188,6 +215,13 @@ fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
             let why = format!(
                 "the process that had the order is gone, and process {} serves machine {} now: order it again",
                 heir.pid, of.name
+            );
+            return Err(Failure::new(Failure::ERROR, why));
+        }
+        if matches!(what, Ask::MigrateBackup(_)) {
+            let why = format!(
+                "the process that served machine {} has ended: doppel status {} tells, on this host or another, who serves it",
+                of.name, of.name
             );
             return Err(Failure::new(Failure::ERROR, why));
         }

@@ -58,6 +58,8 @@ pub(super) enum Update {
 pub enum Command {
     /// The backup is to have the machine.
     Switch,
+    /// Another backup is to take the place of the one that there is: the one that listens there, or any.
+    MigrateBackup(Option<SocketAddr>),
     /// The machine is to be turned off.
     PowerOff,
     /// The machine is to start anew.
@@ -72,6 +74,8 @@ impl Command {
     pub fn words(self) -> String {
         match self {
             Self::Switch => "switch-over".to_owned(),
+            Self::MigrateBackup(None) => "another backup".to_owned(),
+            Self::MigrateBackup(Some(address)) => format!("another backup, at {address}"),
             Self::PowerOff => "power-off".to_owned(),
             Self::Reset => "reset".to_owned(),
             Self::Share(Pace::NONE) => "pause".to_owned(),

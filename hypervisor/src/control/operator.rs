@@ -354,6 +354,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
             };
         }
         Ask::Switch => Command::Switch,
+        Ask::MigrateBackup(to) => Command::MigrateBackup(to),
         Ask::PowerOff => Command::PowerOff,
         Ask::Reset => Command::Reset,
         Ask::Share(share @ 0) => Command::Share(Pace::of(share)),
@@ -385,6 +386,11 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
             return Err(format!(
                 "machine {name} has no backup that could take it: start one (doppel backup), wait until doppel status {name} says \
                  PROTECTED, and try again"
+            ));
+        }
+        (Command::MigrateBackup(_), Standing::Unprotected | Standing::Joining) => {
+            return Err(format!(
+                "machine {name} has no backup whose place another one could take: one that listens joins by itself"
             ));
         }
         (_, Standing::Protected | Standing::Unprotected | Standing::Joining) => {}
@@ -507,6 +513,12 @@ mod tests {
                 Standing::Unprotected,
                 Ask::Switch,
                 "has no backup",
+            ),
+            (
+                Role::Primary,
+                Standing::Joining,
+                Ask::MigrateBackup(None),
+                "joins by itself",
             ),
             (
                 Role::Primary,

@@ -114,7 +114,11 @@ impl Standing {
 impl From<primary::Phase> for Standing {
     fn from(phase: primary::Phase) -> Self {
         match phase {
-            primary::Phase::Protected => Self::Protected,
+            // The old backup can take over until the new one can.
+            primary::Phase::Protected
+            | primary::Phase::Sounding
+            | primary::Phase::Standing
+            | primary::Phase::Replacing => Self::Protected,
             primary::Phase::HandingOver => Self::SwitchingOver,
             primary::Phase::Unprotected => Self::Unprotected,
             primary::Phase::Joining | primary::Phase::Entitling => Self::Joining,

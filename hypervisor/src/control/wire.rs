@@ -34,6 +34,8 @@ pub enum Ask {
     Status,
     /// That the backup gets the machine.
     Switch,
+    /// That another backup, at this address or wherever one listens, takes the place of the one that there is.
+    MigrateBackup(Option<SocketAddr>),
     /// That the machine is turned off.
     PowerOff,
     /// That the machine starts anew.
@@ -153,9 +155,11 @@ mod tests {
 
     #[test]
     fn orders_survive_the_wire() {
-        let place = "192.0.2.3:7700".parse().unwrap();
+        let place = "[2001:db8::7]:7700".parse().unwrap();
         for ask in [
             Ask::Switch,
+            Ask::MigrateBackup(None),
+            Ask::MigrateBackup(Some(place)),
             Ask::PowerOff,
             Ask::Reset,
             Ask::Share(512),

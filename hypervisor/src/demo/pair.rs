@@ -418,8 +418,43 @@ impl Pair {
         let gone = std::mem::replace(&mut self.primary, before);
         gone.events().into_iter().for_each(&mut other);
         drop(gone);
+        self.await_join(other)
+    }
+}
+
+impl Pair {
+    /// A new backup takes the place of the one that there is, by `order`, which is told where it listens over TCP. The old one, which is to
+    /// end by itself.
+    ///
+    /// # Errors
+    /// What `order` says; or see [`PairError`].
+    pub fn migrate_backup<E: From<PairError>>(
+        &mut self,
+        spec: &PairSpec,
+        port: Option<&NetPort>,
+        order: impl FnOnce(Option<SocketAddr>) -> Result<(), E>,
+        other: impl FnMut(Event),
+    ) -> Result<(Side, Join), E> {
+        self.joined += 1;
+        let place = Placement::of_this_machine();
+        let inheritable = inheritable(port)?;
+        let options = backup_options(&self.listen, self.joined, &net_option(inheritable.as_ref()));
+        let name = format!("backup-{}", self.joined + 1);
+        let next = Side::spawn(spec, "backup", &name, place.backup, &options)?;
+        drop(inheritable);
+        let ready = |event: &Event| matches!(event, Event::Ready { .. });
+        let Event::Ready { address, .. } = next.await_event("ready", ready)? else {
+            unreachable!("it was waited for");
+        };
+        order(address)?;
+        let old = std::mem::replace(&mut self.backup, next);
+        let join = self.await_join(other)?;
+        Ok((old, join))
+    }
+
+    fn await_join(&self, other: impl FnMut(Event)) -> Result<Join, PairError> {
         let joined = |event: &Event| matches!(event, Event::Joined { .. });
-        let said = self.primary.wait_for(WAIT, joined, &mut other);
+        let said = self.primary.wait_for(WAIT, joined, other);
         let Some(Event::Joined {
             stopped_us,
             took_us,

@@ -131,6 +131,18 @@ struct Agreed {
     entitled: String,
 }
 
+impl Agreed {
+    fn record(&self) -> Result<Record, HandshakeError> {
+        Ok(Record {
+            epoch: Epoch(self.epoch),
+            configuration: Configuration(self.configuration),
+            state: State::Live,
+            owner: identity(&self.owner, "record")?,
+            entitled: Some(identity(&self.entitled, "record")?),
+        })
+    }
+}
+
 /// The network port that both sides share, whose descriptor follows.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Shared {
@@ -343,17 +355,21 @@ pub fn welcome(
 /// See [`HandshakeError`].
 pub fn hear_record(stream: &Channel, me: Identity) -> Result<Record, HandshakeError> {
     let agreed: Agreed = receive(stream, "record")?;
-    let record = Record {
-        epoch: Epoch(agreed.epoch),
-        configuration: Configuration(agreed.configuration),
-        state: State::Live,
-        owner: identity(&agreed.owner, "record")?,
-        entitled: Some(identity(&agreed.entitled, "record")?),
-    };
+    let record = agreed.record()?;
     if record.entitled != Some(me) {
         return Err(HandshakeError::NotEntitled(record.to_string()));
     }
     Ok(record)
+}
+
+/// The record that a primary has said, if these bytes, all that it has said so far, are one.
+#[must_use]
+pub fn record_in(said: &[u8]) -> Option<Record> {
+    let (length, text) = said.split_at_checked(4)?;
+    let length = u32::from_le_bytes(length.try_into().ok()?);
+    let text = text.get(..usize::try_from(length).ok()?)?;
+    let agreed: Agreed = serde_json::from_slice(text).ok()?;
+    agreed.record().ok()
 }
 
 /// What a ring's connection starts with: which pair's it is.

@@ -45,6 +45,8 @@ pub enum Event {
     LogTraffic,
     /// The control connection closed: the primary's process is gone.
     PeerDied,
+    /// The primary says that this record is its machine's: it entitles another backup.
+    Word(Record),
     /// The log's last entry so far was replayed, by which the primary hands the machine over.
     HandedOver,
     /// The fence has returned: nothing can commit any more.
@@ -214,6 +216,7 @@ impl Backup {
                     self.claim(now, Evidence::HandedOver, actions);
                 }
             }
+            Event::Word(record) => self.heard(&record, actions),
             Event::Fenced => self.fenced(now, actions),
             Event::Drained => {
                 self.drain = Work::Done;
@@ -285,6 +288,15 @@ impl Backup {
                 self.die(Reason::NotEntitled { found: None }, actions);
             }
             Heard::Newer => {}
+        }
+    }
+
+    /// A claim that is under way is left to its answer.
+    fn heard(&mut self, record: &Record, actions: &mut Vec<Action>) {
+        if let Some(by) = record.relieves(self.pair.me, &self.base)
+            && matches!(self.phase, Phase::Following | Phase::Suspecting)
+        {
+            self.die(Reason::Relieved { by }, actions);
         }
     }
 
@@ -424,6 +436,8 @@ impl Backup {
             Reason::Unfit(unfit)
         } else if found.state == State::Ended {
             Reason::PoweredOff
+        } else if let Some(by) = found.relieves(self.pair.me, &self.base) {
+            Reason::Relieved { by }
         } else if self.phase == Phase::GoingLive {
             Reason::Replaced {
                 epoch: found.epoch,

@@ -165,9 +165,14 @@ impl Errand {
         }
     }
 
+    /// Whether nothing is under way: the last attempt failed, and the next one is not due yet.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Waiting { .. })
+    }
+
     /// Whether the errand can be dropped without a trace: nothing is under way, and nothing can have landed.
     pub(super) fn can_be_dropped(&self) -> bool {
-        matches!(self.phase, Phase::Waiting { .. }) && !self.may_have_landed
+        self.is_idle() && !self.may_have_landed
     }
 
     /// When [`Errand::tick`] has something to do next.

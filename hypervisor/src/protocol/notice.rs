@@ -27,6 +27,8 @@ pub enum Evidence {
     HandedOver,
     /// It was joining, and did not say within this time that its copy is whole.
     NotReady(Duration),
+    /// The arbiter could not be asked, without which no backup takes another one's place.
+    NoArbiter,
 }
 
 impl fmt::Display for Evidence {
@@ -50,6 +52,7 @@ impl fmt::Display for Evidence {
                 span.as_millis()
             ),
             Self::HandedOver => f.write_str("it hands the machine over"),
+            Self::NoArbiter => f.write_str("the arbiter is out of reach"),
             Self::NotReady(span) => write!(
                 f,
                 "its copy was not ready {} ms after the log began",
@@ -104,6 +107,11 @@ pub enum Reason {
         /// What the arbiter holds, when it was asked.
         found: Option<Record>,
     },
+    /// Another backup protects the machine instead of this one, as the operator wanted.
+    Relieved {
+        /// The other one's process.
+        by: Identity,
+    },
     /// This backup cannot go live.
     Unfit(Unfit),
 }
@@ -112,7 +120,10 @@ impl Reason {
     /// Whether the process ended as it should: exit code 0.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        matches!(self, Self::PoweredOff | Self::HandedOver { .. })
+        matches!(
+            self,
+            Self::PoweredOff | Self::HandedOver { .. } | Self::Relieved { .. }
+        )
     }
 }
 
@@ -139,6 +150,10 @@ impl fmt::Display for Reason {
                 }
                 f.write_str(". Start it again to protect the machine")
             }
+            Self::Relieved { by } => write!(
+                f,
+                "relieved: process {by} protects the machine now, and this backup ends"
+            ),
             Self::Unfit(unfit) => write!(
                 f,
                 "{unfit}. Start it again as a backup to protect the machine"
@@ -183,6 +198,10 @@ pub enum Notice {
     Unprotected(Record),
     /// A backup that joined is entitled now.
     Protected(Record),
+    /// A new backup is entitled instead of the old one.
+    Replaced(Record),
+    /// The new backup that was to take the old one's place has not, and is given up.
+    NotReplaced(Evidence),
     /// A backup that was joining is lost; the machine goes on without.
     JoinFailed(Evidence),
     /// The backup has claimed the machine; this primary keeps its state and waits for the outcome.
@@ -286,6 +305,16 @@ impl fmt::Display for Notice {
                 )
             }
             Self::Protected(record) => write!(f, "protected again: {record}"),
+            Self::Replaced(record) => {
+                write!(
+                    f,
+                    "a new backup protects the machine, and the old one is let go: {record}"
+                )
+            }
+            Self::NotReplaced(evidence) => write!(
+                f,
+                "the new backup has not taken the old one's place ({evidence}); the machine runs on, protected as before"
+            ),
             Self::JoinFailed(evidence) => write!(
                 f,
                 "UNPROTECTED still: the backup that was joining is lost ({evidence})"

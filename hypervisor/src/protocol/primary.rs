@@ -24,10 +24,20 @@
 //!                                                   (lost: to Frozen)
 //! ```
 //!
+//!   Protected ── Replace ──▶ Sounding ── read ──▶ Standing ── Joined ──▶ Replacing ── swapped ──▶ Protected, by the new backup
+//!       ▲                       │ no answer          │                       │ (lost: to Frozen)
+//!       └───────────────────────┴────────────────────┴───────────────────────┘ the newcomer is lost or late; the swap could not be sent
+//!
 //! A backup that joins gets a copy of the running machine; from *Joining* on the log goes to it as well, and outputs wait for
 //! it. Nobody is entitled yet, so losing it costs nothing. Once it says that its copy is whole the arbiter is asked to
 //! entitle it; while that is under way the swap may have landed, so a backup that is lost then is only given up by the next
 //! swap.
+//!
+//! A backup is replaced without a gap: while the copy is made the old one protects as ever. For the last of it the guest stands, with
+//! all that it made let out, so both copies hold whatever left; the arbiter's swap decides between them, and only then the guest runs on, with
+//! the new one's log. An arbiter that does not answer would keep the guest standing, so it is sounded before. Until the swap is asked for
+//! everything can be taken back; from then on, if no answer comes, this side falls silent after `switch_within`, and whoever the record
+//! entitles may claim. The old backup ends by the primary's word, or by losing its claim.
 //!
 //! A switch-over makes the backup claim without a failure: the guest stops where nothing is under way, all that it made leaves, and
 //! the log's last entry tells the backup to claim in its two ordinary steps. This side goes on beating, so that the backup does
@@ -42,6 +52,9 @@
 //! A frozen primary keeps its state until another is *live*. A claim that was abandoned, or that stays unfinished
 //! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct
 //! claim on its own record; a claim of a later reign means that somebody was live in between.
+
+mod frozen;
+mod joining;
 
 use std::time::Duration;
 
@@ -72,6 +85,10 @@ pub enum Event {
     Joining,
     /// The copy is whole and follows the log; the pair names the new backup.
     Joined(Pair),
+    /// A new backup has most of its copy, and is to take the old one's place. Ignored unless it is [`Phase::Protected`].
+    Replace,
+    /// The new backup that was to take the old one's place is lost.
+    NewcomerLost,
     /// The guest has had next to none of its time for so long because the backup does not keep up, and a machine that serves is worth more
     /// than one that is protected.
     Lagging(Duration),
@@ -97,10 +114,16 @@ pub enum Action {
     RunUnprotected(Record),
     /// The backup that joined is entitled by this record: tell it.
     Protect(Record),
+    /// Let out all that the guest made, and let it stand; the new backup gets the last of its copy. If another order comes before that is
+    /// done, it is not done.
+    Stand,
+    /// The new backup is entitled by this record, and nobody else: let the guest run on, with its log; tell it, and let the old one go.
+    Replace(Record),
     /// Stop the guest at a sync point, let out all that it made, and tell the backup by the log's last entry to claim. If another order
     /// comes before that is done, it is not done.
     HandOver,
-    /// The backup did not take the machine: let the guest run on as before, or go on as if it had never been asked to stop.
+    /// The backup did not take the machine, or the new one not the old one's place: let the guest run on as before, or go on as if it had
+    /// never been asked to stop.
     Resume,
     /// Tell people.
     Say(Notice),
@@ -127,6 +150,12 @@ pub enum Phase {
     Joining,
     /// Serving; asking the arbiter to entitle the new backup.
     Entitling,
+    /// A backup follows, which is to be replaced: whether the arbiter answers is tried.
+    Sounding,
+    /// The guest stands, while a new backup gets the last of its copy; the old one follows.
+    Standing,
+    /// The guest stands; asking the arbiter to entitle the new backup in the old one's place.
+    Replacing,
     /// Asking the arbiter to end the reign.
     Ending,
     /// Over.
@@ -139,7 +168,7 @@ impl Phase {
     pub fn is_settled(self) -> bool {
         matches!(
             self,
-            Self::Protected | Self::Unprotected | Self::Joining | Self::Entitling
+            Self::Protected | Self::Sounding | Self::Unprotected | Self::Joining | Self::Entitling
         )
     }
 }
@@ -162,6 +191,10 @@ pub struct Primary {
     lost: Option<Evidence>,
     /// The backup that was told to claim, and when the guest was told to stop for it.
     handed: Option<(Identity, Moment)>,
+    /// Who is to take the backup's place.
+    newcomer: Option<Pair>,
+    /// The arbiter was asked to replace the backup, and has not answered for so long that this side says nothing any more.
+    quiet: bool,
     /// The claim that froze us, and when it was first seen.
     claim: Option<(Record, Moment)>,
     reread_at: Moment,
@@ -228,6 +261,8 @@ impl Primary {
             backup: None,
             joining_since: now,
             lost: None,
+            newcomer: None,
+            quiet: false,
             handed: None,
             claim: None,
             reread_at: now,
@@ -257,7 +292,7 @@ impl Primary {
     #[must_use]
     pub fn deadline(&self) -> Option<Moment> {
         let beat = match (&self.backup, self.phase) {
-            (Some(peer), Phase::Protected | Phase::HandingOver) => {
+            (Some(peer), _) if self.watches() => {
                 Some(peer.beater.due.min(peer.detector.deadline()))
             }
             (Some(peer), Phase::Entitling) if self.lost.is_none() => Some(peer.beater.due),
@@ -273,7 +308,7 @@ impl Primary {
             (self.phase == Phase::Joining).then(|| self.joining_since + self.timing.ready_within);
         let taken = self.handed.filter(|_| self.phase == Phase::HandingOver);
         let taken = taken.map(|(_, since)| since + self.timing.switch_within);
-        [beat, errand, reread, ready, taken]
+        [beat, errand, reread, ready, taken, self.stands_until()]
             .into_iter()
             .flatten()
             .min()
@@ -300,6 +335,8 @@ impl Primary {
                 }
             }
             Event::Joined(pair) => self.joined(now, pair, actions),
+            Event::Replace => self.sound(now, actions),
+            Event::NewcomerLost => self.newcomer_lost(now, actions),
             Event::Switch => self.hand_over(now, actions),
             Event::End => self.end(now, actions),
             Event::Arbiter(answer) => self.answered(now, answer, actions),
@@ -308,11 +345,12 @@ impl Primary {
 
     fn tick(&mut self, now: Moment, progress: Progress, actions: &mut Vec<Action>) {
         match self.phase {
-            Phase::Protected | Phase::HandingOver => self.watch(now, progress, actions),
+            _ if self.watches() => self.watch(now, progress, actions),
             // It is not judged before the arbiter's word, but it should know that this side is there.
             Phase::Entitling if self.lost.is_none() => self.beat(now, progress, actions),
             _ => {}
         }
+        self.look_at_newcomer(now, actions);
         let joining = now.since(self.joining_since);
         if self.phase == Phase::Joining && joining >= self.timing.ready_within {
             self.backup_lost(now, Evidence::NotReady(joining), actions);
@@ -364,7 +402,7 @@ impl Primary {
 
     fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
         // A new backup may know that it is entitled before we do; its beats count once we know it too.
-        if !matches!(self.phase, Phase::Protected | Phase::HandingOver) {
+        if !self.watches() {
             return;
         }
         let Some(peer) = &mut self.backup else { return };
@@ -378,7 +416,22 @@ impl Primary {
     /// Only the arbiter can tell whether it is the backup or this process that goes on.
     fn backup_lost(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
         match self.phase {
-            Phase::Protected | Phase::HandingOver => {}
+            Phase::Protected | Phase::HandingOver | Phase::Standing => {}
+            // Nobody else is entitled, and nobody will be.
+            Phase::Replacing if self.errand.as_ref().is_some_and(Errand::can_be_dropped) => {
+                self.errand = None;
+            }
+            // The arbiter is asked one question at a time.
+            Phase::Sounding => {
+                self.lost.get_or_insert(evidence);
+                actions.push(Action::Freeze);
+                return;
+            }
+            // Another one may be entitled by now, or it may have claimed: the arbiter's answer tells. The guest stands.
+            Phase::Replacing => {
+                self.lost.get_or_insert(evidence);
+                return;
+            }
             // It was entitled to nothing.
             Phase::Joining => return self.goes_on_alone(now, evidence, actions),
             // The arbiter has not heard of it.
@@ -400,19 +453,9 @@ impl Primary {
             Phase::HandingOver => Notice::AskingWho(evidence),
             _ => Notice::BackupLost(evidence),
         }));
+        self.newcomer = None;
         self.phase = Phase::Detaching;
         self.swap(now, self.own, self.own.detached(), actions);
-    }
-
-    /// A backup that joined is lost before it could be entitled.
-    fn goes_on_alone(&mut self, now: Moment, evidence: Evidence, actions: &mut Vec<Action>) {
-        self.phase = Phase::Unprotected;
-        if self.end_wanted {
-            self.end(now, actions);
-        } else {
-            actions.push(Action::RunUnprotected(self.own));
-        }
-        actions.push(Action::Say(Notice::JoinFailed(evidence)));
     }
 
     fn hand_over(&mut self, now: Moment, actions: &mut Vec<Action>) {
@@ -427,38 +470,14 @@ impl Primary {
         }
     }
 
-    fn joined(&mut self, now: Moment, pair: Pair, actions: &mut Vec<Action>) {
-        if self.phase != Phase::Joining {
-            return;
-        }
-        self.phase = Phase::Entitling;
-        self.lost = None;
-        self.backup = Some(Peer::new(pair, &self.timing, now));
-        self.swap(now, self.own, self.own.entitling(pair.peer), actions);
-    }
-
-    /// The new backup may claim from now on.
-    fn entitled(&mut self, now: Moment, record: Record, actions: &mut Vec<Action>) {
-        self.own = record;
-        self.phase = Phase::Protected;
-        if let Some(peer) = &mut self.backup {
-            // It begins to beat when it hears of this.
-            peer.detector = Detector::new(now, self.timing.detector);
-        }
-        if let Some(evidence) = self.lost.take() {
-            self.backup_lost(now, evidence, actions);
-        } else if self.end_wanted {
-            self.end(now, actions);
-        } else {
-            actions.push(Action::Protect(record));
-            actions.push(Action::Say(Notice::Protected(record)));
-        }
-    }
-
     fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
         self.end_wanted = true;
         match self.phase {
-            Phase::Protected | Phase::HandingOver | Phase::Unprotected | Phase::Joining => {
+            Phase::Protected
+            | Phase::HandingOver
+            | Phase::Standing
+            | Phase::Unprotected
+            | Phase::Joining => {
                 actions.push(Action::Freeze);
                 self.phase = Phase::Ending;
                 self.swap(now, self.own, self.own.ended(), actions);
@@ -477,6 +496,9 @@ impl Primary {
         let Some(outcome) = outcome else { return };
         self.errand = None;
         match outcome {
+            Outcome::Read(found) if self.phase == Phase::Sounding => {
+                self.sounded(now, found, actions);
+            }
             Outcome::Swapped(record) => self.won(now, record, actions),
             Outcome::Lost(found) | Outcome::Read(found) => self.found(now, found, actions),
         }
@@ -484,9 +506,10 @@ impl Primary {
 
     /// The machine is this process's, by `record`.
     fn won(&mut self, now: Moment, record: Record, actions: &mut Vec<Action>) {
-        if self.phase == Phase::Entitling {
-            self.entitled(now, record, actions);
-            return;
+        match self.phase {
+            Phase::Entitling => return self.entitled(now, record, actions),
+            Phase::Replacing => return self.replaced(now, record, actions),
+            _ => {}
         }
         self.own = record;
         self.claim = None;
@@ -503,76 +526,6 @@ impl Primary {
             actions.push(Action::RunUnprotected(record));
             actions.push(Action::Say(Notice::Unprotected(record)));
         }
-    }
-
-    /// The record is not what this process wanted it to be, but `found`.
-    fn found(&mut self, now: Moment, found: Record, actions: &mut Vec<Action>) {
-        if self.phase == Phase::Entitling {
-            actions.push(Action::Freeze);
-            // An answer may have been lost: then the record was ours, and this is a claim on it.
-            let entitled = self
-                .backup
-                .take()
-                .map(|peer| self.own.entitling(peer.pair.peer));
-            if let Some(entitled) = entitled.filter(|record| found.is_unfinished_claim_on(record)) {
-                self.own = entitled;
-            }
-        }
-        if found == self.own {
-            // It has been replaced, or we would not be here: the arbiter's view is out of date. Look again.
-            self.phase = Phase::Frozen;
-            self.reread_at = now + self.timing.reread;
-            return;
-        }
-        if !found.is_unfinished_claim_on(&self.own) {
-            let reason = match found.state {
-                State::Ended => Reason::PoweredOff,
-                State::Live
-                    if self.handed.is_some_and(|(to, _)| to == found.owner)
-                        && found.epoch == self.own.epoch.next() =>
-                {
-                    Reason::HandedOver {
-                        epoch: found.epoch,
-                        to: found.owner,
-                    }
-                }
-                _ => Reason::Replaced {
-                    epoch: found.epoch,
-                    by: found.owner,
-                },
-            };
-            self.die(reason, actions);
-            return;
-        }
-        self.phase = Phase::Frozen;
-        let since = match self.claim {
-            Some((_, since)) => since,
-            None => {
-                actions.push(Action::Say(Notice::Frozen(found)));
-                now
-            }
-        };
-        self.claim = Some((found, since));
-        self.reread_at = now + self.timing.reread;
-        if found.state == State::Abandoned {
-            self.reclaim(now, found, actions);
-        }
-    }
-
-    /// Frozen, and it is time to look how the claim is doing.
-    fn look_at_claim(&mut self, now: Moment, actions: &mut Vec<Action>) {
-        match self.claim {
-            Some((claim, since)) if now.since(since) >= self.timing.stale_claim => {
-                self.reclaim(now, claim, actions);
-            }
-            _ => self.ask(now, Request::Read, actions),
-        }
-    }
-
-    fn reclaim(&mut self, now: Moment, claim: Record, actions: &mut Vec<Action>) {
-        actions.push(Action::Say(Notice::Reclaiming(claim)));
-        self.phase = Phase::Reclaiming;
-        self.swap(now, claim, claim.reclaimed_by(self.me), actions);
     }
 
     fn swap(&mut self, now: Moment, from: Record, to: Record, actions: &mut Vec<Action>) {

@@ -218,10 +218,11 @@ impl Record {
         }
     }
 
-    /// The primary has a backup again: its copy is complete, and it may claim. Only for a `live` record that entitles nobody.
+    /// The primary has a backup again, or another one in place of the one that it had: its copy is complete, and it alone may claim. Only
+    /// for a `live` record.
     #[must_use]
     pub fn entitling(&self, backup: Identity) -> Self {
-        debug_assert!(self.state == State::Live && self.entitled.is_none());
+        debug_assert!(self.state == State::Live && self.entitled != Some(backup));
         Self {
             configuration: self.configuration.next(),
             entitled: Some(backup),
@@ -237,6 +238,15 @@ impl Record {
             state: State::Ended,
             ..*self
         }
+    }
+
+    /// The backup that `self` entitles in place of `me`, which `before` entitled: the primary goes on in its reign, with another backup.
+    #[must_use]
+    pub fn relieves(&self, me: Identity, before: &Record) -> Option<Identity> {
+        let later = self.configuration > before.configuration;
+        let same =
+            (self.owner, self.epoch, self.state) == (before.owner, before.epoch, State::Live);
+        self.entitled.filter(|&other| same && later && other != me)
     }
 
     /// Whether `self` is the take-over of `own` by its entitled backup, not (or not yet) completed.
@@ -317,6 +327,7 @@ mod tests {
         assert_eq!(live.claimed_by(who(3)), None);
         assert_eq!(live.claimed_by(who(1)), None);
         assert_eq!(live.detached().claimed_by(who(2)), None);
+        assert_eq!(live.entitling(who(3)).claimed_by(who(2)), None);
         assert_eq!(live.ended().claimed_by(who(2)), None);
         assert_eq!(claimed.claimed_by(who(2)), None);
     }
@@ -345,12 +356,31 @@ mod tests {
     }
 
     #[test]
+    fn a_backup_is_relieved_by_another_one_of_the_same_reign_and_by_nothing_else() {
+        let own = Record::cold_start(None, who(1), Some(who(2)));
+        assert_eq!(own.entitling(who(3)).relieves(who(2), &own), Some(who(3)));
+        let claimed = own.claimed_by(who(2)).unwrap();
+        for other in [
+            own,
+            own.detached(),
+            own.detached().entitling(who(2)),
+            own.entitling(who(3)).ended(),
+            claimed.gone_live().entitling(who(3)),
+            Record::cold_start(Some(&own), who(1), Some(who(3))),
+        ] {
+            assert_eq!(other.relieves(who(2), &own), None, "{other}");
+        }
+    }
+
+    #[test]
     fn every_step_raises_the_record() {
         let live = Record::cold_start(None, who(1), Some(who(2)));
         let claimed = live.claimed_by(who(2)).unwrap();
         let steps = [
             (live, claimed),
             (live, live.detached()),
+            (live, live.entitling(who(3))),
+            (live.detached(), live.detached().entitling(who(3))),
             (live, live.ended()),
             (claimed, claimed.gone_live()),
             (claimed, claimed.abandoned()),

@@ -1,6 +1,7 @@
 //! The two machines step by step ([`roles`]). Together they are simulated and model-checked in the crate of the promises.
 
 mod candidate;
+mod replace;
 mod roles;
 mod switch;
 

@@ -5,11 +5,22 @@ use std::time::Instant;
 
 use rdma_log::Seq;
 
-use super::{RecordError, Recorder};
+use super::{Ended, RecordError, Recorder};
 use crate::checkpoint::{CheckpointError, Pages};
 use crate::desk::{Answer, Ask, Cut};
+use crate::entry::Encoder;
 use crate::machine::Phase;
+use crate::orders::Order;
 use crate::sink::Sink;
+
+/// A log that is to begin.
+pub(super) struct Cutting<S> {
+    /// Of the question.
+    number: u64,
+    sink: Box<S>,
+    /// All is to leave first, the inputs lane is to have committed so far, and the guest is to stand then.
+    stand: Option<Seq>,
+}
 
 /// Pages for which the guest stands while KVM begins to note them anew: half a millisecond's worth.
 const SWEPT_AT_ONCE: usize = 512;
@@ -30,7 +41,19 @@ impl<S: Sink> Recorder<S> {
                 .sweep_uncopied(SWEPT_AT_ONCE)
                 .map(Answer::Changed),
             Ask::Cut(sink) => {
-                self.cut = Some((number, sink));
+                self.cut = Some(Cutting {
+                    number,
+                    sink,
+                    stand: None,
+                });
+                return;
+            }
+            Ask::Stand(sink, inputs) => {
+                self.cut = Some(Cutting {
+                    number,
+                    sink,
+                    stand: Some(inputs),
+                });
                 return;
             }
             Ask::Forget => {
@@ -45,7 +68,7 @@ impl<S: Sink> Recorder<S> {
 
     /// Cuts here, if that is wanted and this is a place: the guest could run on or waits in HLT, and everything that was made
     /// and supplied so far has been posted.
-    pub(super) fn cut_if_wanted(&mut self) -> Result<(), RecordError> {
+    pub(super) fn cut_if_wanted(&mut self) -> Result<Option<Ended>, RecordError> {
         let ready = self.cut.is_some()
             && matches!(self.machine.phase(), Phase::Ready | Phase::HltInstruction)
             && !self.machine.has_outputs()
@@ -53,10 +76,14 @@ impl<S: Sink> Recorder<S> {
             && !self.stage.has_done()
             && self.step.inputs.is_empty();
         if !ready {
-            return Ok(());
+            return Ok(None);
         }
-        let (Some((number, sink)), Some(desk)) = (self.cut.take(), self.desk.clone()) else {
-            return Ok(());
+        if let Some(inputs) = self.cut.as_ref().and_then(|cut| cut.stand) {
+            return self.stand_for_newcomer(inputs);
+        }
+        let (Some(Cutting { number, sink, .. }), Some(desk)) = (self.cut.take(), self.desk.clone())
+        else {
+            return Ok(None);
         };
         let started = Instant::now();
         match self.checkpoint_for_copy() {
@@ -65,6 +92,8 @@ impl<S: Sink> Recorder<S> {
                     // Before anything that is asked from here on.
                     disk.copy_rest();
                 }
+                // Before the first entry, which may meet the new log's own fence.
+                self.orders.begin_log();
                 self.begin_log(*sink)?;
                 let stopped = started.elapsed();
                 let cut = Cut {
@@ -77,7 +106,73 @@ impl<S: Sink> Recorder<S> {
             // The guest is as it was, and goes on as before.
             Err(error) => desk.answer(number, Answer::Failed(error.to_string())),
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Lets out all that was made, gives the newcomer the rest of its copy, and stands until it is known which log goes on.
+    fn stand_for_newcomer(&mut self, inputs: Seq) -> Result<Option<Ended>, RecordError> {
+        loop {
+            while let Some(order) = self.orders.take() {
+                match order {
+                    deed if deed.is_deed() => self.deeds.push_back(deed),
+                    Order::Attend => self.attend(),
+                    // The protocol has decided otherwise meanwhile.
+                    other => {
+                        self.forget_stand();
+                        return Ok((!self.obey_one(other)).then_some(Ended::Stopped));
+                    }
+                }
+            }
+            if self.cut.as_ref().is_none_or(|cut| cut.stand.is_none()) {
+                return Ok(None);
+            }
+            if self.all_has_left(inputs) {
+                break;
+            }
+        }
+        let (Some(cut), Some(desk)) = (self.cut.take(), self.desk.clone()) else {
+            return Ok(None);
+        };
+        let (base, started) = (self.encoder.base(), Instant::now());
+        match self.checkpoint_for_copy() {
+            Ok(checkpoint) => {
+                let stopped = started.elapsed();
+                desk.answer(
+                    cut.number,
+                    Answer::Cut(Cut {
+                        checkpoint,
+                        stopped,
+                    }),
+                );
+            }
+            Err(error) => {
+                desk.answer(cut.number, Answer::Failed(error.to_string()));
+                self.encoder = Encoder::from_base(base);
+                return Ok(None);
+            }
+        }
+        self.begins = false;
+        if !self.obey_one(Order::Freeze) {
+            return Ok(Some(Ended::Stopped));
+        }
+        if std::mem::take(&mut self.begins) {
+            self.begin_log(*cut.sink)?;
+            self.outlet.open();
+            self.tell_share()?;
+        } else {
+            // The old log counts from its own last entry, and nobody was told of another clock.
+            self.encoder = Encoder::from_base(base);
+            self.machine.end_copy();
+        }
+        Ok(None)
+    }
+
+    /// A guest that is to stand for a newcomer runs on.
+    pub(super) fn forget_stand(&mut self) {
+        if self.cut.as_ref().is_some_and(|cut| cut.stand.is_some()) {
+            self.cut = None;
+            self.machine.end_copy();
+        }
     }
 
     fn checkpoint_for_copy(&mut self) -> Result<Vec<u8>, CheckpointError> {
@@ -94,8 +189,6 @@ impl<S: Sink> Recorder<S> {
     fn begin_log(&mut self, sink: S) -> Result<(), RecordError> {
         self.machine.end_copy();
         self.outlet.begin_log();
-        // Before the first entry, which may meet the new log's own fence.
-        self.orders.begin_log();
         self.applied = Seq::ZERO;
         self.posted = Seq::ZERO;
         match &mut self.intervals {

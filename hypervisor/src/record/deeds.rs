@@ -63,18 +63,9 @@ impl<S: Sink> Recorder<S> {
                     other => return Ok((!self.obey_one(other)).then_some(Ended::Stopped)),
                 }
             }
-            self.release();
-            let committed = self.sink.committed();
-            let all_left = self.outlet.waiting() == 0
-                && committed.events >= self.posted
-                && committed.inputs >= inputs;
-            if all_left {
+            if self.all_has_left(inputs) {
                 break;
             }
-            self.sink.notify(true);
-            self.orders.resting();
-            let orders = &self.orders;
-            self.stage.bell().wait(LOOK, || orders.waiting());
         }
         let stood = stopped.elapsed().as_nanos() as u64;
         self.post_control(Control::HandOver { stood })?;
@@ -83,6 +74,22 @@ impl<S: Sink> Recorder<S> {
             return Ok(None);
         }
         Ok((!self.obey_one(Order::Freeze)).then_some(Ended::Stopped))
+    }
+
+    /// Whether all that was made has left, and the backup has the inputs up to this one; if not, it waits a little.
+    pub(super) fn all_has_left(&mut self, inputs: Seq) -> bool {
+        self.release();
+        let committed = self.sink.committed();
+        let all_left = self.outlet.waiting() == 0
+            && committed.events >= self.posted
+            && committed.inputs >= inputs;
+        if !all_left {
+            self.sink.notify(true);
+            self.orders.resting();
+            let orders = &self.orders;
+            self.stage.bell().wait(LOOK, || orders.waiting());
+        }
+        all_left
     }
 
     pub(super) fn post_control(&mut self, what: Control) -> Result<(), RecordError> {
@@ -123,7 +130,9 @@ impl<S: Sink> Recorder<S> {
             if let Some(ended) = self.do_deeds()? {
                 return Ok(Some(ended));
             }
-            self.cut_if_wanted()?;
+            if let Some(ended) = self.cut_if_wanted()? {
+                return Ok(Some(ended));
+            }
             self.rest_while_paused();
         }
         Ok(None)

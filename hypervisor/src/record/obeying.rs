@@ -32,14 +32,20 @@ impl<S: Sink> Recorder<S> {
                 self.deeds.push_back(order);
                 true
             }
+            Order::BeginLog => {
+                self.begins = true;
+                true
+            }
             Order::Resume => {
                 self.forget_hand_over();
+                self.forget_stand();
                 self.outlet.open();
                 self.release();
                 true
             }
             Order::RunUnprotected => {
                 self.forget_hand_over();
+                self.forget_stand();
                 self.sink.detach();
                 if let Some(intervals) = &mut self.intervals {
                     intervals.leave_log(&self.outlet);

@@ -29,7 +29,7 @@ use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
-use crate::protocol::{Backup, Unfit};
+use crate::protocol::{Backup, Reason, Unfit};
 use crate::replay::ReplayError;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
@@ -155,6 +155,10 @@ impl Following {
                 self.protocol
                     .handle(now, Event::Heartbeat(beat), &mut actions);
             }
+            // What it said comes before its end.
+            if let Some(record) = self.io.take_word() {
+                self.protocol.handle(now, Event::Word(record), &mut actions);
+            }
             if found.peer_gone {
                 self.protocol.handle(now, Event::PeerDied, &mut actions);
             }
@@ -239,7 +243,11 @@ impl Following {
                     }
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
-                        let complete = reason.is_clean() && self.follows_to_the_end();
+                        let off = reason == Reason::PoweredOff;
+                        let complete = off && self.follows_to_the_end();
+                        if let Reason::Relieved { .. } = reason {
+                            self.say(reason.to_string(), false);
+                        }
                         self.io.order(Order::Stop);
                         self.follower.end();
                         if complete {

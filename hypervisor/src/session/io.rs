@@ -31,6 +31,7 @@ use crate::handshake::{self, Channel};
 use crate::intervals::Bound;
 use crate::orders::{Order, Orders, Pace, Samples};
 use crate::preempt;
+use crate::protocol::Record;
 use crate::protocol::heartbeat::Heartbeat;
 use crate::record::Outlet;
 use crate::sandbox::{Sandbox, Thread};
@@ -39,6 +40,9 @@ use crate::stage::Stage;
 
 /// The longest round, so that what no descriptor tells (a full lane that has room again) is seen.
 const ROUND: Duration = Duration::from_millis(10);
+
+/// The longest that a peer says once a pair runs: a record.
+const WORD_MAX: usize = 512;
 
 /// What a role's two threads share, and what its I/O thread watches.
 pub(super) struct Io {
@@ -68,6 +72,8 @@ pub(super) struct Io {
     resets_told: u64,
     /// The backup asked for our recent exits.
     exits_wanted: bool,
+    /// What the peer has said over the control connection.
+    said: Vec<u8>,
     /// How often heartbeats are due, if an urgent thread is to repeat those that this one is late with.
     repeat_beats: Option<Duration>,
     pub(super) signals: UnixStream,
@@ -195,6 +201,7 @@ impl Io {
             replayed_before: 0,
             resets_told: 0,
             exits_wanted: false,
+            said: Vec::new(),
             repeat_beats: config
                 .cpus
                 .urgent
@@ -249,6 +256,7 @@ impl Io {
     /// given it ([`Stager::attach`]).
     pub(super) fn join_log(&mut self, taken: Taken) {
         self.exits_wanted = false;
+        self.said.clear();
         self.watch = taken.watch;
         if let (Some(holder), Some(key)) = (&mut self.holder, taken.robust) {
             holder.hold(key);
@@ -521,15 +529,18 @@ impl Io {
         moved
     }
 
-    /// Once a pair runs, all that can be read from the control connection is its end, or a backup's question.
+    /// Once a pair runs, all that can be read from the control connection is its end, a backup's question, or a primary's word that another
+    /// backup protects the machine.
     fn peer_is_gone(&mut self) -> bool {
         let Some(control) = &self.control else {
             return false;
         };
-        let mut bytes = [0; 64];
+        let mut bytes = [0; WORD_MAX];
         let gone = match (&mut &*control).read(&mut bytes) {
             Ok(length) => {
                 self.exits_wanted |= bytes[..length].contains(&handshake::ASK_EXITS);
+                let room = WORD_MAX.saturating_sub(self.said.len());
+                self.said.extend_from_slice(&bytes[..length.min(room)]);
                 length == 0
             }
             Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
@@ -538,6 +549,13 @@ impl Io {
             self.control = None;
         }
         gone
+    }
+
+    /// The record that the primary has said, if it has; told once.
+    pub(super) fn take_word(&mut self) -> Option<Record> {
+        let record = handshake::record_in(&self.said)?;
+        self.said.clear();
+        Some(record)
     }
 
     /// Answers a backup that wants to name its divergence, once the vCPU thread has met the fence.

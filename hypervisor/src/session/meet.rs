@@ -464,6 +464,11 @@ pub(super) fn call_any(pair: &Pair, told: &[SocketAddr], first: usize) -> Option
     }
 }
 
+/// Calls a backup at this address.
+pub(super) fn call_at(address: SocketAddr) -> io::Result<Stream> {
+    dial(address, CALL_WITHIN)
+}
+
 /// Connects to the backup that this primary starts with, and waits for one to listen.
 pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, SessionError> {
     let until = Instant::now() + FIND_BACKUP;

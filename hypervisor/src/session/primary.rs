@@ -128,6 +128,7 @@ fn lead(
         recruiter,
         lag: config.lag,
         replication: config.replicate.mode,
+        transport: config.pair.transport,
         starts_anew: config.crew().is_none(),
         machine: MachineId::of(&config.name),
         me,

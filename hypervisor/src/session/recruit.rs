@@ -1,4 +1,5 @@
-//! The recruiter's thread: finds a new backup for a machine that runs without one, and gives it a copy while the guest runs.
+//! The recruiter's thread: finds a new backup for a machine that runs without one, or that is to have another, and gives it a copy while
+//! the guest runs.
 //!
 //! ```text
 //!  Idle ── look ──▶ Looking ── somebody listens ──▶ Copying ── few pages are left ──▶ Cutting ── ready ──▶ Idle
@@ -9,6 +10,7 @@
 //! thread must do it tells as news.
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -80,12 +82,14 @@ pub(super) enum News {
     Copied(Box<InputLane>),
     /// The copy is whole: the backup can be entitled.
     Ready(Box<Recruit>),
-    /// It came to nothing, before the cut or after; the thread goes on looking.
+    /// It came to nothing, before the cut or after.
     Failed {
         /// Why.
         why: SessionError,
         /// Whether people should hear of it: a backup that fails each time fills no log.
         say: bool,
+        /// Whether it looks for another one by itself.
+        looks_on: bool,
     },
 }
 
@@ -121,9 +125,17 @@ pub(super) struct Figures {
     pub(super) rounds: u32,
 }
 
+/// What the thread is to do, for logs of this reign.
+enum Job {
+    /// Look until a backup is ready.
+    Look(rdma_log::Epoch),
+    /// Give a copy to one that is to take the backup's place, at this address or wherever one listens; try it once.
+    Replace(rdma_log::Epoch, Option<SocketAddr>),
+}
+
 /// The thread's handle.
 pub(super) struct Recruiter {
-    looks: Sender<rdma_log::Epoch>,
+    jobs: Sender<Job>,
     news: Receiver<News>,
     /// Where the vCPU thread is asked.
     pub(super) desk: Arc<Desk<RingSink>>,
@@ -200,7 +212,7 @@ impl Recruiter {
             return Ok(None);
         }
         let ram = machine.shared_ram();
-        let (looks, wanted) = channel();
+        let (jobs, wanted) = channel();
         let (news, told) = channel();
         let (desk, answers) = Desk::new();
         let desk = Arc::new(desk);
@@ -235,13 +247,16 @@ impl Recruiter {
             .name("recruiter".into())
             .spawn(move || {
                 sandbox.confine(confinement).expect(NOT_CONFINED);
-                while let Ok(epoch) = wanted.recv() {
-                    work.look(epoch);
+                while let Ok(job) = wanted.recv() {
+                    match job {
+                        Job::Look(epoch) => work.look(epoch),
+                        Job::Replace(epoch, to) => work.replace(epoch, to),
+                    }
                 }
             })
             .map_err(SessionError::host("start the recruiter's thread"))?;
         Ok(Some(Self {
-            looks,
+            jobs,
             news: told,
             desk,
             disk,
@@ -261,7 +276,13 @@ impl Recruiter {
     /// Looks for a backup from now on, until one is ready.
     pub(super) fn look(&self, epoch: rdma_log::Epoch) {
         // A thread that is gone finds no backup; the machine serves on.
-        let _ = self.looks.send(epoch);
+        let _ = self.jobs.send(Job::Look(epoch));
+    }
+
+    /// Gives a copy to a backup that is to take the place of the one that there is. It is tried once, and told as news.
+    pub(super) fn replace(&self, epoch: rdma_log::Epoch, to: Option<SocketAddr>) {
+        // As above: the machine stays protected as it is.
+        let _ = self.jobs.send(Job::Replace(epoch, to));
     }
 
     /// Something that it tells.
@@ -284,22 +305,48 @@ impl Work {
                         return;
                     }
                     Err(error) => {
-                        self.orders.set_pace(Pace::FULL);
-                        if let Some(Copied { disk, .. }) = self.disk.get() {
-                            disk.end_copy();
-                        }
-                        self.desk.leave(self.next_number(), Ask::Forget);
-                        self.have_it_taken();
+                        self.forget_copy();
                         failures += 1;
                         self.tell(News::Failed {
                             why: error,
                             say: failures.is_power_of_two(),
+                            looks_on: true,
                         });
                         thread::sleep(TRY_AGAIN);
                     }
                 },
             }
         }
+    }
+
+    /// One that is to take the backup's place.
+    fn replace(&self, epoch: rdma_log::Epoch, to: Option<SocketAddr>) {
+        let called = match to {
+            Some(address) => meet::call_at(address).map_err(SessionError::host("call a backup")),
+            None => meet::call_any(&self.config.pair, &self.board.places(), 0).ok_or_else(|| {
+                SessionError::NoCopy("nobody listens where a new backup is looked for".into())
+            }),
+        };
+        match called.and_then(|stream| self.copy_to(stream, epoch)) {
+            Ok(recruit) => self.tell(News::Ready(Box::new(recruit))),
+            Err(why) => {
+                self.forget_copy();
+                self.tell(News::Failed {
+                    why,
+                    say: true,
+                    looks_on: false,
+                });
+            }
+        }
+    }
+
+    fn forget_copy(&self) {
+        self.orders.set_pace(Pace::FULL);
+        if let Some(Copied { disk, .. }) = self.disk.get() {
+            disk.end_copy();
+        }
+        self.desk.leave(self.next_number(), Ask::Forget);
+        self.have_it_taken();
     }
 
     fn tell(&self, news: News) {

@@ -1,6 +1,8 @@
 //! The I/O thread's loop of a process that serves the machine: a primary, or a backup after its go-live.
 #![forbid(unsafe_code)]
 
+mod replacing;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -13,7 +15,7 @@ use super::lagging::{self, Found};
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
 use crate::backends::disk::mark::{Stamp, Use};
-use crate::config::Lag;
+use crate::config::{Lag, Transport};
 use crate::control::board::{Command, State};
 use crate::control::status::Role;
 use crate::desk::Ask;
@@ -24,6 +26,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
 use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
 use crate::record::{Ended, RecordError};
+use replacing::Replacement;
 
 /// The thread that runs the guest.
 pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
@@ -58,6 +61,8 @@ pub(super) struct Staff {
     pub(super) lag: Lag,
     /// How the machine is replicated.
     pub(super) replication: Replication,
+    /// What carries its log.
+    pub(super) transport: Transport,
     /// Whether it can be reset.
     pub(super) starts_anew: bool,
     pub(super) machine: MachineId,
@@ -94,6 +99,7 @@ pub(super) fn serve(
         fence_told: false,
         in_step: None,
         switch: None,
+        replacement: None,
     }
     .serve()
 }
@@ -112,6 +118,8 @@ struct Serving {
     in_step: Option<Arc<AtomicBool>>,
     /// The number of the order by which the machine is being handed over.
     switch: Option<u64>,
+    /// The backup that is to take the old one's place.
+    replacement: Option<Replacement>,
 }
 
 impl Serving {
@@ -135,6 +143,9 @@ impl Serving {
             let found = self.io.round(longest, true)?;
             let now = now();
             self.judge_disk()?;
+            if self.stands_for_nobody() {
+                self.protocol.handle(now, Event::NewcomerLost, &mut actions);
+            }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
             while let Some(beat) = self.io.next_beat(true) {
                 handle(Event::Heartbeat(beat));
@@ -223,6 +234,16 @@ impl Serving {
                 self.protocol.handle(now, Event::Switch, actions);
                 return;
             }
+            Command::MigrateBackup(to) => {
+                return match self.begin_replacement(number, to) {
+                    Ok(()) => self.tell_ordered(number, command, None),
+                    Err(why) => self.tell_ordered(number, command, Some(Err(why))),
+                };
+            }
+            Command::Switch if self.is_replacing() => {
+                let why = "another backup is just taking the old one's place: order it again";
+                return self.tell_ordered(number, command, Some(Err(why.to_owned())));
+            }
             Command::Switch => {
                 let why = "there is no backup any more that could take the machine".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
@@ -288,6 +309,10 @@ impl Serving {
     }
 
     fn hear(&mut self, news: News, now: Moment, actions: &mut Vec<Action>) {
+        let news = match self.hear_of_newcomer(news, now, actions) {
+            Some(news) => news,
+            None => return,
+        };
         match news {
             News::Cut(number, sink) => {
                 self.io.stager.pause();
@@ -309,7 +334,8 @@ impl Serving {
                 }
             }
             News::Ready(recruit) => self.welcome(*recruit, now, actions),
-            News::Failed { why, say } => {
+            News::Failed { why, say, looks_on } => {
+                self.looking &= looks_on;
                 if say {
                     self.io.reporter.say(&Said::Notice {
                         text: format!("a backup that wanted to join is not taken: {why}"),
@@ -319,7 +345,12 @@ impl Serving {
                 match self.protocol.phase() {
                     Phase::Joining => self.protocol.handle(now, Event::PeerDied, actions),
                     // The cut did not come about.
-                    _ => self.io.stager.detach(),
+                    phase => {
+                        self.io.stager.detach();
+                        if phase == Phase::Unprotected {
+                            self.look_again();
+                        }
+                    }
                 }
             }
         }
@@ -381,12 +412,17 @@ impl Serving {
                 io.stager.pause();
                 io.order(Order::HandOver(io.stager.published()));
             }
+            Action::Stand => self.stand(),
+            Action::Replace(record) => self.replace(&record),
             Action::Resume => {
+                self.call_off("the machine runs on, protected by the old backup");
+                let io = &mut self.io;
                 io.stager.resume();
                 io.order(Order::Resume);
                 self.switch_failed("the backup did not take the machine in time; it runs on here, protected as before");
             }
             Action::RunUnprotected(record) => {
+                let joins = self.newcomer_joins();
                 self.switch_failed(
                     "the backup was lost meanwhile; the machine runs on here, UNPROTECTED",
                 );
@@ -397,7 +433,11 @@ impl Serving {
                 if self.vcpu.is_none() {
                     io.release_everything();
                 }
-                self.look_again();
+                if joins {
+                    self.looking = true;
+                } else {
+                    self.look_again();
+                }
             }
             Action::Protect(record) => {
                 mark(io, &record);

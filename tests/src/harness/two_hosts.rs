@@ -187,7 +187,7 @@ impl TwoHosts {
         let port = port.as_raw_fd().to_string();
         let standby = which.other().listens().to_string();
         let mut arguments = vec![role, "--json", "--transport", "tcp", "--arbiter", "arbiter"];
-        arguments.extend(["--net-fd", &port, "--standby", &standby]);
+        arguments.extend(["--net-fd", &port, "--standby", &standby, "--run-dir", "run"]);
         arguments.extend(["--secret", SECRET]);
         arguments.extend(more);
         inside(host, || Role::start(self.directory(), name, &arguments))
@@ -204,6 +204,68 @@ impl TwoHosts {
             "backup",
             &["--listen", &which.listens().to_string()],
         )
+    }
+
+    /// Starts a backup there that listens at another port, so that it can be told from one that listens already.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn backup_at(
+        &self,
+        which: Which,
+        name: &str,
+        port: u16,
+        more: &[&str],
+    ) -> Result<(Role, SocketAddr)> {
+        let address = SocketAddr::new(which.address().into(), port);
+        let listen = address.to_string();
+        let mut arguments = vec!["--listen", &listen];
+        arguments.extend(more);
+        Ok((self.start(which, name, "backup", &arguments)?, address))
+    }
+
+    /// The log's cable is cut, or joined again: the hosts do not reach each other, and clients reach both.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn join_log(&self, joined: bool) -> Result<()> {
+        inside(self.host(Which::A), || Ok(set_link("log", joined)?))
+    }
+
+    /// Nothing of what the other host sends arrives at this one, or all of it again: there its address leads to a card that is none.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn deafen(&self, which: Which, deaf: bool) -> Result<()> {
+        const NOBODY: &str = "02:00:00:00:00:99";
+        let address = which.address().to_string();
+        inside(self.host(which.other()), || match deaf {
+            true => ip(&[
+                "neighbour",
+                "replace",
+                &address,
+                "lladdr",
+                NOBODY,
+                "dev",
+                "log",
+                "nud",
+                "permanent",
+            ]),
+            false => ip(&["neighbour", "delete", &address, "dev", "log"]),
+        })
+    }
+
+    /// The log's cable takes no more than some megabits a second from this host, and queues what is more; or all of it again.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn slow(&self, which: Which, slow: bool) -> Result<()> {
+        let words = match slow {
+            true => "qdisc add dev log root tbf rate 6mbit burst 8kb latency 100ms",
+            false => "qdisc delete dev log root",
+        };
+        let words: Vec<&str> = words.split(' ').collect();
+        inside(self.host(which), || run("tc", &words))
     }
 
     /// The host is lost, silently: its cables are cut and the process is killed, at once.
@@ -237,13 +299,17 @@ fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Resu
 
 /// iproute2's `ip`, in the calling thread's network.
 pub(super) fn ip(words: &[&str]) -> Result<()> {
-    let output = Command::new("ip")
+    run("ip", words)
+}
+
+fn run(program: &str, words: &[&str]) -> Result<()> {
+    let output = Command::new(program)
         .args(words)
         .output()
-        .context("start ip (Debian's package iproute2)")?;
+        .with_context(|| format!("start {program} (Debian's package iproute2)"))?;
     ensure!(
         output.status.success(),
-        "ip {}: {}",
+        "{program} {}: {}",
         words.join(" "),
         String::from_utf8_lossy(&output.stderr)
     );

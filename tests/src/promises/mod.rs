@@ -3,7 +3,9 @@
 use crate::promise::Promise;
 
 pub mod agents_keep;
+pub mod backup_migrates;
 pub mod bad_input;
+pub mod chaos;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
@@ -87,6 +89,8 @@ pub const ALL: &[Promise] = &[
     lag_bounded::PROMISE,
     linearizable::PROMISE,
     switch_over::PROMISE,
+    backup_migrates::PROMISE,
+    chaos::PROMISE,
     leaves_nothing::PROMISE,
     packaged::PROMISE,
     lab_hosts::PROMISE,

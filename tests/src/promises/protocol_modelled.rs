@@ -30,6 +30,16 @@ const PAIR: Scope = Scope {
     unfit: 0,
     power_off: false,
     switches: 0,
+    replacements: 0,
+    depth: 0,
+};
+
+/// A pair whose backup is replaced: three processes, too many for every order of all that can happen to them. A replacement without
+/// anything beside it takes nine events until the new backup has heard that it is one.
+const REPLACE: Scope = Scope {
+    joiner: true,
+    replacements: 1,
+    ..PAIR
 };
 
 /// What is looked through in either form.
@@ -60,6 +70,15 @@ const SMALL: &[(&str, Scope)] = &[
         },
     ),
     (
+        "replace",
+        Scope {
+            outputs: 1,
+            deaths: 1,
+            depth: 14,
+            ..REPLACE
+        },
+    ),
+    (
         "join",
         Scope {
             alone: true,
@@ -74,6 +93,15 @@ const SMALL: &[(&str, Scope)] = &[
 
 /// And in the full form.
 const LARGE: &[(&str, Scope)] = &[
+    (
+        "replace_longer",
+        Scope {
+            deaths: 1,
+            lost_answers: 1,
+            depth: 16,
+            ..REPLACE
+        },
+    ),
     (
         "pair_all",
         Scope {
@@ -184,7 +212,12 @@ fn scope_of(plant: Plant) -> Scope {
         | Plant::ClaimFromRecordJustRead
         | Plant::StaleBackup
         | Plant::EarlyRelease
-        | Plant::AckBeforeStore => PAIR,
+        | Plant::AckBeforeStore
+        | Plant::OldLetGoBeforeSwap => PAIR,
+        Plant::NewLogBeforeSwap => Scope {
+            depth: 11,
+            ..REPLACE
+        },
         Plant::HandsOverAndRunsOn => Scope {
             switches: 1,
             ..PAIR

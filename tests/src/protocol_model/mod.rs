@@ -11,6 +11,7 @@
 
 mod check;
 mod process;
+mod replacing;
 mod state;
 mod steps;
 
@@ -45,6 +46,10 @@ pub struct Scope {
     pub power_off: bool,
     /// Switch-overs that the operator orders at most.
     pub switches: u8,
+    /// Replacements of the backup that the operator orders at most; the third process is the new one.
+    pub replacements: u8,
+    /// Events that are put one after the other at most; none: all.
+    pub depth: usize,
 }
 
 /// The model of this scope, with a rule broken if one is planted.
@@ -56,8 +61,20 @@ pub struct World {
     pub plant: Option<Plant>,
 }
 
-/// The plants that this model can tell.
-pub const PLANTS: [Plant; 10] = Plant::ALL;
+/// The plants that this model can tell. That nobody is left to take over it cannot: any process may die at any time.
+pub const PLANTS: [Plant; 11] = [
+    Plant::NoFence,
+    Plant::DrainBeforeFence,
+    Plant::NoArbiter,
+    Plant::ClaimFromRecordJustRead,
+    Plant::StaleBackup,
+    Plant::EarlyRelease,
+    Plant::AckBeforeStore,
+    Plant::JoinerNotWaitedFor,
+    Plant::ReadyBeforeWhole,
+    Plant::HandsOverAndRunsOn,
+    Plant::NewLogBeforeSwap,
+];
 
 impl Model for World {
     type State = State;
@@ -103,7 +120,11 @@ pub struct Looked {
 /// Looks through every state, over this many threads.
 #[must_use]
 pub fn look(world: World, threads: usize) -> Looked {
-    let checker = world.checker().threads(threads).spawn_bfs().join();
+    let checker = match world.scope.depth {
+        0 => world.checker(),
+        depth => world.checker().target_max_depth(depth),
+    };
+    let checker = checker.threads(threads).spawn_bfs().join();
     let broken = checker
         .discoveries()
         .into_iter()

@@ -107,6 +107,9 @@ pub(super) struct Process {
     pub(super) drained: bool,
     /// It is to hand the machine over, and still lets outputs out.
     pub(super) handing: bool,
+    /// Who is to take its backup's place, and whether its guest is to stand for that.
+    pub(super) newcomer: Option<usize>,
+    pub(super) stands: bool,
     /// The entry by which its primary hands the machine over was replayed, and its I/O thread has not heard so yet.
     pub(super) handed: bool,
     /// The word of its primary is on its way: the record that entitles it.
@@ -136,6 +139,8 @@ impl Process {
             drain: Work::None,
             drained: false,
             handing: false,
+            newcomer: None,
+            stands: false,
             handed: false,
             word: None,
             ready: false,

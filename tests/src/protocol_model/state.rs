@@ -39,6 +39,7 @@ pub struct State {
     pub(super) powered_off: bool,
     pub(super) joins: u8,
     pub(super) switches: u8,
+    pub(super) replacements: u8,
 }
 
 const PROGRESS: Progress = Progress {
@@ -90,6 +91,7 @@ impl State {
             powered_off: false,
             joins: 0,
             switches: 0,
+            replacements: 0,
         }
     }
 
@@ -148,12 +150,16 @@ impl State {
             Step::Eof(who) => self.eof(world, who),
             Step::Cut(who, joiner) => self.cut(world, who, joiner),
             Step::Whole(who) => self.whole(world, who),
-            Step::Ready(who) => self.ready(who),
+            Step::Ready(who) => self.ready(world, who),
             Step::Word(who) => {
                 if let Some(record) = self.processes[who].word.take() {
                     self.candidate(world, who, NOW, CandidateSees::Word(record));
+                    self.backup(world, who, NOW, BackupSees::Word(record));
                 }
             }
+            Step::Replace(who, newcomer) => self.begin_replacement(who, newcomer),
+            Step::Stands(who) => self.stands(who),
+            Step::NewcomerGone(who) => self.primary(who, NOW, PrimarySees::NewcomerLost),
             Step::Dies(who) => {
                 self.deaths += 1;
                 self.dies(who);
@@ -192,7 +198,7 @@ impl State {
         match process.log {
             Some(log) => {
                 let not_waited_for = world.plant == Some(Plant::JoinerNotWaitedFor)
-                    && matches!(&process.role, Role::Primary(p) if p.phase() != Phase::Protected);
+                    && matches!(&process.role, Role::Primary(p) if matches!(p.phase(), Phase::Joining | Phase::Entitling));
                 let Some(log) = &mut self.logs[log] else {
                     return;
                 };
@@ -391,7 +397,7 @@ impl State {
     }
 
     /// Memory that nobody writes to and nobody follows.
-    fn forget_unused(&mut self) {
+    pub(super) fn forget_unused(&mut self) {
         for number in 0..self.logs.len() {
             let used = self.processes.iter().any(|process| {
                 process.is_alive()
@@ -403,7 +409,7 @@ impl State {
         }
     }
 
-    fn hang_up(&mut self, who: usize) {
+    pub(super) fn hang_up(&mut self, who: usize) {
         let Some(peer) = self.processes[who].peer.take() else {
             return;
         };
@@ -414,6 +420,7 @@ impl State {
     }
 
     fn dies(&mut self, who: usize) {
+        self.drop_newcomer(who);
         self.hang_up(who);
         self.processes[who] = Process::new(Role::Dead);
         self.forget_unused();
@@ -445,7 +452,7 @@ impl State {
         process.ready |= world.plant != Some(Plant::ReadyBeforeWhole);
     }
 
-    fn ready(&mut self, joiner: usize) {
+    fn ready(&mut self, world: &World, joiner: usize) {
         self.processes[joiner].ready = false;
         let Some(who) = self.processes[joiner].peer else {
             return;
@@ -457,9 +464,12 @@ impl State {
         if joining && self.processes[who].log == Some(joiner) {
             self.primary(who, NOW, PrimarySees::Joined(pair(who, joiner)));
         }
+        if self.processes[who].newcomer == Some(joiner) {
+            self.newcomer_is_ready(world, who, joiner);
+        }
     }
 
-    fn primary(&mut self, who: usize, now: Moment, event: PrimarySees) {
+    pub(super) fn primary(&mut self, who: usize, now: Moment, event: PrimarySees) {
         let mut actions = Vec::new();
         let Role::Primary(machine) = &mut self.processes[who].role else {
             return;
@@ -471,9 +481,13 @@ impl State {
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
                     (process.runs, process.shut, process.handing) = (false, true, false);
+                    process.stands = false;
                 }
+                PrimaryDoes::Stand => self.processes[who].stands = true,
+                PrimaryDoes::Replace(record) => self.replace(who, record),
                 PrimaryDoes::HandOver => self.processes[who].handing = true,
                 PrimaryDoes::Resume => {
+                    self.drop_newcomer(who);
                     let process = &mut self.processes[who];
                     (process.runs, process.shut, process.handing) = (true, false, false);
                     let log = process.log.and_then(|log| self.logs[log].as_ref());
@@ -482,6 +496,7 @@ impl State {
                     }
                 }
                 PrimaryDoes::RunUnprotected(_) => {
+                    self.drop_newcomer(who);
                     self.processes[who].log = None;
                     self.processes[who].handing = false;
                     self.processes[who].refused = false;
@@ -588,7 +603,7 @@ impl State {
 }
 
 impl Log {
-    fn new(writer: usize, base: Guest) -> Self {
+    pub(super) fn new(writer: usize, base: Guest) -> Self {
         Self {
             writer,
             stored: (0, base),

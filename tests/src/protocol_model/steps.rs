@@ -62,6 +62,12 @@ pub enum Step {
     HandsOver(usize),
     /// The backup's machine hears of that entry.
     HandedOver(usize),
+    /// Another process has most of a copy, and is to take the backup's place.
+    Replace(usize, usize),
+    /// All outputs have left: the guest stands, and the newcomer gets the rest.
+    Stands(usize),
+    /// The primary notices that the newcomer is gone.
+    NewcomerGone(usize),
 }
 
 impl Step {
@@ -74,7 +80,8 @@ impl Step {
             | Self::Dies(_)
             | Self::Unfit(_)
             | Self::PowerOff(_)
-            | Self::Switch(_) => false,
+            | Self::Switch(_)
+            | Self::Replace(..) => false,
             Self::Decides(number) => state.requests[number].heard,
             _ => true,
         }
@@ -146,6 +153,14 @@ impl State {
         if process.handing && process.runs && process.held.is_empty() {
             steps.push(Step::HandsOver(who));
         }
+        if process.stands && process.runs && process.held.is_empty() {
+            steps.push(Step::Stands(who));
+        }
+        if let Some(newcomer) = process.newcomer
+            && self.processes[newcomer].peer != Some(who)
+        {
+            steps.push(Step::NewcomerGone(who));
+        }
         if process.handed && matches!(process.role, Role::Backup(_)) {
             steps.push(Step::HandedOver(who));
         }
@@ -157,6 +172,11 @@ impl State {
                 }
                 if self.switches < scope.switches && machine.phase() == Phase::Protected {
                     steps.push(Step::Switch(who));
+                }
+                if self.replacements < scope.replacements && machine.phase() == Phase::Protected {
+                    let listens = |other: &usize| self.is_free_to_join(*other);
+                    let newcomer = (0..self.processes.len()).find(listens);
+                    steps.extend(newcomer.map(|newcomer| Step::Replace(who, newcomer)));
                 }
                 let free = self.joins < scope.joins
                     && machine.phase() == Phase::Unprotected

@@ -12,6 +12,8 @@ const PAIR: Scope = Scope {
     unfit: 0,
     power_off: false,
     switches: 0,
+    replacements: 0,
+    depth: 0,
 };
 
 /// Whether some state of this scope has it.
@@ -58,6 +60,14 @@ fn the_model_comes_to_what_it_is_about() {
         ..PAIR
     };
     assert!(reaches(switching, State::was_handed_over), "a switch-over");
+    let replacing = Scope {
+        deaths: 0,
+        outputs: 1,
+        joiner: true,
+        replacements: 1,
+        ..PAIR
+    };
+    assert!(reaches(replacing, State::was_replaced), "a replacement");
     assert!(
         reaches(joining, State::is_protected),
         "a backup that joined"

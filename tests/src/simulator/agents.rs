@@ -42,6 +42,8 @@ impl World {
             peer: None,
             asked: false,
             looking: false,
+            newcomer: None,
+            stand_wanted: false,
         });
         let first = self.random.below(4 * MS);
         self.after(first, What::Guest(who));

@@ -100,6 +100,13 @@ impl World {
         let mut releases = None;
         for who in 0..self.processes.len() {
             if !self.processes[who].alive {
+                let entitled = self.ballot.record.and_then(|record| record.entitled);
+                if !self.struck && entitled == Some(self.processes[who].identity) {
+                    return Err(format!(
+                        "nothing has happened, and {}, which alone could take over, has ended",
+                        self.processes[who].name
+                    ));
+                }
                 continue;
             }
             if self.can_release(who)
@@ -143,7 +150,7 @@ impl World {
             return Ok(());
         }
         let waits = self.now - self.seen_at.unwrap_or(self.now);
-        if waits > LONGEST_GAP {
+        if waits > LONGEST_GAP + self.allowance {
             return Err(format!(
                 "a single fault, and nothing has left for {} ms",
                 waits / MS

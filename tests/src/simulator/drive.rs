@@ -55,10 +55,13 @@ impl World {
             Input::Datagram(bytes) => self.datagram_comes(who, &bytes),
             Input::Eof(connection) => self.eof(who, connection),
             Input::Word(connection, record) => {
-                if self.processes[who].connection == Some(connection) {
-                    return self.candidate(who, CandidateSees::Word(record));
+                if self.processes[who].connection != Some(connection) {
+                    return Ok(());
                 }
-                Ok(())
+                match self.processes[who].role {
+                    Role::Backup { .. } => self.backup(who, BackupSees::Word(record)),
+                    _ => self.candidate(who, CandidateSees::Word(record)),
+                }
             }
             Input::LogTraffic(log) => self.log_traffic(who, log),
             Input::LogFenced(log) => {
@@ -83,8 +86,22 @@ impl World {
                 }
                 Ok(())
             }
+            Input::Ready(number) if self.attempts[number].replaces => {
+                self.newcomer_is_ready(who, number)
+            }
             Input::Ready(number) => self.welcome(who, number),
-            Input::Failed => {
+            Input::Replace => {
+                self.recruit_another(who);
+                Ok(())
+            }
+            Input::NearlyWhole(number) => self.nearly_whole(who, number),
+            Input::Failed(number) if self.attempts[number].replaces => {
+                if self.processes[who].newcomer == Some(number) {
+                    return self.primary(who, PrimarySees::NewcomerLost);
+                }
+                Ok(())
+            }
+            Input::Failed(_) => {
                 if self.processes[who].phase() == Some(Phase::Joining) {
                     return self.primary(who, PrimarySees::PeerDied);
                 }
@@ -233,10 +250,17 @@ impl World {
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
                     (process.runs, process.shut, process.handing) = (false, true, false);
+                    process.stand_wanted = false;
                 }
+                PrimaryDoes::Stand => self.stand(who)?,
+                PrimaryDoes::Replace(record) => self.replace(who, record),
                 PrimaryDoes::HandOver => self.processes[who].handing = true,
-                PrimaryDoes::Resume => self.resume(who)?,
+                PrimaryDoes::Resume => {
+                    self.drop_newcomer(who);
+                    self.resume(who)?;
+                }
                 PrimaryDoes::RunUnprotected(_) => {
+                    self.drop_newcomer(who);
                     let process = &mut self.processes[who];
                     process.log = None;
                     process.peer = None;
@@ -339,6 +363,9 @@ impl World {
                 BackupDoes::OpenGate => self.open_gate(who)?,
                 BackupDoes::Say(notice) => self.say(who, &notice),
                 BackupDoes::Die(reason) => {
+                    if matches!(reason, Reason::Relieved { .. }) {
+                        self.count("relieved");
+                    }
                     self.note(|world| format!("{} ends: {reason}", world.processes[who].name));
                     self.end_process(who);
                 }
@@ -388,7 +415,7 @@ impl World {
     }
 
     /// Tells the backup that it is entitled.
-    fn tell(&mut self, who: usize, record: Record) {
+    pub(super) fn tell(&mut self, who: usize, record: Record) {
         if let Some(connection) = self.processes[who].connection {
             self.send_over(connection, who, Input::Word(connection, record));
         }
@@ -417,6 +444,8 @@ impl World {
             } => "claimed as told",
             Notice::Claiming { .. } => "primary given up",
             Notice::NotTaken(_) => "switch-over called off",
+            Notice::Replaced(_) => "replaced",
+            Notice::NotReplaced(_) => "not replaced",
             _ => "other notices",
         });
         self.note(|world| format!("{} says: {notice}", world.processes[who].name));
@@ -430,15 +459,7 @@ impl World {
         match (starting.begins, answer) {
             (None, Answer::Read(found)) if Record::lets_start(found.as_ref(), starting.cold) => {
                 starting.found = found;
-                let host = self.host(who);
-                let listens = (0..self.processes.len()).find(|&other| {
-                    let process = &self.processes[other];
-                    process.alive
-                        && self.now >= process.frozen_until
-                        && matches!(process.role, Role::Listening)
-                        && !self.is_cut(host, process.host)
-                        && !self.is_cut(process.host, host)
-                });
+                let listens = self.who_listens(who);
                 starting.backup = listens.filter(|_| !starting.alone);
                 let root = self.history.begin();
                 self.processes[who].guest = root;

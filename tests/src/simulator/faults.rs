@@ -17,6 +17,8 @@ pub(super) enum Target {
     Owner,
     /// The other side of the pair: the entitled backup, or one that joins or waits.
     Other,
+    /// A backup that is to take that one's place.
+    Newcomer,
     /// Whoever is there.
     Host(usize),
 }
@@ -52,6 +54,8 @@ pub(super) enum Fault {
     PowerOff,
     /// The operator wants the backup to have the machine: no fault, but the middle of it is a good time for one.
     Switch,
+    /// The operator wants another backup; the same.
+    Replace,
 }
 
 impl Fault {
@@ -71,8 +75,31 @@ impl Fault {
             | Self::Reset
             | Self::Unfit
             | Self::PowerOff
-            | Self::Switch => 0,
+            | Self::Switch
+            | Self::Replace => 0,
         }
+    }
+
+    /// The same, at somebody else, where it strikes somebody.
+    fn at(self, target: Target) -> Self {
+        match self {
+            Self::Kill(_) => Self::Kill(target),
+            Self::Lose(_) => Self::Lose(target),
+            Self::Freeze(_, span) => Self::Freeze(target, span),
+            Self::Mute(_, span) => Self::Mute(target, span),
+            Self::Deafen(_, span) => Self::Deafen(target, span),
+            Self::Isolate(_, span) => Self::Isolate(target, span),
+            Self::NoArbiter(_, span) => Self::NoArbiter(target, span),
+            other => other,
+        }
+    }
+
+    /// Whether somebody does not reach the arbiter by it, or not soon.
+    pub(super) fn is_of_the_arbiter(self) -> bool {
+        matches!(
+            self,
+            Self::Isolate(..) | Self::NoArbiter(..) | Self::ArbiterDown(_) | Self::ArbiterSlow(_)
+        )
     }
 
     /// Whether it needs a network between the two sides.
@@ -109,6 +136,10 @@ pub(super) enum Point {
     Fenced,
     /// The entry that hands the machine over was posted.
     HandedOver,
+    /// A guest stands for a newcomer.
+    Standing,
+    /// The newcomer has taken the old backup's place, as its primary knows.
+    Replaced,
 }
 
 const POINTS: [Point; 10] = [
@@ -139,6 +170,14 @@ pub(super) struct Plan {
     pub(super) faults: Vec<(When, Fault)>,
     /// When the last of them begins at the latest.
     pub(super) until: Micros,
+}
+
+impl Plan {
+    /// Whether one thing goes wrong at most. A replacement is no fault.
+    pub(super) fn is_single(&self) -> bool {
+        let faults = self.faults.iter();
+        faults.filter(|(_, it)| *it != Fault::Replace).count() <= 1
+    }
 }
 
 fn target(random: &mut Random) -> Target {
@@ -236,5 +275,42 @@ pub(super) fn add_switches(plan: &mut Plan, seed: u64) {
             // In the middle of it.
             plan.faults[number].0 = When::After(point, random.below(8 * MS), before);
         }
+    }
+}
+
+/// Adds replacements of the backup to the plans of some seeds, drawn apart as well; to some of those that have switch-overs, too.
+pub(super) fn add_replacements(plan: &mut Plan, seed: u64) {
+    if seed % 3 != 2 && seed % 12 != 1 {
+        return;
+    }
+    let mut random = Random::new(seed.rotate_left(32) ^ 0x7265_706c);
+    for number in 0..plan.faults.len() {
+        if random.below(4) == 0 {
+            continue;
+        }
+        let (when, fault) = plan.faults[number];
+        let before = match when {
+            // The copy takes up to 41 ms.
+            When::At(at) | When::After(_, _, at) => at.max(60 * MS) - random.below(50 * MS),
+        };
+        plan.faults.push((When::At(before), Fault::Replace));
+        if random.below(4) > 0 {
+            // In the middle of it.
+            let point = [
+                Point::CopyWhole,
+                Point::Standing,
+                Point::Entitling,
+                Point::Entitled,
+                Point::Replaced,
+            ][random.below(5) as usize];
+            plan.faults[number].0 = When::After(point, random.below(8 * MS), before);
+        }
+        if random.below(3) == 0 {
+            plan.faults[number].1 = fault.at(Target::Newcomer);
+        }
+    }
+    if plan.faults.len() == 2 && random.below(4) == 0 {
+        // Nothing else happens.
+        plan.faults.remove(0);
     }
 }

@@ -18,7 +18,9 @@ pub(super) struct Attempt {
     pub(super) connection: usize,
     pub(super) log: Option<usize>,
     /// The vCPU thread is to cut.
-    cut_wanted: bool,
+    pub(super) cut_wanted: bool,
+    /// It is to take the place of the backup that there is.
+    pub(super) replaces: bool,
     /// Nothing more comes of it: it has ended well or badly.
     pub(super) over: bool,
 }
@@ -40,18 +42,26 @@ impl World {
         if !self.processes[who].looking {
             return;
         }
+        let Some(backup) = self.who_listens(who) else {
+            return self.after(10 * MS, What::Looks(who));
+        };
+        self.begin_copy(who, backup, false);
+    }
+
+    /// A backup that listens, and that this process reaches.
+    pub(super) fn who_listens(&self, who: usize) -> Option<usize> {
         let here = self.host(who);
-        let found = (0..self.processes.len()).find(|&other| {
+        (0..self.processes.len()).find(|&other| {
             let process = &self.processes[other];
             process.alive
                 && self.now >= process.frozen_until
                 && matches!(process.role, Role::Listening)
                 && !self.is_cut(here, process.host)
                 && !self.is_cut(process.host, here)
-        });
-        let Some(backup) = found else {
-            return self.after(10 * MS, What::Looks(who));
-        };
+        })
+    }
+
+    pub(super) fn begin_copy(&mut self, who: usize, backup: usize, replaces: bool) {
         let connection = self.connect([who, backup]);
         self.note(|world| {
             let name = |who: usize| &world.processes[who].name;
@@ -69,6 +79,7 @@ impl World {
             connection,
             log: None,
             cut_wanted: false,
+            replaces,
             over: false,
         });
         self.count("copies begun");
@@ -92,6 +103,9 @@ impl World {
         }
         match step {
             Step::Late => self.attempt_fails(number),
+            Step::Cut if self.attempts[number].replaces => {
+                self.deliver(primary, Input::NearlyWhole(number));
+            }
             Step::Cut => self.attempts[number].cut_wanted = true,
             Step::Whole => self.copy_is_whole(number, backup),
         }
@@ -174,13 +188,21 @@ impl World {
         let Attempt {
             primary,
             connection,
+            replaces,
             ..
         } = *attempt;
         self.note(|world| format!("{}'s copy comes to nothing", world.processes[primary].name));
         self.count("copies that failed");
         self.hang_up(connection, primary);
-        self.deliver(primary, Input::Failed);
-        self.after(20 * MS, What::Looks(primary));
+        self.deliver(primary, Input::Failed(number));
+        if replaces {
+            self.processes[primary].looking = false;
+            if self.processes[primary].phase() == Some(Phase::Unprotected) {
+                self.look_again(primary);
+            }
+        } else {
+            self.after(20 * MS, What::Looks(primary));
+        }
     }
 
     /// News of the recruiter reaches the primary's I/O thread. The phase in which it is heard decides what it means.
@@ -189,12 +211,16 @@ impl World {
             return false;
         }
         self.processes[who].looking = false;
-        if self.processes[who].phase() == Some(Phase::Joining) {
+        if self.processes[who].phase() == Some(Phase::Joining) && !self.attempts[number].replaces {
             return true;
         }
         // It was lost again before its word came.
         self.hang_up(self.attempts[number].connection, who);
-        self.look_again(who);
+        if self.processes[who].phase() == Some(Phase::Unprotected)
+            || !self.attempts[number].replaces
+        {
+            self.look_again(who);
+        }
         false
     }
 

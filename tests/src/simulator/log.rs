@@ -1,6 +1,8 @@
 //! Logs from a primary to a backup's memory: commits, fences, and what gets lost.
 #![forbid(unsafe_code)]
 
+use hypervisor::protocol::primary::Phase;
+
 use super::faults::Point;
 use super::history::Node;
 use super::process::{Input, Process, Role};
@@ -59,7 +61,9 @@ impl World {
         self.after(pace, What::Guest(who));
         self.cut_if_wanted(who);
         self.hand_over_if_wanted(who);
-        if !self.processes[who].runs || self.processes[who].handing {
+        self.stand_if_wanted(who);
+        let process = &self.processes[who];
+        if !process.runs || process.handing || process.stand_wanted {
             return Ok(());
         }
         let node = self.history.grow(self.processes[who].guest);
@@ -83,7 +87,10 @@ impl World {
         self.processes[who].held.push_back((seq, node));
         self.post(log, seq, node);
         if self.plant == Some(Plant::JoinerNotWaitedFor)
-            && self.processes[who].phase() != Some(hypervisor::protocol::primary::Phase::Protected)
+            && matches!(
+                self.processes[who].phase(),
+                Some(Phase::Joining | Phase::Entitling)
+            )
         {
             return self.let_out(who, seq);
         }
@@ -260,7 +267,7 @@ impl World {
             return;
         };
         // Not where a single fault must be survived: this would be a second one.
-        if self.plan.faults.len() > 1 && self.random.below(100) < 4 {
+        if !self.plan.is_single() && self.random.below(100) < 4 {
             let unfit = hypervisor::protocol::Unfit::Corrupt("simulated".to_owned());
             return self.deliver(who, Input::Unfit(unfit));
         }

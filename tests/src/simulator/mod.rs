@@ -16,6 +16,7 @@
 //! - at every step at most one process could send the world something new;
 //! - what leaves continues what has left before, or repeats it;
 //! - every process that the arbiter's record lets go live, or go on, holds all that has left;
+//! - as long as nothing has gone wrong, whoever is entitled lives, also while the operator moves the machine or its backup;
 //! - after a single fault at a protected machine nobody waits for longer than [`Tally::longest_gap`]'s bound, and the machine is
 //!   never lost;
 //! - once faults stop, the machine is served and protected again.
@@ -33,6 +34,7 @@ mod history;
 mod joining;
 mod log;
 mod process;
+mod replacing;
 mod world;
 
 #[cfg(test)]
@@ -73,11 +75,15 @@ pub enum Plant {
     ReadyBeforeWhole,
     /// A primary that has handed the machine over lets its guest run on, and its outputs out.
     HandsOverAndRunsOn,
+    /// The backup that is to be replaced is let go before the arbiter's swap.
+    OldLetGoBeforeSwap,
+    /// The guest runs on with the new backup's log before the arbiter's swap.
+    NewLogBeforeSwap,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::NoFence,
         Self::DrainBeforeFence,
         Self::NoArbiter,
@@ -88,6 +94,8 @@ impl Plant {
         Self::JoinerNotWaitedFor,
         Self::ReadyBeforeWhole,
         Self::HandsOverAndRunsOn,
+        Self::OldLetGoBeforeSwap,
+        Self::NewLogBeforeSwap,
     ];
 }
 

@@ -86,12 +86,16 @@ pub(super) enum Input {
     /// The log's entry that hands the machine over was replayed.
     HandedOver(usize),
     Answer(Answer),
+    /// News of the recruiter: most of the copy is there of a backup that is to take the old one's place.
+    NearlyWhole(usize),
+    /// The operator wants another backup.
+    Replace,
     /// News of the recruiter: the guest logs to the joiner of this attempt.
     Taken(usize),
     /// The joiner's copy is whole.
     Ready(usize),
     /// The attempt failed.
-    Failed,
+    Failed(usize),
 }
 
 pub(super) struct Process {
@@ -125,6 +129,10 @@ pub(super) struct Process {
     pub(super) asked: bool,
     /// The recruiter is at work.
     pub(super) looking: bool,
+    /// The attempt whose backup is to take the old one's place.
+    pub(super) newcomer: Option<usize>,
+    /// The guest is to stand for it once all that it made has left.
+    pub(super) stand_wanted: bool,
 }
 
 impl Process {

@@ -26,6 +26,10 @@ const SITUATIONS: &[&str] = &[
     "switched over",
     "switch-over called off",
     "claimed as told",
+    "replacements begun",
+    "replaced",
+    "not replaced",
+    "relieved",
     "questions that failed",
 ];
 

@@ -122,6 +122,10 @@ pub(super) struct World {
     pub(super) seen_at: Option<Micros>,
     /// The only fault struck a machine that was protected.
     pub(super) bounded: bool,
+    /// Something has gone wrong.
+    pub(super) struck: bool,
+    /// It struck while a newcomer was taking the backup's place: how much longer that may take.
+    pub(super) allowance: Micros,
     /// How often the machine was started from nothing.
     pub(super) lives: u32,
     pub(super) tally: Tally,
@@ -153,9 +157,10 @@ impl World {
         };
         let mut plan = faults::plan(&mut random, carrier != Carrier::Shm);
         faults::add_switches(&mut plan, seed);
+        faults::add_replacements(&mut plan, seed);
         // Lost datagrams make mistakes likelier, which together with a fault are more than one.
         let loss = match random.below(2) {
-            1 if plan.faults.len() > 1 => random.below(15),
+            1 if !plan.is_single() => random.below(15),
             _ => 0,
         };
         let mut world = Self {
@@ -179,6 +184,8 @@ impl World {
             seen: None,
             seen_at: None,
             bounded: false,
+            struck: false,
+            allowance: 0,
             lives: 0,
             tally: Tally {
                 seeds: 1,
@@ -330,7 +337,7 @@ impl World {
     }
 
     pub(super) fn is_single(&self) -> bool {
-        self.plan.faults.len() == 1
+        self.plan.is_single()
     }
 
     pub(super) fn host(&self, who: usize) -> usize {
@@ -445,7 +452,24 @@ impl World {
             self.armed[number] = false;
             return;
         }
-        self.bounded = self.is_single() && self.is_protected();
+        self.struck |= !matches!(fault, Fault::Replace | Fault::Switch);
+        let replacing = self.is_being_replaced();
+        let copying = self.attempts.iter().any(|it| it.replaces && !it.over);
+        if fault != Fault::Replace {
+            // A swap that cannot be answered keeps the guest standing: that takes an arbiter that was there a moment before.
+            let bounded = match replacing || copying {
+                true => !fault.is_of_the_arbiter(),
+                false => true,
+            };
+            self.bounded = self.is_single() && bounded && (self.is_protected() || replacing);
+            // The guest has stood, and a new backup of a silent primary asks by itself after some time.
+            self.allowance = match replacing || copying {
+                true => (self.timing.switch_within + self.timing.word_within).as_micros() as Micros,
+                false => 0,
+            };
+        } else if self.plan.faults.len() == 1 {
+            self.bounded = self.is_protected();
+        }
         self.note(|_| format!("FAULT {fault:?}"));
         self.count("faults");
         let until = self.now + fault.span();
@@ -506,13 +530,14 @@ impl World {
                     self.deliver(who, Input::Unfit(unfit));
                 }
             }
-            Fault::PowerOff | Fault::Switch => {
+            Fault::PowerOff | Fault::Switch | Fault::Replace => {
                 let serves = |process: &Process| {
                     process.alive && process.runs && matches!(process.role, Role::Primary(_))
                 };
                 if let Some(who) = self.processes.iter().position(serves) {
                     let input = match fault {
                         Fault::Switch => Input::Switch,
+                        Fault::Replace => Input::Replace,
                         _ => Input::End,
                     };
                     self.deliver(who, input);
@@ -542,6 +567,10 @@ impl World {
                 all().find(|&who| {
                     !is(who, owner) && !matches!(self.processes[who].role, Role::Listening)
                 })
+            }),
+            Target::Newcomer => all().find(|&who| {
+                let joins = matches!(self.processes[who].role, Role::Copying | Role::Candidate(_));
+                joins || is(who, entitled)
             }),
             Target::Host(host) => all().find(|&who| self.host(who) == host),
         }

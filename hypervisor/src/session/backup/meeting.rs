@@ -205,6 +205,7 @@ impl Meeting<'_> {
                 recruiter,
                 lag: config.lag,
                 replication: config.replicate.mode,
+                transport: config.pair.transport,
                 starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
