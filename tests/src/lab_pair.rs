@@ -160,7 +160,8 @@ impl Site {
     pub fn clients(&self, seed: u64, connections: usize) -> Result<Client> {
         let config = client::Config {
             connections,
-            connect_within: PATIENCE,
+            // A Linux guest boots first, and is protected while it does.
+            connect_within: 3 * PATIENCE,
             drain_within: PATIENCE,
             ..client::Config::new(self.address(), seed)
         };
@@ -421,7 +422,8 @@ impl<'a> LabPair<'a> {
         let joined = |event: &Event| matches!(event, Event::Joined { .. });
         let joining = self
             .primary
-            .wait_for("is joined by a backup", PATIENCE, joined, |event| {
+            // Its description, and memory that clients write meanwhile.
+            .wait_for("is joined by a backup", 3 * PATIENCE, joined, |event| {
                 heard.hear(event)
             });
         let (_, joined) =

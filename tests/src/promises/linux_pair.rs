@@ -49,8 +49,16 @@ fn show(run: &Run) -> Result<Figures> {
             .with_context(|| format!("share {}", file.display()))?;
     }
     let cases: [(&str, Replication, &[&str]); 4] = [
-        ("checkpoint-2", Replication::Checkpoint, &["--vcpus", "2"]),
-        ("checkpoint-1", Replication::Checkpoint, &["--vcpus", "1"]),
+        (
+            "checkpoint-2",
+            Replication::Checkpoint,
+            &["--vcpus", "2", "--interval-ms", "100"],
+        ),
+        (
+            "checkpoint-1",
+            Replication::Checkpoint,
+            &["--vcpus", "1", "--interval-ms", "100"],
+        ),
         ("replay", Replication::Replay, &[]),
         (
             "checkpoint-replayable",
