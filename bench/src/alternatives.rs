@@ -443,6 +443,21 @@ pub fn measure(extent: Extent) -> Result<Sheet> {
         ]);
     }
     sheet.tables.push(promises);
+    let mut commits = Table::new(
+        "An output's making to its commit, by transport (µs)",
+        &["", "p50", "p99", "max"],
+    );
+    for row in &rows {
+        if let Some(commit) = row.commit {
+            commits.row([
+                row.contender.name.to_owned(),
+                format!("{:.1}", commit.p50),
+                format!("{:.1}", commit.p99),
+                format!("{:.1}", commit.max),
+            ]);
+        }
+    }
+    sheet.tables.push(commits);
     let panels: [Metric; 5] = [
         ("Request, p50, at a fixed rate", "µs", |row| {
             Some(row.fixed[0])

@@ -15,9 +15,11 @@ use serde::{Deserialize, Serialize};
 
 mod disk;
 mod pair;
+mod recorder;
 
 pub use disk::{Arrangement, Disk};
 pub use pair::{CommitMode, Pair, Rdma, Transport};
+pub use recorder::{FlightRecorder, duration};
 
 use crate::intervals::{Ends, Lengths, Replication};
 use crate::machine::{ClockSource, OnReset, VCPUS_MOST};
@@ -79,6 +81,8 @@ pub struct Config {
     pub replicate: Replicate,
     /// The ring.
     pub ring: Ring,
+    /// Where a backup, or `record`, keeps the last checkpoint and the log since; nowhere if none.
+    pub recorder: Option<FlightRecorder>,
     /// What the threads may still do once all is set up.
     pub sandbox: Sandbox,
     /// File for the guest's console; standard output if none.
@@ -391,6 +395,7 @@ impl Default for Config {
             preempt: Preempt::default(),
             replicate: Replicate::default(),
             ring: Ring::default(),
+            recorder: None,
             sandbox: Sandbox::default(),
             console: None,
             run_dir: None,
@@ -580,11 +585,11 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        if self.replicate.mode == Replication::Checkpoint && self.disk.image.is_some() {
+        if self.replicate.mode == Replication::Checkpoint && self.recorder.is_some() {
             return bad(
-                "replicate.mode",
-                "checkpoint".into(),
-                "choose replay for a machine with a disk: an interval carries no writes, so the backup's image would not get them",
+                "recorder",
+                "given, with replicate.mode = checkpoint".into(),
+                "choose replay for a machine that is recorded: intervals are no log that could be run again",
             );
         }
         if !(1..=1000).contains(&self.replicate.interval_ms) {
@@ -732,10 +737,6 @@ mod tests {
             ("[net]\nbackend = \"tap\"", "net.tap"),
             ("[preempt]\ndeferral_ms = 0", "preempt.deferral_ms"),
             ("[replicate]\ninterval_ms = 0", "replicate.interval_ms"),
-            (
-                "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
-                "replicate.mode",
-            ),
             ("clock = \"page\"", "clock"),
             ("[cpus]\nvcpu = [100000]", "cpus.vcpu"),
             ("[timing]\nsilence_ms = 19", "timing.silence_ms"),
@@ -749,6 +750,7 @@ mod tests {
         }
         for text in [
             "clock = \"page\"\n[preempt]\nstrategy = \"checkpoint\"",
+            "[replicate]\nmode = \"checkpoint\"\n[disk]\nimage = \"x\"",
             "clock = \"page\"\n[replicate]\nmode = \"checkpoint\"",
         ] {
             Config::parse(text).unwrap().check().unwrap();

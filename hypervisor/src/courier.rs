@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use crate::checkpoint::{Capture, PART_BYTES, interval};
+use crate::disk::Request;
 use crate::entry::{Base, Encoder};
 use crate::event::Output;
 use crate::orders::{Orders, Samples};
@@ -47,6 +48,8 @@ pub struct Parcel {
     pub position: Position,
     /// What the guest has sent in it, in order.
     pub outputs: Vec<Output>,
+    /// What it has asked of its disk, in order: done on this side, and to be done on the other.
+    pub asked: Vec<Request>,
     /// When it did, once for each exit.
     pub made: Vec<Instant>,
     /// Staged frames that it was given.
@@ -282,7 +285,12 @@ impl<S: Sink> Work<S> {
     fn carry(&self, log: &mut Log<S>, parcel: &mut Parcel) -> Result<(), Undelivered> {
         let capture = std::mem::take(&mut parcel.capture);
         let checkpoint = capture.sealed();
-        let head = interval::head(parcel.frames, &parcel.outputs, checkpoint.len());
+        let head = interval::head(
+            parcel.frames,
+            &parcel.outputs,
+            &parcel.asked,
+            checkpoint.len(),
+        );
         let most = PART_BYTES.min(log.sink.max_payload() - AROUND_A_PART);
         let parts = head.chunks(most).chain(checkpoint.chunks(most));
         let last = head.len().div_ceil(most) + checkpoint.len().div_ceil(most) - 1;

@@ -58,7 +58,7 @@ impl ExitRecord {
             Exit::ReadMsr { index } => (4, u64::from(index)),
             Exit::WriteMsr { index, .. } => (5, u64::from(index)),
             Exit::Shutdown => (6, 0),
-            Exit::Interrupted => (0, 0),
+            Exit::Interrupted | Exit::Debug => (0, 0),
         };
         let written = match exit {
             Exit::WriteMsr { value, .. } => value,

@@ -22,6 +22,9 @@ pub const DATA_MAX: usize = 512 << 10;
 /// Bytes before the data of a [`Done`].
 const DONE_HEAD: usize = 9;
 
+/// Bytes of a request in an interval before its data.
+pub const REQUEST_HEAD: usize = 17;
+
 /// A request's number, from 1 in the order in which they were made.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -135,6 +138,49 @@ impl Request {
         head[9..17].copy_from_slice(&sector.to_le_bytes());
         head[17..].copy_from_slice(&(self.length() as u32).to_le_bytes());
         head
+    }
+
+    /// The request as an interval of checkpoints carries it: number (8), kind (1: 1 write, 2 durable write, 3 flush), sector (8), data. A read
+    /// changes nothing, and has no such form.
+    #[must_use]
+    pub fn encode(&self) -> Option<Vec<u8>> {
+        let (kind, sector) = match self.operation {
+            Operation::Read { .. } => return None,
+            Operation::Write {
+                sector, durable, ..
+            } => (1 + u8::from(durable), sector),
+            Operation::Flush => (3, 0),
+        };
+        let mut bytes = Vec::with_capacity(REQUEST_HEAD + self.written().len());
+        bytes.extend_from_slice(&self.number.0.to_le_bytes());
+        bytes.push(kind);
+        bytes.extend_from_slice(&sector.to_le_bytes());
+        bytes.extend_from_slice(self.written());
+        Some(bytes)
+    }
+
+    /// Reads what [`Request::encode`] wrote; nothing if no such bytes were.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (head, data) = bytes.split_at_checked(REQUEST_HEAD)?;
+        let word = |at: usize| head[at..at + 8].try_into().map(u64::from_le_bytes).ok();
+        let whole = !data.is_empty() && data.len() <= DATA_MAX;
+        let sector = word(9)?;
+        let operation = match head[8] {
+            kind @ (1 | 2) if whole && (data.len() as u64).is_multiple_of(SECTOR) => {
+                Operation::Write {
+                    sector,
+                    data: Data(data.to_vec()),
+                    durable: kind == 2,
+                }
+            }
+            3 if data.is_empty() && sector == 0 => Operation::Flush,
+            _ => return None,
+        };
+        Some(Self {
+            number: RequestNumber(word(0)?),
+            operation,
+        })
     }
 
     /// Where it works; none for a flush.

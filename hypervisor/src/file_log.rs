@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -101,6 +101,12 @@ impl FileRecorder {
         Ok(Self { done, thread })
     }
 
+    /// Whether it writes no more, because it could not: nobody makes room in the ring.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Waits until everything posted so far is in the file; returns the file's length in bytes.
     ///
     /// # Errors
@@ -162,6 +168,8 @@ pub struct FileSource {
     staged: Staged,
     payload: Vec<u8>,
     over: bool,
+    bytes: u64,
+    read: Arc<AtomicU64>,
 }
 
 impl FileSource {
@@ -186,6 +194,8 @@ impl FileSource {
             staged: Staged::default(),
             payload: Vec::new(),
             over: false,
+            bytes: std::fs::metadata(path).map_or(0, |file| file.len()),
+            read: Arc::default(),
         };
         Ok((source, spec))
     }
@@ -197,16 +207,17 @@ impl FileSource {
         ))
     }
 
-    /// How many bytes of the file have been read and are good.
+    /// Bytes of the file, and how many of them have been read and are good.
     #[must_use]
-    pub fn good_bytes(&self) -> u64 {
-        self.reader.offset()
+    pub fn progress(&self) -> (u64, Arc<AtomicU64>) {
+        (self.bytes, Arc::clone(&self.read))
     }
 }
 
 impl LogSource for FileSource {
     fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError> {
         loop {
+            self.read.store(self.reader.offset(), Ordering::Relaxed);
             let found = self
                 .reader
                 .next()

@@ -243,6 +243,8 @@ impl<S: Sink> Recorder<S> {
             if let Some(ended) = self.keep_intervals()? {
                 return Ok(ended);
             }
+            let place = (!self.mid_run).then(|| self.encoder.base());
+            self.sink.attend(&mut self.machine, place);
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -276,7 +278,7 @@ impl<S: Sink> Recorder<S> {
                 return Ok(ended);
             }
             self.entering();
-            self.mid_run = self.step_at_pace()? == Stepped::Kicked;
+            self.mid_run = self.step_at_pace()? != Stepped::SyncPoint;
             self.left();
             self.orders.working(self.machine.position());
             if !self.mid_run
@@ -353,6 +355,7 @@ impl<S: Sink> Recorder<S> {
         }
         let mut spin_until = Some(Instant::now() + self.options.spin);
         loop {
+            self.sink.attend(&mut self.machine, None);
             if self.orders.waiting()
                 && let Some(ended) = self.obey()?
             {
@@ -445,6 +448,7 @@ impl<S: Sink> Recorder<S> {
             checksum = crc32c::crc32c_append(checksum, &frame.bytes);
             count += 1;
             self.applied = self.applied.max(frame.seq);
+            self.sink.frame(&frame.bytes);
             let input = Input::Frame(frame.bytes);
             self.machine.supply(&input)?;
             if let Input::Frame(bytes) = input {

@@ -5,19 +5,21 @@
 //! replay, and nothing of this machine can ever go live.
 #![forbid(unsafe_code)]
 
+mod debugging;
 mod intervals;
+mod source;
+mod taping;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rdma_log::{Marks, Seq};
+use rdma_log::Seq;
 
 use crate::backends::disk::{Disk, DiskFailure};
 use crate::checkpoint::{CheckpointError, Shadow};
 use crate::digest::Digest;
-use crate::disk::Done;
 use crate::divergence::Divergence;
 use crate::entry::{
     Base, Body, Control, Decoder, Entry, EntryError, LoggedInput, OutputsDigest, Part, Step,
@@ -28,65 +30,10 @@ use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use crate::spool::Spool;
+pub use debugging::{Debugger, Go, Stop};
 use intervals::Adopting;
-
-/// Where a replayer gets its log.
-pub trait LogSource {
-    /// The next entry of the events lane, if it has come. The payload is valid until the next call.
-    ///
-    /// # Errors
-    /// [`LogError`]: the log is unusable from here on.
-    fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError>;
-
-    /// The next staged frame. An entry that applies it committed after it, so it must be there.
-    ///
-    /// # Errors
-    /// [`LogError`], also if it is not there.
-    fn frame(&mut self) -> Result<Vec<u8>, LogError>;
-
-    /// What came of the next request to the disk. As for a frame, it must be there.
-    ///
-    /// # Errors
-    /// [`LogError`], also if it is not there.
-    fn done(&mut self) -> Result<Done, LogError>;
-
-    /// So many staged frames, the next ones, are in the checkpoint that was put in place: nobody is given them any more.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    fn cover(&mut self, frames: u32) -> Result<(), LogError> {
-        let _ = frames;
-        Err(LogError("a log of this kind carries no intervals".into()))
-    }
-
-    /// Says that everything up to this entry has been replayed.
-    fn replayed(&mut self, seq: Seq);
-
-    /// Whether nothing can come any more: a file's end, or a fenced ring that has been read to its end.
-    ///
-    /// # Errors
-    /// [`LogError`] if the log ends where it must not.
-    fn is_over(&mut self) -> Result<bool, LogError>;
-
-    /// Waits until something may have come.
-    fn wait(&mut self, longest: Duration);
-}
-
-/// An entry that has come.
-#[derive(Debug)]
-pub struct Arrived<'a> {
-    /// Its number.
-    pub seq: Seq,
-    /// What its writer said of itself.
-    pub marks: Marks,
-    /// What it says.
-    pub payload: &'a [u8],
-}
-
-/// Why a log is unusable.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct LogError(pub String);
+pub use source::{Arrived, LogError, LogSource};
+use taping::Taping;
 
 /// Why a replay stopped.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +58,9 @@ pub enum ReplayError {
     /// This side's disk image.
     #[error(transparent)]
     Disk(#[from] DiskFailure),
+    /// The debugger that watches it.
+    #[error(transparent)]
+    Debug(#[from] crate::debug::DebugError),
 }
 
 impl From<Divergence> for ReplayError {
@@ -129,6 +79,8 @@ pub enum ReplayEnd {
         /// Hash of the whole memory, on both sides.
         memory_hash: u64,
     },
+    /// It has come to the position that was asked for, which is not the log's end.
+    There,
     /// An order ended it.
     Stopped,
 }
@@ -171,6 +123,11 @@ pub struct Replayer<L> {
     off: Arc<AtomicBool>,
     /// The log carries intervals.
     adopts: Option<Adopting>,
+    /// A flight recorder keeps what comes.
+    taping: Option<Taping>,
+    /// Where it ends, if the log does not end before.
+    to: Option<Position>,
+    debugger: Option<Box<dyn Debugger + Send>>,
 }
 
 /// What is left of a replayer when it goes live.
@@ -214,6 +171,9 @@ impl<L: LogSource> Replayer<L> {
             spool: None,
             off: Arc::default(),
             adopts: None,
+            taping: None,
+            to: None,
+            debugger: None,
         }
     }
 
@@ -246,6 +206,13 @@ impl<L: LogSource> Replayer<L> {
         self
     }
 
+    /// Ends at this position at the latest, after its inputs and before the guest runs on.
+    #[must_use]
+    pub fn to(mut self, to: Option<Position>) -> Self {
+        self.to = to;
+        self
+    }
+
     /// Starts the threads of the machine's vCPUs, if they have any; see [`Machine::man`].
     ///
     /// # Errors
@@ -258,6 +225,11 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The machine, which is not replayed any further.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
     }
 
     /// The source.
@@ -283,6 +255,7 @@ impl<L: LogSource> Replayer<L> {
             {
                 return Ok(ReplayEnd::Stopped);
             }
+            self.attend();
             let Some(arrived) = self.source.next()? else {
                 if self.source.is_over()? {
                     return Ok(ReplayEnd::LogOver);
@@ -298,10 +271,14 @@ impl<L: LogSource> Replayer<L> {
             idle_since = None;
             self.orders.working(self.machine.position());
             let (seq, marks) = (arrived.seq, arrived.marks);
+            let base = self.decoder.base();
             let entry = self
                 .decoder
                 .decode(arrived.payload)
                 .map_err(|source| ReplayError::Entry { seq: seq.0, source })?;
+            if let Some(taping) = &mut self.taping {
+                taping.keep(arrived.payload);
+            }
             self.released = self.released.max(marks.released);
             let released = self.released;
             while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
@@ -311,6 +288,15 @@ impl<L: LogSource> Replayer<L> {
                 }
             }
             self.last_seq = seq;
+            if let Some(to) = self.to.filter(|to| entry.position > *to) {
+                let there = self.run_to(to)?;
+                return Ok(if there {
+                    ReplayEnd::There
+                } else {
+                    ReplayEnd::Stopped
+                });
+            }
+            self.tape(&entry, base)?;
             let end = self.entry(entry)?;
             self.source.replayed(seq);
             if matches!(self.machine.phase(), Phase::Off(_)) {
@@ -408,6 +394,9 @@ impl<L: LogSource> Replayer<L> {
                 self.orders.working(self.machine.position());
                 if stepped == Stepped::SyncPoint {
                     break;
+                }
+                if !self.consult(stepped)? {
+                    return Ok(false);
                 }
                 if self.orders.waiting()
                     && self.orders.take_if(|order| order == Order::Stop).is_some()
@@ -589,7 +578,8 @@ impl<L: LogSource> Replayer<L> {
 
     /// Takes the machine over, after the log is over. Frames that were staged and not applied stay with the source.
     #[must_use]
-    pub fn into_remains(self) -> (Remains, L) {
+    pub fn into_remains(mut self) -> (Remains, L) {
+        self.end_tape();
         let base = self.base();
         (
             Remains {

@@ -12,6 +12,7 @@ use rdma_log::{
 };
 
 use crate::disk::{Assembler, Done};
+use crate::flight::Tape;
 use crate::gate::Committed;
 use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
@@ -309,6 +310,21 @@ impl Staged {
         Ok(())
     }
 
+    /// Whether there are fewer of either kind.
+    fn lacks(&self, frames: u32, dones: u32) -> bool {
+        self.frames.len() < frames as usize || self.done.len() < dones as usize
+    }
+
+    /// So many of either kind, the next ones, without taking them.
+    fn show(&self, frames: u32, dones: u32, to: &Tape) {
+        for frame in self.frames.iter().take(frames as usize) {
+            to.frame(frame);
+        }
+        for done in self.done.iter().take(dones as usize) {
+            to.done(done);
+        }
+    }
+
     pub(crate) fn frame(&mut self) -> Option<Vec<u8>> {
         self.frames.pop_front()
     }
@@ -461,6 +477,16 @@ impl LogSource for RingSource {
 
     fn done(&mut self) -> Result<Done, LogError> {
         self.applied(Staged::done)
+    }
+
+    fn show(&mut self, frames: u32, dones: u32, to: &Tape) -> Result<(), LogError> {
+        while self.staged.lacks(frames, dones)
+            && let Some(entry) = self.inputs.next().map_err(log_error)?
+        {
+            self.staged.take_in(entry.payload())?;
+        }
+        self.staged.show(frames, dones, to);
+        Ok(())
     }
 
     fn cover(&mut self, frames: u32) -> Result<(), LogError> {

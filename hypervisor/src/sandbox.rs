@@ -19,7 +19,7 @@
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
 //! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
 //! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
-//! from TCP has the open sockets, the one that writes a recording its open file, that of the disk its image and the image's mark, and a replay, which has one thread, KVM's ioctls. The
+//! from TCP has the open sockets, the one that writes a recording its open file, a flight recorder's files of its user's, that of the disk its image and the image's mark, and a replay, which has one thread, KVM's ioctls. The
 //! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
 //! files of its user's, and open none.
 //!
@@ -70,6 +70,8 @@ pub enum Thread {
     LogFile,
     /// Replays a log file.
     Replay,
+    /// Writes a flight recorder's directory: it opens, names and removes the files there.
+    Flight,
     /// The same where the log goes over RDMA: it opens the device for the new backup. What else it may open is bounded by
     /// the user's own rights, as for the arbiter's thread.
     RdmaRecruiter,
@@ -127,6 +129,7 @@ struct Filters {
     landing: BpfProgram,
     log_file: BpfProgram,
     replay: BpfProgram,
+    flight: BpfProgram,
     rdma_recruiter: BpfProgram,
     remote_arbiter: BpfProgram,
     operator: BpfProgram,
@@ -157,6 +160,7 @@ impl Sandbox {
                 landing: list(Thread::Landing)?,
                 log_file: list(Thread::LogFile)?,
                 replay: list(Thread::Replay)?,
+                flight: list(Thread::Flight)?,
                 rdma_recruiter: list(Thread::RdmaRecruiter)?,
                 remote_arbiter: list(Thread::RemoteArbiter)?,
                 operator: list(Thread::Operator)?,
@@ -199,6 +203,7 @@ impl Sandbox {
             Thread::Landing => &filters.landing,
             Thread::LogFile => &filters.log_file,
             Thread::Replay => &filters.replay,
+            Thread::Flight => &filters.flight,
             Thread::RdmaRecruiter => &filters.rdma_recruiter,
             Thread::RemoteArbiter => &filters.remote_arbiter,
             Thread::Operator => &filters.operator,
@@ -395,6 +400,9 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_fdatasync,
 ];
 
+/// Giving a file its name once it is whole.
+const NAMING: &[libc::c_long] = &[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2];
+
 /// Having an open file written out.
 const SYNCING: &[libc::c_long] = &[libc::SYS_fsync, libc::SYS_fdatasync];
 
@@ -421,6 +429,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         // A log over a stream is written by the vCPU thread.
         Thread::Vcpu | Thread::Io | Thread::Landing | Thread::RemoteArbiter => &[SOCKETS],
         Thread::Arbiter => &[FILES],
+        Thread::Flight => &[FILES, NAMING],
         Thread::Recruiter => &[SOCKETS, CALLS],
         Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
@@ -450,9 +459,12 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::RemoteArbiter | Thread::Operator => {
             vec![argument(1, u64::from(u32::MAX), libc::FIONBIO)?]
         }
-        Thread::Arbiter | Thread::Landing | Thread::LogFile | Thread::Mourner | Thread::Disk => {
-            Vec::new()
-        }
+        Thread::Arbiter
+        | Thread::Flight
+        | Thread::Landing
+        | Thread::LogFile
+        | Thread::Mourner
+        | Thread::Disk => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {
         rules.insert(libc::SYS_connect, Vec::new());

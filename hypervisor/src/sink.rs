@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use rdma_log::Seq;
 
+use crate::disk::Done;
+use crate::entry::Base;
 use crate::gate::Committed;
+use crate::machine::Machine;
 
 /// Why an entry was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +59,13 @@ pub trait Sink {
     }
     /// From now on entries go nowhere and everything counts as committed.
     fn detach(&mut self);
+    /// This frame is given to the guest; the next entry says so. For a log without a lane for inputs.
+    fn frame(&mut self, _: &[u8]) {}
+    /// The guest is told what came of this request to the disk, as for a frame.
+    fn done(&mut self, _: &Done) {}
+    /// The guest stands between two steps; with a base, at a sync point from which it is about to run on, where all that was given
+    /// to it and came from it has been posted. For a log that takes checkpoints by itself.
+    fn attend(&mut self, _: &mut Machine, _: Option<Base>) {}
 }
 
 /// No log at all: `doppel run`.

@@ -137,6 +137,7 @@ fn advance(machine: &mut Machine) -> bool {
             );
             false
         }
+        Stepped::Debugged => unreachable!("nobody debugs it"),
     }
 }
 

@@ -353,6 +353,11 @@ impl<R: Read> LogFileReader<R> {
         self.offset
     }
 
+    /// The number of the last entry of a lane that was read.
+    pub fn last(&self, lane: Lane) -> Seq {
+        self.last[lane.index()]
+    }
+
     /// The next entry; `None` at the end of the file.
     ///
     /// # Errors

@@ -271,6 +271,9 @@ impl Guest<'_> {
                 let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
                 words.extend(
                     [
+                        // A guest that crashes is to be seen, not started again.
+                        "--on-reset",
+                        "end",
                         "--kernel",
                         &kernel,
                         "--initrd",

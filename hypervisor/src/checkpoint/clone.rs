@@ -10,7 +10,8 @@
 //!
 //! A message is a tag (u8), the length of its body (u32), its CRC-32C (u32) and the body:
 //! pages (`P`: their numbers (u64), as many as there are pages, then their contents), zero pages (`Z`: runs of first and
-//! count (u64)), a part of the checkpoint (`C`: number (u32), 1 if it is the last (u8), bytes). All little-endian.
+//! count (u64)), a part of the checkpoint (`C`: number (u32), 1 if it is the last (u8), bytes). All little-endian. The blocks of a disk
+//! (`backends/disk/copy.rs`) go before, in between and, the rest of them, before the checkpoint, in the same forms: `B` and `N`.
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
@@ -18,11 +19,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{CheckpointError, PART_BYTES, Restored, Shadow};
+use crate::backends::disk::copy::{BLOCK, Blocks, Incoming};
 use crate::machine::Machine;
 use crate::memory::{DirtyPages, GuestRam, MemoryError, PAGE_SIZE, PageNumber};
 
 const PAGES: u8 = b'P';
 const ZEROS: u8 = b'Z';
+const BLOCKS: u8 = b'B';
+const NO_BLOCKS: u8 = b'N';
 const PART: u8 = b'C';
 const HEAD: usize = 9;
 /// Pages in one message: a quarter of a MiB, large against a system call, small against a socket's buffer.
@@ -70,6 +74,9 @@ pub enum CloneError {
     /// The checkpoint at the end.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// This side's disk image.
+    #[error("this side's disk image fails: {0}")]
+    Disk(std::io::Error),
 }
 
 /// Sends a running machine's pages.
@@ -142,6 +149,39 @@ impl<W: Write> Sender<W> {
         Ok(count)
     }
 
+    /// Sends blocks of the disk.
+    ///
+    /// # Errors
+    /// [`CloneError::Stream`].
+    pub fn blocks(&mut self, blocks: &Blocks) -> Result<(), CloneError> {
+        let numbers = blocks.numbers.chunks(PAGES_AT_ONCE);
+        for (numbers, contents) in numbers.zip(blocks.contents.chunks(PAGES_AT_ONCE * BLOCK)) {
+            self.body.clear();
+            for number in numbers {
+                self.body.extend_from_slice(&number.to_le_bytes());
+            }
+            self.body.extend_from_slice(contents);
+            self.send(BLOCKS)?;
+        }
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for &block in &blocks.zeros {
+            match runs.last_mut().filter(|run| run.end == block) {
+                Some(run) => run.end += 1,
+                None => runs.push(block..block + 1),
+            }
+        }
+        for runs in runs.chunks(RUNS_AT_ONCE) {
+            self.body.clear();
+            for run in runs {
+                self.body.extend_from_slice(&run.start.to_le_bytes());
+                let count = run.end - run.start;
+                self.body.extend_from_slice(&count.to_le_bytes());
+            }
+            self.send(NO_BLOCKS)?;
+        }
+        Ok(())
+    }
+
     /// Sends the checkpoint that ends the copy.
     ///
     /// # Errors
@@ -183,7 +223,10 @@ impl<W: Write> Sender<W> {
     }
 
     /// Nothing waits in this side's buffers.
-    fn push(&mut self) -> Result<(), CloneError> {
+    ///
+    /// # Errors
+    /// [`CloneError::Stream`].
+    pub fn push(&mut self) -> Result<(), CloneError> {
         let bytes = self.bytes;
         let broke = |source| CloneError::Stream { bytes, source };
         self.to.flush().map_err(broke)
@@ -231,11 +274,16 @@ struct Batch {
     contents: Vec<u8>,
 }
 
-/// Makes of this machine, which has not run yet, the one that is being sent. After an error it is of no further use.
+/// Makes of this machine, which has not run yet, the one that is being sent, and of this image that of its disk, if that is sent, too. After
+/// an error they are of no further use.
 ///
 /// # Errors
 /// See [`CloneError`].
-pub fn receive(from: impl Read, machine: &mut Machine) -> Result<(Restored, u64), CloneError> {
+pub fn receive(
+    from: impl Read,
+    machine: &mut Machine,
+    mut image: Option<&mut dyn Incoming>,
+) -> Result<(Restored, u64), CloneError> {
     let mut shadow = Shadow::new(machine.pages());
     let mut messages = Messages {
         from,
@@ -243,12 +291,25 @@ pub fn receive(from: impl Read, machine: &mut Machine) -> Result<(Restored, u64)
         body: Vec::new(),
     };
     let mut left = machine.pages().saturating_mul(TIMES_MAX);
+    let blocks = image.as_ref().map_or(0, |image| image.blocks());
+    let mut blocks_left = blocks.saturating_mul(TIMES_MAX);
     loop {
         let at = messages.bytes;
         let bad = |what: String| CloneError::Message { at, what };
         match messages.next()? {
             (PAGES, body) => pages(&machine.shared_ram(), body, &mut left).map_err(|e| e.at(at))?,
             (ZEROS, body) => zeros(&machine.shared_ram(), body, &mut left).map_err(|e| e.at(at))?,
+            (tag @ (BLOCKS | NO_BLOCKS), body) => {
+                let Some(image) = &mut image else {
+                    return Err(bad("blocks of a disk that is not copied".into()));
+                };
+                let came = if tag == BLOCKS {
+                    put_blocks(&mut **image, body, &mut blocks_left)
+                } else {
+                    put_zeros(&mut **image, body, &mut blocks_left)
+                };
+                came.map_err(|error| error.at(at))?;
+            }
             (PART, body) => {
                 let (head, bytes) = body
                     .split_at_checked(PART_HEAD)
@@ -302,6 +363,7 @@ impl<R: Read> Messages<R> {
 /// What is wrong with a message's body.
 enum Bad {
     Memory(MemoryError),
+    Disk(std::io::Error),
     Shape(String),
 }
 
@@ -309,6 +371,7 @@ impl Bad {
     fn at(self, at: u64) -> CloneError {
         match self {
             Self::Memory(error) => error.into(),
+            Self::Disk(error) => CloneError::Disk(error),
             Self::Shape(what) => CloneError::Message { at, what },
         }
     }
@@ -320,7 +383,11 @@ fn number(bytes: &[u8]) -> u64 {
 
 /// So many pages came, of those that may still come.
 fn spend(left: &mut u64, came: u64) -> Result<(), Bad> {
-    let over = || Bad::Shape(format!("more pages than {TIMES_MAX} times the memory"));
+    let over = || {
+        Bad::Shape(format!(
+            "more than {TIMES_MAX} times the memory, or the disk"
+        ))
+    };
     *left = left.checked_sub(came).ok_or_else(over)?;
     Ok(())
 }
@@ -361,6 +428,48 @@ fn zeros(ram: &GuestRam, body: &[u8], left: &mut u64) -> Result<(), Bad> {
         }
     }
     Ok(())
+}
+
+fn put_blocks(image: &mut dyn Incoming, body: &[u8], left: &mut u64) -> Result<(), Bad> {
+    const BYTES: usize = 8 + BLOCK;
+    if !body.len().is_multiple_of(BYTES) {
+        return Err(Bad::Shape(format!("blocks in {} bytes", body.len())));
+    }
+    let count = body.len() / BYTES;
+    spend(left, count as u64)?;
+    let (numbers, contents) = body.split_at(count * 8);
+    let (contents, _) = contents.as_chunks::<BLOCK>();
+    for (block, content) in numbers.chunks_exact(8).zip(contents) {
+        put(image, number(block), content)?;
+    }
+    Ok(())
+}
+
+fn put_zeros(image: &mut dyn Incoming, body: &[u8], left: &mut u64) -> Result<(), Bad> {
+    if !body.len().is_multiple_of(16) {
+        return Err(Bad::Shape(format!("zero blocks in {} bytes", body.len())));
+    }
+    for run in body.chunks_exact(16) {
+        let (first, count) = (number(&run[..8]), number(&run[8..]));
+        let end = first
+            .checked_add(count)
+            .filter(|&end| end <= image.blocks());
+        let Some(end) = end else {
+            return Err(Bad::Shape(format!("{count} zero blocks from {first}")));
+        };
+        spend(left, count)?;
+        for block in first..end {
+            put(image, block, &[0; BLOCK])?;
+        }
+    }
+    Ok(())
+}
+
+fn put(image: &mut dyn Incoming, block: u64, content: &[u8; BLOCK]) -> Result<(), Bad> {
+    if block >= image.blocks() {
+        return Err(Bad::Shape(format!("block {block} of {}", image.blocks())));
+    }
+    image.put(block, content).map_err(Bad::Disk)
 }
 
 fn write(ram: &GuestRam, page: u64, content: &[u8]) -> Result<(), Bad> {

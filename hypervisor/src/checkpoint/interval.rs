@@ -5,21 +5,23 @@
 //!   0 magic "DOPLINTV"     16 bytes in all     24 outputs (u32)             32 CRC-32C of what is before the
 //!   8 version (u32)                            28 bytes of outputs (u32)       checkpoint, but for these four bytes
 //!  12 staged frames that it covers (u32)
-//!  36 outputs: kind (u8) 1 frame, 2 console, 3 power-off; length (u32); bytes  │  the checkpoint
+//!  36 outputs: kind (u8) 1 frame, 2 console, 3 power-off, 4 what was asked of the disk; length (u32); bytes  │  the checkpoint
 //! ```
 //! The outputs wait in the primary's gate until all this has committed. They are here so that a backup that goes live can send
-//! those again that may not have left. Staged frames are counted in the order of the inputs lane: those that it covers are in the
+//! those again that may not have left. What was asked of the disk (writes and flushes, in their order, behind all others) is done to the
+//! backup's image once the interval is whole, so that a torn one leaves no trace there either. Staged frames are counted in the order of the inputs lane: those that it covers are in the
 //! guest's memory as the checkpoint has it, or were dropped by it; all others are to be given to whoever goes on from here.
 #![forbid(unsafe_code)]
 
 use super::format;
 use crate::devices::MAX_FRAME;
+use crate::disk::{DATA_MAX, REQUEST_HEAD, Request};
 use crate::event::Output;
 use crate::outlet::FRAMES_WAITING;
 
 const MAGIC: [u8; 8] = *b"DOPLINTV";
 /// Grows with every change of the layout.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 36;
 const CHECKSUM_AT: usize = 32;
 
@@ -33,6 +35,7 @@ const CONSOLE_MAX: u64 = 64 << 10;
 const FRAME: u8 = 1;
 const CONSOLE: u8 = 2;
 const POWER_OFF: u8 = 3;
+const ASKED: u8 = 4;
 
 /// Why bytes are no interval of this machine.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -85,25 +88,34 @@ pub struct Interval<'a> {
     pub frames: u32,
     /// What the guest has sent in it, in order.
     pub outputs: Vec<Output>,
+    /// What was asked of the disk in it, in order.
+    pub asked: Vec<Request>,
     /// The checkpoint that ends it.
     pub checkpoint: &'a [u8],
 }
 
 /// What stands before the checkpoint, which has so many bytes.
 #[must_use]
-pub fn head(frames: u32, outputs: &[Output], checkpoint: usize) -> Vec<u8> {
+pub fn head(frames: u32, outputs: &[Output], asked: &[Request], checkpoint: usize) -> Vec<u8> {
     let mut bytes = vec![0; HEADER];
-    for output in outputs {
-        let (kind, content): (u8, &[u8]) = match output {
-            Output::Frame(content) => (FRAME, content),
-            Output::Console(content) => (CONSOLE, content),
-            Output::PowerOff(status) => (POWER_OFF, std::slice::from_ref(status)),
-            // A machine with a disk is not replicated by checkpoints (`session/disk.rs`).
-            Output::Disk(_) => continue,
-        };
+    let mut count = 0_u32;
+    let mut add = |kind, content: &[u8]| {
         bytes.push(kind);
         bytes.extend_from_slice(&(content.len() as u32).to_le_bytes());
         bytes.extend_from_slice(content);
+        count += 1;
+    };
+    for output in outputs {
+        match output {
+            Output::Frame(content) => add(FRAME, content),
+            Output::Console(content) => add(CONSOLE, content),
+            Output::PowerOff(status) => add(POWER_OFF, std::slice::from_ref(status)),
+            // Those come below.
+            Output::Disk(_) => {}
+        }
+    }
+    for content in asked.iter().filter_map(Request::encode) {
+        add(ASKED, &content);
     }
     let in_all = (bytes.len() + checkpoint) as u64;
     let of_outputs = (bytes.len() - HEADER) as u32;
@@ -111,7 +123,7 @@ pub fn head(frames: u32, outputs: &[Output], checkpoint: usize) -> Vec<u8> {
     bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
     bytes[12..16].copy_from_slice(&frames.to_le_bytes());
     bytes[16..24].copy_from_slice(&in_all.to_le_bytes());
-    bytes[24..28].copy_from_slice(&(outputs.len() as u32).to_le_bytes());
+    bytes[24..28].copy_from_slice(&count.to_le_bytes());
     bytes[28..32].copy_from_slice(&of_outputs.to_le_bytes());
     let checksum = checksum(&bytes);
     bytes[CHECKSUM_AT..HEADER].copy_from_slice(&checksum.to_le_bytes());
@@ -168,7 +180,7 @@ impl<'a> Interval<'a> {
             return Err(IntervalError::Checksum { expected, found });
         }
         let mut rest = &head[HEADER..];
-        let mut outputs = Vec::new();
+        let (mut outputs, mut asked) = (Vec::new(), Vec::new());
         while let Some((&kind, after)) = rest.split_first() {
             let (size, after) = after
                 .split_first_chunk::<4>()
@@ -181,7 +193,8 @@ impl<'a> Interval<'a> {
                 FRAME => MAX_FRAME as u64,
                 CONSOLE => CONSOLE_MAX,
                 POWER_OFF => 1,
-                other => return Err(limit("kind of output", other.into(), POWER_OFF.into())),
+                ASKED => (REQUEST_HEAD + DATA_MAX) as u64,
+                other => return Err(limit("kind of output", other.into(), ASKED.into())),
             };
             let size = bounded(
                 "length of an output",
@@ -196,22 +209,28 @@ impl<'a> Interval<'a> {
                         expected: size,
                         found: after.len() as u64,
                     })?;
+            rest = after;
+            if kind == ASKED {
+                let request = Request::decode(content);
+                asked.push(request.ok_or_else(|| limit("request to the disk", size, 0))?);
+                continue;
+            }
             outputs.push(match (kind, content) {
                 (FRAME, frame) => Output::Frame(frame.to_vec()),
                 (POWER_OFF, &[status]) => Output::PowerOff(status),
                 (POWER_OFF, _) => return Err(limit("length of a power-off", size, 1)),
                 (_, text) => Output::Console(text.to_vec()),
             });
-            rest = after;
         }
         length(
             "outputs (their number)",
             word32(head, 24).into(),
-            outputs.len() as u64,
+            (outputs.len() + asked.len()) as u64,
         )?;
         Ok(Self {
             frames: word32(head, 12),
             outputs,
+            asked,
             checkpoint,
         })
     }
@@ -247,6 +266,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::{PART_BYTES, Shadow, ShadowError};
+    use crate::disk::{Data, Operation, RequestNumber};
 
     const RAM: u64 = 512;
 
@@ -259,34 +279,57 @@ mod tests {
         ]
     }
 
-    fn interval() -> impl Strategy<Value = (u32, Vec<Output>, Vec<u8>)> {
-        let outputs = proptest::collection::vec(output(), 0..8);
-        let checkpoint = proptest::collection::vec(any::<u8>(), 0..20_000);
-        (any::<u32>(), outputs, checkpoint)
+    fn request() -> impl Strategy<Value = Request> {
+        let write = (
+            any::<u64>(),
+            any::<u64>(),
+            1usize..9,
+            any::<u8>(),
+            any::<bool>(),
+        );
+        write.prop_map(|(number, sector, sectors, byte, durable)| Request {
+            number: RequestNumber(number),
+            operation: if byte == 0 {
+                Operation::Flush
+            } else {
+                Operation::Write {
+                    sector,
+                    data: Data(vec![byte; sectors * 512]),
+                    durable,
+                }
+            },
+        })
     }
 
-    fn written(frames: u32, outputs: &[Output], checkpoint: &[u8]) -> Vec<u8> {
-        let mut bytes = head(frames, outputs, checkpoint.len());
+    fn interval() -> impl Strategy<Value = (u32, Vec<Output>, Vec<Request>, Vec<u8>)> {
+        let outputs = proptest::collection::vec(output(), 0..8);
+        let checkpoint = proptest::collection::vec(any::<u8>(), 0..20_000);
+        let asked = proptest::collection::vec(request(), 0..4);
+        (any::<u32>(), outputs, asked, checkpoint)
+    }
+
+    fn written(frames: u32, outputs: &[Output], asked: &[Request], checkpoint: &[u8]) -> Vec<u8> {
+        let mut bytes = head(frames, outputs, asked, checkpoint.len());
         bytes.extend_from_slice(checkpoint);
         bytes
     }
 
     proptest! {
         #[test]
-        fn what_is_written_is_read((frames, outputs, checkpoint) in interval()) {
-            let bytes = written(frames, &outputs, &checkpoint);
+        fn what_is_written_is_read((frames, outputs, asked, checkpoint) in interval()) {
+            let bytes = written(frames, &outputs, &asked, &checkpoint);
             let read = Interval::parse(&bytes, RAM).unwrap();
-            prop_assert_eq!(read, Interval { frames, outputs, checkpoint: &checkpoint });
+            prop_assert_eq!(read, Interval { frames, outputs, asked, checkpoint: &checkpoint });
         }
 
         /// However it is cut into parts, and wherever its sender dies: it is there whole, or it is not there.
         #[test]
         fn a_torn_one_is_never_taken_for_a_whole_one(
-            (frames, outputs, checkpoint) in interval(),
+            (frames, outputs, asked, checkpoint) in interval(),
             size in 40..PART_BYTES,
             torn in any::<prop::sample::Index>(),
         ) {
-            let bytes = written(frames, &outputs, &checkpoint);
+            let bytes = written(frames, &outputs, &asked, &checkpoint);
             let parts: Vec<&[u8]> = bytes.chunks(size).collect();
             let mut shadow = Shadow::of_intervals(RAM);
             for (number, part) in parts.iter().enumerate() {
@@ -323,7 +366,11 @@ mod tests {
     #[test]
     fn every_flipped_bit_before_the_checkpoint_is_noticed() {
         let outputs = [Output::Frame(vec![7; 60]), Output::Console(b"x".to_vec())];
-        let bytes = written(3, &outputs, &[9; 100]);
+        let asked = [Request {
+            number: RequestNumber(1),
+            operation: Operation::Flush,
+        }];
+        let bytes = written(3, &outputs, &asked, &[9; 100]);
         for bit in 0..(bytes.len() - 100) * 8 {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -333,12 +380,12 @@ mod tests {
 
     #[test]
     fn more_than_it_announced_is_not_taken_in() {
-        let bytes = written(0, &[], &[1; 500]);
+        let bytes = written(0, &[], &[], &[1; 500]);
         let mut shadow = Shadow::of_intervals(RAM);
         shadow.add(0, &bytes).unwrap();
         let announced = bytes.len() as u64;
         assert_eq!(shadow.add(1, &[0]), Err(ShadowError::TooLong { announced }));
-        let mut huge = head(0, &[], 0);
+        let mut huge = head(0, &[], &[], 0);
         huge[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
         assert!(matches!(
             Shadow::of_intervals(RAM).add(0, &huge),

@@ -84,9 +84,10 @@ impl Machine {
     ) -> Result<Capture, CheckpointError> {
         let (cpus, devices) = match self.phase() {
             Phase::Ready | Phase::HltInstruction => (self.settled_cpus()?, self.save_devices()),
-            // It never runs again: whether the last instruction is complete is nobody's business.
-            Phase::Off(_) => (self.cpus_at_exit()?, self.save_devices()),
-            Phase::Halted => (self.cpus_at_exit()?, self.save_devices_before_access()),
+            // It never runs again: whether the last instruction is complete is nobody's business. It may have been turned off while it waited.
+            Phase::Off(_) | Phase::Halted => {
+                (self.cpus_at_exit()?, self.save_devices_before_access())
+            }
             phase @ (Phase::Needs(_) | Phase::Reset | Phase::Crashed) => {
                 return Err(CheckpointError::NotReady { phase });
             }

@@ -8,6 +8,7 @@ mod figures;
 mod hook;
 mod machine;
 mod order;
+mod package;
 mod pair;
 mod prepare;
 mod record;
@@ -20,7 +21,7 @@ mod vm;
 use std::fmt::Display;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
@@ -31,6 +32,7 @@ use hypervisor::session::serve::Served;
 /// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
 #[derive(Debug, Parser)]
 #[command(
+    name = "doppel",
     version,
     after_help = "Exit codes:\n  \
         0  well: the guest turned itself off, or the role was ended on purpose\n  \
@@ -89,6 +91,8 @@ enum Command {
     Vm(vm::VmArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
+    #[command(hide = true)]
+    PackageFiles(package::PackageArgs),
 }
 
 /// An exit code with its message.
@@ -151,6 +155,7 @@ pub fn main() -> ExitCode {
         Command::Top(args) => top::top(&args),
         Command::Vm(args) => vm::vm(&args),
         Command::HookHelper(args) => hook::help(&args),
+        Command::PackageFiles(args) => package::write(&args, Cli::command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

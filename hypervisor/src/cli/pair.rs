@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use hypervisor::arbiter::Place;
-use hypervisor::config::{CommitMode, Config, LagPolicy, Transport};
+use hypervisor::config::{CommitMode, Config, FlightRecorder, LagPolicy, Transport};
 use hypervisor::intervals::{Ends, Replication};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 
@@ -274,6 +275,10 @@ pub struct BackupArgs {
     machine: MachineArgs,
     #[command(flatten)]
     pair: PairArgs,
+    /// Keep the last checkpoint and the log since in this directory, of bounded size, so that what the machine died of was recorded
+    /// (docs/flight-recorder.md)
+    #[arg(long, value_name = "DIR[,size=BYTES][,every=TIME]", value_parser = FlightRecorder::from_str)]
+    recorder: Option<FlightRecorder>,
 }
 
 pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
@@ -292,7 +297,12 @@ pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
 }
 
 pub fn backup(args: &BackupArgs) -> Result<(), Failure> {
-    let config = args.machine.config(|config| args.pair.apply(config))?;
+    let config = args.machine.config(|config| {
+        args.pair.apply(config);
+        if args.recorder.is_some() {
+            config.recorder.clone_from(&args.recorder);
+        }
+    })?;
     let served = backup_session::run(&config, &args.machine.inherited(), args.machine.json)?;
     super::served(&served)
 }

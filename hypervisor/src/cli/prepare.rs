@@ -55,6 +55,11 @@ pub fn prepare(args: &PrepareArgs) -> Result<(), Failure> {
     fs::create_dir_all(&args.out).map_err(|error| cannot("make", &args.out, &error))?;
     let mut report = kernel.report;
     write(&args.out, "vmlinux", &kernel.bytes)?;
+    if let Some(map) =
+        prepare::system_map(&kernel.bytes).map_err(|error| of(&args.kernel, &error))?
+    {
+        write(&args.out, "System.map", map.as_bytes())?;
+    }
     if let Some(modules) = &args.modules {
         report.extend(prepare::modules(modules, &args.out.join("modules"))?);
     }

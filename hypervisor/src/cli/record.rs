@@ -1,9 +1,11 @@
 //! `doppel record`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
+use hypervisor::config::{FlightRecorder, duration};
 use hypervisor::session::solo::{self, RecordFor};
 
 use super::Failure;
@@ -12,14 +14,17 @@ use super::machine::{MachineArgs, spec};
 /// Run a machine and record it into a log file, which `doppel replay` runs again
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  doppel record --guest irq --out irq.log --for 5s\n  doppel record --guest clock --out clock.log --for 500ms --every-exit"
+    after_help = "Examples:\n  doppel record --guest irq --out irq.log --for 5s\n  doppel record --guest clock --out clock.log --for 500ms --every-exit\n  doppel record --guest kv --recorder recording,size=2G,every=60s"
 )]
 pub struct RecordArgs {
     #[command(flatten)]
     machine: MachineArgs,
-    /// The log file
-    #[arg(long, value_name = "LOG")]
-    out: PathBuf,
+    /// The log file, with all of it
+    #[arg(long, value_name = "LOG", conflicts_with = "recorder")]
+    out: Option<PathBuf>,
+    /// Keep the last checkpoint and the log since in this directory, of bounded size (docs/flight-recorder.md)
+    #[arg(long, value_name = "DIR[,size=BYTES][,every=TIME]", value_parser = FlightRecorder::from_str)]
+    recorder: Option<FlightRecorder>,
     /// How long to record, such as 5s or 500ms; otherwise until the guest turns itself off or Ctrl-C
     #[arg(long = "for", value_name = "TIME", value_parser = duration)]
     length: Option<Duration>,
@@ -28,32 +33,27 @@ pub struct RecordArgs {
     every_exit: bool,
 }
 
-/// Reads `5s`, `500ms`, `2m`.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is no time: write 5s, 500ms or 2m"))?;
-    let millis = match &text[digits.len()..] {
-        "ms" => Some(number),
-        "s" => number.checked_mul(1000),
-        "m" => number.checked_mul(60_000),
-        _ => return Err(format!("{text:?} has no unit: write 5s, 500ms or 2m")),
-    };
-    millis
-        .map(Duration::from_millis)
-        .ok_or_else(|| format!("{text:?} is too long"))
-}
-
 pub fn record(args: &RecordArgs) -> Result<(), Failure> {
-    let config = args.machine.config(|_| ())?;
+    let config = args.machine.config(|config| {
+        if args.recorder.is_some() {
+            config.recorder.clone_from(&args.recorder);
+        } else if args.out.is_some() {
+            config.recorder = None;
+        }
+    })?;
+    if args.out.is_none() && config.recorder.is_none() {
+        return Err(Failure::new(
+            Failure::USAGE,
+            "where to? give it a log file (--out LOG) or a flight recorder's directory (--recorder DIR)",
+        ));
+    }
     let recorded = solo::record(
         &config,
         &args.machine.inherited(),
         &spec(&config)?,
         args.machine.json,
         RecordFor {
-            out: &args.out,
+            out: args.out.as_deref(),
             length: args.length,
             every_exit: args.every_exit,
         },
@@ -73,38 +73,16 @@ pub fn record(args: &RecordArgs) -> Result<(), Failure> {
         );
     } else {
         match (sync_points, hash) {
-            (Some(points), Some(hash)) => eprintln!(
-                "recorded {points} sync points in {} bytes, memory hash {hash:016x}",
-                recorded.bytes
-            ),
+            (Some(points), Some(hash)) => {
+                let bytes = recorded
+                    .bytes
+                    .map_or(String::new(), |bytes| format!(" in {bytes} bytes"));
+                eprintln!("recorded {points} sync points{bytes}, memory hash {hash:016x}");
+            }
             _ => eprintln!(
-                "recorded {} bytes; the guest was stopped between two sync points, so the end cannot be compared",
-                recorded.bytes
+                "recorded; the guest was stopped between two sync points, so the end cannot be compared"
             ),
         }
     }
     super::guest_ended(recorded.ended)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_have_units() {
-        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
-        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
-        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
-        for bad in [
-            "",
-            "5",
-            "s",
-            "5h",
-            "-1s",
-            "99999999999999999999s",
-            "18446744073709551615m",
-        ] {
-            assert!(duration(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -159,6 +159,7 @@ impl Desk {
             let over = self.board.is_over();
             self.pick_up(now);
             if over {
+                self.viewers.last_words(self.board.spool(), now);
                 return;
             }
             if now >= second {

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 
 use super::status::{Role, Standing, Status};
+use super::view::CHANGES;
 use crate::meter::Latencies;
 
 /// What is answered to a request.
@@ -193,10 +194,12 @@ pub(super) fn page(status: &Status, commits: &Latencies, stops: &Latencies) -> S
         "counter",
         "Changes of role, by event.",
     );
-    for (event, &count) in &status.changes {
+    // Those that have not happened, too: a counter that is born with 1 has never grown, for Prometheus.
+    for event in CHANGES {
+        let count = status.changes.get(event).copied().unwrap_or(0);
         page.value(
             "doppel_role_changes_total",
-            &[("event", event.as_str())],
+            &[("event", event)],
             count as f64,
         );
     }
@@ -317,6 +320,7 @@ mod tests {
         assert_eq!(of("doppel_standing{standing=\"unprotected\"}"), 0.0);
         assert_eq!(of("doppel_exits_total{}"), 1000.0);
         assert_eq!(of("doppel_role_changes_total{event=\"protected\"}"), 1.0);
+        assert_eq!(of("doppel_role_changes_total{event=\"live\"}"), 0.0);
         assert_eq!(of("doppel_arbiter_reachable{}"), 1.0);
         assert_eq!(of("doppel_hook_failures_total{}"), 1.0);
         assert_eq!(of("doppel_commit_latency_seconds_count{}"), 4.0);

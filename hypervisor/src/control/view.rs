@@ -71,7 +71,19 @@ fn keep<T>(list: &mut VecDeque<T>, most: usize, new: T) {
     list.push_back(new);
 }
 
-/// What a change of role is called, if this is one that was not told yet.
+/// What changes of role are called.
+pub(super) const CHANGES: [&str; 8] = [
+    "waiting",
+    "following",
+    "protected",
+    "switching-over",
+    "live",
+    "unprotected",
+    "frozen",
+    "ended",
+];
+
+/// What a change of role is called, if this is one that was not told yet; one of [`CHANGES`].
 fn event(
     announced: Option<&'static str>,
     before: Role,
@@ -489,6 +501,19 @@ pub(super) mod tests {
                 "ended"
             ]
         );
+    }
+
+    #[test]
+    fn every_change_is_one_of_the_events() {
+        let mut seen = std::collections::BTreeSet::new();
+        for before in [Role::Backup, Role::Primary, Role::Solo] {
+            seen.extend(
+                Standing::ALL
+                    .into_iter()
+                    .filter_map(|now| event(None, before, now)),
+            );
+        }
+        assert_eq!(seen, CHANGES.into_iter().collect());
     }
 
     /// A view of a primary that has done some work.

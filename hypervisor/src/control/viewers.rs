@@ -111,6 +111,17 @@ impl Viewers {
         Some(again)
     }
 
+    /// The role is over, and nothing more comes: sends what there is, as far as it is taken at once.
+    pub(super) fn last_words(&mut self, spool: &Spool, now: Instant) {
+        for viewer in &mut self.list {
+            let mut before = None;
+            while viewer.at < spool.head()
+                && before.replace(viewer.at) != Some(viewer.at)
+                && viewer.deliver(spool, now)
+            {}
+        }
+    }
+
     /// Turns to each that is ready, after a wait; drops who has gone and who does not read.
     pub(super) fn turn(
         &mut self,

@@ -118,6 +118,7 @@ impl Heard {
             | Event::Progress { .. }
             | Event::Notice { .. }
             | Event::SwitchedOver { .. }
+            | Event::Checkpointed { .. }
             | Event::Ended { .. } => {}
         }
     }

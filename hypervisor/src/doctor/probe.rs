@@ -364,7 +364,7 @@ impl Bench<'_> {
                 // The thread ends only after `go` and `stopped` are gone.
                 let _ = go.send(());
                 match running.vcpu.run()? {
-                    Exit::Interrupted => {}
+                    Exit::Interrupted | Exit::Debug => {}
                     other => return Err(ProbeError::Unexpected(other)),
                 }
                 let _ = stopped.send(Instant::now());
@@ -385,7 +385,7 @@ impl Bench<'_> {
 /// The next exit; a kick here is the watchdog's.
 fn next(vcpu: &mut Vcpu) -> Result<Exit, ProbeError> {
     match vcpu.run()? {
-        Exit::Interrupted => Err(ProbeError::TooLong),
+        Exit::Interrupted | Exit::Debug => Err(ProbeError::TooLong),
         exit => Ok(exit),
     }
 }

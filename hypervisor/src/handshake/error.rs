@@ -174,7 +174,7 @@ pub enum HandshakeError {
 }
 
 /// Why a backup's disk image cannot follow its primary's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskMisfit {
     /// The backup has none.
     #[error(
@@ -197,11 +197,16 @@ pub enum DiskMisfit {
         /// The same of this side's.
         ours: (u64, bool),
     },
-    /// The machine runs.
+    /// Another machine's.
     #[error(
-        "the machine runs and writes its disk, and images are not copied while it does: power it off, copy its image here, and start both sides"
+        "the machine runs, so its disk is copied over this backup's image, which belongs to the machine {0:?}: give it another image, or remove that one's mark and empty it"
     )]
-    Running,
+    Foreign(String),
+    /// Nobody knows whose.
+    #[error(
+        "the machine runs, so its disk is copied over this backup's image, which carries no mark of this machine and is not empty: give it an empty image of that size (truncate), or one that this machine had"
+    )]
+    NotEmpty,
     /// The content differs.
     #[error(
         "the two disk images differ: copy the primary's here while neither side runs (the image alone, not its mark)"

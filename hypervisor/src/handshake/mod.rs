@@ -57,7 +57,7 @@ use crate::protocol::{Configuration, Epoch, Identity, Record, State};
 use proof::FIRST_WORDS;
 
 /// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;

@@ -5,6 +5,8 @@
 //! APIC, KVM's paravirtual leaves).
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +133,28 @@ pub struct CpuModel {
     pub vendor: String,
     /// Family, model and stepping as leaf 1 gives them (EAX).
     pub signature: u32,
+}
+
+impl fmt::Display for CpuModel {
+    /// Vendor, family, model, stepping, as `/proc/cpuinfo` counts them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = self.signature;
+        let (family, model) = (word >> 8 & 0xf, word >> 4 & 0xf);
+        let extended = if family == 0xf { word >> 20 & 0xff } else { 0 };
+        let high = if matches!(family, 6 | 0xf) {
+            word >> 16 & 0xf
+        } else {
+            0
+        };
+        write!(
+            f,
+            "{} family {} model {} stepping {}",
+            self.vendor,
+            family + extended,
+            high << 4 | model,
+            word & 0xf
+        )
+    }
 }
 
 impl CpuModel {

@@ -42,13 +42,15 @@ pub enum Exit {
     Shutdown,
     /// A signal or `immediate_exit` ended the run. Not a sync point: no state may be read or changed by it.
     Interrupted,
+    /// A debugger's breakpoint, or the end of its single step. Not a sync point either.
+    Debug,
 }
 
 impl Exit {
     /// Whether this exit is a deterministic function of guest state.
     #[must_use]
     pub fn is_sync_point(self) -> bool {
-        !matches!(self, Self::Interrupted)
+        !matches!(self, Self::Interrupted | Self::Debug)
     }
 
     /// Whether inputs and interrupts may be handed to the guest here. MSR exits are no place to inject: KVM completes

@@ -8,8 +8,8 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_fpu,
-    kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -21,6 +21,9 @@ const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
 
 /// Bytes KVM can hand over in one port exit: a page, as `KVM_PIO_PAGE_OFFSET` says.
 const PORT_DATA_MAX: usize = 4096;
+
+/// Addresses that an x86 can watch at once: DR0 to DR3.
+pub const STOPS_MAX: usize = 4;
 
 thread_local! {
     /// The run page of the vCPU that this thread runs, for the signal handler.
@@ -205,6 +208,7 @@ impl Vcpu {
             }
             KVM_EXIT_SHUTDOWN => Exit::Shutdown,
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => Exit::Interrupted,
+            KVM_EXIT_DEBUG => Exit::Debug,
             KVM_EXIT_INTERNAL_ERROR => {
                 // SAFETY: see above.
                 let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
@@ -305,6 +309,28 @@ impl Vcpu {
         self.fd.set_guest_debug(&set(0)).map_err(refused)?;
         ran.map_err(KvmError::call("KVM_RUN"))?;
         Ok(self.fd.get_kvm_run().exit_reason == KVM_EXIT_DEBUG)
+    }
+
+    /// Has the guest stop after its next instruction, or before those at these addresses, at most four; with neither, not at all. The
+    /// guest's own debug registers are not touched, and neither is its memory.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn debug(&self, step: bool, stops: &[u64]) -> Result<(), KvmError> {
+        /// Of DR7: the bit that is always set, and for each address that it is on (exact, for all tasks), of one byte, executed.
+        const ALWAYS: u64 = 1 << 10;
+        let mut debug = kvm_guest_debug::default();
+        if step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        for (number, address) in stops.iter().take(STOPS_MAX).enumerate() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            debug.arch.debugreg[number] = *address;
+            debug.arch.debugreg[7] |= ALWAYS | 2 << (2 * number);
+        }
+        self.fd
+            .set_guest_debug(&debug)
+            .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.

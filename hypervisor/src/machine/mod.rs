@@ -25,7 +25,7 @@ pub use state::{BadProcessors, Processors, Swept};
 use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
-use crate::disk::Request;
+use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
 use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
@@ -65,6 +65,8 @@ pub enum Stepped {
     SyncPoint,
     /// Somebody kicked the vCPU; nothing happened.
     Kicked,
+    /// It stands where a debugger wanted it; nothing happened either.
+    Debugged,
 }
 
 /// What can go wrong with a machine.
@@ -156,6 +158,8 @@ pub struct Machine {
     /// What it takes to start anew.
     /// What it takes to start anew; none where vCPUs have threads of their own.
     again: Option<Reset>,
+    /// Of the guest's disk; 0 without one.
+    disk_sectors: u64,
     /// Inputs and interrupts may be handed in at the current exit.
     injectable: bool,
     memory_hash: Option<MemoryHash>,
@@ -203,6 +207,7 @@ impl Machine {
             history: History::default(),
             phase: Phase::Ready,
             again,
+            disk_sectors: spec.disk.map_or(0, |disk| disk.sectors),
             halts_for_good: spec.boot == BootProtocol::Linux,
             memory_hash: None,
             watched: false,
@@ -327,6 +332,12 @@ impl Machine {
         requests.into_iter()
     }
 
+    /// Whether the guest's disk has all of this.
+    #[must_use]
+    pub fn disk_holds(&self, extent: Extent) -> bool {
+        extent.is_within(self.disk_sectors)
+    }
+
     /// Whether outputs wait to be taken.
     #[must_use]
     pub fn has_outputs(&self) -> bool {
@@ -355,7 +366,10 @@ impl Machine {
             // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
             // is interrupted.
             self.injectable = false;
-            return Ok(Stepped::Kicked);
+            return Ok(match exit {
+                Exit::Debug => Stepped::Debugged,
+                _ => Stepped::Kicked,
+            });
         }
         self.position = self.position.next();
         self.injectable = exit.may_inject();
@@ -411,7 +425,7 @@ impl Machine {
             // How Linux resets a machine that knows no other way.
             Exit::Shutdown if self.halts_for_good => Effect::Reset,
             Exit::Shutdown => self.end_of_guest(),
-            Exit::Interrupted => Effect::Done,
+            Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
             Effect::Done => Phase::Ready,

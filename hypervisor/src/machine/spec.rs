@@ -10,6 +10,7 @@ use super::VCPUS_MOST;
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
+use crate::kvm::CpuModel;
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
 pub const ENCODED_MAX: u32 = 256 << 20;
@@ -83,6 +84,9 @@ pub struct MachineSpec {
     pub vcpus: Option<u8>,
     /// Seeds a Linux kernel's random pool; a bare-metal guest does not see it.
     pub seed: [u8; SEED_BYTES],
+    /// Where a recording of it was made: it is replayed on the same model, and on no other. A pair's sides tell each other theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuModel>,
     /// What becomes of it when its guest resets it.
     #[serde(default)]
     pub on_reset: OnReset,
@@ -167,6 +171,7 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             image_bytes: image.bytes().len() as u64,
             on_reset: OnReset::default(),
             image: Arc::new(image.bytes().to_vec()),
@@ -198,12 +203,22 @@ impl MachineSpec {
             mac: MAC,
             mtu: MTU,
             disk: None,
+            cpu: None,
             seed,
             image_bytes: image.len() as u64,
             on_reset: OnReset::default(),
             image: Arc::new(image),
             initrd: Arc::new(initrd.map_or_else(|| Ok(Vec::new()), read)?),
         })
+    }
+
+    /// The same, for a recording that is made on this CPU.
+    #[must_use]
+    pub fn recorded_on(&self, cpu: &CpuModel) -> Self {
+        Self {
+            cpu: Some(cpu.clone()),
+            ..self.clone()
+        }
     }
 
     /// With so many vCPUs, at most [`VCPUS_MOST`], of the host's CPU and with KVM's own interrupt controller. For a Linux guest.

@@ -66,6 +66,29 @@ impl Machine {
         self.cpus.crew().is_some()
     }
 
+    /// Makes of a sync point, from which the guest is about to run on, a place between two instructions: an interrupt that is due is
+    /// delivered, as the next step would do it, no more inputs are taken here, and the exit's instruction is completed. In this
+    /// order: where the instruction is complete the guest may take an interrupt that it would not have taken before, and a machine
+    /// that was not stopped here would differ.
+    pub(crate) fn stand_to_run(&mut self) -> Result<(), MachineError> {
+        self.deliver()?;
+        self.injectable = false;
+        Ok(self.cpus.one().finish()?)
+    }
+
+    /// Has the guest stop after its next instruction, or before those at these addresses, at most four; with neither, not at all.
+    ///
+    /// # Errors
+    /// [`MachineError::Kvm`].
+    pub(crate) fn debug(&mut self, step: bool, stops: &[u64]) -> Result<(), MachineError> {
+        Ok(self.cpus.one().debug(step, stops)?)
+    }
+
+    /// The state of the one vCPU as it is now, for a debugger.
+    pub(crate) fn cpu(&mut self) -> Result<CpuState, MachineError> {
+        Ok(self.cpus.one().state()?)
+    }
+
     /// Starts the threads of such vCPUs, which stand; each begins with `first`. Does nothing where there are none.
     ///
     /// # Errors

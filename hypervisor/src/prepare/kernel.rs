@@ -103,6 +103,28 @@ fn look(bytes: &[u8], system_map: Option<&str>) -> Result<(Report, Vec<Patch>), 
     Ok((report, patches))
 }
 
+/// Where a kernel's functions are by its own table of symbols, as a System.map says it: what a debugger has to go by where the file's
+/// table of symbols was stripped. None if it has no such table, or has symbols in its file.
+///
+/// # Errors
+/// [`PrepareError::Elf`].
+pub fn system_map(vmlinux: &[u8]) -> Result<Option<String>, PrepareError> {
+    let elf = Elf::parse(vmlinux)?;
+    if functions(&elf).iter().any(|functions| functions.len() > 0) {
+        return Ok(None);
+    }
+    let mut data = elf.sections.iter().filter(|section| section.is_data());
+    let is_code = |address| {
+        elf.section_at(address)
+            .is_some_and(|(_, section)| section.is_code())
+    };
+    let symbols = data.find_map(|section| kallsyms::read(elf.bytes_of(section), is_code));
+    Ok(symbols.map(|symbols| {
+        let line = |(address, name)| format!("{address:016x} T {name}\n");
+        symbols.into_iter().map(line).collect()
+    }))
+}
+
 /// The functions of each section: from a System.map, the file's table of symbols, or the kernel's own.
 fn symbols_of(elf: &Elf<'_>, system_map: Option<&str>) -> Result<Vec<Functions>, PrepareError> {
     let place = |address| {

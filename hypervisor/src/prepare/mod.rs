@@ -37,7 +37,7 @@ mod unpack;
 
 pub use error::PrepareError;
 pub use initramfs::initramfs;
-pub use kernel::{kernel, vmlinux};
+pub use kernel::{kernel, system_map, vmlinux};
 pub use module::module;
 pub use program::program;
 pub use report::{Count, FileReport, Gap, Instruction, Kind, Outcome, Report, Site};

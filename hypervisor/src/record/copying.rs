@@ -88,6 +88,10 @@ impl<S: Sink> Recorder<S> {
         let started = Instant::now();
         match self.checkpoint_for_copy() {
             Ok(checkpoint) => {
+                if let Some(disk) = &self.disk {
+                    // Before anything that is asked from here on.
+                    disk.copy_rest();
+                }
                 // Before the first entry, which may meet the new log's own fence.
                 self.orders.begin_log();
                 self.begin_log(*sink)?;

@@ -49,6 +49,7 @@ impl<S: Sink> Recorder<S> {
             checksum = crc32c::crc32c_append(checksum, &staged.done.encode());
             count += 1;
             self.applied = self.applied.max(staged.seq);
+            self.sink.done(&staged.done);
             self.machine.supply(&Input::Disk(staged.done))?;
         }
         if count > 0 {

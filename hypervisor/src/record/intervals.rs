@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use super::{Ended, RecordError, Recorder};
+use crate::backends::disk::FOLLOW_BYTES;
 use crate::checkpoint::Pages;
 use crate::courier::{AT_ONCE, Courier, Parcel};
+use crate::disk::{Operation, Request};
 use crate::entry::{Base, LoggedInput};
 use crate::event::Output;
 use crate::gate::Committed;
@@ -29,6 +31,9 @@ use crate::sink::Sink;
 /// Bytes of frames in one interval, at which it ends: a quarter of what may wait in the gate, so that none is lost for it.
 const FRAMES_MOST: usize = FRAMES_WAITING / 4;
 
+/// Bytes written to the disk in one interval, at which it ends: half of what a backup's image may be behind with.
+const ASKED_MOST: usize = FOLLOW_BYTES / 2;
+
 /// Between two looks whether the courier is free; only a safety net, it rings.
 const STAND: Duration = Duration::from_millis(10);
 
@@ -40,6 +45,9 @@ pub struct Intervals<S> {
     protected: bool,
     outputs: Vec<Output>,
     frame_bytes: usize,
+    /// What the guest has asked of its disk in it, but for reads.
+    asked: Vec<Request>,
+    asked_bytes: usize,
     made: Vec<Instant>,
     frames: u32,
     /// Since when the guest has run in it.
@@ -58,6 +66,8 @@ impl<S: Sink> Intervals<S> {
             protected: false,
             outputs: Vec::new(),
             frame_bytes: 0,
+            asked: Vec::new(),
+            asked_bytes: 0,
             made: Vec::new(),
             frames: 0,
             began: None,
@@ -71,6 +81,13 @@ impl<S: Sink> Intervals<S> {
         self.protected = true;
         self.frames = 0;
         self.began = None;
+        self.forget_asked();
+    }
+
+    /// The image that a backup has, or will have, has it.
+    fn forget_asked(&mut self) {
+        self.asked.clear();
+        self.asked_bytes = 0;
     }
 
     /// Whether there is a log.
@@ -90,6 +107,7 @@ impl<S: Sink> Intervals<S> {
         }
         self.frame_bytes = 0;
         self.made.clear();
+        self.forget_asked();
     }
 
     /// When the interval that runs ends at the latest; none if the guest has not run in it.
@@ -103,7 +121,9 @@ impl<S: Sink> Intervals<S> {
 
     /// Whether it is as long as it may be.
     fn is_over(&self, now: Instant) -> bool {
-        self.frame_bytes >= FRAMES_MOST || self.ends().is_some_and(|ends| now >= ends)
+        self.frame_bytes >= FRAMES_MOST
+            || self.asked_bytes >= ASKED_MOST
+            || self.ends().is_some_and(|ends| now >= ends)
     }
 
     /// Whether it is to end as soon as it can be carried.
@@ -161,17 +181,31 @@ impl<S: Sink> Recorder<S> {
         if !self.machine.has_outputs() {
             return;
         }
-        if !intervals.protected {
-            for output in self.machine.outputs() {
+        let mut gated = false;
+        for output in self.machine.outputs() {
+            if let Output::Disk(request) = output {
+                if intervals.protected && !matches!(request.operation, Operation::Read { .. }) {
+                    intervals.asked_bytes += request.length();
+                    intervals.asked.push(request.clone());
+                }
+                // This side's image may run ahead of the other's as memory does: whoever takes over has its own.
+                if let Some(disk) = &self.disk {
+                    disk.serve(request);
+                }
+                continue;
+            }
+            gated = true;
+            if intervals.protected {
+                intervals.frame_bytes += frame_length(&output);
+                intervals.outputs.push(output);
+            } else {
                 self.outlet.hold(AT_ONCE, Seq::ZERO, output);
             }
-            self.outlet.release(Committed::EVERYTHING);
-            return;
         }
-        intervals.made.push(Instant::now());
-        for output in self.machine.outputs() {
-            intervals.frame_bytes += frame_length(&output);
-            intervals.outputs.push(output);
+        if intervals.protected && gated {
+            intervals.made.push(Instant::now());
+        } else if gated {
+            self.outlet.release(Committed::EVERYTHING);
         }
     }
 
@@ -247,12 +281,14 @@ impl<S: Sink> Recorder<S> {
         intervals.courier.carry(Parcel {
             position,
             outputs: std::mem::take(&mut intervals.outputs),
+            asked: std::mem::take(&mut intervals.asked),
             made: std::mem::take(&mut intervals.made),
             frames: std::mem::take(&mut intervals.frames),
             capture,
         });
         intervals.began = None;
         intervals.frame_bytes = 0;
+        intervals.asked_bytes = 0;
         Ok(())
     }
 

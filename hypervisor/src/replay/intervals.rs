@@ -51,6 +51,15 @@ impl<L: LogSource> Replayer<L> {
         let interval = Interval::parse(&bytes, self.machine.pages())
             .map_err(|error| unusable(CheckpointError::from(error)))?;
         let adopted = self.machine.adopt(interval.checkpoint).map_err(unusable)?;
+        if let Some(disk) = &self.disk {
+            for request in interval.asked {
+                let extent = request.extent();
+                if extent.is_some_and(|extent| !self.machine.disk_holds(extent)) {
+                    return Err(LogError("a write beyond the end of the disk".into()).into());
+                }
+                disk.follow(request)?;
+            }
+        }
         for output in interval.outputs {
             self.keep_output(output);
         }

@@ -24,6 +24,7 @@ use crate::control::Operator;
 use crate::control::board::{Board, State};
 use crate::control::status::{Role, Standing};
 use crate::divergence::Divergence;
+use crate::flight::Flight;
 use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
@@ -63,6 +64,9 @@ fn wait_and_follow(
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
     // One that cannot be asked is better known now than when the primary is gone.
     arbiter::open(&config.pair.arbiter, &config.name)?.read()?;
+    if let Some(recorder) = &config.recorder {
+        crate::flight::usable(&recorder.directory)?;
+    }
     let image = super::disk::open(config)?;
     let content = Cell::new(super::disk::content(image.as_ref())?);
     let listener = Listener::bind(&config.pair)?;
@@ -113,6 +117,7 @@ struct Following {
     paired: Said,
     protocol: Backup,
     follower: Follower,
+    flight: Option<Flight>,
     fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
     claim: Option<Claim>,
     drained: Option<Drained>,
@@ -353,6 +358,10 @@ impl Following {
 
     fn open_gate(mut self) -> Result<Served, SessionError> {
         self.io.release_everything();
+        if let Some(flight) = self.flight.take() {
+            // It ends by itself; nobody waits for a disk now.
+            flight.let_go();
+        }
         self.at.open = Timeline::now();
         let stood = self
             .handed

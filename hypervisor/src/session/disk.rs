@@ -11,19 +11,16 @@ use std::sync::Arc;
 
 use super::SessionError;
 use super::io::Io;
+use super::recruit::Recruiter;
 use crate::backends::disk::mark::Stamp;
 use crate::backends::disk::{Disk, OpenImage};
 use crate::config::Config;
 use crate::handshake::{DiskMisfit, HandshakeError};
-use crate::intervals::Replication;
 use crate::machine::MachineSpec;
 use crate::protocol::Record;
 
 /// Opens and locks the image, if the pair's machine is to have a disk.
 pub(super) fn open(config: &Config) -> Result<Option<OpenImage>, SessionError> {
-    if config.disk.image.is_some() && config.replicate.mode == Replication::Checkpoint {
-        return Err(SessionError::DiskByCheckpoints);
-    }
     opened(config)
 }
 
@@ -68,13 +65,26 @@ pub(super) fn start(
         .map_err(SessionError::host("start the disk's thread"))
 }
 
+/// A backup that joins gets this disk, too.
+pub(super) fn copy_with(
+    recruiter: Option<&Recruiter>,
+    disk: Option<&Arc<Disk>>,
+    spec: &MachineSpec,
+) {
+    if let (Some(recruiter), Some(disk), Some(config)) = (recruiter, disk, spec.disk)
+        && !config.read_only
+    {
+        recruiter.copies(disk, config.sectors);
+    }
+}
+
 /// Whether this backup's image can follow the disk of the machine that the primary describes.
 pub(super) fn fits(
     spec: &MachineSpec,
     theirs: Option<u64>,
     running: bool,
     image: Option<&OpenImage>,
-    ours: Option<u64>,
+    (machine, ours): (&str, Option<u64>),
 ) -> Result<(), HandshakeError> {
     let misfit = match (spec.disk, image.map(OpenImage::config)) {
         (None, None) => return Ok(()),
@@ -85,11 +95,27 @@ pub(super) fn fits(
             ours: (ours.sectors, ours.read_only),
         },
         // What it held when the primary started says nothing of now.
-        (Some(disk), _) if running && !disk.read_only => DiskMisfit::Running,
+        // What it held when the primary started says nothing of now: it is made a copy, if that destroys nothing of others.
+        (Some(disk), Some(_)) if running && !disk.read_only => {
+            match image.map(|image| may_be_overwritten(image, machine)) {
+                Some(Err(misfit)) => misfit,
+                _ => return Ok(()),
+            }
+        }
         _ if theirs != ours => DiskMisfit::Content,
         _ => return Ok(()),
     };
     Err(misfit.into())
+}
+
+/// Whether a running machine's disk may be copied over it.
+fn may_be_overwritten(image: &OpenImage, machine: &str) -> Result<(), DiskMisfit> {
+    match image.machine() {
+        Some(of) if of == machine => Ok(()),
+        Some(of) => Err(DiskMisfit::Foreign(of.to_owned())),
+        None if image.is_empty() => Ok(()),
+        None => Err(DiskMisfit::NotEmpty),
+    }
 }
 
 /// The image before and after the swap that begins a reign: `swap` makes this record live, or says that it is not.

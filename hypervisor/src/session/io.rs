@@ -169,6 +169,10 @@ impl Io {
         let spool = Arc::clone(board.spool());
         host::pin(&config.cpus.io, "I/O");
         let lengths = config.replicate.lengths();
+        let mut stager = Stager::new(port, Arc::clone(&stage), Arc::clone(&samples));
+        if lengths.is_some() {
+            stager.keep_done();
+        }
         Ok(Self {
             orders,
             outlet: Outlet::new(
@@ -179,7 +183,7 @@ impl Io {
                     spool,
                 )),
             ),
-            stager: Stager::new(port, Arc::clone(&stage), Arc::clone(&samples)),
+            stager,
             samples,
             announcer: None,
             reporter: common.reporter,

@@ -17,6 +17,7 @@ pub mod backup;
 mod beats;
 mod clerk;
 mod disk;
+mod flight;
 mod freight;
 pub mod host;
 mod io;
@@ -26,6 +27,7 @@ mod mourner;
 mod porch;
 pub mod primary;
 mod recruit;
+pub mod replaying;
 pub mod report;
 pub mod serve;
 pub mod solo;
@@ -39,9 +41,12 @@ use crate::backends::link::LinkError;
 use crate::backends::tap::{BadNetwork, TapError};
 use crate::config::Config;
 use crate::courier::Courier;
+use crate::debug::DebugError;
 use crate::file_log::FileLogError;
+use crate::flight::FlightError;
 use crate::handshake::{HandshakeError, TrustError};
 use crate::intervals::Replication;
+use crate::kvm::CpuModel;
 use crate::machine::{MachineError, MachineSpec, SpecError};
 use crate::protocol::detector::Limits;
 use crate::protocol::{Epoch, Timing};
@@ -69,6 +74,22 @@ pub enum SessionError {
     /// A log file.
     #[error(transparent)]
     FileLog(#[from] FileLogError),
+    /// The flight recorder.
+    #[error("flight recorder: {0}")]
+    Flight(#[from] FlightError),
+    /// The debugger.
+    #[error(transparent)]
+    Debug(#[from] DebugError),
+    /// A recording of another CPU.
+    #[error(
+        "it was recorded on a CPU of {recorded}, this host has {here}: a replay is exact on the same model only; replay it on a host of that model"
+    )]
+    OtherCpu {
+        /// Of the recording.
+        recorded: CpuModel,
+        /// Of this host.
+        here: CpuModel,
+    },
     /// The TAP.
     #[error(transparent)]
     Tap(#[from] TapError),
@@ -84,11 +105,6 @@ pub enum SessionError {
     /// The disk's image.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// A disk, and replication by checkpoints.
-    #[error(
-        "a machine with a disk is replicated by replay (--replicate, replicate.mode): an interval carries no writes, so the backup's image would not get them"
-    )]
-    DiskByCheckpoints,
     /// A guest that cannot be replayed is to be.
     #[error(
         "a guest with the host's CPU and {vcpus} vCPU{} cannot be replayed, as its vCPUs meet in no order that a log could give: protect it \

@@ -122,6 +122,7 @@ fn lead(
     let disk = disk::start(image.as_ref(), config, &io)?;
     io.stager.serve_disk(disk);
     let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
+    disk::copy_with(recruiter.as_ref(), io.stager.disk(), spec);
     let staff = Staff {
         clerk,
         recruiter,

@@ -13,7 +13,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ use super::beats::Beats;
 use super::freight::Consignor;
 use super::io::{InputLane, Io};
 use super::meet::{self, Introduction};
+use crate::backends::disk::{CopyRead, Disk};
 use crate::backends::wait::Wake;
 use crate::checkpoint::clone::{CloneError, Sender as Copier};
 use crate::config::{Config, Transport};
@@ -51,6 +52,9 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 
 /// How long the vCPU thread may take to say what the guest has written; a machine that is frozen does not say it at all.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// Of a disk that holds little, so little gathers that the other side would take this one for dead: it hears something so often.
+const PUSH: Duration = Duration::from_millis(500);
 
 /// What is said of an answer that does not fit its question.
 const AT_RANDOM: &str = "the vCPU thread answers at random";
@@ -135,6 +139,13 @@ pub(super) struct Recruiter {
     news: Receiver<News>,
     /// Where the vCPU thread is asked.
     pub(super) desk: Arc<Desk<RingSink>>,
+    disk: Arc<OnceLock<Copied>>,
+}
+
+/// A disk that is written: a new backup's image is made a copy of its own.
+struct Copied {
+    disk: Arc<Disk>,
+    sectors: u64,
 }
 
 /// What the thread works with.
@@ -152,6 +163,7 @@ struct Work {
     stage: Arc<Stage>,
     news: Sender<News>,
     wake: Arc<Wake>,
+    disk: Arc<OnceLock<Copied>>,
 }
 
 /// The two threads' parts of a new ring, and its inputs lane.
@@ -216,7 +228,9 @@ impl Recruiter {
             stage: Arc::clone(&io.stage),
             news,
             wake: Arc::clone(&io.wake),
+            disk: Arc::default(),
         };
+        let disk = Arc::clone(&work.disk);
         let sandbox: Sandbox = io.sandbox.clone();
         let confinement = match config.pair.transport {
             Transport::Shm | Transport::Tcp => Thread::Recruiter,
@@ -245,7 +259,18 @@ impl Recruiter {
             jobs,
             news: told,
             desk,
+            disk,
         }))
+    }
+
+    /// This disk, of so many sectors, is copied with the machine. Before it looks.
+    pub(super) fn copies(&self, disk: &Arc<Disk>, sectors: u64) {
+        let copied = Copied {
+            disk: Arc::clone(disk),
+            sectors,
+        };
+        // Once in a process's life.
+        let _ = self.disk.set(copied);
     }
 
     /// Looks for a backup from now on, until one is ready.
@@ -317,6 +342,9 @@ impl Work {
 
     fn forget_copy(&self) {
         self.orders.set_pace(Pace::FULL);
+        if let Some(Copied { disk, .. }) = self.disk.get() {
+            disk.end_copy();
+        }
         self.desk.leave(self.next_number(), Ask::Forget);
         self.have_it_taken();
     }
@@ -373,11 +401,23 @@ impl Work {
         // A peer that takes it a byte at a time would keep others from being looked for, and the guest's pages in vain.
         let paced = Hurried::paced(consignor, handshake::PATIENCE, handshake::PACE);
         let mut copier = Copier::new(paced, Arc::clone(&self.ram));
+        let rest = self.disk_rounds(&mut copier)?;
         let rounds = self.rounds(&mut copier)?;
+        if let Some(Copied { disk, .. }) = self.disk.get() {
+            // What was written while memory went over, so that little is left for the end.
+            self.disk_round(disk, &mut copier)?;
+        }
         let cut = self.cut(sink)?;
         // What it does until the backup follows, that has to catch up with, and the guest's clients wait meanwhile.
         self.orders.set_pace(Pace::FULL.halved());
         self.tell(News::Taken(Box::new(taken)));
+        if let Some(rest) = rest {
+            let read = rest.recv_timeout(ANSWER_WITHIN);
+            let read = read.unwrap_or_else(|_| Err("it hangs".to_owned()));
+            copier
+                .blocks(&read.map_err(disk_fails)?)
+                .map_err(connection)?;
+        }
         copier.checkpoint(&cut.checkpoint).map_err(connection)?;
         let bytes = copier.bytes();
         let lane = copier.into_inner().into_inner().into_lane();
@@ -395,6 +435,53 @@ impl Work {
                 rounds,
             },
         })
+    }
+
+    /// The same of the disk, if it is copied: where its rest will be told.
+    fn disk_rounds(
+        &self,
+        copier: &mut Copier<Hurried<Consignor<'_>>>,
+    ) -> Result<Option<Receiver<CopyRead>>, SessionError> {
+        let Some(Copied { disk, sectors }) = self.disk.get() else {
+            return Ok(None);
+        };
+        let rest = disk.begin_copy(*sectors);
+        let started = Instant::now();
+        let mut convergence = Convergence::default();
+        loop {
+            let blocks = self.disk_round(disk, copier)?;
+            if started.elapsed() > ROUNDS_WITHIN {
+                return Err(SessionError::NoCopy(
+                    "the disk does not get across faster than the guest writes it".into(),
+                ));
+            }
+            match convergence.round(blocks) {
+                Next::Stop => return Ok(Some(rest)),
+                Next::Go(pace) => self.orders.set_pace(pace),
+            }
+        }
+    }
+
+    /// Sends what the copy of the disk lacks, once over it; how many blocks.
+    fn disk_round(
+        &self,
+        disk: &Disk,
+        copier: &mut Copier<Hurried<Consignor<'_>>>,
+    ) -> Result<usize, SessionError> {
+        let (mut from, mut sent, mut pushed) = (0, 0, Instant::now());
+        loop {
+            let blocks = disk.copy_some(from, ANSWER_WITHIN).map_err(disk_fails)?;
+            sent += blocks.count();
+            copier.blocks(&blocks).map_err(connection)?;
+            if pushed.elapsed() >= PUSH {
+                copier.push().map_err(connection)?;
+                pushed = Instant::now();
+            }
+            match blocks.next {
+                Some(next) => from = next,
+                None => return Ok(sent),
+            }
+        }
     }
 
     /// Sends what there is and what is written meanwhile, until little is left.
@@ -512,6 +599,10 @@ impl Convergence {
         }
         Next::Go(self.pace)
     }
+}
+
+fn disk_fails(why: String) -> SessionError {
+    SessionError::NoCopy(format!("this side's disk image cannot be read: {why}"))
 }
 
 fn connection(error: CloneError) -> SessionError {

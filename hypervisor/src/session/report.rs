@@ -70,6 +70,19 @@ pub enum Event {
         /// Bytes of their checkpoints together.
         bytes: u64,
     },
+    /// The flight recorder's newest checkpoint is durable.
+    Checkpointed {
+        /// Where it was taken.
+        position: u64,
+        /// How long the guest stood for it, in microseconds.
+        stopped_us: u64,
+        /// From the first page until it was durable, in microseconds.
+        took_us: u64,
+        /// Its bytes.
+        bytes: u64,
+        /// Rounds in which pages were copied.
+        rounds: u32,
+    },
     /// What this side saw of the other's signs of life, since the last such event.
     Watched {
         /// The longest time in which nothing was heard, in microseconds.
@@ -184,6 +197,7 @@ impl Event {
             Self::Commits { .. }
             | Self::Preempted { .. }
             | Self::Intervals { .. }
+            | Self::Checkpointed { .. }
             | Self::Watched { .. }
             | Self::Progress { .. } => return None,
         })

@@ -11,25 +11,24 @@ use rdma_log::{Epoch, RingConfig, transport::shm};
 
 use super::SessionError;
 use super::disk;
+use super::flight;
 use super::host::{self, Inherited};
 use super::io::{Common, InputLane, Io};
 use super::report::Event;
 use super::serve::NO_RESET;
 use crate::backends::disk::OpenImage;
-use crate::backends::wait::Wake;
 use crate::clock::GuestClock;
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::control::Operator;
 use crate::control::board::{Board, Command};
 use crate::control::status::{Role, Standing};
 use crate::entry::Base;
-use crate::file_log::{FileRecorder, FileSource};
+use crate::file_log::FileRecorder;
+use crate::flight::TapeSink;
 use crate::gate::Gate;
-use crate::kvm::KvmSource;
 use crate::machine::{Machine, MachineSpec};
-use crate::orders::{Order, Orders};
+use crate::orders::Order;
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
-use crate::replay::{ReplayEnd, ReplayError, Replayer};
 use crate::ring_log::RingSink;
 use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::sink::{NoLog, Sink};
@@ -40,8 +39,8 @@ const LAST_SYNC_POINT: Duration = Duration::from_secs(10);
 /// Choices of a recording.
 #[derive(Clone, Copy, Debug)]
 pub struct RecordFor<'a> {
-    /// The log file.
-    pub out: &'a Path,
+    /// The log file; none where a flight recorder is configured.
+    pub out: Option<&'a Path>,
     /// When to end it; the guest's power-off or a signal ends it too.
     pub length: Option<Duration>,
     /// An entry for every exit.
@@ -55,8 +54,8 @@ pub struct Recorded {
     pub ended: Ended,
     /// Sync points and memory hash; none if the guest was stopped between two sync points.
     pub finished: Option<Finished>,
-    /// Length of the log in bytes.
-    pub bytes: u64,
+    /// Length of the log in bytes; none for a flight recorder, which keeps its end only.
+    pub bytes: Option<u64>,
 }
 
 /// Runs a machine unprotected, until its guest is gone or a signal comes.
@@ -81,7 +80,7 @@ pub fn run(
     };
     let clock = GuestClock::since(spec.wall_clock_ns);
     let vcpu = solo.start(config, machine, clock, NoLog::default(), options)?;
-    let (ended, _) = solo.serve(vcpu, None)?;
+    let (ended, _) = solo.serve(vcpu, None, None)?;
     Ok(ended)
 }
 
@@ -100,25 +99,32 @@ pub fn record(
     super::ensure_replayable(spec)?;
     let image = disk::open_alone(config)?;
     let spec = &disk::described(spec, image.as_ref());
-    let ring = RingConfig {
-        events: config.ring.events_kib << 10,
-        inputs: config.ring.inputs_kib << 10,
-    };
-    let (writer, reader) = shm::pair(&ring).map_err(crate::handshake::HandshakeError::from)?;
-    let sandbox = Sandbox::prepare(&config.sandbox)?;
-    let file = FileRecorder::start(what.out, spec, reader, sandbox)?;
-    let committed = Arc::new(AtomicU64::new(0));
-    let epoch = Epoch(1);
-    let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
-    let mut solo = Solo::new(config, inherited, json, lane, operator.board())?;
-    solo.serve_disk(config, image.as_ref())?;
-    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
     let options = RecordOptions {
         every_exit: what.every_exit,
         memory_check: config.timing.memory_check(),
         spin: config.timing.spin(),
         preempt: config.preempt.by_checkpoint(),
     };
+    let Some(out) = what.out else {
+        let mut solo = Solo::new(config, inherited, json, None, operator.board())?;
+        solo.serve_disk(config, image.as_ref())?;
+        return solo.record_flight(config, inherited, spec, json, options, what.length);
+    };
+    // Its model is the recording's.
+    let machine = Machine::new(&inherited.kvm_source(config), spec)?;
+    let spec = &spec.recorded_on(machine.cpu_model());
+    let ring = RingConfig {
+        events: config.ring.events_kib << 10,
+        inputs: config.ring.inputs_kib << 10,
+    };
+    let (writer, reader) = shm::pair(&ring).map_err(crate::handshake::HandshakeError::from)?;
+    let sandbox = Sandbox::prepare(&config.sandbox)?;
+    let file = FileRecorder::start(out, spec, reader, sandbox)?;
+    let committed = Arc::new(AtomicU64::new(0));
+    let epoch = Epoch(1);
+    let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
+    let mut solo = Solo::new(config, inherited, json, lane, operator.board())?;
+    solo.serve_disk(config, image.as_ref())?;
     let vcpu = solo.start(
         config,
         machine,
@@ -126,13 +132,14 @@ pub fn record(
         RingSink::new(writer.events, epoch, committed),
         options,
     )?;
-    let served = solo.serve(vcpu, what.length);
+    let served = solo.serve(vcpu, what.length, Some(&file));
+    // Why it could not be written is what matters.
     let bytes = file.finish()?;
     let (ended, finished) = served?;
     Ok(Recorded {
         ended,
         finished,
-        bytes,
+        bytes: Some(bytes),
     })
 }
 
@@ -161,6 +168,37 @@ impl Solo {
         Ok(Self {
             io,
             starts_anew: config.crew().is_none(),
+        })
+    }
+
+    /// Records into the configured directory, in which the last checkpoint and the log since stay.
+    fn record_flight(
+        mut self,
+        config: &Config,
+        inherited: &Inherited,
+        spec: &MachineSpec,
+        json: bool,
+        options: RecordOptions,
+        length: Option<Duration>,
+    ) -> Result<Recorded, SessionError> {
+        let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
+        // Later it would hold the guest up.
+        machine.watch_memory()?;
+        let (recording, tape) = flight::start(config, &self.io, json, spec, &machine, true)?;
+        let sink = TapeSink::new(tape.ok_or(SessionError::Setting {
+            field: "recorder",
+            needed: "recording without a log file",
+        })?);
+        let clock = GuestClock::since(spec.wall_clock_ns);
+        let vcpu = self.start(config, machine, clock, sink, options)?;
+        let served = self.serve(vcpu, length, None);
+        // Waits for what is still to be written.
+        drop(recording);
+        let (ended, finished) = served?;
+        Ok(Recorded {
+            ended,
+            finished,
+            bytes: None,
         })
     }
 
@@ -220,11 +258,12 @@ impl Solo {
             .map_err(SessionError::host("start the vCPU thread"))
     }
 
-    /// The I/O thread's loop, until the vCPU thread has ended.
+    /// The I/O thread's loop, until the vCPU thread has ended: by itself, after so long, or as the log cannot be written.
     fn serve(
         &mut self,
         vcpu: Vcpu,
         length: Option<Duration>,
+        log: Option<&FileRecorder>,
     ) -> Result<(Ended, Option<Finished>), SessionError> {
         self.io.settle()?;
         let mut end_at = length.map(|length| Instant::now() + length);
@@ -248,6 +287,11 @@ impl Solo {
                 board.ordered(number, command, Some(done));
             }
             let now = Instant::now();
+            if log.is_some_and(FileRecorder::has_ended) && give_up_at.is_none() {
+                end_at = None;
+                give_up_at = Some(now + LAST_SYNC_POINT);
+                self.io.order(Order::Stop);
+            }
             if (found.signalled || end_at.is_some_and(|at| now >= at)) && give_up_at.is_none() {
                 end_at = None;
                 give_up_at = Some(now + LAST_SYNC_POINT);
@@ -262,48 +306,4 @@ impl Solo {
             .map_err(|_| SessionError::Panicked)?
             .map_err(Into::into)
     }
-}
-
-/// What came of a replay.
-#[derive(Debug)]
-pub struct Replayed {
-    /// Sync points that were run.
-    pub sync_points: u64,
-    /// The memory's hash at the recording's end, if the log got that far.
-    pub recorded: Option<u64>,
-    /// The memory's hash now.
-    pub replayed: Option<u64>,
-    /// How many bytes of the log were read and good.
-    pub log_bytes: u64,
-    /// The first difference, or what is wrong with the log.
-    pub outcome: Result<(), ReplayError>,
-}
-
-/// Replays a log file. The calling thread is confined by it, for good.
-///
-/// # Errors
-/// If there is no machine to replay it in. A divergence is no such error; it stands in the result.
-pub fn replay(
-    log: &Path,
-    kvm: &KvmSource,
-    sandbox: &config::Sandbox,
-) -> Result<Replayed, SessionError> {
-    let (source, spec) = FileSource::open(log)?;
-    let machine = Machine::new(kvm, &spec)?;
-    let wake = Arc::new(Wake::new().map_err(SessionError::host("make an event descriptor"))?);
-    let mut replayer = Replayer::new(machine, source, Arc::new(Orders::new(wake)), Duration::ZERO);
-    Sandbox::prepare(sandbox)?.confine(Thread::Replay)?;
-    let ended = replayer.run();
-    let (recorded, outcome) = match ended {
-        Ok(ReplayEnd::Finished { memory_hash }) => (Some(memory_hash), Ok(())),
-        Ok(ReplayEnd::LogOver | ReplayEnd::Stopped) => (None, Ok(())),
-        Err(error) => (None, Err(error)),
-    };
-    Ok(Replayed {
-        sync_points: replayer.machine().position().0,
-        recorded,
-        replayed: Some(replayer.machine().memory_hash_full()?),
-        log_bytes: replayer.source().good_bytes(),
-        outcome,
-    })
 }

@@ -47,6 +47,8 @@ pub(super) struct Stager {
     /// The latest input in the lane.
     published: Seq,
     disk: Option<Arc<Disk>>,
+    /// What comes of requests goes into the lane: the other side's guest is told the same.
+    told: bool,
     /// What came of a request, on its way into the lane.
     outgoing: Option<Outgoing>,
     /// What the disk could not do; whether the guest is told is for the role to say.
@@ -70,6 +72,7 @@ impl Stager {
             paused: false,
             published: Seq::ZERO,
             disk: None,
+            told: true,
             outgoing: None,
             failed: None,
         }

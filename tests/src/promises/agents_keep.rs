@@ -235,7 +235,7 @@ fn verbs(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
 
     let before = site.until_protected(name, &ALL)?;
     let heir = before["followed_by"].as_str().context("no heir")?;
-    let said = site.vm(2, &["switch", name])?;
+    let said = switched(site, name)?;
     ensure!(
         said.starts_with(&format!("{name}: {heir} serves it in epoch ")),
         "{said:?}"
@@ -253,6 +253,25 @@ fn verbs(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Has a machine switched over. On a busy host its backup may be too far behind just then, or too slow to take it, and is told to be so: an
+/// operator tries again.
+fn switched(site: &Site, name: &str) -> Result<String> {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        match site.vm(2, &["switch", name]) {
+            Err(error)
+                if ["ms behind", "did not take"]
+                    .iter()
+                    .any(|why| error.to_string().contains(why))
+                    && Instant::now() < until =>
+            {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            told => return told,
+        }
+    }
 }
 
 /// Everything ends by command, and nothing is left.

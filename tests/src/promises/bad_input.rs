@@ -1,5 +1,7 @@
-//! Bad input (issue 4, point 4): a clear error, and never a panic, a hang or a lost commit.
+//! Bad input (issue 4, point 4; issue 7, point 8): a clear error, and never a panic, a hang or a lost commit.
 #![forbid(unsafe_code)]
+
+mod files;
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -19,7 +21,7 @@ use crate::promise::{Figures, Promise, Run};
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "bad-input",
-    line: "Bad configurations, logs, peers and ring bytes give a clear error: no panic, no hang, no lost commit",
+    line: "Bad configurations, files, logs, peers, ring bytes and a full disk give a clear error: no panic, no hang, no lost commit",
     short: Duration::from_secs(60),
     full: Duration::from_secs(900),
     show,
@@ -33,6 +35,7 @@ fn show(run: &Run) -> Result<Figures> {
     let mut random = Random::new(run.seed);
     configurations(&mut figures).context("configurations")?;
     logs(run, &mut random, &mut figures).context("log files")?;
+    files::show(run, &mut random, &mut figures).context("files")?;
     strangers(run, &mut random, &mut figures).context("a backup and its strangers")?;
     impostors(run, &mut random, &mut figures).context("a primary and its impostors")?;
     ring(run, &mut random, &mut figures).context("ring bytes")?;

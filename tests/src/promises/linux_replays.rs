@@ -113,7 +113,7 @@ fn life(inside: &Inside, files: &str, task: &str, disturbed: bool) -> Result<Lif
         _ => ("", ""),
     };
     let record = format!(
-        "rm -f /tmp/console; {make}{before}doppel record {disk}--json --kernel /shared/{files} --initrd /shared/{files}.cpio --memory 256 \
+        "rm -f /tmp/console; {make}{before}doppel record {disk}--json --on-reset end --kernel /shared/{files} --initrd /shared/{files}.cpio --memory 256 \
          --console /tmp/console --out /tmp/linux.log --command-line 'quiet guest.do={task}'"
     );
     let replay = format!("{before}doppel replay --json /tmp/linux.log");

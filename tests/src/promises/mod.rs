@@ -12,6 +12,7 @@ pub mod confined;
 pub mod console;
 pub mod demo_loses_nothing;
 pub mod demo_without_root;
+pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
@@ -25,12 +26,16 @@ pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
+pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
+pub mod monitored;
 pub mod no_false_failover;
+pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
+pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
 pub mod protocol_modelled;
@@ -74,7 +79,10 @@ pub const ALL: &[Promise] = &[
     confined::PROMISE,
     live_join::PROMISE,
     disk_keeps_writes::PROMISE,
+    offline_replay::PROMISE,
+    disk_joins::PROMISE,
     operator_view::PROMISE,
+    monitored::PROMISE,
     console::PROMISE,
     resets::PROMISE,
     reprotects_large::PROMISE,
@@ -84,12 +92,14 @@ pub const ALL: &[Promise] = &[
     backup_migrates::PROMISE,
     chaos::PROMISE,
     leaves_nothing::PROMISE,
+    packaged::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
+    linux_debugged::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,

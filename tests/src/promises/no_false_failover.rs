@@ -84,6 +84,7 @@ impl Seen {
             | Event::Commits { .. }
             | Event::Preempted { .. }
             | Event::Intervals { .. }
+            | Event::Checkpointed { .. }
             | Event::Progress { .. } => {}
         }
     }

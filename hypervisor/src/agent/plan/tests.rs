@@ -189,6 +189,20 @@ fn a_backup_that_ended_is_replaced_and_its_host_left_out_for_a_while() {
 }
 
 #[test]
+fn a_backup_whose_host_is_away_is_replaced_once_that_is_sure() {
+    let mut site = site(&["a", "c"]);
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    put(&mut site, running(Some(on("b", 2))));
+    let after = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(after.backup.unwrap().host, "c");
+    let young = Local {
+        settled: false,
+        ..local("a")
+    };
+    assert!(written(&plan(&site, &young)).is_none());
+}
+
+#[test]
 fn a_backup_that_never_joins_makes_room_for_another() {
     let mut site = site(&["a", "b", "c"]);
     add(&mut site, "a", Role::Primary, Standing::Unprotected);
@@ -540,11 +554,26 @@ impl Play {
     }
 }
 
+impl Play {
+    /// All is quiet for as long as the longest back-off: then both sides are there.
+    fn settle(&mut self) -> Result<(), TestCaseError> {
+        for _ in 0..80 {
+            self.round()?;
+        }
+        let (primaries, backups) = self.holders();
+        prop_assert_eq!((primaries.len(), backups.len()), (1, 1), "{:?}", self);
+        prop_assert_eq!(&self.vm.value.phase, &Phase::Running);
+        let follows = NAMES[backups[0]];
+        prop_assert_eq!(&self.vm.value.backup.as_ref().unwrap().host, follows);
+        Ok(())
+    }
+}
+
 proptest! {
     /// Whatever happens to hosts, agents and backups, as long as no machine loses both sides at once: nothing is started twice, nobody who
     /// follows is ended, and when all is quiet the machine has its two sides on two hosts again.
     #[test]
-    fn a_machine_is_protected_again_whatever_happens(story in chances()) {
+    fn a_machine_is_protected_again_whatever_happens(story in chances(), lost in 0..NAMES.len()) {
         let mut play = Play::new();
         for chance in story {
             play.chance(chance);
@@ -556,14 +585,10 @@ proptest! {
             play.chance(Chance::HostComes(at));
             play.chance(Chance::AgentComes(at));
         }
-        // As long as the longest back-off.
-        for _ in 0..80 {
-            play.round()?;
-        }
-        let (primaries, backups) = play.holders();
-        prop_assert_eq!((primaries.len(), backups.len()), (1, 1), "{:?}", play);
-        prop_assert_eq!(&play.vm.value.phase, &Phase::Running);
-        let follows = NAMES[backups[0]];
-        prop_assert_eq!(&play.vm.value.backup.as_ref().unwrap().host, follows);
+        play.settle()?;
+        // And on the two others, if one is lost for good.
+        play.chance(Chance::HostDies(lost));
+        play.settle()?;
+        prop_assert!(!play.actors[lost].up);
     }
 }

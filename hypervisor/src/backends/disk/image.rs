@@ -5,10 +5,11 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::copy::{BLOCK, Incoming, blocks_of};
 use super::mark::{BadMark, MARK_BYTES, Mark, Marks, Stamp, Use, WhyNot};
 use crate::devices::{DiskConfig, ID_BYTES};
 use crate::disk::SECTOR;
@@ -133,6 +134,10 @@ pub struct OpenImage {
     mark: Option<Mark>,
     config: DiskConfig,
     on_device: bool,
+    /// The machine whose mark it was given since.
+    given_to: Arc<OnceLock<String>>,
+    /// Whether the guest would read nothing but zeros; known once it was read.
+    empty: Arc<OnceLock<bool>>,
 }
 
 impl OpenImage {
@@ -205,6 +210,8 @@ impl OpenImage {
                 id,
             },
             on_device,
+            given_to: Arc::default(),
+            empty: Arc::default(),
         })
     }
 
@@ -327,6 +334,7 @@ impl OpenImage {
     }
 
     fn write_mark(&self, mark: &Mark) -> Result<(), DiskError> {
+        let _ = self.given_to.set(mark.machine.clone());
         self.clone()
             .mark(mark)
             .map_err(|source| self.failed(source))
@@ -339,12 +347,34 @@ impl OpenImage {
         }
     }
 
+    /// Whose it is, by its mark: a machine's name.
+    #[must_use]
+    pub fn machine(&self) -> Option<&str> {
+        let found = self.mark.as_ref().map(|mark| &mark.machine);
+        self.given_to.get().or(found).map(String::as_str)
+    }
+
+    /// Whether the guest would have read nothing but zeros when the image was last [hashed](Self::hash).
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.empty.get().copied().unwrap_or(false)
+    }
+
+    /// Returns when all that was put into it survives the loss of power.
+    ///
+    /// # Errors
+    /// [`DiskError::Failed`].
+    pub fn settle(&self) -> Result<(), DiskError> {
+        self.file.sync_data().map_err(|source| self.failed(source))
+    }
+
     /// Hash of all that the guest can read.
     ///
     /// # Errors
     /// [`DiskError::Failed`].
     pub fn hash(&self) -> Result<u64, DiskError> {
         let mut hash = Xxh3::new();
+        let mut empty = true;
         let mut block = vec![0; HASHED_AT_ONCE];
         let bytes = self.config.sectors * SECTOR;
         let mut at = 0;
@@ -354,8 +384,11 @@ impl OpenImage {
                 .read_exact_at(&mut block[..length], at)
                 .map_err(|source| self.failed(source))?;
             hash.update(&block[..length]);
+            empty &= block[..length].iter().all(|&byte| byte == 0);
             at += length as u64;
         }
+        // The first time; what is put into it later is marked.
+        let _ = self.empty.set(empty);
         Ok(hash.digest())
     }
 }
@@ -378,6 +411,28 @@ fn marks(path: &Path, image: &File, behind: Option<u64>) -> Result<(Marks, Optio
         File::open(directory)?.sync_all()?;
     }
     Marks::open(beside, 0)
+}
+
+impl Incoming for OpenImage {
+    fn blocks(&self) -> u64 {
+        blocks_of(self.config.sectors)
+    }
+
+    fn put(&mut self, block: u64, content: &[u8; BLOCK]) -> io::Result<()> {
+        let at = block * BLOCK as u64;
+        let left = (self.config.sectors * SECTOR).saturating_sub(at);
+        let content = &content[..left.min(BLOCK as u64) as usize];
+        if content.iter().all(|&byte| byte == 0) {
+            // A hole stays one.
+            let mut before = [0; BLOCK];
+            let before = &mut before[..content.len()];
+            self.file.read_exact_at(before, at)?;
+            if before == content {
+                return Ok(());
+            }
+        }
+        self.file.write_all_at(content, at)
+    }
 }
 
 impl Image for OpenImage {

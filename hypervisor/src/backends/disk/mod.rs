@@ -11,9 +11,10 @@
 //! `docs/disks.md` says when which write may happen; the steps of a side's life are in [`mark`], and [`worker`] keeps their order.
 #![forbid(unsafe_code)]
 
+pub mod copy;
 mod image;
 pub mod mark;
 mod worker;
 
 pub use image::{DiskError, Image, OpenImage};
-pub use worker::{Disk, DiskFailure, FOLLOW_BYTES, Outcome};
+pub use worker::{CopyRead, Disk, DiskFailure, FOLLOW_BYTES, Outcome};

@@ -3,10 +3,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use super::copy::{AT_ONCE, Blocks, Owed};
 use super::image::Image;
 use super::mark::{Mark, Stamp, Use};
 use crate::backends::wait::Wake;
@@ -43,13 +45,30 @@ enum Job {
     Follow(Request),
     /// From now on the image carries this mark; all that came before is durable first.
     Mark(Mark),
+    /// A step of a copy for another side.
+    Copy(Step),
+}
+
+/// What was read for a copy, or what the disk said.
+pub type CopyRead = Result<Blocks, String>;
+
+#[derive(Debug)]
+enum Step {
+    /// All of an image of so many sectors is owed.
+    Begin(u64),
+    /// Some of what is owed, from this block on.
+    Some(u64, Sender<CopyRead>),
+    /// All that is owed; what is written from here on is not.
+    Rest(Sender<CopyRead>),
+    /// Nothing is owed any more.
+    End,
 }
 
 impl Job {
     fn weight(&self) -> usize {
         match self {
             Self::Serve(request) | Self::Follow(request) => AROUND + request.length(),
-            Self::Mark(_) => AROUND,
+            Self::Mark(_) | Self::Copy(_) => AROUND,
         }
     }
 
@@ -73,6 +92,8 @@ pub(super) struct Engine<I> {
     lost: Option<String>,
     /// The first failure of what no guest is told of.
     failed: Option<String>,
+    /// What a copy lacks that is being made.
+    owed: Option<Owed>,
 }
 
 impl<I: Image> Engine<I> {
@@ -82,6 +103,7 @@ impl<I: Image> Engine<I> {
             unsynced: false,
             lost: None,
             failed: None,
+            owed: None,
         }
     }
 
@@ -98,6 +120,9 @@ impl<I: Image> Engine<I> {
                 durable,
             } => {
                 self.unsynced = true;
+                if let Some(owed) = &mut self.owed {
+                    owed.note(sector * SECTOR, data.0.len());
+                }
                 self.image.write(&data.0, sector * SECTOR)?;
                 if *durable {
                     self.sync()?;
@@ -105,6 +130,25 @@ impl<I: Image> Engine<I> {
                 Ok(Data::default())
             }
             Operation::Flush => self.sync().map(|()| Data::default()),
+        }
+    }
+
+    fn copy(&mut self, step: &Step) {
+        let (from, most, tell) = match step {
+            Step::Begin(sectors) => return self.owed = Some(Owed::all(*sectors)),
+            Step::End => return self.owed = None,
+            Step::Some(from, tell) => (*from, AT_ONCE, tell),
+            Step::Rest(tell) => (0, usize::MAX, tell),
+        };
+        let Some(owed) = &mut self.owed else {
+            let _ = tell.send(Err("no copy is being made".to_owned()));
+            return;
+        };
+        let read = owed.read(&mut self.image, from, most);
+        // Whoever asked may have given up.
+        let _ = tell.send(read.map_err(|error| error.to_string()));
+        if matches!(step, Step::Rest(_)) {
+            self.owed = None;
         }
     }
 
@@ -232,6 +276,8 @@ pub struct Disk {
     machine: String,
     /// What the image is marked with when this side, which follows, takes over.
     claim: Mutex<Option<Stamp>>,
+    /// Where the rest of a copy is told that is being made.
+    rest: Mutex<Option<Sender<CopyRead>>>,
 }
 
 impl Disk {
@@ -260,6 +306,7 @@ impl Disk {
             thread: Some(thread),
             machine: machine.to_owned(),
             claim: Mutex::default(),
+            rest: Mutex::default(),
         })
     }
 
@@ -284,6 +331,47 @@ impl Disk {
                 Ok(())
             }
         }
+    }
+
+    /// Begins to copy the image, of so many sectors, for another side. The rest is told there.
+    pub fn begin_copy(&self, sectors: u64) -> Receiver<CopyRead> {
+        let (tell, rest) = channel();
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
+        self.give_step(Step::Begin(sectors));
+        rest
+    }
+
+    /// Reads what the copy lacks, from this block on.
+    ///
+    /// # Errors
+    /// The disk's, or that it did not answer in time.
+    pub fn copy_some(&self, from: u64, longest: Duration) -> CopyRead {
+        let (tell, read) = channel();
+        self.give_step(Step::Some(from, tell));
+        match read.recv_timeout(longest) {
+            Ok(read) => read,
+            Err(RecvTimeoutError::Timeout) => Err("it hangs".to_owned()),
+            Err(RecvTimeoutError::Disconnected) => Err("its thread is gone".to_owned()),
+        }
+    }
+
+    /// The copy ends here: it has all that was asked of the disk before, and nothing of what is asked from now on. By the thread that
+    /// asks.
+    pub fn copy_rest(&self) {
+        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tell) = rest.take() {
+            self.give_step(Step::Rest(tell));
+        }
+    }
+
+    /// No copy is made any more.
+    pub fn end_copy(&self) {
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.give_step(Step::End);
+    }
+
+    fn give_step(&self, step: Step) {
+        self.shared.give(self.shared.lock(), Job::Copy(step));
     }
 
     /// What came of a request, if there is something new.
@@ -381,6 +469,7 @@ fn run<I: Image>(shared: &Shared, mut engine: Engine<I>, tell: &Sender<Outcome>,
             }
             Job::Follow(request) => engine.follow(request),
             Job::Mark(mark) => engine.mark(mark),
+            Job::Copy(step) => engine.copy(step),
         }
         let newly = engine.failed.is_some() && shared.lock().failed.is_none();
         shared.finish(shared.lock(), &job, engine.failed.clone());

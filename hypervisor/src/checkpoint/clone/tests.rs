@@ -69,7 +69,7 @@ fn copied() -> (Machine, Vec<u8>) {
 fn a_copy_goes_on_as_the_machine_does() {
     let (mut first, stream) = copied();
     let mut second = machine();
-    let (restored, bytes) = receive(&stream[..], &mut second).unwrap();
+    let (restored, bytes) = receive(&stream[..], &mut second, None).unwrap();
     assert_eq!(
         (restored.staged, bytes),
         (vec![vec![1, 2, 3]], stream.len() as u64)
@@ -92,11 +92,11 @@ fn a_copy_that_is_cut_or_spoilt_anywhere_is_refused() {
     let (_, stream) = copied();
     let mut machine = machine();
     for at in (0..stream.len()).step_by(stream.len() / 40) {
-        let error = receive(&stream[..at], &mut machine).unwrap_err();
+        let error = receive(&stream[..at], &mut machine, None).unwrap_err();
         assert!(matches!(error, CloneError::Stream { bytes, .. } if bytes <= at as u64));
         let mut spoilt = stream.clone();
         spoilt[at] ^= 0x20;
-        receive(&spoilt[..], &mut machine).unwrap_err();
+        receive(&spoilt[..], &mut machine, None).unwrap_err();
     }
     assert_eq!(machine.position().0, 0, "nothing was put in place");
 }
@@ -137,7 +137,7 @@ fn a_hostile_sender_reaches_nothing_outside() {
         message(9, &[]),
         [&[PAGES, 0xff, 0xff, 0xff, 0x7f][..], &[0; 64]].concat(),
     ] {
-        let error = receive(&bad[..], &mut machine).unwrap_err();
+        let error = receive(&bad[..], &mut machine, None).unwrap_err();
         assert!(
             !matches!(error, CloneError::Stream { .. }),
             "{error}: {bad:?}"
@@ -151,9 +151,72 @@ fn a_sender_that_goes_on_for_ever_is_refused() {
     let mut run = 0u64.to_le_bytes().to_vec();
     run.extend_from_slice(&machine.pages().to_le_bytes());
     let everything = message(ZEROS, &run);
-    let error = receive(&everything.repeat(TIMES_MAX as usize)[..], &mut machine).unwrap_err();
+    let error = receive(
+        &everything.repeat(TIMES_MAX as usize)[..],
+        &mut machine,
+        None,
+    )
+    .unwrap_err();
     assert!(matches!(error, CloneError::Stream { .. }), "{error}");
     let once_more = everything.repeat(TIMES_MAX as usize + 1);
-    let error = receive(&once_more[..], &mut machine).unwrap_err();
+    let error = receive(&once_more[..], &mut machine, None).unwrap_err();
     assert!(matches!(error, CloneError::Message { .. }), "{error}");
+}
+
+/// An image in memory, of blocks.
+struct Plate(Vec<[u8; BLOCK]>);
+
+impl Incoming for Plate {
+    fn blocks(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn put(&mut self, block: u64, content: &[u8; BLOCK]) -> std::io::Result<()> {
+        self.0[block as usize] = *content;
+        Ok(())
+    }
+}
+
+#[test]
+fn blocks_of_a_disk_go_over_with_the_machine() {
+    let (_, copy) = copied();
+    let mut stream = Vec::new();
+    let blocks = Blocks {
+        numbers: (0..100).map(|number| 3 * number).collect(),
+        contents: (0..100).flat_map(|number| [number + 1; BLOCK]).collect(),
+        zeros: vec![1, 2, 4],
+        next: None,
+    };
+    Sender::new(&mut stream, machine().shared_ram())
+        .blocks(&blocks)
+        .unwrap();
+    let whole = [&stream[..], &copy[..]].concat();
+    let mut plate = Plate(vec![[9; BLOCK]; 300]);
+    receive(&whole[..], &mut machine(), Some(&mut plate)).unwrap();
+    for (block, content) in plate.0.iter().enumerate() {
+        let expected = match block {
+            block if block % 3 == 0 => (block / 3) as u8 + 1,
+            1 | 2 | 4 => 0,
+            _ => 9,
+        };
+        assert_eq!(*content, [expected; BLOCK], "block {block}");
+    }
+    for (why, image) in [
+        ("block 99 of 99", Some(Plate(vec![[0; BLOCK]; 99]))),
+        ("not copied", None),
+    ] {
+        let mut image = image;
+        let to = image.as_mut().map(|image| image as &mut dyn Incoming);
+        let error = receive(&whole[..], &mut machine(), to).unwrap_err();
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    let mut plate = Plate(vec![[0; BLOCK]; 4]);
+    for (tag, body) in [
+        (BLOCKS, &[0; 100][..]),
+        (NO_BLOCKS, &[0; 15]),
+        (NO_BLOCKS, &[0xff; 16]),
+    ] {
+        let bytes = message(tag, body);
+        receive(&bytes[..], &mut machine(), Some(&mut plate)).unwrap_err();
+    }
 }

@@ -134,3 +134,12 @@ fn one_that_reads_nothing_because_there_is_nothing_stays() {
     }
     assert_eq!(host.viewers.list.len(), 1);
 }
+
+#[test]
+fn what_was_let_out_before_the_end_is_still_shown() {
+    let mut host = Host::new();
+    let mut viewer = host.connect(b"hello\n", 0);
+    host.spool.feed(&[b'x'; 40_000]);
+    host.viewers.last_words(&host.spool, host.now);
+    assert_eq!(read(&mut viewer).len(), 6 + 40_000);
+}

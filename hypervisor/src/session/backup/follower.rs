@@ -141,7 +141,9 @@ fn follow(
                 return Ok(Ended::Stopped);
             }
         }
-        Ok(ReplayEnd::Stopped | ReplayEnd::Finished { .. }) => return Ok(Ended::Stopped),
+        Ok(ReplayEnd::Stopped | ReplayEnd::There | ReplayEnd::Finished { .. }) => {
+            return Ok(Ended::Stopped);
+        }
         Err(error) => {
             say(Told::Failed(error));
             return Ok(Ended::Stopped);

@@ -15,6 +15,7 @@ use super::follower::{Follower, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
 use crate::backends::disk::OpenImage;
+use crate::backends::disk::copy::Incoming;
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
@@ -33,6 +34,7 @@ use crate::ring_log::RingSource;
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
 use crate::session::disk;
+use crate::session::flight;
 use crate::session::freight::Consignee;
 use crate::session::host::Inherited;
 use crate::session::io::{Common, Io, Word};
@@ -80,7 +82,8 @@ impl Meeting<'_> {
         let (hello, peer, spec, mut machine) = heard
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
-                disk::fits(&spec, hello.disk, hello.running, image, content)?;
+                let ours = (&*config.name, content);
+                disk::fits(&spec, hello.disk, hello.running, image, ours)?;
                 let machine = self.build(&spec)?;
                 Ok((hello, peer, spec, machine))
             })
@@ -119,10 +122,23 @@ impl Meeting<'_> {
             .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
+        let written = spec.disk.is_some_and(|disk| !disk.read_only);
+        let mut overwritten = image.filter(|_| hello.running && written).cloned();
+        if let Some(image) = &overwritten {
+            // From the first block on it is nothing but what its primary's is, until it is that as a whole.
+            image.follows(&config.name, self.me)?;
+            self.content.set(None);
+        }
         let restored = hello
             .running
-            .then(|| copied(&control, &io, &mut ring.inputs, &mut machine))
+            .then(|| {
+                let lane = &mut ring.inputs;
+                copied(&control, &io, lane, &mut machine, overwritten.as_mut())
+            })
             .transpose()?;
+        if let Some(image) = &overwritten {
+            image.settle()?;
+        }
         let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
             .counted(Arc::clone(&io.samples));
         let mut base = None;
@@ -135,11 +151,15 @@ impl Meeting<'_> {
             self.content.set(None);
         }
         let disk = disk::start(image, config, &io)?;
+        disk::copy_with(recruiter.as_ref(), disk.as_ref(), &spec);
         io.stager.serve_disk(disk.clone());
         let spin = config.timing.spin();
+        // The replayer, which has the tape, goes before it.
+        let (flight, tape) = flight::start(config, &io, self.json, &spec, &machine, false)?;
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
             .with_disk(disk.clone())
-            .with_spool(Arc::clone(io.reporter.board().spool()));
+            .with_spool(Arc::clone(io.reporter.board().spool()))
+            .taped(tape);
         if let Some(base) = base {
             replayer = replayer.from_copy(base);
         }
@@ -196,6 +216,7 @@ impl Meeting<'_> {
             },
             protocol,
             follower,
+            flight,
             fencer: Some((ring.fencer, fenced)),
             claim: None,
             drained: None,
@@ -304,10 +325,12 @@ fn copied(
     io: &Io,
     lane: &mut LaneReader,
     machine: &mut Machine,
+    image: Option<&mut OpenImage>,
 ) -> Result<Restored, SessionError> {
     let seal = Parcels::take(control)?;
     let mut from = Consignee::new(lane, io.link.as_ref(), control, &io.signals, seal);
-    match clone::receive(&mut from, machine) {
+    let image = image.map(|image| image as &mut dyn Incoming);
+    match clone::receive(&mut from, machine, image) {
         // What stands behind the end in the same piece, nobody who copies a machine says.
         Ok(_) if !from.is_at_end() => Err(HandshakeError::Malformed {
             expected: "end of the copy",

@@ -45,6 +45,11 @@ impl Stager {
         self.disk = disk;
     }
 
+    /// Of a machine that is replicated by checkpoints: nobody else's guest is told what came of requests.
+    pub(in crate::session) fn keep_done(&mut self) {
+        self.told = false;
+    }
+
     /// The disk.
     pub(in crate::session) fn disk(&self) -> Option<&Arc<Disk>> {
         self.disk.as_ref()
@@ -83,7 +88,7 @@ impl Stager {
 
     /// Sends as much of it as there is room for; what is left is for later.
     fn send(&mut self, mut outgoing: Outgoing) {
-        let Some(lane) = &mut self.lane else {
+        let Some(lane) = self.lane.as_mut().filter(|_| self.told) else {
             self.stage.push_done(Seq::ZERO, outgoing.done);
             return;
         };

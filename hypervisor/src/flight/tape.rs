@@ -1,0 +1,400 @@
+//! The tape between the vCPU thread, which must not wait, and the recorder's thread: what goes into the log, in order, and the
+//! questions that make a checkpoint.
+//!
+//! An item is a tag (u8), a length (u32) and as many bytes. An input comes before the entry that applies it, so that a log that is
+//! cut between any two items is one that can be replayed up to there.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdma_log::Seq;
+
+use crate::checkpoint::CheckpointError;
+use crate::disk::Done;
+use crate::entry::Base;
+use crate::gate::Committed;
+use crate::machine::{Machine, Phase, Swept};
+use crate::position::Position;
+use crate::ring_log::{INPUT_DONE, INPUT_FRAME};
+use crate::sink::{Sink, SinkError};
+
+pub(super) const INPUT: u8 = 1;
+pub(super) const ENTRY: u8 = 2;
+/// From here on it is another segment; the position, eight bytes.
+pub(super) const CUT: u8 = 3;
+
+const HEAD: usize = 5;
+
+/// Bytes that may wait to be written: seconds of a busy guest's log. More is a disk that does not keep up, and memory that a
+/// machine needs for itself.
+const WAITING_MAX: usize = 64 << 20;
+
+/// Pages for which the guest stands while KVM begins to note them anew: half a millisecond's worth.
+const SWEPT_AT_ONCE: usize = 512;
+
+const NOTHING: u8 = 0;
+const WATCH: u8 = 1;
+const SWEEP: u8 = 2;
+const CUT_HERE: u8 = 3;
+const FORGET: u8 = 4;
+
+/// What the recorder's thread asks of the vCPU thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// Note from now on what is written.
+    Watch,
+    /// Go on to say what was.
+    Sweep,
+    /// Take a checkpoint of what was written since, at the next place, and begin another segment there.
+    Cut,
+    /// There will be no checkpoint after all.
+    Forget,
+}
+
+/// What it answers.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Watching,
+    Swept(Swept),
+    /// The checkpoint's bytes, where it was taken and how long the guest stood.
+    Cut(Vec<u8>, Position, Duration),
+    Failed(String),
+}
+
+#[derive(Debug)]
+struct Shared {
+    items: Mutex<Vec<u8>>,
+    ask: AtomicU8,
+    /// The recorder's thread takes nothing more.
+    over: AtomicBool,
+    /// The vCPU thread gives nothing more.
+    closed: AtomicBool,
+    /// More waited than may.
+    overrun: AtomicBool,
+}
+
+/// The vCPU thread's end.
+#[derive(Debug)]
+pub struct Tape {
+    shared: Arc<Shared>,
+    answers: Sender<Answer>,
+    watching: bool,
+}
+
+/// The end of the recorder's thread.
+#[derive(Debug)]
+pub(super) struct Spool {
+    shared: Arc<Shared>,
+    answers: Receiver<Answer>,
+}
+
+/// Both ends of a new tape.
+pub(super) fn tape() -> (Tape, Spool) {
+    let shared = Arc::new(Shared {
+        items: Mutex::default(),
+        ask: AtomicU8::new(NOTHING),
+        over: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
+        overrun: AtomicBool::new(false),
+    });
+    let (tell, answers) = channel();
+    let tape = Tape {
+        shared: Arc::clone(&shared),
+        answers: tell,
+        watching: false,
+    };
+    (tape, Spool { shared, answers })
+}
+
+impl Tape {
+    /// A frame that the next entry applies.
+    pub fn frame(&self, bytes: &[u8]) {
+        self.item(INPUT, &[&[INPUT_FRAME], bytes]);
+    }
+
+    /// What came of a request to the disk, which the next entry applies.
+    pub fn done(&self, done: &Done) {
+        self.item(INPUT, &[&[INPUT_DONE, 1], &done.encode()]);
+    }
+
+    /// An entry of the events lane.
+    pub fn entry(&self, payload: &[u8]) {
+        self.item(ENTRY, &[payload]);
+    }
+
+    fn item(&self, tag: u8, parts: &[&[u8]]) {
+        if self.shared.over.load(Ordering::Relaxed) {
+            return;
+        }
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        let mut items = self
+            .shared
+            .items
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if items.len() + HEAD + length > WAITING_MAX {
+            self.shared.overrun.store(true, Ordering::Relaxed);
+            // Nothing behind a gap.
+            self.shared.over.store(true, Ordering::Relaxed);
+            return;
+        }
+        items.push(tag);
+        items.extend_from_slice(&(length as u32).to_le_bytes());
+        for part in parts {
+            items.extend_from_slice(part);
+        }
+    }
+
+    /// Answers what can be answered anywhere between two steps of the guest. Costs one look where nothing is asked.
+    pub fn attend(&mut self, machine: &mut Machine) {
+        let answer = match self.shared.ask.load(Ordering::Acquire) {
+            WATCH => {
+                self.watching = true;
+                machine.track_for_copy().map(|()| Answer::Watching)
+            }
+            SWEEP => machine.sweep_uncopied(SWEPT_AT_ONCE).map(Answer::Swept),
+            FORGET => {
+                self.shared.ask.store(NOTHING, Ordering::Relaxed);
+                self.forget(machine);
+                return;
+            }
+            _ => {
+                if self.watching && self.shared.over.load(Ordering::Relaxed) {
+                    self.forget(machine);
+                }
+                return;
+            }
+        };
+        self.answer(answer.unwrap_or_else(|error| Answer::Failed(error.to_string())));
+    }
+
+    /// No page is noted for a checkpoint any more.
+    pub fn forget(&mut self, machine: &mut Machine) {
+        if std::mem::take(&mut self.watching) {
+            machine.end_copy();
+        }
+    }
+
+    /// Takes a checkpoint if one is wanted here, where the guest is about to run on from a sync point and everything that was given
+    /// to it and came from it there is on the tape. `base` is what the next entry counts from. Whether one was taken: it may have
+    /// swallowed a kick.
+    pub fn cut(&mut self, machine: &mut Machine, base: Base) -> bool {
+        let wanted = self.shared.ask.load(Ordering::Acquire) == CUT_HERE;
+        let place = machine.phase() == Phase::Ready && !machine.has_outputs();
+        if !wanted || !place {
+            return false;
+        }
+        let started = Instant::now();
+        let taken = checkpoint(machine, base);
+        let position = machine.position();
+        let answer = match taken {
+            Ok(bytes) => {
+                self.item(CUT, &[&position.0.to_le_bytes()]);
+                Answer::Cut(bytes, position, started.elapsed())
+            }
+            Err(error) => Answer::Failed(error.to_string()),
+        };
+        self.forget(machine);
+        self.answer(answer);
+        true
+    }
+
+    fn answer(&self, answer: Answer) {
+        self.shared.ask.store(NOTHING, Ordering::Relaxed);
+        // Whoever asked is gone only with the recording.
+        let _ = self.answers.send(answer);
+    }
+}
+
+fn checkpoint(machine: &mut Machine, base: Base) -> Result<Vec<u8>, CheckpointError> {
+    // The instruction first, which may write memory.
+    machine.stand_to_run()?;
+    let pages = crate::checkpoint::Pages::Only(machine.take_uncopied()?);
+    machine.save(&pages, base, Vec::new())
+}
+
+impl Drop for Tape {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+    }
+}
+
+impl Spool {
+    /// Takes what has gathered; the buffer is given back for what follows.
+    pub(super) fn take(&self, into: &mut Vec<u8>) {
+        into.clear();
+        let mut items = self
+            .shared
+            .items
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::swap(&mut *items, into);
+    }
+
+    /// Whether nothing more comes than what is there.
+    pub(super) fn is_closed(&self) -> bool {
+        self.shared.closed.load(Ordering::Acquire)
+    }
+
+    /// How much waited when it was too much.
+    pub(super) fn overrun(&self) -> Option<usize> {
+        let overrun = self.shared.overrun.load(Ordering::Relaxed);
+        overrun.then_some(WAITING_MAX)
+    }
+
+    /// Leaves a question, which the vCPU thread finds by itself.
+    pub(super) fn ask(&self, ask: Ask) {
+        let code = match ask {
+            Ask::Watch => WATCH,
+            Ask::Sweep => SWEEP,
+            Ask::Cut => CUT_HERE,
+            Ask::Forget => FORGET,
+        };
+        self.shared.ask.store(code, Ordering::Release);
+    }
+
+    /// Its answer, if it comes in time.
+    pub(super) fn answer(&self, longest: Duration) -> Option<Answer> {
+        self.answers.recv_timeout(longest).ok()
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        // What waits is nobody's any more.
+        *self
+            .shared
+            .items
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Vec::new();
+    }
+}
+
+/// Items of a piece of tape.
+pub(super) struct Items<'a>(pub(super) &'a [u8]);
+
+impl<'a> Iterator for Items<'a> {
+    type Item = (u8, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (&tag, rest) = self.0.split_first()?;
+        let (length, rest) = rest.split_first_chunk::<4>()?;
+        let (item, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        self.0 = rest;
+        Some((tag, item))
+    }
+}
+
+/// Entries go onto a tape, and nowhere else: `record` with a flight recorder.
+#[derive(Debug)]
+pub struct TapeSink {
+    tape: Tape,
+    posted: Seq,
+}
+
+impl TapeSink {
+    /// A sink onto this tape.
+    #[must_use]
+    pub fn new(tape: Tape) -> Self {
+        Self {
+            tape,
+            posted: Seq::ZERO,
+        }
+    }
+}
+
+impl Sink for TapeSink {
+    fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
+        self.tape.entry(payload);
+        self.posted = self.posted.next();
+        Ok(self.posted)
+    }
+
+    fn committed(&mut self) -> Committed {
+        Committed::EVERYTHING
+    }
+
+    fn released(&mut self, _: Seq) {}
+
+    fn notify(&mut self, _: bool) {}
+
+    fn is_behind(&mut self) -> bool {
+        false
+    }
+
+    fn wait_for_room(&mut self, _: Duration) {}
+
+    fn detach(&mut self) {}
+
+    fn frame(&mut self, bytes: &[u8]) {
+        self.tape.frame(bytes);
+    }
+
+    fn done(&mut self, done: &Done) {
+        self.tape.done(done);
+    }
+
+    fn attend(&mut self, machine: &mut Machine, place: Option<Base>) {
+        self.tape.attend(machine);
+        if let Some(base) = place {
+            self.tape.cut(machine, base);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn items_come_out_as_they_went_in() {
+        let (tape, spool) = tape();
+        tape.frame(b"abc");
+        tape.entry(b"first");
+        tape.entry(b"");
+        let mut taken = Vec::new();
+        spool.take(&mut taken);
+        let items: Vec<_> = Items(&taken).collect();
+        let frame = [&[INPUT_FRAME][..], b"abc"].concat();
+        assert_eq!(
+            items,
+            [(INPUT, &frame[..]), (ENTRY, b"first"), (ENTRY, b"")]
+        );
+        spool.take(&mut taken);
+        assert!(taken.is_empty() && !spool.is_closed());
+        tape.entry(b"last");
+        drop(tape);
+        assert!(spool.is_closed());
+        spool.take(&mut taken);
+        assert_eq!(Items(&taken).count(), 1);
+    }
+
+    #[test]
+    fn a_tape_that_nobody_empties_ends_and_holds_no_more_than_it_may() {
+        let (tape, spool) = tape();
+        let frame = vec![7; 1 << 20];
+        for _ in 0..100 {
+            tape.frame(&frame);
+        }
+        assert_eq!(spool.overrun(), Some(WAITING_MAX));
+        let mut taken = Vec::new();
+        spool.take(&mut taken);
+        assert!(taken.len() <= WAITING_MAX);
+        // Nothing follows the gap.
+        tape.entry(b"x");
+        spool.take(&mut taken);
+        assert!(taken.is_empty());
+    }
+
+    #[test]
+    fn a_recorder_that_ended_costs_nothing_more() {
+        let (tape, spool) = tape();
+        drop(spool);
+        tape.entry(b"x");
+        assert!(tape.shared.items.lock().unwrap().is_empty());
+    }
+}
