@@ -50,14 +50,15 @@ fn show(run: &Run) -> Result<Figures> {
         chaos.serves(&mut clients)?;
         let histories = clients.end()?;
         let checked = linear::check_all(histories.iter().map(Vec::as_slice))?;
-        let (take_overs, ends) = chaos.end()?;
+        let lived = chaos.end()?;
         let longest = longest_wait(&histories);
         run.say(format!(
-            "{take_overs} take-overs, {checked:?}, longest wait {longest:.1?}; processes ended so: {ends:#?}"
+            "{lived:#?}, {checked:?}, longest wait {longest:.1?}"
         ));
         figures.add("happenings", json!(counted));
-        figures.add("take_overs", take_overs);
-        figures.add("ends", json!(ends));
+        figures.add("take_overs", lived.take_overs);
+        figures.add("migrations_called_off", lived.called_off);
+        figures.add("ends", json!(lived.ends));
         figures.add("operations", checked.operations);
         figures.add("violations", 0);
         figures.add("longest_wait_ms", longest.as_millis() as u64);
