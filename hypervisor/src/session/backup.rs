@@ -30,6 +30,7 @@ use crate::kvm::CpuModel;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Reason, Unfit};
+use crate::record::random_source;
 use crate::replay::ReplayError;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
@@ -69,6 +70,9 @@ fn wait_and_follow(
     }
     let image = super::disk::open(config)?;
     let content = Cell::new(super::disk::content(image.as_ref())?);
+    // Everything that it holds while it waits is there before it says that it does.
+    let random = random_source()?;
+    let mut next = common.again(json)?;
     let listener = Listener::bind(&config.pair)?;
     common.reporter.say(&Said::Ready {
         role: "backup".into(),
@@ -85,11 +89,12 @@ fn wait_and_follow(
         cpu,
         trust,
         listener,
+        random,
         image,
         content,
     };
     loop {
-        let error = match meeting.meet(common.again(json)?) {
+        let error = match meeting.meet(next) {
             Ok(mut following) => {
                 // It takes its socket file with it, which a confined thread could not.
                 drop(meeting);
@@ -106,6 +111,7 @@ fn wait_and_follow(
             text: format!("a primary was refused: {error}"),
             loud: true,
         });
+        next = common.again(json)?;
     }
 }
 

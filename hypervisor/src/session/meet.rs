@@ -99,14 +99,18 @@ impl Listener {
     }
 
     /// The next primary: whoever connects and proves that it is to be trusted. Everybody else is turned away.
-    pub(super) fn accept(&self, common: &Common, trust: &Trust) -> Result<Channel, SessionError> {
-        let random = random_source()?;
+    pub(super) fn accept(
+        &self,
+        common: &Common,
+        trust: &Trust,
+        random: &File,
+    ) -> Result<Channel, SessionError> {
         let mut porch = Porch::new();
         let mut told = Told::new();
         loop {
             let (arrived, _) = self.wait(common, &porch, None, None)?;
             if let Some(stream) = arrived {
-                match Caller::greet(stream, trust, &random) {
+                match Caller::greet(stream, trust, random) {
                     Ok(caller) => porch.take_in(caller),
                     Err(error) => told.turned_away(common, &error),
                 }

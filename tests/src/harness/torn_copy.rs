@@ -291,6 +291,16 @@ impl Ground {
     }
 }
 
+/// What the descriptors of a process lead to.
+fn descriptors(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten();
+    let target = |entry: fs::DirEntry| fs::read_link(entry.path()).ok();
+    let targets = entries.flatten().filter_map(target);
+    targets.map(|target| target.display().to_string()).collect()
+}
+
 /// What of a process can leak: descriptors, threads, mappings of memory.
 #[derive(Debug, PartialEq, Eq)]
 struct Holdings {
@@ -331,12 +341,16 @@ impl Holdings {
                 return Ok(());
             }
             if Instant::now() >= until {
-                bail!("it held {self:?} before, {now:?} after the copy that failed");
+                bail!(
+                    "it held {self:?} before, {now:?} after the copy that failed: {:?}",
+                    descriptors(pid)
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
+    /// For the figures.
     fn told(&self) -> Value {
         serde_json::json!({
             "descriptors": self.descriptors,

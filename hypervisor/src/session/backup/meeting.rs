@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
@@ -56,6 +57,8 @@ pub(super) struct Meeting<'a> {
     /// Whom to believe.
     pub(super) trust: Trust,
     pub(super) listener: Listener,
+    /// The host's random source, open.
+    pub(super) random: File,
     /// The disk's image.
     pub(super) image: Option<OpenImage>,
     /// Hash of what is on it; none when a primary has been followed since.
@@ -71,7 +74,7 @@ impl Meeting<'_> {
             self.content.set(disk::content(image)?);
         }
         let content = self.content.get();
-        let control = self.listener.accept(&common, &self.trust)?;
+        let control = self.listener.accept(&common, &self.trust, &self.random)?;
         let ours = Ours {
             cpu: &self.cpu,
             name: &config.name,
