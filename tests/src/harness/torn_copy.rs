@@ -229,6 +229,8 @@ impl Ground {
         let address = nobody.local_addr().context("find a port")?;
         drop(nobody);
         let mut primary = place.primary("alone", self.guests[0], address)?;
+        // Said once a second by a guest that runs: all threads are there then, with what they hold.
+        primary.until_one_of(&["\"commits\"", "\"preempted\""], self.patience)?;
         let mut held = Holdings::of(primary.pid())?;
         // Between two calls it has one descriptor less than during one.
         for _ in 0..20 {
