@@ -60,7 +60,7 @@ fn show(run: &Run) -> Result<Figures> {
 
 fn once(inside: &Inside, address: u64, figures: &mut Figures) -> Result<()> {
     let record = "rm -rf /tmp/recording; doppel record --json --kernel /shared/prepared --initrd /shared/prepared.cpio --memory 256 \
-         --console /tmp/console --recorder /tmp/recording,every=5s --command-line 'quiet guest.do=boot'";
+         --console /tmp/console --recorder /tmp/recording,every=2s --command-line 'quiet guest.do=load'";
     let said = inside.host().sh(record, LONGEST)?;
     let recorded = event(&said, "recorded").with_context(|| said.clone())?;
     let hash = recorded["memory_hash"]
