@@ -153,18 +153,8 @@ impl Viewer {
     /// # Errors
     /// If it does not end in time.
     pub fn end(&mut self, longest: Duration) -> Result<ExitStatus> {
-        let until = Instant::now() + longest;
-        loop {
-            if let Some(status) = self.child.try_wait().context("look after a process")? {
-                return Ok(status);
-            }
-            ensure!(
-                Instant::now() < until,
-                "it has not ended within {longest:?}: {:?}",
-                self.said()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let ended = program::await_end(&mut self.child, longest)?;
+        ended.with_context(|| format!("it has not ended within {longest:?}: {:?}", self.said()))
     }
 }
 

@@ -1,7 +1,9 @@
-//! Where the program under test is.
+//! Where the program under test is, and how its processes are waited for.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
+use std::process::{Child, ExitStatus};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -29,4 +31,19 @@ pub fn beside(name: &str) -> Result<PathBuf> {
         .with_context(|| {
             format!("no {name} beside the tests: run `cargo build --release --workspace` first")
         })
+}
+
+/// Waits for a process's end; none if it does not end within this time.
+///
+/// # Errors
+/// If the kernel does not say.
+pub fn await_end(child: &mut Child, longest: Duration) -> Result<Option<ExitStatus>> {
+    let until = Instant::now() + longest;
+    loop {
+        let ended = child.try_wait().context("look after a process")?;
+        if ended.is_some() || Instant::now() >= until {
+            return Ok(ended);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -152,20 +152,11 @@ impl Role {
     /// # Errors
     /// If it does not end in time.
     pub fn end(&mut self, longest: Duration) -> Result<ExitStatus> {
-        let until = Instant::now() + longest;
-        loop {
-            if let Some(status) = self.child.try_wait().context("look after a process")? {
-                return Ok(status);
-            }
-            if Instant::now() >= until {
-                bail!(
-                    "{} has not ended within {longest:?}: {}",
-                    self.name,
-                    self.said()
-                );
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let ended = program::await_end(&mut self.child, longest)?;
+        ended.with_context(|| {
+            let (name, said) = (&self.name, self.said());
+            format!("{name} has not ended within {longest:?}: {said}")
+        })
     }
 
     /// Waits for an end with a clear error: an exit code of its own, some words, and no panic.
