@@ -52,6 +52,7 @@ pub mod sandbox;
 pub mod scheduling;
 pub mod session;
 pub mod sink;
+pub mod slurm;
 pub mod spool;
 pub mod stage;
 pub mod world;

@@ -14,6 +14,7 @@ mod prepare;
 mod record;
 mod replay;
 mod secret;
+mod slurm;
 mod status;
 mod top;
 mod vm;
@@ -78,6 +79,7 @@ enum Command {
     Record(record::RecordArgs),
     Replay(replay::ReplayArgs),
     Secret(secret::SecretArgs),
+    Slurm(slurm::SlurmArgs),
     Status(status::StatusArgs),
     Console(console::ConsoleArgs),
     Switch(order::SwitchArgs),
@@ -91,6 +93,8 @@ enum Command {
     Vm(vm::VmArgs),
     #[command(hide = true)]
     HookHelper(hook::HookArgs),
+    #[command(hide = true)]
+    SlurmNode(slurm::KeeperArgs),
     #[command(hide = true)]
     PackageFiles(package::PackageArgs),
 }
@@ -143,6 +147,8 @@ pub fn main() -> ExitCode {
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
         Command::Secret(args) => secret::secret(&args),
+        Command::Slurm(args) => slurm::slurm(&args),
+        Command::SlurmNode(args) => slurm::keep(&args),
         Command::Status(args) => status::status(&args),
         Command::Console(args) => console::console(&args),
         Command::Switch(args) => order::switch(&args),

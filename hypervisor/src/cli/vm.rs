@@ -119,7 +119,7 @@ struct CreateArgs {
     stopped: bool,
 }
 
-fn carrier(text: &str) -> Result<Transport, String> {
+pub(super) fn carrier(text: &str) -> Result<Transport, String> {
     match text {
         "tcp" => Ok(Transport::Tcp),
         "rdma" => Ok(Transport::Rdma),
