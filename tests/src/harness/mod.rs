@@ -38,6 +38,7 @@ pub mod role;
 pub mod scheduler;
 pub mod signal;
 pub mod site;
+pub mod slurm;
 pub mod stage;
 pub mod strangers;
 pub mod tcp_meddler;

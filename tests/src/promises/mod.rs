@@ -49,6 +49,7 @@ pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod resets;
 pub mod side_by_side;
+pub mod slurm_job;
 pub mod switch_over;
 pub mod zombie;
 
@@ -69,6 +70,7 @@ pub const ALL: &[Promise] = &[
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
     agents_keep::PROMISE,
+    slurm_job::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     side_by_side::PROMISE,

@@ -24,7 +24,7 @@ pub const PROMISE: Promise = Promise {
 };
 
 /// What is to be there, besides manual pages.
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "usr/bin/doppel",
     "etc/doppel/doppel.toml",
     "usr/lib/systemd/system/doppel-agent.service",
@@ -34,6 +34,7 @@ const FILES: [&str; 11] = [
     "usr/share/fish/vendor_completions.d/doppel.fish",
     "usr/share/doppel/monitoring/doppel.rules.yml",
     "usr/share/doppel/monitoring/grafana-dashboard.json",
+    "usr/share/doppel/slurm/doppel.sbatch",
     "usr/share/doc/doppel/README.md",
     "usr/share/doc/doppel/docs/operating.md",
 ];
