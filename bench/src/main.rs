@@ -55,7 +55,7 @@ enum What {
     /// Protected guests beside redis-server, Sentinel and etcd: latency, throughput, a kill, and what was lost
     Alternatives(Form),
     /// The paper's tables: the guest's work and its network, protected and not; the log's bandwidth
-    Paper(Form),
+    Paper(PaperForm),
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
     /// All of them but `rdma`, one after the other, and the report
@@ -96,6 +96,21 @@ struct Form {
     seed: u64,
 }
 
+#[derive(Clone, Debug, Args)]
+struct PaperForm {
+    #[command(flatten)]
+    form: Form,
+    /// Only this work, and no idle guest; may be given several times
+    #[arg(long, value_name = "WORK")]
+    job: Vec<paper::Job>,
+    /// Rounds: 1 in the short form, 5 in the full one
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// The pair's log over TCP, not in shared memory
+    #[arg(long)]
+    tcp: bool,
+}
+
 /// What `all` runs.
 const ALL: [&str; 8] = [
     "ring",
@@ -107,6 +122,22 @@ const ALL: [&str; 8] = [
     "paper",
     "demo",
 ];
+
+impl PaperForm {
+    fn measure(&self) -> Result<Sheet> {
+        let extent = paper::Extent {
+            time: Duration::from_millis(self.form.pick(1000, 10_000)),
+            rounds: self.rounds.unwrap_or(self.form.pick(1, 5)),
+            only: self.job.clone(),
+            pair: if self.tcp {
+                world::Mode::PairTcp
+            } else {
+                world::Mode::Pair
+            },
+        };
+        paper::measure(&extent)
+    }
+}
 
 impl Form {
     fn pick<T>(&self, short: T, full: T) -> T {
@@ -164,13 +195,6 @@ impl Form {
         })
     }
 
-    fn paper(&self) -> Result<Sheet> {
-        paper::measure(paper::Extent {
-            time: Duration::from_millis(self.pick(1000, 10_000)),
-            rounds: self.pick(1, 5),
-        })
-    }
-
     /// Each in a process of its own: a network namespace cannot be left again.
     fn all(&self) -> Result<()> {
         let own = std::env::current_exe().context("find this program's own file")?;
@@ -213,7 +237,7 @@ fn run(what: &What) -> Result<()> {
         What::Log(form) => finish(&form.log()?, &form.out),
         What::Failover(form) => finish(&form.failover()?, &form.out),
         What::Alternatives(form) => finish(&form.alternatives()?, &form.out),
-        What::Paper(form) => finish(&form.paper()?, &form.out),
+        What::Paper(paper) => finish(&paper.measure()?, &paper.form.out),
         What::Demo(form) => finish(&demo::measure(form.seed)?, &form.out),
         What::All(form) => form.all(),
         What::Report { out } => {

@@ -3,6 +3,7 @@
 //! Unsafe code lives here for one call in the child before it becomes `doppel` (the kernel is asked to end it with this
 //! program) and for sending it a signal.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -153,6 +154,9 @@ pub enum Mode {
     Run,
     /// `doppel record` into memory: the ring is filled and drained, and nobody replays.
     Record,
+    /// `doppel record` to nowhere: as above, and what is drained and found right is not kept. Memory that the host has not touched lately
+    /// costs several microseconds a page here, which is no part of protecting: a backup's ring is used again and again.
+    Drain,
     /// A primary and a backup, the log in memory that they share.
     Pair,
     /// A primary and a backup, the log over TCP.
@@ -165,7 +169,7 @@ impl Mode {
     pub fn name(self) -> &'static str {
         match self {
             Self::Run => "run",
-            Self::Record => "record",
+            Self::Record | Self::Drain => "record",
             Self::Pair => "pair",
             Self::PairTcp => "pair-tcp",
         }
@@ -250,7 +254,7 @@ impl Guest {
                 };
                 Running::Pair(Box::new(Pair::start(&spec, port)?))
             }
-            Mode::Run | Mode::Record => Running::Alone(Alone::start(
+            Mode::Run | Mode::Record | Mode::Drain => Running::Alone(Alone::start(
                 mode,
                 directory.path(),
                 guest,
@@ -271,7 +275,7 @@ impl Guest {
     pub fn console(&self) -> String {
         let name = match self.mode {
             Mode::Pair | Mode::PairTcp => "primary.console",
-            Mode::Run | Mode::Record => "console",
+            Mode::Run | Mode::Record | Mode::Drain => "console",
         };
         // Not there yet is as good as empty.
         let bytes = std::fs::read(self.directory.path().join(name)).unwrap_or_default();
@@ -287,19 +291,28 @@ impl Guest {
             Running::Alone(alone) => alone.child.id(),
             Running::Pair(pair) => pair.primary.pid(),
         };
-        let tasks =
-            std::fs::read_dir(format!("/proc/{pid}/task")).context("list a machine's threads")?;
-        let mut nanos = 0;
-        for task in tasks {
-            let path = task?.path().join("schedstat");
-            let text = std::fs::read_to_string(&path)
-                .with_context(|| format!("read {}", path.display()))?;
-            let first = text.split(' ').next().unwrap_or_default();
-            nanos += first
-                .parse::<u64>()
-                .with_context(|| format!("understand {text:?} of {}", path.display()))?;
+        Ok(threads(pid)?.values().sum())
+    }
+
+    /// Time on a processor that each thread has had, by process and name.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn cpu_times(&self) -> Result<BTreeMap<String, Duration>> {
+        let processes = match &self.running {
+            Running::Alone(alone) => vec![(self.mode.name(), alone.child.id())],
+            Running::Pair(pair) => vec![
+                ("primary", pair.primary.pid()),
+                ("backup", pair.backup.pid()),
+            ],
+        };
+        let mut all = BTreeMap::new();
+        for (process, pid) in processes {
+            for (name, time) in threads(pid)? {
+                *all.entry(format!("{process}: {name}")).or_default() += time;
+            }
         }
-        Ok(Duration::from_nanos(nanos))
+        Ok(all)
     }
 
     /// Bytes that were posted to both lanes of a pair's log so far, with every entry's header.
@@ -356,6 +369,31 @@ impl Guest {
         }
         Ok(self.directory)
     }
+}
+
+/// Time on a processor of each thread of a process, by name; the first is the one that does the I/O.
+fn threads(pid: u32) -> Result<BTreeMap<String, Duration>> {
+    let tasks =
+        std::fs::read_dir(format!("/proc/{pid}/task")).context("list a machine's threads")?;
+    let mut all = BTreeMap::new();
+    for task in tasks {
+        let task = task?.path();
+        let read = |name: &str| {
+            let path = task.join(name);
+            std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+        };
+        let text = read("schedstat")?;
+        let first = text.split(' ').next().unwrap_or_default();
+        let nanos = first
+            .parse::<u64>()
+            .with_context(|| format!("understand {text:?} of {}", task.display()))?;
+        let name = match task.ends_with(pid.to_string()) {
+            true => "I/O".to_owned(),
+            false => read("comm")?.trim().to_owned(),
+        };
+        *all.entry(name).or_default() += Duration::from_nanos(nanos);
+    }
+    Ok(all)
 }
 
 /// Has the kernel end a child with the thread that starts it.
@@ -426,9 +464,11 @@ impl Alone {
             .stdout(Stdio::null())
             .stderr(File::create(&errors).context("create a file for messages")?);
         command.args(more.iter().map(|word| word.replace("{side}", "alone")));
-        if mode == Mode::Record {
-            command.arg("--out").arg(directory.join("log"));
-        }
+        match mode {
+            Mode::Record => command.arg("--out").arg(directory.join("log")),
+            Mode::Drain => command.arg("--out").arg("/dev/null"),
+            _ => &mut command,
+        };
         // Kept until the child has its own.
         let inheritable: Option<OwnedFd> = port
             .map(NetPort::inheritable)

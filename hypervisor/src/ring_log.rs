@@ -25,6 +25,10 @@ pub const INPUT_COPY: u8 = 2;
 /// A part of what came of a request to the disk.
 pub const INPUT_DONE: u8 = 3;
 
+/// What of a slot for a frame must be zero before one is read into it: the kind and the longest headers that say how long the frame is
+/// (Ethernet with a VLAN tag, IPv6).
+pub const FRAME_HEAD: usize = 1 + 18 + 40;
+
 /// The events lane, as the recorder writes it.
 pub struct RingSink {
     lane: Option<LaneWriter>,
@@ -39,9 +43,15 @@ pub struct RingSink {
     watch: Option<Watch>,
     /// When the oldest entry that was not pushed was posted.
     gathering: Option<Instant>,
+    /// Of a stream: since when something is posted and no more of it has committed.
+    open_since: Option<Instant>,
     /// The reader is a backup, which can be given up.
     to_backup: bool,
 }
+
+/// No network answers sooner, with a thread to be woken at its other end. The thread that waits at the descriptor may stand in line for
+/// the CPU of the vCPU thread, which therefore asks too, but not right after each entry that it posts.
+const ROUND_TRIP: Duration = Duration::from_micros(20);
 
 /// How long entries that nothing waits for may gather before they are sent over a stream: a send costs the vCPU thread about
 /// as much as a cheap exit, so this bounds it to a few in a hundred of its time, and is short against the window.
@@ -74,6 +84,7 @@ impl RingSink {
             window: None,
             watch: None,
             gathering: None,
+            open_since: None,
             to_backup: false,
         }
     }
@@ -192,7 +203,9 @@ impl Sink for RingSink {
             None => self.last.next(),
         };
         if self.watch.is_some() {
-            self.gathering.get_or_insert_with(Instant::now);
+            let now = Instant::now();
+            self.gathering.get_or_insert(now);
+            self.open_since.get_or_insert(now);
         }
         if let Some(window) = &mut self.window {
             window.posted(self.last);
@@ -204,14 +217,27 @@ impl Sink for RingSink {
         let Some(lane) = &mut self.lane else {
             return Committed::EVERYTHING;
         };
-        // A lane that cannot say commits nothing more; the next post gives the reason.
-        if let Ok(events) = lane.committed() {
+        // Where to ask is a system call, it is not made while no answer can have come. A lane that cannot say commits nothing more; the
+        // next post gives the reason.
+        let asks = match &self.watch {
+            Some(watch) if !watch.is_memory() => self
+                .open_since
+                .is_some_and(|since| since.elapsed() >= ROUND_TRIP),
+            _ => true,
+        };
+        let before = self.marks.committed;
+        if asks && let Ok(events) = lane.committed() {
             self.marks.committed = self.marks.committed.max(events);
         }
         if let Some(watch) = &self.watch {
             let [events, inputs] = watch.committed();
             self.marks.committed = self.marks.committed.max(events);
             let events = self.marks.committed;
+            if events >= self.last {
+                self.open_since = None;
+            } else if events > before {
+                self.open_since = Some(Instant::now());
+            }
             return Committed { events, inputs };
         }
         Committed {
@@ -267,6 +293,7 @@ impl Sink for RingSink {
         self.window = None;
         self.watch = None;
         self.gathering = None;
+        self.open_since = None;
     }
 }
 
@@ -436,21 +463,29 @@ impl RingSource {
     }
 }
 
-/// The frame in a slot whose length was lost with its writer. Everything after its end is zero, and every protocol above
-/// Ethernet tells its own length, so trailing zeros are harmless; the shortest Ethernet payload is kept.
+/// The frame in a slot whose length was lost with its writer, by what its headers say. The kernel fills a slot in one go, so where they
+/// are, the rest is, too; behind the frame lies what an earlier lap left. Of a protocol that does not tell its length nothing is
+/// taken: lost, as on a wire.
 fn salvaged_frame(slot: &[u8]) -> Option<Vec<u8>> {
+    /// The shortest Ethernet frame. What it pads with says nothing.
     const SHORTEST: usize = 60;
+    const VLAN: [u16; 2] = [0x8100, 0x88a8];
     let frame = match slot.split_first() {
         Some((&INPUT_FRAME, frame)) => frame,
         _ => return None,
     };
-    let end = frame.iter().rposition(|&byte| byte != 0)? + 1;
-    let length = match frame.get(12..18) {
-        // IPv4: the header says how long the packet is.
-        Some(&[0x08, 0x00, _, _, high, low]) => 14 + usize::from(u16::from_be_bytes([high, low])),
-        _ => end.max(SHORTEST),
+    let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
+    let begins = if VLAN.contains(&word(12)?) { 18 } else { 14 };
+    let length = match word(begins - 2)? {
+        0x0800 => begins + usize::from(word(begins + 2)?),
+        0x86dd => begins + 40 + usize::from(word(begins + 4)?),
+        0x0806 => SHORTEST,
+        // Not a protocol but a length; nothing at all where nothing was read.
+        length @ 1..=1500 => begins + usize::from(length),
+        _ => return None,
     };
-    (end > 12).then(|| frame[..length.clamp(end.min(SHORTEST), frame.len())].to_vec())
+    let length = length.max(SHORTEST).min(frame.len());
+    Some(frame[..length].to_vec())
 }
 
 impl LogSource for RingSource {
@@ -518,18 +553,37 @@ impl LogSource for RingSource {
 mod tests {
     use super::*;
 
+    /// Bytes of a slot that an earlier lap left are never taken for a part of what was read.
     #[test]
     fn a_salvaged_frame_keeps_what_its_header_says() {
-        let mut slot = vec![0u8; 1600];
+        let mut slot = vec![0xee; 1600];
+        slot[..FRAME_HEAD].fill(0);
         slot[0] = INPUT_FRAME;
         assert_eq!(salvaged_frame(&slot), None, "nothing was read into it");
-        let frame = &mut slot[1..];
-        frame[..12].fill(7);
-        frame[12..14].copy_from_slice(&[8, 0]);
-        frame[16..18].copy_from_slice(&100u16.to_be_bytes());
-        frame[14 + 40] = 1;
-        assert_eq!(salvaged_frame(&slot).unwrap().len(), 114);
-        slot[1 + 12..1 + 14].copy_from_slice(&[8, 6]);
-        assert_eq!(salvaged_frame(&slot).unwrap().len(), 60);
+        let length = |headers: &[(usize, &[u8])]| {
+            let mut slot = slot.clone();
+            slot[1..13].fill(7);
+            for (at, bytes) in headers {
+                slot[1 + at..1 + at + bytes.len()].copy_from_slice(bytes);
+            }
+            salvaged_frame(&slot).map(|frame| {
+                assert_eq!(frame, slot[1..=frame.len()]);
+                frame.len()
+            })
+        };
+        let ipv4: &[u8] = &[8, 0, 0x45, 0, 0, 100];
+        assert_eq!(length(&[(12, ipv4)]), Some(114));
+        assert_eq!(length(&[(12, &[0x81, 0, 0, 5]), (16, ipv4)]), Some(118));
+        assert_eq!(length(&[(12, &[8, 0, 0x45, 0, 0, 40])]), Some(60));
+        assert_eq!(length(&[(12, &[8, 0, 0x45, 0, 0xff, 0xff])]), Some(1599));
+        assert_eq!(
+            length(&[(12, &[0x86, 0xdd]), (18, &[2, 0])]),
+            Some(54 + 512)
+        );
+        assert_eq!(length(&[(12, &[8, 6])]), Some(60));
+        assert_eq!(length(&[(12, &[0, 200])]), Some(214));
+        assert_eq!(length(&[(12, &[0x88, 0xcc])]), None);
+        assert_eq!(length(&[]), None);
+        assert_eq!(salvaged_frame(&slot[..10]), None);
     }
 }

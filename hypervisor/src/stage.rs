@@ -70,25 +70,32 @@ impl Stage {
         }
     }
 
-    /// Whether one more frame may be read. If not, the feeder is woken when one may.
+    /// Whether one more frame may be read, beside so many that were read and not added. If not, the feeder is woken when one may.
     #[must_use]
-    pub fn has_room(&self) -> bool {
-        if !self.frames.is_full() {
+    pub fn has_room(&self, beside: usize) -> bool {
+        let has = || self.frames.len() + beside < self.frames.capacity();
+        if has() {
             return true;
         }
         self.starved.store(true, Ordering::SeqCst);
-        !self.frames.is_full()
+        has()
+    }
+
+    /// A frame to be added, its bytes in a buffer that was used before, where there is one.
+    #[must_use]
+    pub fn frame(&self, seq: Seq, frame: &[u8]) -> StagedFrame {
+        let mut bytes = self.spare.pop().unwrap_or_default();
+        bytes.clear();
+        bytes.extend_from_slice(frame);
+        StagedFrame { seq, bytes }
     }
 
     /// Adds a frame and wakes the vCPU thread.
     ///
     /// # Errors
     /// Gives the frame back when there is no room.
-    pub fn push(&self, seq: Seq, frame: &[u8]) -> Result<(), StagedFrame> {
-        let mut bytes = self.spare.pop().unwrap_or_default();
-        bytes.clear();
-        bytes.extend_from_slice(frame);
-        self.frames.push(StagedFrame { seq, bytes })?;
+    pub fn push(&self, frame: StagedFrame) -> Result<(), StagedFrame> {
+        self.frames.push(frame)?;
         self.bell.ring();
         Ok(())
     }

@@ -49,7 +49,7 @@ fn hammer(half: &mut LaneWriter, mut published: impl FnMut(u64)) {
                 }
             }
         }
-        let mut slot = half.reserve_for_salvage(FRAME).expect("room");
+        let mut slot = half.reserve_for_salvage(FRAME, FRAME).expect("room");
         slot.payload()[..bytes.len()].copy_from_slice(&bytes);
         match slot.publish(bytes.len(), Marks::default()) {
             Ok(seq) => published(seq.0),
@@ -161,7 +161,10 @@ fn be_writer(mode: &str, socket: &str) {
         }
         "fill" => {
             let bytes = frame(1);
-            let mut slot = writer.inputs.reserve_for_salvage(FRAME).expect("room");
+            let mut slot = writer
+                .inputs
+                .reserve_for_salvage(FRAME, FRAME)
+                .expect("room");
             slot.payload()[..bytes.len()].copy_from_slice(&bytes);
             tell(&stream, [0, 0]);
             loop {

@@ -66,6 +66,14 @@ pub struct Ready {
     pub failed: bool,
 }
 
+impl Ready {
+    /// Whether there is anything to do about it.
+    #[must_use]
+    pub fn any(self) -> bool {
+        self.read || self.write || self.hung_up || self.failed
+    }
+}
+
 impl Waiter {
     /// An empty set.
     pub fn new() -> Self {

@@ -1,13 +1,14 @@
 //! The I/O thread's round: wait, take in frames, say what else has come.
 #![forbid(unsafe_code)]
 
+mod stream;
+
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rdma_log::WriteError;
 use rdma_log::robust::RobustHolder;
 use rdma_log::transport::network::{Link, Watch};
 
@@ -63,6 +64,7 @@ pub(super) struct Io {
     pub(super) control: Option<Channel>,
     /// The log's stream, on a primary whose log goes over one.
     pub(super) watch: Option<Watch>,
+    turned_at: Instant,
     /// The log's stream, on a backup.
     pub(super) link: Option<Link>,
     /// How far the backup has come, on the primary.
@@ -196,6 +198,7 @@ impl Io {
             sandbox: Sandbox::prepare(&config.sandbox)?
                 .with_device(config.pair.transport == Transport::Rdma),
             watch: None,
+            turned_at: Instant::now(),
             link: None,
             replayed: Arc::default(),
             replayed_before: 0,
@@ -366,9 +369,10 @@ impl Io {
         if let Some(beats) = &self.beats {
             self.waiter.add(beats, true, false);
         }
-        if let Some(watch) = &self.watch {
-            self.waiter.add(watch, true, watch.wants_write());
-        }
+        let stream = self
+            .watch
+            .as_ref()
+            .map(|watch| self.waiter.add(watch, true, watch.wants_write()));
         let blocked = self.outlet.is_blocked();
         let port = match (self.stager.wants(), self.stager.port()) {
             (Some(port), _) if read_frames => Some(self.waiter.add(port, true, blocked)),
@@ -408,7 +412,8 @@ impl Io {
         // the one that makes room.
         self.stager.retry();
         // Outputs that have committed first; and after a fence no frame is to be read.
-        let mut log_gone = self.turn_log() || self.link_is_broken();
+        let ready = stream.is_some_and(|stream| self.waiter.ready(stream).any());
+        let mut log_gone = self.turn_log(ready) || self.link_is_broken();
         if port.is_some_and(|port| self.waiter.ready(port).read)
             && let Err(error) = self.stager.pump()
         {
@@ -418,7 +423,8 @@ impl Io {
         if let Some(why) = self.stager.take_unusable() {
             self.orders.report_unusable(why);
         }
-        log_gone |= self.turn_log();
+        // To look whether there is a fence may have taken answers in, which the descriptor then tells no more.
+        log_gone |= self.turn_log(false);
         self.watch_the_guest();
         if self.announcer.is_some() {
             self.turn_announcer();
@@ -462,52 +468,6 @@ impl Io {
             found.peer_gone = true;
         }
         Ok(found)
-    }
-
-    /// Takes in what the backup answered, and lets out what has committed by it. True when the stream is at its end and nobody
-    /// knows why: a fence is told by name.
-    ///
-    /// It comes after frames were read, too: that may have taken answers in, which the descriptor then tells no more.
-    fn turn_log(&mut self) -> bool {
-        let Some(watch) = &self.watch else {
-            return false;
-        };
-        let turned = watch.turn();
-        let [events, inputs] = watch.counters();
-        self.replayed
-            .fetch_max(events.replayed.0, Ordering::Relaxed);
-        if self.outlet.waiting() > 0 {
-            self.outlet.release(Committed {
-                events: events.committed,
-                inputs: inputs.committed,
-            });
-        }
-        let Err(error) = turned else { return false };
-        self.watch = None;
-        self.stager.stop();
-        if error == WriteError::Fenced {
-            self.orders.report_fenced();
-            return false;
-        }
-        self.log_ended(&error, error == WriteError::Closed);
-        true
-    }
-
-    /// Whether nothing more of the log comes; told once.
-    fn link_is_broken(&mut self) -> bool {
-        let Some(broken) = self.link.as_ref().and_then(Link::broken) else {
-            return false;
-        };
-        self.link = None;
-        self.log_ended(&broken.reason, broken.gone);
-        true
-    }
-
-    fn log_ended(&self, error: &dyn std::fmt::Display, closed: bool) {
-        self.reporter.say(&Said::Notice {
-            text: format!("the log's connection is over: {error}"),
-            loud: !closed,
-        });
     }
 
     fn watch_the_guest(&mut self) {

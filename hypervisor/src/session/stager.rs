@@ -13,14 +13,18 @@ use rdma_log::{Epoch, LaneWriter, Marks, Seq, WriteError};
 use crate::backends::disk::{Disk, Outcome};
 use crate::backends::{NetPort, longest_frame};
 use crate::orders::Samples;
-use crate::ring_log::INPUT_FRAME;
+use crate::ring_log::{FRAME_HEAD, INPUT_FRAME};
 use crate::session::host::MTU;
 use crate::session::io::InputLane;
-use crate::stage::Stage;
+use crate::stage::{Stage, StagedFrame};
 use done::Outgoing;
 
 /// Frames read in one go, so that heartbeats are never late because of a busy port.
 const AT_ONCE: usize = 64;
+
+/// Frames that are sent together where the log is a stream: a send costs several times what it costs to read a frame. More would keep
+/// the guest waiting for the first of them, and lose more with this process; eight take some ten microseconds to read.
+const TOGETHER: usize = 8;
 
 /// Bytes of a slot: the kind, then the longest frame.
 const SLOT: usize = 1 + longest_frame(MTU as usize);
@@ -34,7 +38,10 @@ pub(super) struct Stager {
     committed: Option<Arc<AtomicU64>>,
     stage: Arc<Stage>,
     samples: Arc<Samples>,
+    /// Where a frame is read to without a lane.
     buffer: Vec<u8>,
+    /// Frames that are in the lane, and not sent and not staged yet.
+    read: Vec<StagedFrame>,
     /// The lane was full: wait for the reader instead of asking the port.
     lane_full: bool,
     /// The lane takes nothing more, and who goes on is being decided. Until then the port is left alone: a frame read here
@@ -66,6 +73,7 @@ impl Stager {
             stage,
             samples,
             buffer: vec![0; SLOT],
+            read: Vec::with_capacity(TOGETHER),
             lane_full: false,
             lane_over: false,
             unusable: None,
@@ -85,7 +93,7 @@ impl Stager {
 
     /// The port, if frames should be read from it now.
     pub(super) fn wants(&self) -> Option<&NetPort> {
-        if self.lane_full || self.lane_over || self.paused || !self.stage.has_room() {
+        if self.lane_full || self.lane_over || self.paused || !self.stage.has_room(0) {
             return None;
         }
         self.port.as_ref()
@@ -147,20 +155,43 @@ impl Stager {
     /// # Errors
     /// The port's error; the port is then closed.
     pub(super) fn pump(&mut self) -> io::Result<()> {
+        let together = match (&self.lane, &self.committed) {
+            (Some(_), None) => TOGETHER,
+            // In the other side's memory it is there at once, and the guest may as well begin.
+            _ => 1,
+        };
+        let mut ended = Ok(());
         for _ in 0..AT_ONCE {
-            if self.lane_over || self.paused || !self.stage.has_room() {
+            if self.lane_over || self.paused || !self.stage.has_room(self.read.len()) {
                 break;
             }
             match self.read_one() {
-                Ok(true) => {}
+                Ok(true) if self.read.len() < together => {}
+                Ok(true) => self.hand_over(),
                 Ok(false) => break,
                 Err(error) => {
                     self.port = None;
-                    return Err(error);
+                    ended = Err(error);
+                    break;
                 }
             }
         }
-        Ok(())
+        self.hand_over();
+        ended
+    }
+
+    /// Sends and stages what was read.
+    fn hand_over(&mut self) {
+        if self.read.is_empty() {
+            return;
+        }
+        if let Some(lane) = &mut self.lane {
+            tell(lane, self.committed.as_deref());
+        }
+        for frame in self.read.drain(..) {
+            // There was room when it was read, and this is the only thread that adds.
+            let _ = self.stage.push(frame);
+        }
     }
 
     /// One frame; false if none waits or there is no room for it.
@@ -172,12 +203,12 @@ impl Stager {
             let Some(length) = port.read_into(&mut self.buffer)? else {
                 return Ok(false);
             };
-            // There was room a moment ago, and this is the only thread that adds.
-            let _ = self.stage.push(Seq::ZERO, &self.buffer[..length]);
+            let frame = self.stage.frame(Seq::ZERO, &self.buffer[..length]);
+            self.read.push(frame);
             self.samples.meter().frame(length);
             return Ok(true);
         };
-        let mut slot = match lane.reserve_for_salvage(SLOT) {
+        let mut slot = match lane.reserve_for_salvage(SLOT, FRAME_HEAD) {
             Ok(slot) => slot,
             Err(WriteError::Full { .. }) => {
                 self.lane_full = true;
@@ -204,7 +235,7 @@ impl Stager {
         let Some(length) = port.read_into(&mut payload[1..])? else {
             return Ok(false);
         };
-        self.buffer[..length].copy_from_slice(&payload[1..=length]);
+        let mut frame = self.stage.frame(Seq::ZERO, &payload[1..=length]);
         let marks = Marks {
             epoch: self.epoch,
             ..Marks::default()
@@ -220,8 +251,8 @@ impl Stager {
             }
         };
         self.published = seq;
-        tell(lane, self.committed.as_deref());
-        let _ = self.stage.push(seq, &self.buffer[..length]);
+        frame.seq = seq;
+        self.read.push(frame);
         self.samples.meter().frame(length);
         Ok(true)
     }
@@ -237,7 +268,7 @@ fn tell(lane: &mut LaneWriter, committed: Option<&AtomicU64>) {
             }
         }
         // Over a stream it is lost with this process until it is sent, and the thread that applies it, once woken, may take this
-        // one's CPU. An error shows at the next entry.
+        // one's CPU: so it is sent first. An error shows at the next entry.
         None => {
             let _ = lane.notify();
         }

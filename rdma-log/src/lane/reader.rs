@@ -240,7 +240,7 @@ impl LaneReader {
     }
 
     /// The payload area of the slot that the writer was filling when it died, if it had reserved one for salvage:
-    /// as long as it had reserved.
+    /// as long as it had reserved. Behind what was zeroed and written lies what an earlier lap left.
     ///
     /// The bytes are **not verified**, perhaps not all there, and perhaps were never meant to be sent. They are of
     /// use only where the data prove themselves, as network frames do (a damaged one is dropped, a missing one

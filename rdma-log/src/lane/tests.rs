@@ -134,7 +134,7 @@ fn write(writer: &mut LaneWriter, model: &mut Model, op: &Op) -> Result<(), Writ
         } => {
             let bytes = payload(seq.0, len);
             let mut slot = match salvage {
-                true => writer.reserve_for_salvage(reserved)?,
+                true => writer.reserve_for_salvage(reserved, reserved)?,
                 false => writer.reserve(reserved)?,
             };
             assert_eq!(slot.payload().len(), reserved);

@@ -217,16 +217,20 @@ impl LaneWriter {
     /// Like [`reserve`](LaneWriter::reserve), for bytes that would be lost with this process: a frame that the
     /// kernel hands over while the slot is being filled.
     ///
-    /// The payload area is zeroed, and the slot noted where the reader finds it
+    /// The first `head` bytes of the payload area are zeroed, and the slot noted where the reader finds it
     /// ([`LaneReader::salvage`](crate::LaneReader::salvage)) if this process dies before the slot was published or
-    /// dropped. The cost is that of zeroing `max_payload` bytes, so keep the slot while nothing comes instead of
-    /// reserving again.
+    /// dropped. Those bytes must tell whether anything was put there, and how much: behind them lies what an earlier lap left, and
+    /// to zero it would be to wait for its lines from the reader's processor.
     ///
     /// # Errors
     /// As for [`reserve`](LaneWriter::reserve).
-    pub fn reserve_for_salvage(&mut self, max_payload: usize) -> Result<Slot<'_>, WriteError> {
+    pub fn reserve_for_salvage(
+        &mut self,
+        max_payload: usize,
+        head: usize,
+    ) -> Result<Slot<'_>, WriteError> {
         let mut slot = self.reserve(max_payload)?;
-        slot.payload().fill(0);
+        slot.payload()[..head.min(max_payload)].fill(0);
         let note = OpenSlot {
             at: slot.place.at,
             len: max_payload as u64,

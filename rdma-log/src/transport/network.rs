@@ -29,6 +29,11 @@ impl Watch {
         }
     }
 
+    /// Whether answers are in memory, where a lane that is asked finds them without a system call.
+    pub fn is_memory(&self) -> bool {
+        matches!(self, Watch::Rdma(_))
+    }
+
     /// Whether to wait for room in the descriptor as well.
     pub fn wants_write(&self) -> bool {
         match self {

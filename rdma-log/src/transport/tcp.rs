@@ -272,12 +272,7 @@ fn connect_with(stream: TcpStream, driven: bool) -> Result<(RingWriter, Watch), 
     offer.send(&stream, ACCEPT)?;
     let writer = Arc::new(Writer::new(stream, offer.nonce, driven)?);
     let watch = writer.watch();
-    let port = |lane| -> Box<dyn WritePort> {
-        Box::new(TcpWriter {
-            lane,
-            writer: writer.clone(),
-        })
-    };
+    let port = |lane| -> Box<dyn WritePort> { Box::new(TcpWriter::new(lane, writer.clone())) };
     let progress = Box::new(TcpProgress(writer.clone()));
     let ring = RingWriter::assemble(offer.nonce, geometries, views, port, progress);
     Ok((ring, watch))

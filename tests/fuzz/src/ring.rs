@@ -254,7 +254,7 @@ impl Ring {
     /// A slot that is reserved and never published, as by a writer that dies.
     fn salvageable(&mut self, lane: Lane, source: &mut Source<'_>) {
         let length = usize::from(source.u16()) % 1200;
-        if let Ok(slot) = self.writer(lane).reserve_for_salvage(length)
+        if let Ok(slot) = self.writer(lane).reserve_for_salvage(length, length)
             && source.u8() & 1 == 0
         {
             std::mem::forget(slot);

@@ -31,7 +31,7 @@ use hypervisor::kvm::KvmSource;
 use hypervisor::machine::{Machine, MachineSpec};
 use hypervisor::orders::{Orders, Samples};
 use hypervisor::record::{Outlet, Parts, RecordOptions, Recorder, random_source};
-use hypervisor::ring_log::{INPUT_FRAME, RingSink};
+use hypervisor::ring_log::{FRAME_HEAD, INPUT_FRAME, RingSink};
 use hypervisor::sink::{Sink, SinkError};
 use hypervisor::stage::Stage;
 use hypervisor::world::World;
@@ -276,7 +276,7 @@ impl Feeder {
     pub fn run(&mut self, over: &AtomicBool) -> Result<()> {
         let mut waiter = Waiter::new();
         while !over.load(Ordering::Relaxed) {
-            let room = self.stage.has_room();
+            let room = self.stage.has_room(0);
             if room && self.read_one()? {
                 continue;
             }
@@ -291,7 +291,7 @@ impl Feeder {
     }
 
     fn read_one(&mut self) -> Result<bool> {
-        let mut slot = match self.lane.reserve_for_salvage(SLOT) {
+        let mut slot = match self.lane.reserve_for_salvage(SLOT, FRAME_HEAD) {
             Ok(slot) => slot,
             Err(WriteError::Full { .. }) => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -313,7 +313,7 @@ impl Feeder {
         self.committed
             .store(self.lane.committed()?.0, Ordering::Release);
         // There was room, and this is the only thread that adds.
-        let _ = self.stage.push(seq, &frame);
+        let _ = self.stage.push(self.stage.frame(seq, &frame));
         self.saboteur.pass(Step::AfterStage);
         Ok(true)
     }

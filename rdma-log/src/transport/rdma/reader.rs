@@ -1,9 +1,10 @@
 //! The reader's end: a thread that returns credits and acknowledgements, and wakes who sleeps.
 //!
 //! The lanes' readers find entries in their memory by themselves. The thread sends a block when what it says has changed:
-//! *received* of the events lane at once, the rest gathers for [`ANSWER_WITHIN`]. In mode `ack` it walks along behind the
-//! device, takes every entry out and checks it, and says that; so a commit does not wait for whoever replays. In mode
-//! `nic` it looks at the ring only for readers that sleep.
+//! in mode `ack` *received* of the events lane at once, the rest gathers for [`ANSWER_WITHIN`]. In mode `ack` it walks along behind
+//! the device, takes every entry out and checks it, and says that; so a commit does not wait for whoever replays. In mode
+//! `nic` it looks at the ring only for readers that sleep, and nothing waits for *received*: a block for each entry would be as
+//! many packets the other way.
 //!
 //! When it has nothing to do and something to wait for, it sets an alarm ([`Alarm`]), which the writer's side answers with
 //! a write that ends the sleep. It sleeps only after the alarm is known to be in the writer's memory and one more look
@@ -43,6 +44,9 @@ use crate::verbs::{Device, Registered};
 const ANSWER_WITHIN: Duration = Duration::from_millis(1);
 /// How long the last block, which says that the connection is fenced, may take to arrive.
 const FAREWELL: Duration = Duration::from_millis(20);
+/// Looks for entries between two at everything else, while the thread looks without sleeping: the device's queues and the writer's
+/// block cost several times as much, and a commit waits for the entry.
+const LOOKS: usize = 8;
 /// Entries that are found at once before what was found is said.
 const FOUND: usize = 64;
 
@@ -221,7 +225,12 @@ impl Attendant {
     fn attend(&mut self) -> Result<(), RdmaError> {
         let mut came = Instant::now();
         while !self.shared.reading.retired.load(Ordering::Acquire) {
-            if self.look()? {
+            // What is found is said before anything else is looked at.
+            let found = self.find_soon();
+            if found {
+                self.say_if_due()?;
+            }
+            if self.look()? || found {
                 came = Instant::now();
             } else if came.elapsed() < self.spin {
                 std::hint::spin_loop();
@@ -282,6 +291,12 @@ impl Attendant {
         }
     }
 
+    /// Looks for entries, again and again where this thread does not sleep anyway; whether there are new ones.
+    fn find_soon(&mut self) -> bool {
+        let looks = if self.spin.is_zero() { 1 } else { LOOKS };
+        (0..looks).any(|_| self.find())
+    }
+
     /// Looks for entries, and wakes readers that sleep where there are some; whether there are new ones.
     fn find(&mut self) -> bool {
         let mut any = false;
@@ -325,8 +340,13 @@ impl Attendant {
         let events = Lane::Events.index();
         let starved = (0..2)
             .any(|i| now[i].consumed - self.said[i].consumed >= self.shared.reading.sizes[i] / 2);
+        let awaited = match self.shared.mode {
+            Mode::Ack => now[events].received != self.said[events].received,
+            // By a writer that sleeps for want of room.
+            Mode::Nic => self.writer_alarm > self.rung && now != self.said,
+        };
         if self.due
-            || now[events].received != self.said[events].received
+            || awaited
             || starved
             || since >= BEAT
             || (now != self.said && since >= ANSWER_WITHIN)

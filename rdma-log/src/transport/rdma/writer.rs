@@ -11,6 +11,8 @@
 #![forbid(unsafe_code)]
 
 mod ports;
+mod sending;
+mod taking;
 
 pub use ports::Watch;
 pub(super) use ports::{RdmaProgress, RdmaWriter};
@@ -23,17 +25,17 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::block::{Alarm, BLOCK, Block, From, LaneWords};
+use super::block::{Alarm, BLOCK};
 use super::flow::{Gather, Piece};
 use super::hello::Mode;
-use super::pipe::{Pipe, Slots, Taken};
-use crate::entry::{LINE, Lane, Nonce, Seq};
+use super::pipe::{Pipe, Slots};
+use crate::entry::{Lane, Nonce, Seq};
 use crate::futex::{Bell, FutexWord};
-use crate::lane::{Counter, WriteError};
+use crate::lane::WriteError;
 use crate::poll::wait;
 use crate::region::ReadView;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::transport::{Counters, Range};
+use crate::transport::Counters;
 use crate::verbs::RdmaError;
 use crate::verbs::{Device, Registered, Remote};
 
@@ -235,302 +237,6 @@ impl Shared {
                 fenced,
             }
         })
-    }
-
-    // ----------------------------------------------------------------------------------------- sending
-
-    fn post(&self, lane: Lane, range: Range) -> Result<(), WriteError> {
-        self.check(lane)?;
-        let state = self.lane(lane);
-        // Before it can be sent, so that no true answer exceeds them.
-        state.posted.store(range.to, Ordering::Release);
-        state.last.store(range.seq.0, Ordering::Release);
-        let mut pipe = lock(&self.pipes[lane.index()]);
-        pipe.gather.add(range);
-        state.pending.store(true, Ordering::Release);
-        if pipe.gather.len() >= GATHERED {
-            self.send(lane, &mut pipe);
-        }
-        Ok(())
-    }
-
-    /// Sends what gathered in either lane: what was posted first is sent first, so an entry seldom overtakes an input that
-    /// it applies.
-    fn flush(&self) {
-        for lane in [Lane::Inputs, Lane::Events] {
-            if self.lane(lane).pending.load(Ordering::Acquire) {
-                self.send(lane, &mut lock(&self.pipes[lane.index()]));
-            }
-        }
-    }
-
-    /// Sends what gathered, as far as there is room in the queue; the completions that make room send the rest.
-    fn send(&self, lane: Lane, pipe: &mut LanePipe) {
-        self.hear();
-        while !pipe.gather.is_empty() && self.end.get().is_none() {
-            let mut room = pipe.pipe.room_for_lanes();
-            if room == 0 {
-                self.take_from(lane, pipe);
-                room = pipe.pipe.room_for_lanes();
-            }
-            if room == 0 {
-                return;
-            }
-            if let Err(error) = self.send_chain(lane, pipe, room.min(CHAIN)) {
-                self.failed(error);
-            }
-        }
-        let done = pipe.gather.is_empty();
-        self.lane(lane).pending.store(!done, Ordering::Release);
-    }
-
-    fn send_chain(&self, lane: Lane, pipe: &mut LanePipe, most: u32) -> Result<(), RdmaError> {
-        let i = lane.index();
-        let start = i * self.sizes[0] as usize;
-        let LanePipe { pipe, gather } = pipe;
-        let count = gather.len().min(most as usize);
-        let last = gather.get(count - 1);
-        let ring = gather.len() == count && self.claim_alarm();
-        let writes = gather.take(count).map(|piece| {
-            let offset = piece.from % self.sizes[i];
-            let (from, to) = (start + offset as usize, self.starts[i] + offset);
-            let mut write = self.source.write(from, piece.len as usize, self.ring, to);
-            if ring && piece == last {
-                write.ring();
-            }
-            write
-        });
-        pipe.post(writes, Sent::Lane(last))
-    }
-
-    /// Whether the reader set an alarm that nobody has rung for; who gets true rings.
-    fn claim_alarm(&self) -> bool {
-        let alarm = self.reader_alarm.load(Ordering::Acquire);
-        self.rung.fetch_max(alarm, Ordering::AcqRel) < alarm
-    }
-
-    /// Sends the writer's block: an alarm of this side's, a ring for the reader, or a sign of life.
-    fn say(&self, control: &mut Control, ring: bool) {
-        if self.end.get().is_some() {
-            return;
-        }
-        let block = Block {
-            lanes: [LaneWords::default(); 2],
-            alarm: control.alarm.number(),
-            fenced: false,
-        };
-        let mut pipe = lock(&self.pipes[Lane::Events.index()]);
-        let done = self.blocks_done.load(Ordering::Acquire);
-        control.ring_due |= ring;
-        let ring = control.ring_due;
-        match control
-            .slots
-            .post(&mut pipe.pipe, block, ring, Sent::Block, done)
-        {
-            Ok(posted) => {
-                control.due = !posted;
-                control.ring_due &= !posted;
-            }
-            Err(error) => self.failed(error),
-        }
-        if !control.due {
-            control.said_at = Instant::now();
-        }
-    }
-
-    /// Asks the reader to ring when it returns something.
-    fn set_alarm(&self) {
-        let mut control = lock(&self.control);
-        if control.alarm.set() {
-            self.say(&mut control, false);
-        }
-    }
-
-    // ----------------------------------------------------------------------------------------- taking in
-
-    /// Takes in what was completed of a lane, unless somebody else is about it.
-    fn take(&self, lane: Lane) {
-        if let Ok(mut pipe) = self.pipes[lane.index()].try_lock() {
-            self.take_from(lane, &mut pipe);
-        }
-    }
-
-    fn take_from(&self, lane: Lane, pipe: &mut LanePipe) {
-        let state = self.lane(lane);
-        let taken = pipe.pipe.take(|sent| match sent {
-            Sent::Lane(piece) => {
-                state.complete.store(piece.to, Ordering::Release);
-                state.completed.store(piece.seq.0, Ordering::Release);
-            }
-            Sent::Block => {
-                self.blocks_done.fetch_add(1, Ordering::Release);
-            }
-        });
-        let Taken { any, rung } = taken.unwrap_or_else(|error| {
-            // What the reader said last tells a fence from a death.
-            self.hear();
-            self.failed(error);
-            Taken {
-                any: true,
-                rung: false,
-            }
-        });
-        if any {
-            state.fired.store(true, Ordering::Release);
-        }
-        if rung {
-            self.was_rung.store(true, Ordering::Release);
-        }
-    }
-
-    /// Looks at the reader's block, unless somebody else is about it.
-    fn hear(&self) {
-        let Ok(mut heard) = self.heard.try_lock() else {
-            return;
-        };
-        let mut bytes = [0; BLOCK];
-        heard.view.copy_out(0, &mut bytes);
-        if bytes == heard.last {
-            return;
-        }
-        let Some(block) = Block::from_bytes(&bytes, &self.nonce, From::Reader) else {
-            return;
-        };
-        heard.last = bytes;
-        if let Err(error) = self.apply(&block) {
-            self.end(End::Counter(error));
-            return;
-        }
-        self.reader_alarm.fetch_max(block.alarm, Ordering::AcqRel);
-        if block.fenced {
-            self.end(End::Fenced);
-        }
-        for lane in &self.lanes {
-            lane.bell().ring();
-        }
-    }
-
-    /// Checks the reader's numbers and takes them over: none goes back, none passes what was posted.
-    fn apply(&self, block: &Block) -> Result<(), WriteError> {
-        for lane in Lane::ALL {
-            let (state, found) = (self.lane(lane), block.lanes[lane.index()]);
-            let posted = state.posted.load(Ordering::Acquire);
-            let last = state.last.load(Ordering::Acquire);
-            let aligned = found.consumed.is_multiple_of(LINE as u64);
-            let checks = [
-                (Counter::Consumed, &state.consumed, posted, found.consumed),
-                (Counter::Received, &state.received, last, found.received),
-                (Counter::Replayed, &state.replayed, last, found.replayed),
-            ];
-            for (counter, state, most, found) in checks {
-                let least = state.load(Ordering::Relaxed);
-                if found < least || found > most || (counter == Counter::Consumed && !aligned) {
-                    return Err(WriteError::Counter {
-                        lane,
-                        counter,
-                        least,
-                        most,
-                        found,
-                    });
-                }
-            }
-            for (_, state, _, found) in checks {
-                state.store(found, Ordering::Release);
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes in what there is, sends what can be sent, and does what is due.
-    fn turn(&self) -> Result<(), WriteError> {
-        let mut came = false;
-        loop {
-            let told = match self.device.quiet() {
-                Ok(told) => told,
-                Err(error) => {
-                    self.failed(error);
-                    false
-                }
-            };
-            let fired = self
-                .lanes
-                .each_ref()
-                .map(|lane| lane.fired.swap(false, Ordering::AcqRel));
-            // Each arming is a system call on some devices, so only where it is needed. Told of something that nobody has
-            // taken: by which queue, is not known.
-            let any = fired[0] || fired[1];
-            came |= any;
-            for lane in Lane::ALL {
-                if fired[lane.index()] || (told && !any) {
-                    self.arm(lane);
-                }
-            }
-            // With the locks, not only if they are free: whoever took something that came before the arming has said so
-            // by then, and what comes later makes the descriptor readable.
-            for lane in Lane::ALL {
-                self.take_from(lane, &mut lock(&self.pipes[lane.index()]));
-            }
-            if self.end.get().is_some() || !self.has_fired() {
-                break;
-            }
-        }
-        self.hear();
-        self.flush();
-        self.do_what_is_due(came);
-        self.check(Lane::Events)
-    }
-
-    fn has_fired(&self) -> bool {
-        self.lanes
-            .iter()
-            .any(|lane| lane.fired.load(Ordering::Acquire))
-    }
-
-    fn arm(&self, lane: Lane) {
-        if let Err(error) = lock(&self.pipes[lane.index()]).pipe.queue.arm() {
-            self.failed(error);
-        }
-    }
-
-    fn do_what_is_due(&self, came: bool) {
-        if self.end.get().is_some() {
-            return;
-        }
-        let mut control = lock(&self.control);
-        if self.was_rung.swap(false, Ordering::AcqRel) {
-            control.alarm.rang();
-        }
-        let waits = self.lanes.iter().any(|lane| {
-            let open = Seq(lane.last.load(Ordering::Acquire)) > lane.committed(self.mode);
-            lane.waiting.load(Ordering::Relaxed) != 0 || (open && self.mode == Mode::Ack)
-        });
-        let alarm = waits && control.alarm.set();
-        let ring = came && self.claim_alarm();
-        if alarm || ring || control.due || control.said_at.elapsed() >= BEAT {
-            self.say(&mut control, ring);
-        }
-    }
-
-    fn has_backlog(&self) -> bool {
-        self.lanes
-            .iter()
-            .any(|lane| lane.pending.load(Ordering::Acquire))
-    }
-
-    /// Waits a little for what was posted to arrive.
-    fn linger(&self) {
-        let until = Instant::now() + LINGER;
-        while Instant::now() < until {
-            let _ = self.turn();
-            let idle = self.pipes.iter().all(|pipe| lock(pipe).pipe.is_idle());
-            if self.end.get().is_some() || (idle && !self.has_backlog()) {
-                return;
-            }
-            let limit = until.saturating_duration_since(Instant::now());
-            if wait([(self.device.as_fd(), false)], Some(limit)).is_err() {
-                return;
-            }
-        }
     }
 }
 

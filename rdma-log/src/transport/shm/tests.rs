@@ -634,7 +634,7 @@ fn a_filled_slot_is_salvaged_wherever_it_lay() {
             reader.inputs.next().unwrap().unwrap();
         }
         writer.inputs.append(b"before", marks()).unwrap();
-        let mut slot = writer.inputs.reserve_for_salvage(200).unwrap();
+        let mut slot = writer.inputs.reserve_for_salvage(200, 200).unwrap();
         assert_eq!(slot.payload(), [0; 200], "nothing of an earlier lap");
         slot.payload()[..5].copy_from_slice(b"frame");
         std::mem::forget(slot);
@@ -665,12 +665,12 @@ fn only_an_open_slot_is_salvaged() {
     let cases: [(&str, Case, bool); 5] = [
         (
             "published",
-            |half| drop(half.reserve_for_salvage(9).unwrap().publish(9, marks())),
+            |half| drop(half.reserve_for_salvage(9, 9).unwrap().publish(9, marks())),
             false,
         ),
         (
             "dropped",
-            |half| drop(half.reserve_for_salvage(9).unwrap()),
+            |half| drop(half.reserve_for_salvage(9, 9).unwrap()),
             false,
         ),
         (
@@ -681,7 +681,7 @@ fn only_an_open_slot_is_salvaged() {
         (
             "published, then another",
             |half| {
-                half.reserve_for_salvage(9)
+                half.reserve_for_salvage(9, 9)
                     .unwrap()
                     .publish(3, marks())
                     .unwrap();
@@ -692,11 +692,11 @@ fn only_an_open_slot_is_salvaged() {
         (
             "a second one open",
             |half| {
-                half.reserve_for_salvage(9)
+                half.reserve_for_salvage(9, 9)
                     .unwrap()
                     .publish(3, marks())
                     .unwrap();
-                std::mem::forget(half.reserve_for_salvage(9).unwrap());
+                std::mem::forget(half.reserve_for_salvage(9, 9).unwrap());
             },
             true,
         ),
@@ -717,7 +717,7 @@ fn only_an_open_slot_is_salvaged() {
 #[test]
 fn a_frame_that_meets_the_fence_is_salvaged() {
     let (mut writer, mut reader) = pair(&SMALL).unwrap();
-    let mut slot = writer.inputs.reserve_for_salvage(64).unwrap();
+    let mut slot = writer.inputs.reserve_for_salvage(64, 64).unwrap();
     slot.payload()[..5].copy_from_slice(b"frame");
     let proof = reader.fencer.fence().unwrap();
     assert_eq!(slot.publish(5, marks()), Err(WriteError::Fenced));

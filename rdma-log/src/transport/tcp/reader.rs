@@ -170,11 +170,16 @@ impl Receiver {
             if self.landing.reading.retired.load(Ordering::Acquire) {
                 return self.land_the_rest();
             }
-            if self.take()? > 0 {
+            let room = self.buffer.len() - self.have;
+            let got = self.take()?;
+            if got > 0 {
                 came = Instant::now();
-            } else if came.elapsed() < self.spin {
+            }
+            // What filled less than the room was all: to ask for more would be a system call for nothing, and the wait tells.
+            let all = got < room;
+            if all && came.elapsed() < self.spin {
                 std::hint::spin_loop();
-            } else {
+            } else if all {
                 self.rest()?;
             }
             self.answer_if_due()?;

@@ -34,6 +34,10 @@ const GATHERED: usize = MAX_PIECE;
 /// two sides can hold the stream open and pass nothing on, while heartbeats, which go another way, say that all is well.
 const STALLED: Duration = Duration::from_secs(2);
 
+/// How old a look for the reader's fence may be that an answer to [`WritePort::fenced`] rests on. Whoever asks wants to know whether
+/// this process was frozen and another took over meanwhile, which takes longer; and to look is a system call, for each frame.
+const FRESH: Duration = Duration::from_millis(1);
+
 /// A look that comes later than this after the one before is no witness: its own thread did not run.
 const ABSENT: Duration = Duration::from_millis(500);
 
@@ -536,11 +540,21 @@ mod tests {
 /// One lane's end of the connection.
 #[derive(Debug)]
 pub(super) struct TcpWriter {
-    pub(super) lane: Lane,
-    pub(super) writer: Arc<Writer>,
+    lane: Lane,
+    writer: Arc<Writer>,
+    /// When this lane last took in answers to see whether it is fenced.
+    looked: Option<Instant>,
 }
 
 impl TcpWriter {
+    pub(super) fn new(lane: Lane, writer: Arc<Writer>) -> TcpWriter {
+        TcpWriter {
+            lane,
+            writer,
+            looked: None,
+        }
+    }
+
     fn shared(&self) -> &Shared {
         &self.writer.shared
     }
@@ -575,7 +589,12 @@ impl WritePort for TcpWriter {
     }
 
     fn fenced(&mut self) -> bool {
-        self.shared().take_answers();
+        let now = Instant::now();
+        if self.looked.is_none_or(|looked| now - looked > FRESH) {
+            // From before the look: it may be frozen in the middle of it.
+            self.looked = Some(now);
+            self.shared().take_answers();
+        }
         self.shared().fenced()
     }
 
