@@ -125,6 +125,8 @@ pub struct Backup {
     unfit: Option<Unfit>,
     /// The claim is made because the primary hands the machine over.
     handed: bool,
+    /// It is the machine's backup, as its primary or the arbiter has shown since this copy was entitled.
+    settled: bool,
     errand: Option<Errand>,
     detector: Detector,
     beater: Beater,
@@ -145,6 +147,7 @@ impl Backup {
             drain: Work::NotAsked,
             unfit: None,
             handed: false,
+            settled: false,
             errand: None,
             detector: Detector::new(now, timing.detector),
             beater: Beater::new(now, timing.heartbeat),
@@ -179,6 +182,14 @@ impl Backup {
     #[must_use]
     pub fn is_switch_over(&self) -> bool {
         self.handed
+    }
+
+    /// Whether its primary was heard since this copy was entitled, or its claim was won. Until then the primary may have gone on
+    /// without it already; a process that finds that out has not been the machine's backup at any time that counts, and can wait for
+    /// another primary.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.settled
     }
 
     /// What was seen of the primary since the last call, while it is followed.
@@ -281,7 +292,10 @@ impl Backup {
     fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
         match self.ear.hear(&self.pair, &self.base, beat) {
             Heard::Stray => {}
-            Heard::Alive => self.detector.heard_beat(now, beat.progress),
+            Heard::Alive => {
+                self.settled = true;
+                self.detector.heard_beat(now, beat.progress);
+            }
             // The primary itself says that it goes on without this copy; a claim could only be lost. One that is
             // under way is left to its answer.
             Heard::Newer if matches!(self.phase, Phase::Following | Phase::Suspecting) => {
@@ -406,6 +420,7 @@ impl Backup {
     fn won(&mut self, now: Moment, actions: &mut Vec<Action>) {
         match self.phase {
             Phase::Claiming => {
+                self.settled = true;
                 self.phase = Phase::Draining;
                 self.ask_fence(actions);
                 actions.push(Action::Say(Notice::ClaimWon(self.claim.epoch)));

@@ -15,6 +15,8 @@ pub enum Evidence {
     Wedged(Duration),
     /// The control connection closed: its process is gone.
     Death,
+    /// The log's connection is over.
+    LogOver,
     /// The ring refused our entry: the backup has fenced us.
     Fenced,
     /// Its end of the log breaks the rules.
@@ -43,6 +45,7 @@ impl fmt::Display for Evidence {
                 )
             }
             Self::Death => f.write_str("its control connection closed"),
+            Self::LogOver => f.write_str("the log's connection is over"),
             Self::Fenced => f.write_str("it has fenced the log"),
             Self::Unusable => f.write_str("its end of the log breaks the rules"),
             Self::Newer => f.write_str("it is in a newer reign"),
@@ -177,6 +180,8 @@ pub enum Notice {
     AskingWho(Evidence),
     /// The backup did not take the machine within this time; the guest runs on here.
     NotTaken(Duration),
+    /// The backup was not told to take the machine: the guest runs on.
+    NotSwitched(Evidence),
     /// The backup asks for the machine.
     Claiming {
         /// The reign it asks for.
@@ -267,6 +272,10 @@ impl fmt::Display for Notice {
                 f,
                 "switch-over called off: the backup has not taken the machine within {} ms; it runs on here, protected as before",
                 span.as_millis()
+            ),
+            Self::NotSwitched(evidence) => write!(
+                f,
+                "switch-over called off before the guest stood ({evidence}); it runs on here, protected as before"
             ),
             Self::Claiming {
                 epoch,

@@ -14,9 +14,9 @@
 //!                     ▲                                                        │
 //!                     └────────────────────── End ─────────────────────────────┘
 //!
-//!   Protected ── Switch ──▶ HandingOver ── backup lost, log fenced ──▶ Detaching, as from Protected: there it shows who has it
-//!       ▲                       │
-//!       └── not taken in time ──┘
+//!   Protected ── Switch ──▶ Sounding ── read ──▶ HandingOver ── backup lost, log fenced ──▶ Detaching, as from Protected: there it
+//!       ▲                      │ no answer            │                                        shows who has it
+//!       └──────────────────────┴── not taken in time ─┘
 //!
 //!   Unprotected ── Joining ──▶ Joining ── Joined ──▶ Entitling ── swapped ──▶ Protected
 //!        ▲                       │                       │ backup lost: swapped, then as from Protected
@@ -39,7 +39,8 @@
 //! everything can be taken back; from then on, if no answer comes, this side falls silent after `switch_within`, and whoever the record
 //! entitles may claim. The old backup ends by the primary's word, or by losing its claim.
 //!
-//! A switch-over makes the backup claim without a failure: the guest stops where nothing is under way, all that it made leaves, and
+//! A switch-over makes the backup claim without a failure. The arbiter is sounded first here, too: a backup that cannot ask it would keep
+//! the guest standing for nothing. Then the guest stops where nothing is under way, all that it made leaves, and
 //! the log's last entry tells the backup to claim in its two ordinary steps. This side goes on beating, so that the backup does
 //! not fence before its claim is won, and knows that it was taken at its word by the ordinary signs: silence, the fence, the end of the
 //! connection. If none comes within `switch_within` the guest runs on; that is safe whenever it happens, since nothing leaves that a
@@ -51,10 +52,13 @@
 //!
 //! A frozen primary keeps its state until another is *live*. A claim that was abandoned, or that stays unfinished
 //! for too long, it takes back: its own state still holds all that the world has seen. It does so only from the direct
-//! claim on its own record; a claim of a later reign means that somebody was live in between.
+//! claim on its own record; a claim of a later reign means that somebody was live in between. Whoever claimed may be known to be gone, by
+//! the end of its control connection: then there is nothing to wait for. The swap is what makes that safe, as it makes the wait: a claimant
+//! that is live by then, or lives after all, is found so or loses the machine, and has let nothing out.
 
 mod frozen;
 mod joining;
+mod switching;
 
 use std::time::Duration;
 
@@ -77,6 +81,8 @@ pub enum Event {
     LogTraffic,
     /// The control connection closed: the backup's process is gone.
     PeerDied,
+    /// The log's connection is over, which says nothing of the backup's process: a cable may be cut.
+    LogOver,
     /// The ring refused an entry: the backup has fenced this process.
     LogFenced,
     /// The backup's end of the log breaks the rules: it is broken or hostile.
@@ -150,7 +156,7 @@ pub enum Phase {
     Joining,
     /// Serving; asking the arbiter to entitle the new backup.
     Entitling,
-    /// A backup follows, which is to be replaced: whether the arbiter answers is tried.
+    /// A backup follows, which is to be replaced, or to have the machine: whether the arbiter answers is tried.
     Sounding,
     /// The guest stands, while a new backup gets the last of its copy; the old one follows.
     Standing,
@@ -189,8 +195,12 @@ pub struct Primary {
     joining_since: Moment,
     /// The new backup was lost while the arbiter was asked to entitle it.
     lost: Option<Evidence>,
+    /// The arbiter is sounded for a switch-over, and not for another backup.
+    sounds_for_switch: bool,
     /// The backup that was told to claim, and when the guest was told to stop for it.
     handed: Option<(Identity, Moment)>,
+    /// The backup whose process is gone.
+    gone: Option<Identity>,
     /// Who is to take the backup's place.
     newcomer: Option<Pair>,
     /// The arbiter was asked to replace the backup, and has not answered for so long that this side says nothing any more.
@@ -263,7 +273,9 @@ impl Primary {
             lost: None,
             newcomer: None,
             quiet: false,
+            sounds_for_switch: false,
             handed: None,
+            gone: None,
             claim: None,
             reread_at: now,
         }
@@ -279,6 +291,12 @@ impl Primary {
     #[must_use]
     pub fn record(&self) -> &Record {
         &self.own
+    }
+
+    /// Whether a switch-over has been ordered, and the guest has not been told to stop for it yet.
+    #[must_use]
+    pub fn is_about_to_switch(&self) -> bool {
+        self.phase == Phase::Sounding && self.sounds_for_switch
     }
 
     /// What was seen of the backup since the last call, while there is one.
@@ -324,7 +342,8 @@ impl Primary {
                     peer.detector.heard_log(now);
                 }
             }
-            Event::PeerDied => self.backup_lost(now, Evidence::Death, actions),
+            Event::PeerDied => self.peer_died(now, actions),
+            Event::LogOver => self.backup_lost(now, Evidence::LogOver, actions),
             Event::LogFenced => self.backup_lost(now, Evidence::Fenced, actions),
             Event::LogUnusable => self.backup_lost(now, Evidence::Unusable, actions),
             Event::Lagging(span) => self.backup_lost(now, Evidence::Lagging(span), actions),
@@ -337,7 +356,7 @@ impl Primary {
             Event::Joined(pair) => self.joined(now, pair, actions),
             Event::Replace => self.sound(now, actions),
             Event::NewcomerLost => self.newcomer_lost(now, actions),
-            Event::Switch => self.hand_over(now, actions),
+            Event::Switch => self.sound_for_switch(now, actions),
             Event::End => self.end(now, actions),
             Event::Arbiter(answer) => self.answered(now, answer, actions),
         }
@@ -355,15 +374,7 @@ impl Primary {
         if self.phase == Phase::Joining && joining >= self.timing.ready_within {
             self.backup_lost(now, Evidence::NotReady(joining), actions);
         }
-        if let Some((_, since)) = self.handed
-            && self.phase == Phase::HandingOver
-            && now.since(since) >= self.timing.switch_within
-        {
-            self.phase = Phase::Protected;
-            self.handed = None;
-            actions.push(Action::Resume);
-            actions.push(Action::Say(Notice::NotTaken(now.since(since))));
-        }
+        self.look_at_switch(now, actions);
         if let Some(errand) = &mut self.errand {
             let (request, notice) = errand.tick(now, &self.timing);
             actions.extend(notice.map(Action::Say));
@@ -458,18 +469,6 @@ impl Primary {
         self.swap(now, self.own, self.own.detached(), actions);
     }
 
-    fn hand_over(&mut self, now: Moment, actions: &mut Vec<Action>) {
-        let Some(peer) = self.backup.as_ref().map(|peer| peer.pair.peer) else {
-            return;
-        };
-        if self.phase == Phase::Protected {
-            self.phase = Phase::HandingOver;
-            self.handed = Some((peer, now));
-            actions.push(Action::HandOver);
-            actions.push(Action::Say(Notice::HandingOver(self.own.epoch.next())));
-        }
-    }
-
     fn end(&mut self, now: Moment, actions: &mut Vec<Action>) {
         self.end_wanted = true;
         match self.phase {
@@ -515,6 +514,7 @@ impl Primary {
         self.claim = None;
         self.backup = None;
         self.handed = None;
+        self.gone = None;
         if self.phase == Phase::Ending {
             self.die(Reason::PoweredOff, actions);
             return;

@@ -165,7 +165,8 @@ impl Following {
             if let Some(record) = self.io.take_word() {
                 self.protocol.handle(now, Event::Word(record), &mut actions);
             }
-            if found.peer_gone {
+            // Of a primary whose log is over nothing more can be taken in: it is fenced as one that is dead.
+            if found.peer_gone || found.log_gone {
                 self.protocol.handle(now, Event::PeerDied, &mut actions);
             }
             if found.signalled {

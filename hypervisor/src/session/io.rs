@@ -97,6 +97,8 @@ pub(super) struct Found {
     pub(super) signalled: bool,
     /// The control connection is closed: the peer's process is gone.
     pub(super) peer_gone: bool,
+    /// The log's connection is over, and nobody knows why.
+    pub(super) log_gone: bool,
     /// The backup has replayed more of the log.
     pub(super) log_traffic: bool,
 }
@@ -451,7 +453,7 @@ impl Io {
         }
         let mut found = Found {
             log_traffic: self.backup_moved(),
-            peer_gone: log_gone,
+            log_gone,
             ..Found::default()
         };
         if self.waiter.ready(signals).read {

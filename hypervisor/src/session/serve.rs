@@ -153,8 +153,12 @@ impl Serving {
             if found.log_traffic {
                 handle(Event::LogTraffic);
             }
+            // What is known of the process before what its log shows.
             if found.peer_gone {
                 handle(Event::PeerDied);
+            }
+            if found.log_gone {
+                handle(Event::LogOver);
             }
             self.io.answer_exits();
             if self.io.orders.fenced() && !self.fence_told {
@@ -239,6 +243,10 @@ impl Serving {
                     Ok(()) => self.tell_ordered(number, command, None),
                     Err(why) => self.tell_ordered(number, command, Some(Err(why))),
                 };
+            }
+            Command::Switch if self.protocol.is_about_to_switch() => {
+                let why = "the machine is just being switched over";
+                return self.tell_ordered(number, command, Some(Err(why.to_owned())));
             }
             Command::Switch if self.is_replacing() => {
                 let why = "another backup is just taking the old one's place: order it again";
@@ -419,7 +427,9 @@ impl Serving {
                 let io = &mut self.io;
                 io.stager.resume();
                 io.order(Order::Resume);
-                self.switch_failed("the backup did not take the machine in time; it runs on here, protected as before");
+                self.switch_failed(
+                    "the backup did not take the machine in time, or the arbiter did not answer; it runs on here, protected as before",
+                );
             }
             Action::RunUnprotected(record) => {
                 let joins = self.newcomer_joins();

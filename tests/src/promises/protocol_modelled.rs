@@ -213,6 +213,7 @@ fn scope_of(plant: Plant) -> Scope {
         | Plant::StaleBackup
         | Plant::EarlyRelease
         | Plant::AckBeforeStore
+        | Plant::ReclaimsUnasked
         | Plant::OldLetGoBeforeSwap => PAIR,
         Plant::NewLogBeforeSwap => Scope {
             depth: 11,

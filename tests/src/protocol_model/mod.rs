@@ -62,7 +62,7 @@ pub struct World {
 }
 
 /// The plants that this model can tell. That nobody is left to take over it cannot: any process may die at any time.
-pub const PLANTS: [Plant; 11] = [
+pub const PLANTS: [Plant; 12] = [
     Plant::NoFence,
     Plant::DrainBeforeFence,
     Plant::NoArbiter,
@@ -74,6 +74,7 @@ pub const PLANTS: [Plant; 11] = [
     Plant::ReadyBeforeWhole,
     Plant::HandsOverAndRunsOn,
     Plant::NewLogBeforeSwap,
+    Plant::ReclaimsUnasked,
 ];
 
 impl Model for World {

@@ -10,13 +10,13 @@ use super::state::State;
 use crate::simulator::Plant;
 
 impl State {
-    pub(super) fn begin_replacement(&mut self, who: usize, newcomer: usize) {
+    pub(super) fn begin_replacement(&mut self, world: &World, who: usize, newcomer: usize) {
         self.replacements += 1;
         self.processes[who].newcomer = Some(newcomer);
         let other = &mut self.processes[newcomer];
         other.role = Role::Copying;
         (other.source, other.peer, other.eof) = (None, Some(who), false);
-        self.primary(who, NOW, PrimarySees::Replace);
+        self.primary(world, who, NOW, PrimarySees::Replace);
     }
 
     pub(super) fn stands(&mut self, who: usize) {
@@ -35,7 +35,7 @@ impl State {
             Role::Primary(machine) => Some(machine.phase()),
             _ => None,
         };
-        self.primary(who, NOW, PrimarySees::Joined(pair(who, newcomer)));
+        self.primary(world, who, NOW, PrimarySees::Joined(pair(who, newcomer)));
         if world.plant == Some(Plant::NewLogBeforeSwap) && phase(self) == Some(Phase::Replacing) {
             let process = &mut self.processes[who];
             (process.log, process.runs) = (Some(newcomer), true);

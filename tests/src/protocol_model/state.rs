@@ -12,7 +12,7 @@ use hypervisor::protocol::{
 use super::World;
 use super::process::{Guest, LATE, Log, NOW, Process, Role, Work, holds, identity, pair, timing};
 use super::steps::Step;
-use crate::simulator::Plant;
+use crate::simulator::{Plant, takes_back};
 
 /// A request on its way to the arbiter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,7 +108,7 @@ impl State {
             Step::Commits(log) => self.commits(log),
             Step::Refused(who) => {
                 self.processes[who].refused = false;
-                self.primary(who, NOW, PrimarySees::LogFenced);
+                self.primary(world, who, NOW, PrimarySees::LogFenced);
             }
             Step::FenceTakes(who) => {
                 self.processes[who].fence = Work::Done;
@@ -157,9 +157,9 @@ impl State {
                     self.backup(world, who, NOW, BackupSees::Word(record));
                 }
             }
-            Step::Replace(who, newcomer) => self.begin_replacement(who, newcomer),
+            Step::Replace(who, newcomer) => self.begin_replacement(world, who, newcomer),
             Step::Stands(who) => self.stands(who),
-            Step::NewcomerGone(who) => self.primary(who, NOW, PrimarySees::NewcomerLost),
+            Step::NewcomerGone(who) => self.primary(world, who, NOW, PrimarySees::NewcomerLost),
             Step::Dies(who) => {
                 self.deaths += 1;
                 self.dies(who);
@@ -171,11 +171,11 @@ impl State {
             }
             Step::PowerOff(who) => {
                 self.powered_off = true;
-                self.primary(who, NOW, PrimarySees::End);
+                self.primary(world, who, NOW, PrimarySees::End);
             }
             Step::Switch(who) => {
                 self.switches += 1;
-                self.primary(who, NOW, PrimarySees::Switch);
+                self.primary(world, who, NOW, PrimarySees::Switch);
             }
             Step::HandsOver(who) => self.hands_over(world, who),
             Step::HandedOver(who) => {
@@ -357,7 +357,7 @@ impl State {
             return;
         };
         match process.role {
-            Role::Primary(_) => self.primary(who, now, PrimarySees::Arbiter(answer)),
+            Role::Primary(_) => self.primary(world, who, now, PrimarySees::Arbiter(answer)),
             Role::Candidate(_) => self.candidate(world, who, now, CandidateSees::Arbiter(answer)),
             Role::Backup(_) => self.backup(world, who, now, BackupSees::Arbiter(answer)),
             Role::Listening | Role::Copying | Role::Dead => {}
@@ -366,7 +366,7 @@ impl State {
 
     fn tick(&mut self, world: &World, who: usize, now: Moment) {
         match self.processes[who].role {
-            Role::Primary(_) => self.primary(who, now, PrimarySees::Tick(PROGRESS)),
+            Role::Primary(_) => self.primary(world, who, now, PrimarySees::Tick(PROGRESS)),
             Role::Candidate(_) => self.candidate(world, who, now, CandidateSees::Tick),
             Role::Backup(_) => self.backup(world, who, now, BackupSees::Tick(PROGRESS)),
             Role::Listening | Role::Copying | Role::Dead => {}
@@ -377,7 +377,7 @@ impl State {
         let process = &mut self.processes[who];
         (process.eof, process.word, process.peer) = (false, None, None);
         match process.role {
-            Role::Primary(_) => self.primary(who, NOW, PrimarySees::PeerDied),
+            Role::Primary(_) => self.primary(world, who, NOW, PrimarySees::PeerDied),
             Role::Candidate(_) => self.candidate(world, who, NOW, CandidateSees::PeerDied),
             Role::Backup(_) => self.backup(world, who, NOW, BackupSees::PeerDied),
             Role::Copying => self.listens(who),
@@ -441,7 +441,7 @@ impl State {
         other.peer = Some(who);
         other.eof = false;
         other.ready = world.plant == Some(Plant::ReadyBeforeWhole);
-        self.primary(who, NOW, PrimarySees::Joining);
+        self.primary(world, who, NOW, PrimarySees::Joining);
     }
 
     fn whole(&mut self, world: &World, who: usize) {
@@ -462,14 +462,14 @@ impl State {
             _ => false,
         };
         if joining && self.processes[who].log == Some(joiner) {
-            self.primary(who, NOW, PrimarySees::Joined(pair(who, joiner)));
+            self.primary(world, who, NOW, PrimarySees::Joined(pair(who, joiner)));
         }
         if self.processes[who].newcomer == Some(joiner) {
             self.newcomer_is_ready(world, who, joiner);
         }
     }
 
-    pub(super) fn primary(&mut self, who: usize, now: Moment, event: PrimarySees) {
+    pub(super) fn primary(&mut self, world: &World, who: usize, now: Moment, event: PrimarySees) {
         let mut actions = Vec::new();
         let Role::Primary(machine) = &mut self.processes[who].role else {
             return;
@@ -477,7 +477,13 @@ impl State {
         machine.handle(now, event, &mut actions);
         for action in actions {
             match action {
-                PrimaryDoes::Ask(request) => self.ask(who, request),
+                PrimaryDoes::Ask(request) => {
+                    self.ask(who, request);
+                    if world.plant == Some(Plant::ReclaimsUnasked) && takes_back(&request) {
+                        self.processes[who].log = None;
+                        self.serve(who);
+                    }
+                }
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
                     (process.runs, process.shut, process.handing) = (false, true, false);

@@ -6,13 +6,19 @@ use hypervisor::protocol::candidate::{Action as CandidateDoes, Event as Candidat
 use hypervisor::protocol::heartbeat::{Heartbeat, Progress};
 use hypervisor::protocol::primary::{Action as PrimaryDoes, Event as PrimarySees, Phase};
 use hypervisor::protocol::{
-    Answer, Backup, Candidate, Evidence, Notice, Primary, Reason, Record, Request,
+    Answer, Backup, Candidate, Evidence, Notice, Primary, Reason, Record, Request, State,
 };
 
 use super::arbiter::Asked;
 use super::process::{Input, Role};
 use super::world::{KEY, World};
 use super::{MS, Micros, Plant};
+
+/// Whether a primary wants to go on after somebody's claim.
+pub(crate) fn takes_back(request: &Request) -> bool {
+    matches!(request, Request::Swap { from, to }
+        if matches!(from.state, State::Claimed | State::Abandoned) && to.owner != from.owner)
+}
 
 /// A process looks again after so long at the latest, as the program's I/O thread does.
 const ROUND: Micros = 10 * MS;
@@ -178,7 +184,7 @@ impl World {
             Role::Candidate(_) => self.candidate(who, CandidateSees::PeerDied),
             Role::Backup { .. } => self.backup(who, BackupSees::PeerDied),
             Role::Copying => {
-                self.processes[who].role = Role::Listening;
+                self.listens_again(who);
                 Ok(())
             }
             Role::Starting(_) => {
@@ -246,7 +252,13 @@ impl World {
         for action in actions {
             match action {
                 PrimaryDoes::SendHeartbeat(beat) => self.beat(who, &beat),
-                PrimaryDoes::Ask(request) => self.ask(who, Asked::Protocol(request))?,
+                PrimaryDoes::Ask(request) => {
+                    self.ask(who, Asked::Protocol(request))?;
+                    if self.plant == Some(Plant::ReclaimsUnasked) && takes_back(&request) {
+                        self.processes[who].log = None;
+                        self.serve(who)?;
+                    }
+                }
                 PrimaryDoes::Freeze => {
                     let process = &mut self.processes[who];
                     (process.runs, process.shut, process.handing) = (false, true, false);
@@ -303,12 +315,7 @@ impl World {
                         format!("{} gives its copy up: {why:?}", world.processes[who].name)
                     });
                     self.count("copies given up");
-                    let process = &mut self.processes[who];
-                    process.role = Role::Listening;
-                    process.source = None;
-                    if let Some(connection) = process.connection.take() {
-                        self.hang_up(connection, who);
-                    }
+                    self.listens_again(who);
                 }
             }
         }
@@ -344,6 +351,7 @@ impl World {
             return Ok(());
         };
         machine.handle(now, event, &mut actions);
+        let settled = machine.is_settled();
         // As the program does: nothing waits longer than a fence.
         actions.sort_by_key(|action| !matches!(action, BackupDoes::Fence));
         for action in actions {
@@ -362,6 +370,16 @@ impl World {
                 }
                 BackupDoes::OpenGate => self.open_gate(who)?,
                 BackupDoes::Say(notice) => self.say(who, &notice),
+                BackupDoes::Die(Reason::NotEntitled { .. }) if !settled => {
+                    self.note(|world| {
+                        format!("{} was let go, and listens", world.processes[who].name)
+                    });
+                    self.count("let go before it was heard");
+                    // With nothing left of what it had under way: as good as another process.
+                    let host = self.host(who);
+                    self.end_process(who);
+                    self.start_backup(host);
+                }
                 BackupDoes::Die(reason) => {
                     if matches!(reason, Reason::Relieved { .. }) {
                         self.count("relieved");
@@ -444,6 +462,7 @@ impl World {
             } => "claimed as told",
             Notice::Claiming { .. } => "primary given up",
             Notice::NotTaken(_) => "switch-over called off",
+            Notice::NotSwitched(_) => "switch-over not begun",
             Notice::Replaced(_) => "replaced",
             Notice::NotReplaced(_) => "not replaced",
             _ => "other notices",

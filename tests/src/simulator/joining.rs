@@ -114,13 +114,11 @@ impl World {
     /// A backup whose primary says nothing more waits for another.
     fn loses_patience(&mut self, number: usize, who: usize) {
         let connection = self.attempts[number].connection;
-        let process = &mut self.processes[who];
+        let process = &self.processes[who];
         let copying =
             matches!(process.role, Role::Copying) && process.connection == Some(connection);
         if process.alive && copying {
-            process.role = Role::Listening;
-            process.connection = None;
-            self.hang_up(connection, who);
+            self.listens_again(who);
         }
     }
 

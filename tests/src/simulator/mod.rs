@@ -45,6 +45,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+pub(crate) use drive::takes_back;
 use world::World;
 
 /// Microseconds since the simulation began.
@@ -79,11 +80,13 @@ pub enum Plant {
     OldLetGoBeforeSwap,
     /// The guest runs on with the new backup's log before the arbiter's swap.
     NewLogBeforeSwap,
+    /// A frozen primary that takes a claim back, because it is old or whoever made it is gone, serves before the arbiter has answered.
+    ReclaimsUnasked,
 }
 
 impl Plant {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::NoFence,
         Self::DrainBeforeFence,
         Self::NoArbiter,
@@ -96,6 +99,7 @@ impl Plant {
         Self::HandsOverAndRunsOn,
         Self::OldLetGoBeforeSwap,
         Self::NewLogBeforeSwap,
+        Self::ReclaimsUnasked,
     ];
 }
 

@@ -102,6 +102,8 @@ pub(super) struct Process {
     pub(super) name: String,
     pub(super) host: usize,
     pub(super) identity: Identity,
+    /// How often it has listened again.
+    pub(super) again: u64,
     pub(super) clock: Clock,
     pub(super) role: Role,
     pub(super) alive: bool,
@@ -133,6 +135,11 @@ pub(super) struct Process {
     pub(super) newcomer: Option<usize>,
     /// The guest is to stand for it once all that it made has left.
     pub(super) stand_wanted: bool,
+}
+
+/// What a process is called the `again`th time that it listens.
+pub(super) fn identity(who: usize, again: u64) -> Identity {
+    Identity::from_bytes((u128::from(again) << 64 | (who as u128 + 1)).to_be_bytes())
 }
 
 impl Process {

@@ -7,7 +7,7 @@ use hypervisor::protocol::primary::{Event as PrimarySees, Phase};
 use super::Plant;
 use super::faults::Point;
 use super::joining::Step;
-use super::process::Input;
+use super::process::{Input, Role};
 use super::world::{What, World};
 
 impl World {
@@ -161,10 +161,9 @@ impl World {
             process.alive
                 && self.now >= process.frozen_until
                 && Some(process.identity) == owner
-                && matches!(
-                    process.phase(),
-                    Some(Phase::Sounding | Phase::Standing | Phase::Replacing)
-                )
+                && matches!(&process.role, Role::Primary(machine)
+                    if matches!(machine.phase(), Phase::Sounding | Phase::Standing | Phase::Replacing)
+                        && !machine.is_about_to_switch())
         })
     }
 }

@@ -1,6 +1,6 @@
 //! A primary that somebody else may replace: it stands, and looks what became of that.
 
-use super::{Action, Notice, Phase, Primary, Reason, Record, Request, State};
+use super::{Action, Evidence, Notice, Phase, Primary, Reason, Record, Request, State};
 use crate::protocol::time::Moment;
 
 impl Primary {
@@ -11,7 +11,7 @@ impl Primary {
             // An answer may have been lost: then the record was ours, and this is a claim on it.
             let joined = match self.phase {
                 Phase::Replacing => self.newcomer.take(),
-                _ => self.backup.take().map(|peer| peer.pair),
+                _ => self.backup.as_ref().map(|peer| peer.pair),
             };
             let entitled = joined.map(|pair| self.own.entitling(pair.peer));
             if let Some(entitled) = entitled.filter(|record| found.is_unfinished_claim_on(record)) {
@@ -54,8 +54,24 @@ impl Primary {
         };
         self.claim = Some((found, since));
         self.reread_at = now + self.timing.reread;
-        if found.state == State::Abandoned {
+        if found.state == State::Abandoned || self.gone == Some(found.owner) {
             self.reclaim(now, found, actions);
+        }
+    }
+
+    /// The backup's process is gone, and with it whatever claim it may have made.
+    pub(super) fn peer_died(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        self.gone = self.backup.as_ref().map(|peer| peer.pair.peer);
+        match self.claim {
+            // A question that is under way comes first; its answer leads to the same.
+            Some((claim, _))
+                if self.phase == Phase::Frozen
+                    && self.errand.is_none()
+                    && self.gone == Some(claim.owner) =>
+            {
+                self.reclaim(now, claim, actions);
+            }
+            _ => self.backup_lost(now, Evidence::Death, actions),
         }
     }
 

@@ -72,6 +72,7 @@ impl Primary {
     pub(super) fn sound(&mut self, now: Moment, actions: &mut Vec<Action>) {
         if self.phase == Phase::Protected {
             self.phase = Phase::Sounding;
+            self.sounds_for_switch = false;
             self.lost = None;
             self.ask(now, Request::Read, actions);
         }
@@ -88,6 +89,9 @@ impl Primary {
         if found != self.own {
             self.phase = Phase::Protected;
             return self.backup_lost(now, Evidence::Newer, actions);
+        }
+        if self.sounds_for_switch {
+            return self.hand_over(now, actions);
         }
         self.phase = Phase::Standing;
         self.joining_since = now;
@@ -133,6 +137,7 @@ impl Primary {
 
     /// The old backup stays what it is: the arbiter has not heard of another one.
     fn keep_backup(&mut self, now: Moment, because: Evidence, actions: &mut Vec<Action>) {
+        let switching = self.is_about_to_switch();
         self.phase = Phase::Protected;
         self.errand = None;
         self.newcomer = None;
@@ -141,6 +146,9 @@ impl Primary {
         }
         if self.end_wanted {
             return self.end(now, actions);
+        }
+        if switching {
+            return self.not_switched(because, actions);
         }
         actions.push(Action::Resume);
         actions.push(Action::Say(Notice::NotReplaced(because)));
@@ -151,6 +159,7 @@ impl Primary {
         self.own = record;
         self.phase = Phase::Protected;
         self.lost = None;
+        self.gone = None;
         self.backup = self
             .newcomer
             .take()

@@ -340,6 +340,22 @@ fn a_slow_winner_whose_primary_went_on_never_opens_its_gate() {
 }
 
 #[test]
+fn a_backup_is_settled_by_its_primary_s_beat_or_its_own_claim() {
+    let mut k = K::following();
+    assert!(!k.machine.is_settled());
+    k.on(1, backup::Event::LogTraffic);
+    k.on(1, backup::Event::Heartbeat(beat(B, base(), 1)));
+    assert!(!k.machine.is_settled(), "the log goes to a joiner, too");
+    k.on(2, backup::Event::Heartbeat(beat(A, base(), 1)));
+    assert!(k.machine.is_settled());
+    let mut k = K::following();
+    k.on(1, backup::Event::PeerDied);
+    assert!(!k.machine.is_settled());
+    k.answer(2, Answer::Swapped);
+    assert!(k.machine.is_settled());
+}
+
+#[test]
 fn a_backup_told_by_its_primary_that_it_was_dropped_ends() {
     let mut k = K::following();
     let stray = beat(B, base().detached(), 1);
@@ -711,9 +727,13 @@ fn a_backup_that_is_lost_while_it_joins_costs_nothing() {
 
 #[test]
 fn a_backup_that_is_lost_while_it_is_entitled_is_given_up_by_the_next_swap() {
-    for again in [primary::Event::PeerDied, primary::Event::LogFenced] {
+    for (first, again, is_gone) in [
+        (primary::Event::PeerDied, primary::Event::PeerDied, true),
+        (primary::Event::PeerDied, primary::Event::LogFenced, true),
+        (primary::Event::LogOver, primary::Event::LogFenced, false),
+    ] {
         let (mut p, _, to) = entitling();
-        assert_eq!(p.on(4, primary::Event::PeerDied), [primary::Action::Freeze]);
+        assert_eq!(p.on(4, first), [primary::Action::Freeze]);
         assert_eq!(p.on(5, again), [], "told once");
         // It was entitled in between, and may have claimed.
         assert_eq!(
@@ -724,12 +744,20 @@ fn a_backup_that_is_lost_while_it_is_entitled_is_given_up_by_the_next_swap() {
             ]
         );
         let claim = to.claimed_by(C).unwrap();
-        assert_eq!(p.answer(7, Answer::Lost(Some(claim))), []);
-        assert_eq!(p.machine.phase(), P_::Frozen);
+        let found = p.answer(7, Answer::Lost(Some(claim)));
         let live = claim.gone_live();
-        p.tick(40);
+        let end = if is_gone {
+            let back = claim.reclaimed_by(A);
+            assert_eq!(found, [primary::Action::Ask(swap(claim, back))]);
+            p.answer(8, Answer::Lost(Some(live)))
+        } else {
+            assert_eq!(found, []);
+            assert_eq!(p.machine.phase(), P_::Frozen);
+            p.tick(40);
+            p.answer(41, Answer::Read(Some(live)))
+        };
         assert!(matches!(
-            p.answer(41, Answer::Read(Some(live)))[..],
+            end[..],
             [primary::Action::Die(Reason::Replaced { .. })]
         ));
     }

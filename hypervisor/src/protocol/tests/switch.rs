@@ -46,10 +46,18 @@ fn p_tick(machine: &mut Primary, ms: u64) -> Vec<primary::Action> {
 /// One that was told to switch at 0 ms.
 fn handing_over() -> Primary {
     let mut p = primary();
-    let actions = p_does(&mut p, 0, primary::Event::Switch);
-    assert_eq!(actions, [primary::Action::HandOver]);
-    assert_eq!(p.phase(), P_::HandingOver);
+    switches(&mut p, 0);
     p
+}
+
+/// The arbiter is sounded, and then the guest is told to stop.
+fn switches(p: &mut Primary, ms: u64) {
+    let actions = p_does(p, ms, primary::Event::Switch);
+    assert_eq!(actions, [primary::Action::Ask(Request::Read)]);
+    assert!(p.is_about_to_switch());
+    let is_well = primary::Event::Arbiter(Answer::Read(Some(base())));
+    assert_eq!(p_does(p, ms, is_well), [primary::Action::HandOver]);
+    assert_eq!(p.phase(), P_::HandingOver);
 }
 
 #[test]
@@ -134,6 +142,101 @@ fn a_backup_that_claims_and_comes_to_nothing_is_waited_for_and_then_gone_on_with
     );
 }
 
+/// One that is frozen by its backup's claim.
+fn frozen() -> Primary {
+    let mut p = handing_over();
+    p_does(&mut p, 5, primary::Event::LogFenced);
+    let found = primary::Event::Arbiter(Answer::Lost(Some(claim())));
+    assert_eq!(p_does(&mut p, 6, found), []);
+    assert_eq!(p.phase(), P_::Frozen);
+    p
+}
+
+fn takes_back() -> primary::Action {
+    primary::Action::Ask(Request::Swap {
+        from: claim(),
+        to: claim().reclaimed_by(A),
+    })
+}
+
+#[test]
+fn a_claim_whose_process_is_gone_is_taken_back_at_once() {
+    let mut p = frozen();
+    assert_eq!(
+        p_does(&mut p, 7, primary::Event::PeerDied),
+        [takes_back()],
+        "it was known who claimed"
+    );
+    // It had gone live before it died, or lives after all: then the swap says so.
+    let live = claim().gone_live();
+    let lost = primary::Event::Arbiter(Answer::Lost(Some(live)));
+    let reason = Reason::HandedOver {
+        epoch: live.epoch,
+        to: B,
+    };
+    assert_eq!(p_does(&mut p, 8, lost), [primary::Action::Die(reason)]);
+
+    let mut p = handing_over();
+    p_does(&mut p, 5, primary::Event::PeerDied);
+    let found = primary::Event::Arbiter(Answer::Lost(Some(claim())));
+    assert_eq!(
+        p_does(&mut p, 6, found),
+        [takes_back()],
+        "it was known who is gone"
+    );
+
+    // One question at a time.
+    let mut p = frozen();
+    assert_eq!(p_tick(&mut p, 40), [primary::Action::Ask(Request::Read)]);
+    assert_eq!(p_does(&mut p, 41, primary::Event::PeerDied), []);
+    let read = primary::Event::Arbiter(Answer::Read(Some(claim())));
+    assert_eq!(p_does(&mut p, 42, read), [takes_back()]);
+}
+
+#[test]
+fn a_log_that_is_over_says_nothing_of_whoever_claimed() {
+    let mut p = frozen();
+    assert_eq!(p_does(&mut p, 7, primary::Event::LogOver), []);
+    assert_eq!(p.phase(), P_::Frozen);
+    let mut p = handing_over();
+    p_does(&mut p, 5, primary::Event::LogOver);
+    let found = primary::Event::Arbiter(Answer::Lost(Some(claim())));
+    assert_eq!(p_does(&mut p, 6, found), []);
+    assert_eq!(p.phase(), P_::Frozen);
+}
+
+#[test]
+fn a_guest_is_not_stopped_for_a_switch_over_of_which_the_arbiter_would_not_hear() {
+    let mut p = primary();
+    p_does(&mut p, 0, primary::Event::Switch);
+    let away = primary::Event::Arbiter(failed(false));
+    assert_eq!(p_does(&mut p, 1, away), []);
+    let mut actions = Vec::new();
+    p.handle(
+        at(1),
+        primary::Event::Tick(Progress::default()),
+        &mut actions,
+    );
+    let said = primary::Action::Say(Notice::NotSwitched(Evidence::NoArbiter));
+    assert!(actions.contains(&said), "{actions:?}");
+    assert!(actions.contains(&primary::Action::Resume), "{actions:?}");
+    assert_eq!(p.phase(), P_::Protected);
+    switches(&mut p, 2);
+
+    // One that is lost meanwhile is given up once the answer is there.
+    let mut p = primary();
+    p_does(&mut p, 0, primary::Event::Switch);
+    let lost = p_does(&mut p, 1, primary::Event::PeerDied);
+    assert_eq!(lost, [primary::Action::Freeze]);
+    let read = primary::Event::Arbiter(Answer::Read(Some(base())));
+    let swap = Request::Swap {
+        from: base(),
+        to: base().detached(),
+    };
+    let given_up = [primary::Action::Freeze, primary::Action::Ask(swap)];
+    assert_eq!(p_does(&mut p, 2, read), given_up);
+}
+
 #[test]
 fn a_machine_that_nobody_takes_runs_on_protected_and_can_be_switched_again() {
     let mut p = handing_over();
@@ -155,8 +258,7 @@ fn a_machine_that_nobody_takes_runs_on_protected_and_can_be_switched_again() {
         Some(Timing::default().switch_within.as_millis() as u64)
     );
     assert_eq!(p.phase(), P_::Protected);
-    let again = p_does(&mut p, 701, primary::Event::Switch);
-    assert_eq!(again, [primary::Action::HandOver]);
+    switches(&mut p, 701);
     // One that is silent meanwhile is not waited for as long.
     let mut p = handing_over();
     for ms in 1..500 {

@@ -83,6 +83,9 @@ impl Serving {
                 "this machine is replicated by checkpoints: its backup is replaced by ending it, and another one that listens joins",
             );
         }
+        if self.protocol.is_about_to_switch() {
+            return refuse("the machine is just being switched over");
+        }
         if self.replacement.is_some() || self.is_replacing() {
             return refuse("a new backup is being given a copy already");
         }
