@@ -39,7 +39,7 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
     let signals = stop_signals()?;
     let hands = Hands::new(config)?;
     let secret = Secret::read(&config.secret)?;
-    let store = Store::open(config.endpoints()?, secret)?;
+    let store = Store::open(config.cluster()?, secret)?;
     let roles = match &config.roles {
         Some(path) => Config::read(path)?,
         None => Config::default(),

@@ -98,7 +98,7 @@ impl Access {
     /// If either is none.
     pub fn open(config: &AgentConfig) -> Result<Self, SiteError> {
         let secret = Secret::read(&config.secret)?;
-        let store = Store::open(config.endpoints()?, secret)?;
+        let store = Store::open(config.cluster()?, secret)?;
         Ok(Self { store })
     }
 

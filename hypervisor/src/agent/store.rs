@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::record::{Answer, Host, Kept, Order, Site, Vm};
 use super::seal;
-use crate::arbiter::{Client, Endpoint, EtcdError, Header, base64, parse, record_of};
+use crate::arbiter::{Client, Cluster, EtcdError, Header, base64, parse, record_of};
 use crate::handshake::Secret;
 
 const RANGE: &str = "/v3/kv/range";
@@ -163,13 +163,13 @@ struct Streamed {
 }
 
 impl Store {
-    /// The records in the cluster with these members. It resolves their names and asks nothing yet.
+    /// The records in this cluster. It resolves its members' names, reads its files, and asks nothing yet.
     ///
     /// # Errors
-    /// [`EtcdError::Name`].
-    pub fn open(endpoints: &[Endpoint], secret: Secret) -> Result<Self, EtcdError> {
+    /// [`EtcdError::Name`], [`EtcdError::Tls`].
+    pub fn open(cluster: &Cluster, secret: Secret) -> Result<Self, EtcdError> {
         Ok(Self {
-            client: Client::open(endpoints, ANSWER_MAX)?,
+            client: Client::open(cluster, ANSWER_MAX)?,
             secret,
         })
     }
@@ -299,13 +299,15 @@ fn kept<T>(value: T, revision: i64) -> Kept<T> {
 mod tests {
     use super::*;
     use crate::agent::tests::{host, vm};
+    use crate::arbiter::Endpoint;
 
     fn store() -> Store {
         let nobody = Endpoint {
             host: "127.0.0.1".into(),
             port: 1,
         };
-        Store::open(&[nobody], Secret::from_bytes([1; 32])).unwrap()
+        let cluster = Cluster::in_clear(vec![nobody]);
+        Store::open(&cluster, Secret::from_bytes([1; 32])).unwrap()
     }
 
     /// What etcd would give back for what a change puts.

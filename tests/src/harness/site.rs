@@ -1,4 +1,4 @@
-//! A site: an etcd, three hosts with an agent each, and the world, as four network namespaces joined by cables that can be cut.
+//! A site: an etcd that speaks TLS, three hosts with an agent each, and the world, as four network namespaces joined by cables that can be cut.
 //!
 //! ```text
 //!   the world: clients 10.77.0.1, etcd 10.78.0.254
@@ -23,7 +23,7 @@ use hypervisor::handshake::Secret;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::etcd::Etcd;
+use super::etcd::{Etcd, Tls};
 use super::program;
 use super::role::Role;
 use super::signal::{Signal, send};
@@ -86,9 +86,12 @@ impl Site {
         for (number, name) in (1..).zip(NAMES) {
             hosts.push(host(number, name, directory.path())?);
         }
-        let etcd = Etcd::start_at(
+        // Whoever comes without a certificate is nobody to it: agents, `doppel vm` and every pair's arbiter have one.
+        let tls = Tls::new(&directory.path().join("certificates"))?;
+        let etcd = Etcd::start_with(
             &directory.path().join("etcd"),
             Ipv4Addr::new(10, 78, 0, 254).into(),
+            Some(tls),
         )?;
         Secret::create(&directory.path().join("site.secret"))?;
         let mut site = Self {
@@ -111,7 +114,7 @@ impl Site {
         // lost one is noticed is another promise's.)
         fs::write(
             host.directory.join("role.toml"),
-            "[timing]\nsilence_ms = 300\n",
+            "[timing]\nsilence_ms = 300\n[sandbox]\nstrict = true\n",
         )
         .context("write a configuration of roles")?;
         let text = format!(

@@ -17,6 +17,7 @@ pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
+pub mod etcd_tls;
 pub mod failover_fast;
 pub mod figures_quoted;
 pub mod hostile_guest;
@@ -68,6 +69,7 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    etcd_tls::PROMISE,
     agents_keep::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
