@@ -32,6 +32,9 @@ pub struct AgentConfig {
     /// Ports for backups, `FIRST-LAST`. A machine has the same one on every host.
     #[serde(default = "ports")]
     pub ports: String,
+    /// Port at which the consoles of machines here are shown, to holders of the site's secret; 0: they are not.
+    #[serde(default = "console_port")]
+    pub console_port: u16,
     /// Directory of the roles' control sockets and locks. On a file system that is empty after a boot.
     #[serde(default = "run_dir")]
     pub run_dir: PathBuf,
@@ -57,6 +60,10 @@ pub struct AgentConfig {
 
 fn ports() -> String {
     "7700-7799".into()
+}
+
+fn console_port() -> u16 {
+    7699
 }
 
 fn run_dir() -> PathBuf {
@@ -164,7 +171,7 @@ impl AgentConfig {
 
     fn check(&self) -> Result<(), AgentConfigError> {
         self.cluster()?;
-        self.ports()?;
+        let ports = self.ports()?;
         let bad = |field, found: String, expected| {
             Err(AgentConfigError::Value {
                 field,
@@ -175,6 +182,11 @@ impl AgentConfig {
         if !is_name(&self.name) {
             let expected = "use 1 to 63 of a-z, 0-9 and -, not beginning with -";
             return bad("name", format!("{:?}", self.name), expected);
+        }
+        if self.console_port != 0 && ports.has(self.console_port) {
+            let expected =
+                "backups listen at `ports`: choose one that is none of them, or 0 for no consoles";
+            return bad("console_port", self.console_port.to_string(), expected);
         }
         if self.address.is_unspecified() {
             let expected = "the other hosts find this one by it: give the address that it has on their network";
@@ -242,6 +254,7 @@ mod tests {
             ("ports = \"9-8\"", "FIRST-LAST"),
             ("ports = \"0-8\"", "FIRST-LAST"),
             ("lease_s = 1", "lease_s"),
+            ("console_port = 7700", "console_port"),
             ("poll_ms = 3000", "poll_ms"),
             ("run_dir = \"here\"", "absolute"),
             ("colour = 1", "unknown field"),

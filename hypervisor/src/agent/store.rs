@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::record::{Answer, Host, Kept, Order, Site, Vm};
+use super::record::{Answer, Drain, Host, Kept, Order, Site, Vm};
 use super::seal;
 use crate::arbiter::{Client, Cluster, EtcdError, Header, base64, parse, record_of};
 use crate::handshake::Secret;
@@ -25,6 +25,7 @@ const ALL: &str = "doppel/";
 const HOSTS: &str = "doppel/site/hosts/";
 const VMS: &str = "doppel/site/vms/";
 const PORTS: &str = "doppel/site/ports/";
+const DRAINS: &str = "doppel/site/drains/";
 const ORDERS: &str = "doppel/site/orders/";
 const ANSWERS: &str = "doppel/site/answers/";
 const PLACEMENTS: &str = "doppel/site/placements";
@@ -43,6 +44,8 @@ pub enum Key<'a> {
     Vm(&'a str),
     /// A port's.
     Port(u16),
+    /// A host's that is to be empty.
+    Drain(&'a str),
     /// A machine's order.
     Order(&'a str),
     /// An order's answer.
@@ -57,6 +60,7 @@ impl Key<'_> {
             Self::Host(name) => format!("{HOSTS}{name}"),
             Self::Vm(name) => format!("{VMS}{name}"),
             Self::Port(port) => format!("{PORTS}{port}"),
+            Self::Drain(host) => format!("{DRAINS}{host}"),
             Self::Order(machine) => format!("{ORDERS}{machine}"),
             Self::Answer(id) => format!("{ANSWERS}{id}"),
             Self::Placements => PLACEMENTS.to_owned(),
@@ -220,6 +224,9 @@ impl Store {
                 site.vms.insert(name.to_owned(), kept(vm, revision));
             } else if let Some(port) = key.strip_prefix(PORTS) {
                 site.ports.insert(port.parse().ok()?, json_of(text)?);
+            } else if let Some(name) = key.strip_prefix(DRAINS) {
+                let drain = json_of::<Drain>(text).filter(|drain| drain.host == name)?;
+                site.drains.insert(name.to_owned(), kept(drain, revision));
             } else if let Some(machine) = key.strip_prefix(ORDERS) {
                 let order = json_of::<Order>(text).filter(|order| order.machine == machine)?;
                 site.orders

@@ -20,6 +20,7 @@ pub mod etcd_arbiter;
 pub mod etcd_tls;
 pub mod failover_fast;
 pub mod figures_quoted;
+pub mod host_drained;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -71,6 +72,7 @@ pub const ALL: &[Promise] = &[
     etcd_arbiter::PROMISE,
     etcd_tls::PROMISE,
     agents_keep::PROMISE,
+    host_drained::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,
     side_by_side::PROMISE,

@@ -24,10 +24,11 @@ pub const PROMISE: Promise = Promise {
 };
 
 /// What is to be there, besides manual pages.
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "usr/bin/doppel",
     "etc/doppel/doppel.toml",
     "usr/lib/systemd/system/doppel-agent.service",
+    "usr/lib/systemd/system/doppel-drain.service",
     "usr/share/doc/doppel/docs/cluster.md",
     "usr/share/bash-completion/completions/doppel",
     "usr/share/zsh/vendor-completions/_doppel",
