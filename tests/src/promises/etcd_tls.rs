@@ -202,6 +202,7 @@ fn users(etcd: &Etcd, files: &Path, tls: &Tls) -> Result<()> {
             "/v3/auth/user/add",
             r#"{"name":"root","password":"over all"}"#,
         ),
+        ("/v3/auth/role/add", r#"{"name":"root"}"#),
         ("/v3/auth/user/grant", r#"{"user":"root","role":"root"}"#),
         (
             "/v3/auth/user/add",

@@ -271,7 +271,7 @@ impl Client {
 
     fn connect(&self, at: usize, deadline: Deadline) -> Result<Connection, Failure> {
         let member = &self.members[at];
-        let mut why = "it has no address".to_owned();
+        let mut why = String::new();
         for address in &member.addresses {
             let to = Callee {
                 address: *address,
@@ -281,8 +281,14 @@ impl Client {
             };
             match Connection::open(to, self.longest, deadline) {
                 Ok(connection) => return Ok(connection),
-                Err(error) => why = error.to_string(),
+                Err(error) => {
+                    let then = if why.is_empty() { "" } else { "; " };
+                    why.push_str(&format!("{then}{error}"));
+                }
             }
+        }
+        if why.is_empty() {
+            why.push_str("it has no address");
         }
         Err(Failure::NotSent(why))
     }

@@ -247,6 +247,11 @@ impl Connection {
         match (error, &self.carrier) {
             // A server of TLS closes so on who speaks in clear.
             (HttpError::Ended, Carrier::Plain(_)) if bytes.is_empty() => HttpError::Silent,
+            (HttpError::Io(error), Carrier::Plain(_))
+                if bytes.is_empty() && error.kind() == ErrorKind::ConnectionReset =>
+            {
+                HttpError::Silent
+            }
             (error, _) => error,
         }
     }

@@ -248,11 +248,16 @@ impl Sealed {
             host: host.to_owned(),
         };
         while sealed.session.is_handshaking() {
-            if sealed.session.wants_write() {
-                sealed.send(deadline)?;
-            } else {
-                sealed.receive(deadline)?;
-            }
+            let step = match sealed.session.wants_write() {
+                true => sealed.send(deadline),
+                false => sealed.receive(deadline),
+            };
+            step.map_err(|error| match error {
+                HttpError::Ended | HttpError::Io(_) => HttpError::Tls(format!(
+                    "it ended the connection before TLS had begun ({error}): if it does not speak TLS, write etcd://"
+                )),
+                other => other,
+            })?;
         }
         sealed.flush(deadline)?;
         Ok(sealed)
