@@ -32,6 +32,7 @@ pub mod event;
 pub mod file_log;
 pub mod flight;
 pub mod gate;
+mod guarded;
 pub mod handshake;
 pub mod intervals;
 pub mod journal;

@@ -26,7 +26,7 @@
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
 //!
-//! Unsafe: `capset` and `setrlimit` have no wrapper among our crates.
+//! Unsafe: `capset`, `setrlimit` and `umask` have no wrapper among our crates.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -231,6 +231,12 @@ pub fn shed(config: &config::Sandbox) -> Result<(), SandboxError> {
         keep_capabilities(WITH_DEVICE)?;
     }
     Ok(())
+}
+
+/// From now on files that this process makes are its user's alone: a recording or a flight recorder's directory holds all that a guest knew.
+pub fn keep_files_private() {
+    // SAFETY: umask touches no memory and cannot fail.
+    unsafe { libc::umask(0o077) };
 }
 
 fn no_core_dumps() -> Result<(), SandboxError> {

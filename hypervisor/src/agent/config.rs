@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::record::Ports;
-use crate::arbiter::{Endpoint, Place};
+use crate::arbiter::{Cluster, Place};
 use crate::control::is_name;
 
 /// Where it is found if nothing else is said.
@@ -20,7 +20,8 @@ pub struct AgentConfig {
     /// The host's name at the site; its own host name if not given.
     #[serde(default)]
     pub name: String,
-    /// The site's etcd, as `etcd://HOST:PORT,…`: its records, and the arbiter of its machines.
+    /// The site's etcd, as `etcd://HOST:PORT,…`, or over TLS `etcds://HOST:PORT,…?ca=FILE&cert=FILE&key=FILE`: its records, and the arbiter
+    /// of its machines.
     pub etcd: Place,
     /// File of the site's secret, the same on every host: pairs prove it to each other, and records are sealed by it.
     pub secret: PathBuf,
@@ -31,6 +32,9 @@ pub struct AgentConfig {
     /// Ports for backups, `FIRST-LAST`. A machine has the same one on every host.
     #[serde(default = "ports")]
     pub ports: String,
+    /// Port at which the consoles of machines here are shown, to holders of the site's secret; 0: they are not.
+    #[serde(default = "console_port")]
+    pub console_port: u16,
     /// Directory of the roles' control sockets and locks. On a file system that is empty after a boot.
     #[serde(default = "run_dir")]
     pub run_dir: PathBuf,
@@ -56,6 +60,10 @@ pub struct AgentConfig {
 
 fn ports() -> String {
     "7700-7799".into()
+}
+
+fn console_port() -> u16 {
+    7699
 }
 
 fn run_dir() -> PathBuf {
@@ -134,13 +142,13 @@ impl AgentConfig {
     ///
     /// # Errors
     /// [`AgentConfigError::Value`] if that is another arbiter.
-    pub fn endpoints(&self) -> Result<&[Endpoint], AgentConfigError> {
+    pub fn cluster(&self) -> Result<&Cluster, AgentConfigError> {
         match &self.etcd {
-            Place::Etcd(endpoints) => Ok(endpoints),
+            Place::Etcd(cluster) => Ok(cluster),
             Place::Directory(path) => Err(AgentConfigError::Value {
                 field: "etcd",
                 found: format!("{:?}", path.display().to_string()),
-                expected: "a site's records are in etcd: write etcd://HOST:PORT,HOST:PORT",
+                expected: "a site's records are in etcd: write etcd://HOST:PORT,HOST:PORT, or etcds://… for TLS",
             }),
         }
     }
@@ -162,8 +170,8 @@ impl AgentConfig {
     }
 
     fn check(&self) -> Result<(), AgentConfigError> {
-        self.endpoints()?;
-        self.ports()?;
+        self.cluster()?;
+        let ports = self.ports()?;
         let bad = |field, found: String, expected| {
             Err(AgentConfigError::Value {
                 field,
@@ -174,6 +182,11 @@ impl AgentConfig {
         if !is_name(&self.name) {
             let expected = "use 1 to 63 of a-z, 0-9 and -, not beginning with -";
             return bad("name", format!("{:?}", self.name), expected);
+        }
+        if self.console_port != 0 && ports.has(self.console_port) {
+            let expected =
+                "backups listen at `ports`: choose one that is none of them, or 0 for no consoles";
+            return bad("console_port", self.console_port.to_string(), expected);
         }
         if self.address.is_unspecified() {
             let expected = "the other hosts find this one by it: give the address that it has on their network";
@@ -186,6 +199,10 @@ impl AgentConfig {
         if !(50..=longest).contains(&self.poll_ms) {
             let expected = "choose 50 or more, up to a quarter of lease_s";
             return bad("poll_ms", self.poll_ms.to_string(), expected);
+        }
+        if self.etcd != self.etcd.absolute() {
+            let expected = "name its files by absolute paths: roles are started with it elsewhere";
+            return bad("etcd", format!("{:?}", self.etcd.to_string()), expected);
         }
         for (field, path) in [
             ("secret", Some(&self.secret)),
@@ -226,7 +243,7 @@ mod tests {
                 last: 7799
             }
         );
-        assert_eq!(config.endpoints().unwrap()[0].port, 2379);
+        assert_eq!(config.cluster().unwrap().endpoints[0].port, 2379);
         assert_eq!(config.run_dir, Path::new("/run/doppel"));
     }
 
@@ -237,6 +254,7 @@ mod tests {
             ("ports = \"9-8\"", "FIRST-LAST"),
             ("ports = \"0-8\"", "FIRST-LAST"),
             ("lease_s = 1", "lease_s"),
+            ("console_port = 7700", "console_port"),
             ("poll_ms = 3000", "poll_ms"),
             ("run_dir = \"here\"", "absolute"),
             ("colour = 1", "unknown field"),
@@ -252,6 +270,9 @@ mod tests {
         let directory = LEAST.replace("etcd://10.0.0.9", "/srv/arbiter");
         let error = read(&format!("name = \"a\"\n{directory}")).unwrap_err();
         assert!(error.to_string().contains("etcd://HOST"), "{error}");
+        let relative = LEAST.replace("etcd://10.0.0.9", "etcds://10.0.0.9?ca=ca.pem");
+        let error = read(&format!("name = \"a\"\n{relative}")).unwrap_err();
+        assert!(error.to_string().contains("absolute"), "{error}");
         let anywhere = LEAST.replace("10.0.0.1", "0.0.0.0");
         let error = read(&format!("name = \"a\"\n{anywhere}")).unwrap_err();
         assert!(error.to_string().contains("address"), "{error}");

@@ -398,14 +398,15 @@ impl Hands {
     /// # Errors
     /// If the kernel refuses.
     pub fn end_backup(&self, pid: u32) -> Result<(), HandsError> {
-        let Some(process) = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1) else {
-            return Err(failed("end a backup")(io::ErrorKind::InvalidInput.into()));
-        };
-        // SAFETY: kill touches no memory. The process has just answered at its control socket, so its number is its own.
-        if unsafe { libc::kill(process, libc::SIGTERM) } != 0 {
-            return Err(failed("end a backup")(io::Error::last_os_error()));
-        }
-        Ok(())
+        signal(pid, libc::SIGTERM).map_err(failed("end a backup"))
+    }
+
+    /// SIGKILL to a primary: its backup takes the machine over.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn fail(&self, pid: u32) -> Result<(), HandsError> {
+        signal(pid, libc::SIGKILL).map_err(failed("have a primary taken over"))
     }
 
     /// Gives an order to a role here: its number.
@@ -432,6 +433,17 @@ impl Hands {
         self.order(machine, pid, Ask::Standby(place))?;
         self.told.insert((pid, place));
         Ok(())
+    }
+}
+
+/// Sends a signal to a role, which has just answered at its control socket.
+fn signal(pid: u32, signal: libc::c_int) -> io::Result<()> {
+    let process = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1);
+    let process = process.ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: kill touches no memory. The process has just answered, so its number is its own.
+    match unsafe { libc::kill(process, signal) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

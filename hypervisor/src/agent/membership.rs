@@ -118,6 +118,13 @@ pub fn load() -> f64 {
     (average / cpus as f64 * 100.0).round() / 100.0
 }
 
+/// Which of the host's boots this is.
+#[must_use]
+pub fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
 /// The first RDMA device with a port that is active.
 #[must_use]
 pub fn rdma(devices: &Path) -> Option<String> {

@@ -14,6 +14,7 @@
 #![deny(unsafe_code)]
 
 pub mod config;
+pub mod consoles;
 #[allow(unsafe_code)]
 mod hands;
 mod membership;

@@ -2,7 +2,7 @@
 //!
 //! **Fit** is a host that has a KVM (for a backup: the CPU model of the primary's host), memory to spare, the machine's port, a network or
 //! an RDMA device if the machine needs one, no process of the machine and no role of it (anti-affinity; unless the machine may have both on
-//! one host), and where no role of it has failed just now. **Of those the least loaded**: the smallest sum of the share of memory that is spoken
+//! one host), where no role of it has failed just now, and that is not being drained. **Of those the least loaded**: the smallest sum of the share of memory that is spoken
 //! for and of processes that want a CPU, for each CPU; of equal ones the first by name.
 #![forbid(unsafe_code)]
 
@@ -45,6 +45,8 @@ pub enum Unfit {
     Has,
     /// A role of the machine failed there.
     Failed,
+    /// It is to be empty.
+    Drained,
 }
 
 impl fmt::Display for Unfit {
@@ -64,6 +66,7 @@ impl fmt::Display for Unfit {
             Self::NoRdma => f.write_str("it has no RDMA device"),
             Self::Has => f.write_str("it has a part of this machine already"),
             Self::Failed => f.write_str("a role of this machine failed there just now"),
+            Self::Drained => f.write_str("it is being drained"),
         }
     }
 }
@@ -113,6 +116,9 @@ fn judge(site: &Site, vm: &Vm, role: Role<'_>, host: &Host, now_ms: u64) -> Opti
         && primary.cpu.as_ref() != Some(cpu)
     {
         return Some(Unfit::Cpu(cpu.clone()));
+    }
+    if site.is_drained(&host.name) {
+        return Some(Unfit::Drained);
     }
     let has = host.roles_of(&vm.name).count() + vm.assigned().filter(|on| *on == host.name).count();
     let is_primarys = matches!(role, Role::Backup(primary) if primary.name == host.name);

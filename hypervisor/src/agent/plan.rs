@@ -12,6 +12,10 @@
 //! have made of it: nothing here gives or takes that. A lease that has run out lets a role be placed elsewhere; if the host lives all the same,
 //! it is the arbiter that lets one primary start, and one backup at a time is entitled.
 //!
+//! **A host that is drained** is left by what is there: a machine that it serves has a backup elsewhere (for as long as that takes, one that
+//! is not to be protected, too) and is switched over to it; a backup on it is replaced by another one while it protects. Replication by
+//! checkpoints knows neither: such a machine is taken over by its backup, and such a backup ends once another host can have one.
+//!
 //! Only the agent of the host that serves a machine places its backup, since it alone sees at first hand that there is none.
 #![forbid(unsafe_code)]
 
@@ -21,6 +25,7 @@ use std::net::SocketAddr;
 use super::placement::{self, Role as Wanted};
 use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use crate::control::status::{Role, Standing};
+use crate::intervals::Replication;
 
 /// How long a backup may wait for its primary before another host is tried, in milliseconds. A primary looks every 50 ms, and a second for
 /// each host that does not answer.
@@ -102,6 +107,29 @@ pub enum Act {
         /// The process.
         pid: u32,
     },
+    /// Have a machine that is served here go on with its backup.
+    Switch {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Have it taken over by its backup, as if this host were lost: it is replicated by checkpoints, which know no switch-over.
+    Fail {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+    },
+    /// Have a machine that is served here take another backup in its backup's place.
+    Migrate {
+        /// The machine.
+        machine: String,
+        /// The process.
+        pid: u32,
+        /// Where the new one listens.
+        place: SocketAddr,
+    },
     /// Tell a process that serves here where a backup may listen.
     Tell {
         /// The machine.
@@ -140,6 +168,7 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn machine(&mut self) {
         self.end_useless_backups();
+        self.make_room();
         match &self.vm.value.phase {
             Phase::Stopped | Phase::Failed { .. } => {}
             Phase::Stopping => self.stop(),
@@ -172,23 +201,61 @@ impl Planner<'_> {
         self.local.settled && !self.site.hosts.contains_key(host)
     }
 
+    /// Whether it is to have a backup: so that it can leave a host, for a while, even if it is not to be protected.
+    fn is_to_be_followed(&self) -> bool {
+        let serving = self.site.serving(&self.vm.value.name);
+        self.vm.value.protect || serving.is_some_and(|(host, _)| self.site.is_drained(&host.name))
+    }
+
+    /// A host that is not to be waited for.
+    fn is_gone(&self, host: &str) -> bool {
+        self.is_away(host) || self.site.is_drained(host)
+    }
+
     fn is_assigned_backup_here(&self) -> bool {
         let vm = &self.vm.value;
         let backup = vm.backup.as_ref();
         vm.phase == Phase::Running
-            && vm.protect
+            && self.is_to_be_followed()
             && backup.is_some_and(|backup| backup.host == self.local.me)
+            && !self.site.is_drained(&self.local.me)
     }
 
     /// Those that wait though no primary is to come, and one that follows a machine that is to have none.
     fn end_useless_backups(&mut self) {
         let vm = &self.vm.value;
-        let unwanted = vm.phase == Phase::Running && !vm.protect;
+        let unwanted = vm.phase == Phase::Running && !self.is_to_be_followed();
         for role in self.roles_here() {
             let waits = role.is_backup(Standing::Waiting) && !self.is_assigned_backup_here();
             if waits || unwanted && role.is_backup(Standing::Following) {
                 self.acts.push(Act::EndBackup {
                     machine: self.vm.value.name.clone(),
+                    pid: role.pid,
+                });
+            }
+        }
+    }
+
+    /// A backup on a host that is drained and that no other can replace while it follows, as the machine is replicated by checkpoints: it
+    /// ends as soon as another host can have one.
+    fn make_room(&mut self) {
+        let (site, vm) = (self.site, &self.vm.value);
+        if !site.is_drained(&self.local.me) || vm.spec.replicate != Replication::Checkpoint {
+            return;
+        }
+        let Some((primary, _)) = site.serving(&vm.name) else {
+            return;
+        };
+        let mut free = vm.clone();
+        free.backup = None;
+        let wanted = Wanted::Backup(primary);
+        if placement::choose(site, &free, wanted, self.local.now_ms).is_err() {
+            return;
+        }
+        for role in self.roles_here() {
+            if role.is_backup(Standing::Following) {
+                self.acts.push(Act::EndBackup {
+                    machine: vm.name.clone(),
                     pid: role.pid,
                 });
             }
@@ -365,7 +432,7 @@ impl Planner<'_> {
     /// At the host that serves it: a backup is somewhere, or is to be.
     fn keep_protected(&mut self, host: &Host, role: &RoleReport) {
         let (vm, now) = (&self.vm.value, self.local.now_ms);
-        if !vm.protect {
+        if !self.is_to_be_followed() {
             self.write(false, |vm| vm.backup = None);
             return;
         }
@@ -373,23 +440,13 @@ impl Planner<'_> {
             .says
             .is_some_and(|says| says.standing == Standing::Unprotected)
         {
-            // It has one, or is taking one in. Whoever that is has the assignment.
-            let following = self.site.following(&vm.name);
-            if let Some(following) = following
-                && vm
-                    .backup
-                    .as_ref()
-                    .is_none_or(|on| on.host != following.name)
-            {
-                let there = following.name.clone();
-                self.write(false, |vm| vm.backup = Some(vm.assign(&there, now)));
-            }
+            self.keep_followed(host, role);
             return;
         }
         let stays = vm.backup.as_ref().is_some_and(|on| {
             let here = on.host == host.name && !vm.spec.same_host;
             let late = now.saturating_sub(on.since_ms) > JOINS_WITHIN_MS;
-            !here && !late && !self.is_away(&on.host)
+            !here && !late && !self.is_gone(&on.host)
         });
         if stays || !self.local.settled {
             return;
@@ -398,7 +455,7 @@ impl Planner<'_> {
         let mut free = vm.clone();
         if let Some(late) = free.backup.take()
             && late.host != host.name
-            && !self.is_away(&late.host)
+            && !self.is_gone(&late.host)
         {
             free.failed(&late.host, now, "its backup did not join");
         }
@@ -415,6 +472,92 @@ impl Planner<'_> {
                 "no host can take its backup: {}",
                 placement::explain(&unfit)
             )),
+        }
+    }
+
+    /// At the host that serves it: it has a backup, or is taking one in.
+    fn keep_followed(&mut self, host: &Host, role: &RoleReport) {
+        let (site, vm, now) = (self.site, &self.vm.value, self.local.now_ms);
+        let Some(there) = site.following(&vm.name).map(|host| host.name.clone()) else {
+            return;
+        };
+        let can_be_moved = role
+            .says
+            .is_some_and(|says| says.standing == Standing::Protected);
+        if site.is_drained(&there) {
+            if can_be_moved && vm.spec.replicate != Replication::Checkpoint {
+                self.replace_backup(host, role, &there);
+            }
+        } else if vm.backup.as_ref().is_none_or(|on| on.host != there) {
+            // Whoever follows has the assignment.
+            self.write(false, |vm| vm.backup = Some(vm.assign(&there, now)));
+        } else if site.is_drained(&host.name) && can_be_moved {
+            let (machine, pid) = (vm.name.clone(), role.pid);
+            self.acts.push(match vm.spec.replicate {
+                Replication::Replay => Act::Switch { machine, pid },
+                Replication::Checkpoint => Act::Fail { machine, pid },
+            });
+        }
+    }
+
+    /// Its backup is on a host that is drained: another host gets one, which takes its place.
+    fn replace_backup(&mut self, host: &Host, role: &RoleReport, from: &str) {
+        let (site, vm, now) = (self.site, &self.vm.value, self.local.now_ms);
+        let next = vm
+            .backup
+            .as_ref()
+            .filter(|on| on.host != from && !self.is_gone(&on.host));
+        let there = next.and_then(|on| Some((on, &site.hosts.get(&on.host)?.value)));
+        if let Some((on, there)) = there {
+            let waits = there
+                .roles_of(&vm.name)
+                .any(|role| role.is_backup(Standing::Waiting));
+            let is_copied = !waits
+                && there
+                    .roles_of(&vm.name)
+                    .any(|role| role.says.is_some_and(|says| says.role == Role::Backup));
+            let late = now.saturating_sub(on.since_ms) > JOINS_WITHIN_MS;
+            if waits && !late {
+                self.acts.push(Act::Migrate {
+                    machine: vm.name.clone(),
+                    pid: role.pid,
+                    place: there.place(vm.port),
+                });
+            }
+            if is_copied || !late {
+                return;
+            }
+        }
+        if !self.local.settled {
+            return;
+        }
+        let mut free = vm.clone();
+        free.backup = None;
+        if let Some(late) = next {
+            free.failed(&late.host, now, "its backup did not take the other's place");
+        }
+        match placement::choose(site, &free, Wanted::Backup(host), now) {
+            Ok(chosen) => {
+                let chosen = chosen.name.clone();
+                self.write(true, |vm| {
+                    vm.failures = free.failures;
+                    vm.backup = Some(vm.assign(&chosen, now));
+                    vm.note = None;
+                });
+            }
+            Err(unfit) => {
+                let why = placement::explain(&unfit);
+                let from = from.to_owned();
+                self.write(false, |vm| {
+                    if vm.backup.as_ref().is_none_or(|on| on.host != from) {
+                        vm.backup = Some(vm.assign(&from, now));
+                        vm.failures = free.failures;
+                    }
+                    vm.note = Some(format!(
+                        "its backup stays on {from}, which is being drained: {why}"
+                    ));
+                });
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 //!  doppel/site/hosts/HOST       Host     under its agent's lease
 //!  doppel/site/vms/NAME         Vm       changed by compare-and-swap alone
 //!  doppel/site/ports/PORT       the name of the machine that has it
+//!  doppel/site/drains/HOST      Drain    while the host is to be empty
 //!  doppel/site/orders/NAME      Order    under the lease of whoever gave it
 //!  doppel/site/answers/ID       Answer   under a lease of the agent that took the order
 //!  doppel/site/placements       a word that every placement rewrites, so that no two are made from one picture
@@ -73,8 +74,33 @@ pub struct Host {
     pub version: String,
     /// When this was written, in milliseconds since 1970, by its own clock.
     pub written_ms: u64,
+    /// Where its agent shows consoles, if it does.
+    #[serde(default)]
+    pub console: Option<u16>,
+    /// Which of its boots this is, as its kernel says.
+    #[serde(default)]
+    pub boot: String,
     /// What runs here.
     pub roles: Vec<RoleReport>,
+}
+
+/// A host that is to be empty: machines that it serves are switched over, their backups are moved, and it is given nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// The host.
+    pub host: String,
+    /// When that was said, in milliseconds since 1970.
+    pub since_ms: u64,
+    /// It ends by itself once the host has booted anew, which is then not in this boot any more; none: by `doppel vm undrain` alone.
+    pub boot: Option<String>,
+}
+
+impl Drain {
+    /// Whether the host, in this boot now, has come back from the shutdown that it was drained for.
+    #[must_use]
+    pub fn is_over(&self, boot: &str) -> bool {
+        self.boot.as_ref().is_some_and(|before| before != boot)
+    }
 }
 
 impl Host {
@@ -365,6 +391,8 @@ pub struct Site {
     pub vms: BTreeMap<String, Kept<Vm>>,
     /// Ports that are taken.
     pub ports: BTreeMap<u16, String>,
+    /// Hosts that are to be empty.
+    pub drains: BTreeMap<String, Kept<Drain>>,
     /// Orders that nobody has taken, by machine.
     pub orders: BTreeMap<String, Kept<Order>>,
     /// Answers, by order.
@@ -397,6 +425,12 @@ impl Site {
             host.roles_of(machine)
                 .any(|role| role.is_backup(Standing::Following))
         })
+    }
+
+    /// Whether a host is to be empty.
+    #[must_use]
+    pub fn is_drained(&self, host: &str) -> bool {
+        self.drains.contains_key(host)
     }
 
     /// Whether any host has a process of this machine.

@@ -1,14 +1,16 @@
 //! The agent's loop: look at the host, read the site, keep the membership, do what is to be done.
 //!
-//! One thread, which may wait for etcd or for a role that is frozen: nothing waits for it. While etcd is away it does nothing at all; roles
+//! One thread, which may wait for etcd or for a role that is frozen: nothing waits for it. (Consoles have threads of their own.) While etcd is away it does nothing at all; roles
 //! run on, and the arbiter lets nobody change role.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::config::AgentConfig;
+use super::consoles;
 use super::hands::Hands;
 use super::membership::{self, Membership, Standing};
 use super::orders::Desk;
@@ -24,8 +26,8 @@ use crate::handshake::Secret;
 use crate::kvm::{CpuModel, KvmSource};
 use crate::session::host::stop_signals;
 
-/// Between two orders to turn the same machine off: one that is under way is not to be asked for at every look.
-const OFF_AGAIN: Duration = Duration::from_secs(3);
+/// Between two equal orders to one process: what is under way is not to be asked for at every look.
+const AGAIN: Duration = Duration::from_secs(3);
 
 /// How long an agent that has just come, or has come back to etcd, sees who is there before it judges who is not: the others look as often
 /// as it does, and may have been waiting for an answer from a member that was away.
@@ -39,7 +41,13 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
     let signals = stop_signals()?;
     let hands = Hands::new(config)?;
     let secret = Secret::read(&config.secret)?;
-    let store = Store::open(config.endpoints()?, secret)?;
+    if config.console_port != 0 {
+        let place = (config.address, config.console_port);
+        TcpListener::bind(place)
+            .and_then(|listener| consoles::show(listener, &config.run_dir, &secret))
+            .map_err(AgentError::host("show consoles at console_port"))?;
+    }
+    let store = Store::open(config.cluster()?, secret)?;
     let roles = match &config.roles {
         Some(path) => Config::read(path)?,
         None => Config::default(),
@@ -60,6 +68,8 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         load: 0.0,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         written_ms: 0,
+        console: (config.console_port != 0).then_some(config.console_port),
+        boot: membership::boot(),
         roles: Vec::new(),
     };
     tracing::info!("agent of host {}, etcd at {}", host.name, config.etcd);
@@ -71,7 +81,7 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         away: false,
         taken: false,
         foreign: BTreeSet::new(),
-        off_at: Vec::new(),
+        ordered_at: Vec::new(),
         hands,
         store,
         host,
@@ -95,8 +105,8 @@ struct Agent {
     taken: bool,
     /// Keys of which it was said that nobody of the site wrote them.
     foreign: BTreeSet<String>,
-    /// Machines that were ordered off, and when.
-    off_at: Vec<(u32, Instant)>,
+    /// Processes that were ordered something, and when.
+    ordered_at: Vec<(u32, Ask, Instant)>,
 }
 
 impl Agent {
@@ -172,11 +182,27 @@ impl Agent {
             ended: self.hands.ended().clone(),
             told: self.hands.told().clone(),
         };
+        self.end_drain(&site)?;
         for act in plan(&site, &local) {
             self.act(&site, act)?;
         }
         let (desk, hands) = (&mut self.desk, &self.hands);
         desk.turn(&self.store, &site, hands, &self.host.name, now_ms)?;
+        Ok(())
+    }
+
+    /// The host has booted since it was drained for that: it is given roles again.
+    fn end_drain(&self, site: &Site) -> Result<(), AgentError> {
+        let Some(drain) = site.drains.get(&self.host.name) else {
+            return Ok(());
+        };
+        if drain.value.is_over(&self.host.boot) {
+            let key = Key::Drain(&self.host.name);
+            let change = Change::new().only_if(&key, drain.revision).delete(&key);
+            if self.store.change(&change)? {
+                tracing::info!("the host is back from its shutdown: it is not drained any more");
+            }
+        }
         Ok(())
     }
 
@@ -253,7 +279,24 @@ impl Agent {
                 }
                 Err(error) => tracing::warn!("machine {machine}: {error}"),
             },
-            Act::PowerOff { machine, pid } => self.power_off(&machine, pid),
+            Act::PowerOff { machine, pid } => {
+                self.order(&machine, pid, Ask::PowerOff, "is turned off")
+            }
+            Act::Switch { machine, pid } => {
+                self.order(&machine, pid, Ask::Switch, "leaves: it is switched over");
+            }
+            Act::Fail { machine, pid } => match self.hands.fail(pid) {
+                Ok(()) => tracing::info!("machine {machine} leaves: its backup takes it over"),
+                Err(error) => tracing::warn!("machine {machine}: {error}"),
+            },
+            Act::Migrate {
+                machine,
+                pid,
+                place,
+            } => {
+                let what = format!("gets another backup, at {place}");
+                self.order(&machine, pid, Ask::MigrateBackup(Some(place)), &what);
+            }
             Act::Tell {
                 machine,
                 pid,
@@ -268,16 +311,21 @@ impl Agent {
         Ok(())
     }
 
-    fn power_off(&mut self, machine: &str, pid: u32) {
+    /// Gives an order to a role here, unless it was given just now.
+    fn order(&mut self, machine: &str, pid: u32, what: Ask, said: &str) {
         let now = Instant::now();
-        self.off_at.retain(|(_, at)| now - *at < OFF_AGAIN);
-        if self.off_at.iter().any(|(of, _)| *of == pid) {
+        self.ordered_at.retain(|(_, _, at)| now - *at < AGAIN);
+        if self
+            .ordered_at
+            .iter()
+            .any(|(of, ask, _)| (*of, *ask) == (pid, what))
+        {
             return;
         }
-        self.off_at.push((pid, now));
-        match self.hands.order(machine, pid, Ask::PowerOff) {
-            Ok(_) => tracing::info!("machine {machine} is turned off"),
-            Err(error) => tracing::warn!("machine {machine} is not turned off yet: {error}"),
+        self.ordered_at.push((pid, what, now));
+        match self.hands.order(machine, pid, what) {
+            Ok(_) => tracing::info!("machine {machine} {said}"),
+            Err(error) => tracing::warn!("machine {machine}: not yet, that it {said}: {error}"),
         }
     }
 }

@@ -16,14 +16,24 @@ use crate::handshake::Secret;
 const TAG: &str = "doppel-site-1";
 const BYTES: usize = 32;
 
-/// The tag of a text under a key.
-fn tag(secret: &Secret, key: &str, text: &str) -> String {
+fn mac(secret: &Secret, data: &[u8]) -> [u8; BYTES] {
     let mut hash = DefaultResolver
         .resolve_hash(&HashChoice::Blake2s)
         .expect("the features of snow that this crate asks for have it");
-    let data = [TAG.as_bytes(), key.as_bytes(), &[0], text.as_bytes()].concat();
     let mut bytes = [0; BYTES];
-    hash.hmac(secret.bytes(), &data, &mut bytes);
+    hash.hmac(secret.bytes(), data, &mut bytes);
+    bytes
+}
+
+/// Another secret, made of the site's for another use: what one of them proves is of no worth where the other is asked for.
+pub fn derived(secret: &Secret, label: &str) -> Secret {
+    Secret::from_bytes(mac(secret, label.as_bytes()))
+}
+
+/// The tag of a text under a key.
+fn tag(secret: &Secret, key: &str, text: &str) -> String {
+    let data = [TAG.as_bytes(), key.as_bytes(), &[0], text.as_bytes()].concat();
+    let bytes = mac(secret, &data);
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -5,10 +5,12 @@
 use std::time::{Duration, Instant};
 
 use super::config::{AgentConfig, AgentConfigError};
-use super::record::{Answer, Order, Phase, Ports, Site, Verb, Vm};
+use super::placement::{self, Role as Wanted};
+use super::record::{Answer, Drain, Host, Order, Phase, Ports, Site, Verb, Vm};
 use super::spec::{Spec, SpecError};
 use super::store::{Change, Key, Store};
 use crate::arbiter::{EtcdError, random_identity};
+use crate::control::status::Standing;
 use crate::handshake::{Secret, SecretError};
 
 /// How often a change is tried that others keep overtaking.
@@ -38,6 +40,16 @@ pub enum SiteError {
     /// No machine of this name.
     #[error("there is no machine {0:?} at this site: doppel vm list shows them all")]
     Unknown(String),
+    /// No host of this name.
+    #[error(
+        "there is no host {0:?} at this site, or its agent is away: doppel vm hosts shows them all"
+    )]
+    UnknownHost(String),
+    /// Nobody to go to.
+    #[error(
+        "host {0} is drained, and there is no other host that takes machines: what it serves stays there, and is turned off with it"
+    )]
+    Alone(String),
     /// No port for it.
     #[error(
         "no port is free for another machine: give the agents more (`ports`), or delete a machine"
@@ -98,8 +110,14 @@ impl Access {
     /// If either is none.
     pub fn open(config: &AgentConfig) -> Result<Self, SiteError> {
         let secret = Secret::read(&config.secret)?;
-        let store = Store::open(config.endpoints()?, secret)?;
+        let store = Store::open(config.cluster()?, secret)?;
         Ok(Self { store })
+    }
+
+    /// The records, for those who only read on.
+    #[must_use]
+    pub fn into_store(self) -> Store {
+        self.store
     }
 
     /// Everything.
@@ -214,6 +232,53 @@ impl Access {
             }
         }
         Err(SiteError::Busy(name.to_owned()))
+    }
+
+    /// Has a host emptied, and given nothing; until it has booted anew, or else until [`Access::undrain`].
+    ///
+    /// # Errors
+    /// If it is no member.
+    pub fn drain(&self, name: &str, until_boot: bool) -> Result<(), SiteError> {
+        for _ in 0..TRIES {
+            let site = self.read()?;
+            let host = site.hosts.get(name);
+            let host = &host
+                .ok_or_else(|| SiteError::UnknownHost(name.to_owned()))?
+                .value;
+            let before = site.drains.get(name);
+            let boot = until_boot.then(|| host.boot.clone());
+            // One that an operator wants outlives a shutdown.
+            if before.is_some_and(|kept| kept.value.boot == boot || kept.value.boot.is_none()) {
+                return Ok(());
+            }
+            let drain = Drain {
+                host: name.to_owned(),
+                since_ms: super::unix_ms(),
+                boot,
+            };
+            let key = Key::Drain(name);
+            let change = Change::new()
+                .only_if(&key, before.map_or(0, |kept| kept.revision))
+                .put(&self.store, &key, &drain, None);
+            if self.store.change(&change)? {
+                return Ok(());
+            }
+        }
+        Err(SiteError::Busy(name.to_owned()))
+    }
+
+    /// Lets a host have machines again.
+    ///
+    /// # Errors
+    /// If there is no host of this name.
+    pub fn undrain(&self, name: &str) -> Result<(), SiteError> {
+        let site = self.read()?;
+        if !site.is_drained(name) && !site.hosts.contains_key(name) {
+            return Err(SiteError::UnknownHost(name.to_owned()));
+        }
+        self.store
+            .change(&Change::new().delete(&Key::Drain(name)))?;
+        Ok(())
     }
 
     /// Gives an order to whoever serves a machine, and waits for what comes of it.
@@ -357,6 +422,69 @@ pub fn stop(site: &Site, vm: &mut Vm) -> Result<(), SiteError> {
     Ok(())
 }
 
+/// What is left on a host that is drained.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Machines that it serves.
+    pub served: Vec<String>,
+    /// Machines whose backup it has, and which another host can have.
+    pub followed: Vec<String>,
+    /// Machines whose backup stays, and why no other host can have it.
+    pub stays: Vec<(String, String)>,
+}
+
+impl Left {
+    /// Whether nothing more is to leave.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.served.is_empty() && self.followed.is_empty()
+    }
+}
+
+/// What is left on a host that is drained.
+///
+/// # Errors
+/// [`SiteError::Alone`] if it serves a machine, and no other host takes any.
+pub fn left(site: &Site, host: &Host, now_ms: u64) -> Result<Left, SiteError> {
+    let mut left = Left::default();
+    for role in &host.roles {
+        let (machine, vm) = (&role.machine, site.vms.get(&role.machine));
+        if role.serves() {
+            left.served.push(machine.clone());
+            continue;
+        }
+        let (Some(vm), Some((primary, _)), true) = (
+            vm,
+            site.serving(machine),
+            role.is_backup(Standing::Following),
+        ) else {
+            continue;
+        };
+        let mut free = vm.value.clone();
+        free.backup = None;
+        match placement::choose(site, &free, Wanted::Backup(primary), now_ms) {
+            Ok(_) => left.followed.push(machine.clone()),
+            // The one that is to take its place is there, or is coming.
+            Err(_)
+                if vm
+                    .value
+                    .assigned()
+                    .any(|on| on != host.name && !site.is_drained(on)) =>
+            {
+                left.followed.push(machine.clone());
+            }
+            Err(unfit) => left
+                .stays
+                .push((machine.clone(), placement::explain(&unfit))),
+        }
+    }
+    let mut others = site.hosts.keys().filter(|name| !site.is_drained(name));
+    if !left.served.is_empty() && others.next().is_none() {
+        return Err(SiteError::Alone(host.name.clone()));
+    }
+    Ok(left)
+}
+
 fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
     if !vm.phase.is_off() {
         let advice = format!("turn it off first (doppel vm stop {})", vm.name);
@@ -372,8 +500,9 @@ fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::record::Kept;
     use crate::agent::tests::{put, role_of, site, vm};
-    use crate::control::status::{Role, Standing};
+    use crate::control::status::Role;
     use crate::protocol::record::{Identity, Record};
 
     #[test]
@@ -430,6 +559,41 @@ mod tests {
             ..running
         };
         deletable(&site, &off).unwrap();
+    }
+
+    #[test]
+    fn a_drained_host_is_done_when_nothing_can_leave_it_any_more() {
+        let mut site = site(&["a", "b"]);
+        let value = Drain {
+            host: "a".into(),
+            since_ms: 0,
+            boot: None,
+        };
+        site.drains.insert("a".into(), Kept { value, revision: 1 });
+        let mut machine = vm("kv");
+        machine.phase = Phase::Running;
+        put(&mut site, machine);
+        let add = |site: &mut Site, host: &str, role| {
+            let host = site.hosts.get_mut(host).unwrap();
+            host.value.roles = vec![role_of("kv", role, Standing::Following)];
+            if role == Role::Primary {
+                host.value.roles = vec![role_of("kv", role, Standing::Protected)];
+            }
+        };
+        let of = |site: &Site| left(site, &site.hosts["a"].value, 0);
+        assert!(of(&site).unwrap().is_done());
+        add(&mut site, "a", Role::Primary);
+        assert_eq!(of(&site).unwrap().served, ["kv"]);
+        let b = site.hosts.remove("b").unwrap();
+        assert!(matches!(of(&site), Err(SiteError::Alone(_))));
+        site.hosts.insert("b".into(), b);
+        add(&mut site, "a", Role::Backup);
+        add(&mut site, "b", Role::Primary);
+        let stays = of(&site).unwrap();
+        assert!(stays.is_done() && stays.stays.len() == 1, "{stays:?}");
+        let value = crate::agent::tests::host("c");
+        site.hosts.insert("c".into(), Kept { value, revision: 1 });
+        assert_eq!(of(&site).unwrap().followed, ["kv"]);
     }
 
     #[test]

@@ -7,9 +7,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::record::{Answer, Host, Kept, Order, Site, Vm};
+use super::record::{Answer, Drain, Host, Kept, Order, Site, Vm};
 use super::seal;
-use crate::arbiter::{Client, Endpoint, EtcdError, Header, base64, parse, record_of};
+use crate::arbiter::{Client, Cluster, EtcdError, Header, base64, parse, record_of};
 use crate::handshake::Secret;
 
 const RANGE: &str = "/v3/kv/range";
@@ -25,6 +25,7 @@ const ALL: &str = "doppel/";
 const HOSTS: &str = "doppel/site/hosts/";
 const VMS: &str = "doppel/site/vms/";
 const PORTS: &str = "doppel/site/ports/";
+const DRAINS: &str = "doppel/site/drains/";
 const ORDERS: &str = "doppel/site/orders/";
 const ANSWERS: &str = "doppel/site/answers/";
 const PLACEMENTS: &str = "doppel/site/placements";
@@ -43,6 +44,8 @@ pub enum Key<'a> {
     Vm(&'a str),
     /// A port's.
     Port(u16),
+    /// A host's that is to be empty.
+    Drain(&'a str),
     /// A machine's order.
     Order(&'a str),
     /// An order's answer.
@@ -57,6 +60,7 @@ impl Key<'_> {
             Self::Host(name) => format!("{HOSTS}{name}"),
             Self::Vm(name) => format!("{VMS}{name}"),
             Self::Port(port) => format!("{PORTS}{port}"),
+            Self::Drain(host) => format!("{DRAINS}{host}"),
             Self::Order(machine) => format!("{ORDERS}{machine}"),
             Self::Answer(id) => format!("{ANSWERS}{id}"),
             Self::Placements => PLACEMENTS.to_owned(),
@@ -163,13 +167,13 @@ struct Streamed {
 }
 
 impl Store {
-    /// The records in the cluster with these members. It resolves their names and asks nothing yet.
+    /// The records in this cluster. It resolves its members' names, reads its files, and asks nothing yet.
     ///
     /// # Errors
-    /// [`EtcdError::Name`].
-    pub fn open(endpoints: &[Endpoint], secret: Secret) -> Result<Self, EtcdError> {
+    /// [`EtcdError::Name`], [`EtcdError::Tls`].
+    pub fn open(cluster: &Cluster, secret: Secret) -> Result<Self, EtcdError> {
         Ok(Self {
-            client: Client::open(endpoints, ANSWER_MAX)?,
+            client: Client::open(cluster, ANSWER_MAX)?,
             secret,
         })
     }
@@ -220,6 +224,9 @@ impl Store {
                 site.vms.insert(name.to_owned(), kept(vm, revision));
             } else if let Some(port) = key.strip_prefix(PORTS) {
                 site.ports.insert(port.parse().ok()?, json_of(text)?);
+            } else if let Some(name) = key.strip_prefix(DRAINS) {
+                let drain = json_of::<Drain>(text).filter(|drain| drain.host == name)?;
+                site.drains.insert(name.to_owned(), kept(drain, revision));
             } else if let Some(machine) = key.strip_prefix(ORDERS) {
                 let order = json_of::<Order>(text).filter(|order| order.machine == machine)?;
                 site.orders
@@ -299,13 +306,15 @@ fn kept<T>(value: T, revision: i64) -> Kept<T> {
 mod tests {
     use super::*;
     use crate::agent::tests::{host, vm};
+    use crate::arbiter::Endpoint;
 
     fn store() -> Store {
         let nobody = Endpoint {
             host: "127.0.0.1".into(),
             port: 1,
         };
-        Store::open(&[nobody], Secret::from_bytes([1; 32])).unwrap()
+        let cluster = Cluster::in_clear(vec![nobody]);
+        Store::open(&cluster, Secret::from_bytes([1; 32])).unwrap()
     }
 
     /// What etcd would give back for what a change puts.

@@ -24,6 +24,8 @@ pub fn host(name: &str) -> Host {
         load: 0.0,
         version: "0.1.0".into(),
         written_ms: 0,
+        console: Some(7699),
+        boot: "first".into(),
         roles: Vec::new(),
     }
 }

@@ -12,9 +12,9 @@ mod text;
 
 pub(crate) use etcd::base64;
 pub(crate) use etcd::client::{Client, Header, parse};
-pub use etcd::{EtcdArbiter, EtcdError};
+pub use etcd::{EtcdArbiter, EtcdError, TlsError};
 pub use file::{Durability, FileArbiter};
-pub use place::{BadPlace, Endpoint, Place};
+pub use place::{BadPlace, Cluster, Endpoint, Place, TlsFiles};
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -90,7 +90,7 @@ pub fn open(place: &Place, machine: &str) -> Result<Box<dyn Arbiter>, ArbiterErr
         Place::Directory(path) => {
             Box::new(FileArbiter::open(path, machine, Durability::ProcessDeath)?)
         }
-        Place::Etcd(endpoints) => Box::new(EtcdArbiter::open(endpoints, machine)?),
+        Place::Etcd(cluster) => Box::new(EtcdArbiter::open(cluster, machine)?),
     })
 }
 

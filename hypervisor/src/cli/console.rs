@@ -3,11 +3,12 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use hypervisor::backends::console::RawInput;
 use hypervisor::control::default_run_dir;
-use hypervisor::control::visit::{Left, Visit};
+use hypervisor::control::visit::{Here, Left, Visit, Way};
 
 use super::Failure;
 
@@ -21,6 +22,16 @@ use super::Failure;
 pub struct ConsoleArgs {
     /// The machine
     name: String,
+    #[command(flatten)]
+    look: LookArgs,
+    /// Directory of the roles' control sockets [default: $XDG_RUNTIME_DIR/doppel, or /run/doppel]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+// What is looked at is said at the command.
+#[derive(Debug, Args)]
+pub struct LookArgs {
     /// The key that ends it, with Ctrl: ^] or ^A to ^Z; or none
     #[arg(long, value_name = "KEY", default_value = "^]", value_parser = key)]
     escape: Key,
@@ -30,9 +41,6 @@ pub struct ConsoleArgs {
     /// Type nothing
     #[arg(long)]
     read_only: bool,
-    /// Directory of the roles' control sockets [default: $XDG_RUNTIME_DIR/doppel, or /run/doppel]
-    #[arg(long, value_name = "DIR")]
-    run_dir: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -50,17 +58,27 @@ fn key(text: &str) -> Result<Key, String> {
 }
 
 pub fn console(args: &ConsoleArgs) -> Result<(), Failure> {
+    let directory = args.run_dir.clone().unwrap_or_else(default_run_dir);
+    look(
+        &args.name,
+        &args.look,
+        Arc::new(Here { directory }),
+        "on this host",
+    )
+}
+
+/// Looks at the machine's console by this way; `here` says where it is looked for.
+pub fn look(name: &str, args: &LookArgs, way: Arc<dyn Way>, here: &str) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(Failure::ERROR, error);
     let signals = signals().map_err(|error| failed(&format!("cannot catch signals: {error}")))?;
     let visit = Visit {
-        directory: args.run_dir.clone().unwrap_or_else(default_run_dir),
-        name: args.name.clone(),
+        name: name.to_owned(),
         escape: args.escape.0,
         all: args.all,
         only_look: args.read_only,
     };
     let input = RawInput::open().map_err(|error| failed(&error))?;
-    let (at_terminal, name) = (input.is_terminal(), args.name.clone());
+    let at_terminal = input.is_terminal();
     if let (true, Some(key)) = (at_terminal, args.escape.0) {
         eprintln!(
             "[doppel: console of {name}; Ctrl-{} leaves it]",
@@ -68,12 +86,12 @@ pub fn console(args: &ConsoleArgs) -> Result<(), Failure> {
         );
     }
     let left = visit
-        .run(input, io::stdout().lock(), signals, |what| {
+        .run(way, input, io::stdout().lock(), signals, |what| {
             eprintln!("[doppel: {what}]");
         })
         .map_err(|error| failed(&error))?;
     match left {
-        Left::Over => eprintln!("[doppel: machine {name} is not served on this host any more]"),
+        Left::Over => eprintln!("[doppel: machine {name} is not served {here} any more]"),
         Left::Escaped => eprintln!("\n[doppel: left the console of {name}]"),
         Left::Signalled | Left::OutputClosed => {}
     }

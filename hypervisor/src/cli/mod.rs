@@ -136,6 +136,16 @@ impl From<SessionError> for Failure {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     journal::start(cli.log_format.into());
+    if matches!(
+        cli.command,
+        Command::Agent(_)
+            | Command::Run(_)
+            | Command::Primary(_)
+            | Command::Backup(_)
+            | Command::Record(_)
+    ) {
+        hypervisor::sandbox::keep_files_private();
+    }
     let outcome = match cli.command {
         Command::Agent(args) => agent::agent(&args),
         Command::Demo(args) => demo::demo(&args),

@@ -3,20 +3,24 @@
 mod shown;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use hypervisor::agent::config::{AgentConfig, DEFAULT};
+use hypervisor::agent::consoles::AtSite;
 use hypervisor::agent::record::{Phase, Site, Verb};
-use hypervisor::agent::site::{self, Access, SiteError};
+use hypervisor::agent::site::{self, Access, Left, SiteError};
 use hypervisor::agent::spec::{Spec, SpecError};
 use hypervisor::config::{GuestCpu, Transport};
 use hypervisor::control::status::Standing;
+use hypervisor::handshake::Secret;
 use hypervisor::machine::ClockSource;
 use hypervisor::preempt::Strategy;
 use serde_json::Value;
 
 use super::Failure;
+use super::console::{LookArgs, look};
 use super::machine::{clock, cpu, strategy};
 use super::pair::By;
 
@@ -30,6 +34,7 @@ use super::pair::By;
                   doppel vm create kv --guest kv --memory 64 --command-line \"ip=192.0.2.77/24\"\n  \
                   doppel vm list\n  \
                   doppel vm switch kv\n  \
+                  doppel vm drain host-a                # before it is serviced; doppel vm undrain host-a after\n  \
                   doppel vm stop kv && doppel vm delete kv"
 )]
 pub struct VmArgs {
@@ -57,6 +62,10 @@ enum VmVerb {
     Unprotect(NameArgs),
     /// Move a machine to its backup, without a failure; it gets a new backup then
     Switch(NameArgs),
+    Console(ConsoleArgs),
+    Drain(DrainArgs),
+    /// Let a host have machines again
+    Undrain(HostArgs),
     Start(StartArgs),
     Stop(StopArgs),
     /// Forget a machine that is off, and free its port
@@ -152,6 +161,40 @@ struct NameArgs {
     name: String,
 }
 
+/// Look at a machine's console, and type at it, wherever it is served; after a failover it goes on with the survivor
+#[derive(Debug, Args)]
+#[command(
+    after_help = "As doppel console on its host (doppel console --help). Between the hosts all of it is sealed.\nExample:\n  doppel vm console kv"
+)]
+struct ConsoleArgs {
+    /// The machine
+    name: String,
+    #[command(flatten)]
+    look: LookArgs,
+}
+
+/// Empty a host: what it serves is switched over to other hosts, its backups are moved, and it is given nothing more
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Ends 0 once nothing is served there and no backup is there that another host can have; it can be shut down then. A backup that no \
+                  other host can have stays, and protects until then.\n\
+                  Examples:\n  doppel vm drain host-a --within 300\n  doppel vm drain && systemctl reboot"
+)]
+struct DrainArgs {
+    #[command(flatten)]
+    of: HostArgs,
+    /// Until it has booted anew, and not until doppel vm undrain
+    #[arg(long)]
+    until_boot: bool,
+}
+
+// What is done is said at the verb.
+#[derive(Debug, Args)]
+struct HostArgs {
+    /// The host [default: this one]
+    host: Option<String>,
+}
+
 /// Start a machine that is off
 #[derive(Debug, Args)]
 struct StartArgs {
@@ -188,6 +231,7 @@ pub fn vm(args: &VmArgs) -> Result<(), Failure> {
         access: Access::open(&config)?,
         within: Duration::from_secs(args.within),
     };
+    let host = |of: &HostArgs| of.host.clone().unwrap_or_else(|| config.name.clone());
     match &args.verb {
         VmVerb::Create(create) => site.create(create),
         VmVerb::List(list) => site.list(list.json),
@@ -196,6 +240,20 @@ pub fn vm(args: &VmArgs) -> Result<(), Failure> {
         VmVerb::Protect(of) => site.protect(&of.name, true),
         VmVerb::Unprotect(of) => site.protect(&of.name, false),
         VmVerb::Switch(of) => site.switch(&of.name),
+        VmVerb::Console(console) => {
+            let secret = Secret::read(&config.secret).map_err(SiteError::from)?;
+            // Once, so that an etcd that is away is told of and not waited for.
+            site.access.read()?;
+            let way = AtSite::new(site.access.into_store(), &secret);
+            look(&console.name, &console.look, Arc::new(way), "at this site")
+        }
+        VmVerb::Drain(drain) => site.drain(&host(&drain.of), drain.until_boot),
+        VmVerb::Undrain(of) => {
+            let host = host(of);
+            site.access.undrain(&host)?;
+            println!("host {host}: not drained");
+            Ok(())
+        }
         VmVerb::Start(start) => site.start(&start.name, start.cold_start),
         VmVerb::Stop(stop) => site.stop(&stop.name, stop.lost),
         VmVerb::Delete(of) => site.delete(&of.name),
@@ -301,6 +359,39 @@ impl At {
         let said = self.access.order(name, Verb::Switch, within)?;
         println!("{name}: {said}");
         Ok(())
+    }
+
+    fn drain(&self, name: &str, until_boot: bool) -> Result<(), Failure> {
+        self.access.drain(name, until_boot)?;
+        let mut last = Left::default();
+        let done = self.access.until(self.within, |site| {
+            let host = site.hosts.get(name);
+            let host = host.ok_or_else(|| SiteError::UnknownHost(name.to_owned()))?;
+            last = site::left(site, &host.value, hypervisor::agent::unix_ms())?;
+            Ok(last.is_done())
+        })?;
+        for (machine, why) in &last.stays {
+            println!("{machine}: its backup stays until host {name} is off ({why})");
+        }
+        if done {
+            println!("host {name}: drained");
+            return Ok(());
+        }
+        let (served, followed) = (last.served.join(", "), last.followed.join(", "));
+        let none = |names: String| match names.is_empty() {
+            true => "none".to_owned(),
+            false => names,
+        };
+        Err(Failure::new(
+            Failure::ERROR,
+            format!(
+                "host {name} is not empty within {} s: it serves {}, and has a backup of {}; they leave when they can (doppel vm show NAME says what \
+                 is missing), and it is given nothing more until doppel vm undrain {name}",
+                self.within.as_secs(),
+                none(served),
+                none(followed)
+            ),
+        ))
     }
 
     fn start(&self, name: &str, cold: bool) -> Result<(), Failure> {

@@ -1,4 +1,5 @@
-//! `doppel console`: a person, or a program, at the console of a machine, wherever on this host it is served.
+//! `doppel console`: a person, or a program, at the console of a machine, wherever on this host it is served; and by another [`Way`] wherever at a
+//! site.
 //!
 //! ```text
 //!            ┌── looks whose turn it is, now and then and when a connection ends ── Lookout, a thread of its own
@@ -10,7 +11,8 @@
 //! none twice. Typed bytes that the old primary had taken and not logged are lost with it, as on a cable that is pulled.
 #![forbid(unsafe_code)]
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,23 +27,12 @@ use super::{ControlError, is_name};
 use crate::backends::console::RawInput;
 use crate::backends::wait::{Waiter, Wake};
 
-/// Between two looks while all is well: a primary that is frozen and not dead is noticed by them.
-const LOOK: Duration = Duration::from_millis(500);
-
-/// Between two looks while nobody serves.
-const HURRY: Duration = Duration::from_millis(10);
-
-/// A machine of which no process has been seen for so long is not served on this host any more.
-const NOBODY: Duration = Duration::from_secs(1);
-
 /// Typed bytes that wait for somebody who takes them; no more are read meanwhile.
 const TYPED: usize = 4096;
 
 /// What is wanted.
 #[derive(Clone, Debug)]
 pub struct Visit {
-    /// Where the roles' sockets are.
-    pub directory: PathBuf,
     /// The machine.
     pub name: String,
     /// The key that ends it, at a terminal.
@@ -61,7 +52,7 @@ pub enum Left {
     Signalled,
     /// Nobody takes what it would show.
     OutputClosed,
-    /// The machine is not served on this host any more.
+    /// The machine is not served any more, as far as can be seen.
     Over,
 }
 
@@ -71,16 +62,9 @@ pub enum VisitError {
     /// Where to look.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// There is no such machine here.
-    #[error(
-        "no process of machine {name:?} runs on this host, or none that leaves its socket in {} (--run-dir names another place)", directory.display()
-    )]
-    Nobody {
-        /// The machine.
-        name: String,
-        /// The place.
-        directory: PathBuf,
-    },
+    /// There is no such machine.
+    #[error("{0}")]
+    Nobody(String),
     /// The role says no.
     #[error("{0}")]
     Refused(io::Error),
@@ -95,18 +79,114 @@ pub enum VisitError {
 }
 
 /// Who serves the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Server {
-    pid: u32,
-    epoch: u64,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// The process.
+    pub pid: u32,
+    /// Its reign.
+    pub epoch: u64,
+    /// Its host, and where that shows consoles; none: this one.
+    pub on: Option<(String, SocketAddr)>,
+}
+
+impl Server {
+    fn is_other_than(&self, other: &Self) -> bool {
+        (self.pid, &self.on) != (other.pid, &other.on)
+    }
+}
+
+impl std::fmt::Display for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "process {}", self.pid)?;
+        match &self.on {
+            Some((host, _)) => write!(f, " on {host}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a look found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    server: Option<Server>,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Who serves the machine.
+    pub server: Option<Server>,
     /// Processes of the machine, whatever they are.
-    processes: usize,
+    pub processes: usize,
+}
+
+/// How often is looked, and what is concluded.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Between two looks while all is well: a primary that is frozen and not dead is noticed by them.
+    pub look: Duration,
+    /// Between two looks while nobody serves.
+    pub hurry: Duration,
+    /// A machine of which no process has been seen for so long is not served any more.
+    pub nobody: Duration,
+}
+
+/// How whoever serves a machine is found, and reached.
+pub trait Way: Send + Sync {
+    /// How often is looked.
+    fn pace(&self) -> Pace;
+
+    /// Who serves it now.
+    ///
+    /// # Errors
+    /// If that will never be known.
+    fn look(&self, name: &str) -> Result<Seen, VisitError>;
+
+    /// Its console: the number of the first byte to come, and the connection that carries them, from which some may have been read already.
+    ///
+    /// # Errors
+    /// Why not; of the kind `NotFound`, `ConnectionRefused` or `UnexpectedEof` if it may have gone since the look.
+    fn enter(
+        &self,
+        name: &str,
+        server: &Server,
+        from: Option<u64>,
+    ) -> io::Result<(u64, BufReader<UnixStream>)>;
+
+    /// Why nobody is found, for people.
+    fn nobody(&self, name: &str) -> String;
+}
+
+/// On this host, by the roles' sockets.
+#[derive(Clone, Debug)]
+pub struct Here {
+    /// Where they are.
+    pub directory: PathBuf,
+}
+
+impl Way for Here {
+    fn pace(&self) -> Pace {
+        Pace {
+            look: Duration::from_millis(500),
+            hurry: Duration::from_millis(10),
+            nobody: Duration::from_secs(1),
+        }
+    }
+
+    fn look(&self, name: &str) -> Result<Seen, VisitError> {
+        let found = find::roles(&self.directory, Some(name))?;
+        Ok(Seen::of(&found))
+    }
+
+    fn enter(
+        &self,
+        name: &str,
+        server: &Server,
+        from: Option<u64>,
+    ) -> io::Result<(u64, BufReader<UnixStream>)> {
+        find::console(&self.directory, name, server.pid, from)
+    }
+
+    fn nobody(&self, name: &str) -> String {
+        format!(
+            "no process of machine {name:?} runs on this host, or none that leaves its socket in {} (--run-dir names another place)",
+            self.directory.display()
+        )
+    }
 }
 
 impl Seen {
@@ -118,6 +198,7 @@ impl Seen {
             serves.then_some(Server {
                 pid: status.pid,
                 epoch: status.epoch,
+                on: None,
             })
         });
         Self {
@@ -129,22 +210,23 @@ impl Seen {
 
 /// Looks for whoever serves the machine, on a thread of its own: a process that is frozen answers late.
 struct Lookout {
-    seen: Receiver<Result<Seen, ControlError>>,
+    seen: Receiver<Result<Seen, VisitError>>,
     wake: Arc<Wake>,
     hurry: Arc<AtomicBool>,
     thread: Thread,
 }
 
 impl Lookout {
-    fn start(visit: &Visit) -> Result<Self, VisitError> {
+    fn start(visit: &Visit, way: &Arc<dyn Way>) -> Result<Self, VisitError> {
         let host = |what| move |source| VisitError::Host { what, source };
         let wake = Arc::new(Wake::new().map_err(host("make an event descriptor"))?);
         let hurry = Arc::new(AtomicBool::new(true));
         let (tell, seen) = channel();
-        let (rung, quick, visit) = (Arc::clone(&wake), Arc::clone(&hurry), visit.clone());
+        let (rung, quick, name) = (Arc::clone(&wake), Arc::clone(&hurry), visit.name.clone());
+        let way = Arc::clone(way);
         let thread = std::thread::Builder::new()
             .name("lookout".into())
-            .spawn(move || watch(&visit, &tell, &rung, &quick))
+            .spawn(move || watch(&*way, &name, &tell, &rung, &quick))
             .map_err(host("start a thread"))?;
         Ok(Self {
             seen,
@@ -174,21 +256,22 @@ impl Lookout {
 }
 
 fn watch(
-    visit: &Visit,
-    tell: &Sender<Result<Seen, ControlError>>,
+    way: &dyn Way,
+    name: &str,
+    tell: &Sender<Result<Seen, VisitError>>,
     rung: &Wake,
     hurry: &AtomicBool,
 ) {
+    let pace = way.pace();
     loop {
-        let seen = find::roles(&visit.directory, Some(&visit.name)).map(|found| Seen::of(&found));
-        if tell.send(seen).is_err() {
+        if tell.send(way.look(name)).is_err() {
             return;
         }
         rung.ring();
         let pause = if hurry.load(Ordering::Relaxed) {
-            HURRY
+            pace.hurry
         } else {
-            LOOK
+            pace.look
         };
         std::thread::park_timeout(pause);
     }
@@ -201,6 +284,7 @@ impl Visit {
     /// See [`VisitError`].
     pub fn run(
         self,
+        way: Arc<dyn Way>,
         input: RawInput,
         output: impl Write,
         signals: UnixStream,
@@ -209,12 +293,13 @@ impl Visit {
         if !is_name(&self.name) {
             return Err(ControlError::Name { name: self.name }.into());
         }
-        let lookout = Lookout::start(&self)?;
+        let lookout = Lookout::start(&self, &way)?;
         let mut visitor = Visitor {
             escape: self.escape.filter(|_| input.is_terminal()),
             input: Some(input),
             next: self.all.then_some(0),
             visit: self,
+            way,
             output,
             signals,
             say,
@@ -236,6 +321,7 @@ impl Visit {
 
 struct Visitor<O, S> {
     visit: Visit,
+    way: Arc<dyn Way>,
     /// None once it has ended.
     input: Option<RawInput>,
     escape: Option<u8>,
@@ -332,12 +418,9 @@ impl<O: Write, S: FnMut(&str)> Visitor<O, S> {
             if seen.processes == 0 {
                 let since = *nobody_since.get_or_insert_with(Instant::now);
                 if self.at.is_none() {
-                    return Err(VisitError::Nobody {
-                        name: self.visit.name.clone(),
-                        directory: self.visit.directory.clone(),
-                    });
+                    return Err(VisitError::Nobody(self.way.nobody(&self.visit.name)));
                 }
-                if since.elapsed() >= NOBODY {
+                if since.elapsed() >= self.way.pace().nobody {
                     return Ok(Err(Left::Over));
                 }
                 continue;
@@ -349,12 +432,7 @@ impl<O: Write, S: FnMut(&str)> Visitor<O, S> {
                 }
                 continue;
             };
-            match find::console(
-                &self.visit.directory,
-                &self.visit.name,
-                server.pid,
-                self.next,
-            ) {
+            match self.way.enter(&self.visit.name, &server, self.next) {
                 Ok((first, reader)) => return self.arrive(server, first, reader).map(Ok),
                 // It has just died, or become something else; the next look tells.
                 Err(error) if self.at.is_some() || is_gone(&error) => {}
@@ -367,14 +445,14 @@ impl<O: Write, S: FnMut(&str)> Visitor<O, S> {
         &mut self,
         server: Server,
         first: u64,
-        reader: io::BufReader<UnixStream>,
+        reader: BufReader<UnixStream>,
     ) -> Result<UnixStream, VisitError> {
         self.lookout.hurry(false);
-        let before = self.at.replace(server);
-        match before {
-            Some(before) if before.pid != server.pid => (self.say)(&format!(
-                "process {} serves the machine now, in epoch {}",
-                server.pid, server.epoch
+        let before = self.at.replace(server.clone());
+        match &before {
+            Some(before) if before.is_other_than(&server) => (self.say)(&format!(
+                "{server} serves the machine now, in epoch {}",
+                server.epoch
             )),
             Some(_) => (self.say)("back again"),
             None => {}
@@ -429,8 +507,8 @@ impl<O: Write, S: FnMut(&str)> Visitor<O, S> {
             }
             if round.looked
                 && let Some(seen) = self.lookout.news()?
-                && let (Some(server), Some(at)) = (seen.server, self.at)
-                && server.pid != at.pid
+                && let (Some(server), Some(at)) = (&seen.server, &self.at)
+                && server.is_other_than(at)
                 && server.epoch > at.epoch
             {
                 return Ok(self.parted("another process serves the machine"));
@@ -439,8 +517,8 @@ impl<O: Write, S: FnMut(&str)> Visitor<O, S> {
     }
 
     fn parted(&mut self, why: &str) -> Option<Left> {
-        let pid = self.at.map_or(0, |at| at.pid);
-        (self.say)(&format!("process {pid} is left: {why}"));
+        let at = self.at.as_ref().map_or_else(String::new, Server::to_string);
+        (self.say)(&format!("{at} is left: {why}"));
         None
     }
 

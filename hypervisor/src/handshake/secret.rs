@@ -9,17 +9,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::credentials::{ROOT, own_user};
+use crate::guarded::{self, SECRET, Unguarded};
 
 const TAG: &str = "doppel-secret-1";
 const BYTES: usize = 32;
 /// Longest file; the comment and the line have some 200 bytes.
 const FILE_MAX: u64 = 4096;
-/// Others may neither read nor write it.
-const OTHERS: u32 = 0o077;
 
 const COMMENT: &str = "# doppel: the secret of one pair. Both hosts need the same; whoever else reads it can be either side.\n\
                        # Copy it over a safe way (scp -p), keep its mode 0600, and name it by pair.secret or --secret.\n";
@@ -170,42 +168,19 @@ impl Secret {
     /// # Errors
     /// See [`SecretError`].
     pub fn read(path: &Path) -> Result<Self, SecretError> {
-        let unreadable = |source| SecretError::Unreadable {
-            path: path.to_owned(),
-            source,
-        };
-        // Of a pipe it would wait for a writer. What was opened is what is judged, whatever the name means by then.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(unreadable)?;
-        let found = file.metadata().map_err(unreadable)?;
-        if !found.is_file() {
-            return Err(SecretError::NoFile {
-                path: path.to_owned(),
-            });
-        }
-        let user = own_user();
-        if found.uid() != user && found.uid() != ROOT {
-            return Err(SecretError::Owner {
-                path: path.to_owned(),
-                owner: found.uid(),
-                user,
-            });
-        }
-        let mode = found.mode() & 0o7777;
-        if mode & OTHERS != 0 {
-            return Err(SecretError::Open {
-                path: path.to_owned(),
-                mode,
-            });
-        }
-        let mut text = Vec::new();
-        (&mut file)
-            .take(FILE_MAX + 1)
-            .read_to_end(&mut text)
-            .map_err(unreadable)?;
+        let mut text = guarded::read(path, SECRET, FILE_MAX).map_err(|error| {
+            let path = path.to_owned();
+            match error {
+                Unguarded::Unreadable(source) => SecretError::Unreadable { path, source },
+                Unguarded::NoFile => SecretError::NoFile { path },
+                Unguarded::Owner { owner, user } => SecretError::Owner { path, owner, user },
+                Unguarded::Open(mode) => SecretError::Open { path, mode },
+                Unguarded::Long => SecretError::Malformed {
+                    path,
+                    what: "it is far too long",
+                },
+            }
+        })?;
         let secret = Self::parse(&text);
         zeroize::Zeroize::zeroize(&mut text);
         secret.map_err(|what| SecretError::Malformed {

@@ -50,9 +50,27 @@ impl Viewer {
     /// # Errors
     /// If it cannot be started.
     pub fn start(run_directory: &Path, name: &str) -> Result<Self> {
-        let mut child = Command::new(program::doppel()?)
+        let mut command = Command::new(program::doppel()?);
+        command
             .args(["console", name, "--all", "--run-dir"])
-            .arg(run_directory)
+            .arg(run_directory);
+        Self::begin(command)
+    }
+
+    /// The same of a machine of a site, with an agent's configuration.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_at_site(config: &Path, name: &str) -> Result<Self> {
+        let mut command = Command::new(program::doppel()?);
+        command
+            .args(["vm", "console", name, "--all", "--config"])
+            .arg(config);
+        Self::begin(command)
+    }
+
+    fn begin(mut command: Command) -> Result<Self> {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::arbiter::{Arbiter, EtcdArbiter, Place};
 
+use super::certificates::{Authority, Issued};
 use super::random::Random;
 use super::signal::{Signal, send};
 
@@ -26,7 +27,34 @@ pub struct Etcd {
     directory: PathBuf,
     client: SocketAddr,
     peer: SocketAddr,
+    tls: Option<Tls>,
     child: Option<Child>,
+}
+
+/// What a server of TLS has, and what its clients show it.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// The authority that both believe.
+    pub ca: PathBuf,
+    /// The server's own.
+    pub server: Issued,
+    /// A client's.
+    pub client: Issued,
+}
+
+impl Tls {
+    /// All of it anew, in this directory.
+    ///
+    /// # Errors
+    /// If `openssl` is not there.
+    pub fn new(directory: &Path) -> Result<Self> {
+        let authority = Authority::new(directory, "ca")?;
+        Ok(Self {
+            ca: authority.certificate().to_owned(),
+            server: authority.server("server")?,
+            client: authority.client("client")?,
+        })
+    }
 }
 
 /// A port of this address that was free a moment ago.
@@ -41,19 +69,20 @@ impl Etcd {
     /// # Errors
     /// If it is not installed, or does not serve.
     pub fn start(directory: &Path) -> Result<Self> {
-        Self::start_at(directory, Ipv4Addr::LOCALHOST.into())
+        Self::start_with(directory, Ipv4Addr::LOCALHOST.into(), None)
     }
 
-    /// The same, at this address of the calling thread's network.
+    /// The same, at this address of the calling thread's network; over TLS, for clients with a certificate alone.
     ///
     /// # Errors
     /// As [`Etcd::start`].
-    pub fn start_at(directory: &Path, at: IpAddr) -> Result<Self> {
+    pub fn start_with(directory: &Path, at: IpAddr, tls: Option<Tls>) -> Result<Self> {
         std::fs::create_dir_all(directory).context("make a directory for etcd")?;
         let mut etcd = Self {
             directory: directory.to_owned(),
             client: free(at)?,
             peer: free(at)?,
+            tls,
             child: None,
         };
         etcd.run()?;
@@ -66,6 +95,19 @@ impl Etcd {
     /// If it does not.
     pub fn run(&mut self) -> Result<()> {
         let url = |address: SocketAddr| format!("http://{address}");
+        let (client, secured) = match &self.tls {
+            None => (url(self.client), Vec::new()),
+            Some(tls) => {
+                let file = |option: &str, path: &Path| format!("--{option}={}", path.display());
+                let secured = vec![
+                    "--client-cert-auth".to_owned(),
+                    file("trusted-ca-file", &tls.ca),
+                    file("cert-file", &tls.server.cert),
+                    file("key-file", &tls.server.key),
+                ];
+                (format!("https://{}", self.client), secured)
+            }
+        };
         let log = || {
             File::options()
                 .create(true)
@@ -76,8 +118,9 @@ impl Etcd {
             .args(["--name", "one", "--logger", "zap", "--log-level", "warn"])
             .arg("--data-dir")
             .arg(self.directory.join("data"))
-            .args(["--listen-client-urls", &url(self.client)])
-            .args(["--advertise-client-urls", &url(self.client)])
+            .args(["--listen-client-urls", &client])
+            .args(["--advertise-client-urls", &client])
+            .args(secured)
             .args(["--listen-peer-urls", &url(self.peer)])
             .args(["--initial-advertise-peer-urls", &url(self.peer)])
             .args(["--initial-cluster", &format!("one={}", url(self.peer))])
@@ -116,7 +159,16 @@ impl Etcd {
     /// As `--arbiter` takes it.
     #[must_use]
     pub fn place(&self) -> String {
-        format!("etcd://{}", self.client)
+        let Some(Tls { ca, client, .. }) = &self.tls else {
+            return format!("etcd://{}", self.client);
+        };
+        format!(
+            "etcds://{}?ca={}&cert={}&key={}",
+            self.client,
+            ca.display(),
+            client.cert.display(),
+            client.key.display()
+        )
     }
 
     /// A client of it, as a pair has one.
@@ -169,7 +221,7 @@ impl Drop for Etcd {
 /// If the place or the machine's name is none.
 pub fn arbiter_at(place: &str, machine: &str) -> Result<EtcdArbiter> {
     match place.parse()? {
-        Place::Etcd(endpoints) => Ok(EtcdArbiter::open(&endpoints, machine)?),
+        Place::Etcd(cluster) => Ok(EtcdArbiter::open(&cluster, machine)?),
         Place::Directory(path) => bail!("{} is no etcd", path.display()),
     }
 }

@@ -4,6 +4,7 @@ pub mod arbiter_rules;
 pub mod bench;
 pub mod built;
 pub mod busy;
+pub mod certificates;
 pub mod chaos;
 pub mod console;
 pub mod eavesdropper;

@@ -26,11 +26,20 @@ impl Role {
     /// # Errors
     /// If it cannot be started.
     pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
-        Self::spawn(
-            directory,
-            name,
-            Command::new(program::doppel()?).args(arguments),
-        )
+        Self::start_program(&program::doppel()?, directory, name, arguments)
+    }
+
+    /// The same of this program.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_program(
+        program: &Path,
+        directory: &Path,
+        name: &str,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::spawn(directory, name, Command::new(program).args(arguments))
     }
 
     /// Starts `doppel` with these arguments where a file system of so many bytes is mounted at `place`, for this process alone.

@@ -1,4 +1,4 @@
-//! A site: an etcd, three hosts with an agent each, and the world, as four network namespaces joined by cables that can be cut.
+//! A site: an etcd that speaks TLS, three hosts with an agent each, and the world, as four network namespaces joined by cables that can be cut.
 //!
 //! ```text
 //!   the world: clients 10.77.0.1, etcd 10.78.0.254
@@ -11,7 +11,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -23,8 +23,10 @@ use hypervisor::handshake::Secret;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::etcd::Etcd;
+use super::etcd::{Etcd, Tls};
+use super::linear_clients::LinearClients;
 use super::program;
+use super::random::Random;
 use super::role::Role;
 use super::signal::{Signal, send};
 use super::stage::alone;
@@ -35,6 +37,21 @@ pub const HOSTS: usize = 3;
 
 /// Their names.
 pub const NAMES: [&str; HOSTS] = ["a", "b", "c"];
+
+/// Every host.
+pub const ALL: [usize; HOSTS] = [0, 1, 2];
+
+/// The machines that promises have, and where their guests answer.
+pub const MACHINES: [(&str, SocketAddrV4); 2] = [
+    ("one", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379)),
+    ("two", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 3), 6379)),
+];
+
+/// Connections to each: as many operations can be under way at once.
+const CLIENTS: u32 = 4;
+
+/// Answers that show that a machine serves.
+pub const ANSWERS: u64 = 100;
 
 /// The cables of a host, by their names in it.
 const CABLES: [&str; 2] = ["world", "log"];
@@ -86,9 +103,12 @@ impl Site {
         for (number, name) in (1..).zip(NAMES) {
             hosts.push(host(number, name, directory.path())?);
         }
-        let etcd = Etcd::start_at(
+        // Whoever comes without a certificate is nobody to it: agents, `doppel vm` and every pair's arbiter have one.
+        let tls = Tls::new(&directory.path().join("certificates"))?;
+        let etcd = Etcd::start_with(
             &directory.path().join("etcd"),
             Ipv4Addr::new(10, 78, 0, 254).into(),
+            Some(tls),
         )?;
         Secret::create(&directory.path().join("site.secret"))?;
         let mut site = Self {
@@ -111,7 +131,7 @@ impl Site {
         // lost one is noticed is another promise's.)
         fs::write(
             host.directory.join("role.toml"),
-            "[timing]\nsilence_ms = 300\n",
+            "[timing]\nsilence_ms = 300\n[sandbox]\nstrict = true\n",
         )
         .context("write a configuration of roles")?;
         let text = format!(
@@ -126,11 +146,13 @@ impl Site {
         fs::write(self.config(at), text).context("write an agent's configuration")
     }
 
-    fn config(&self, at: usize) -> PathBuf {
+    /// A host's configuration.
+    #[must_use]
+    pub fn config(&self, at: usize) -> PathBuf {
         self.hosts[at].directory.join("agent.toml")
     }
 
-    /// Starts a host's agent.
+    /// Starts a host's agent: of a program that was installed in the place of the one before, whose roles run on without a file.
     ///
     /// # Errors
     /// If it does not start.
@@ -141,8 +163,12 @@ impl Site {
         host.agents += 1;
         let name = format!("agent-{}", host.agents);
         let directory = host.directory.clone();
+        let program = directory.join("doppel");
+        let fresh = directory.join("doppel.new");
+        fs::copy(program::doppel()?, &fresh).context("install doppel")?;
+        fs::rename(&fresh, &program).context("replace doppel")?;
         let started = inside(&host.namespace, || {
-            Role::start(&directory, &name, &["agent", "--config", config])
+            Role::start_program(&program, &directory, &name, &["agent", "--config", config])
         })?;
         host.agent = Some(started);
         Ok(())
@@ -234,6 +260,27 @@ impl Site {
         self.start_agent(at)
     }
 
+    /// Waits until a host is a member again.
+    ///
+    /// # Errors
+    /// If it is not in time.
+    pub fn until_member(&self, at: usize) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let hosts: Value = serde_json::from_str(&self.vm(0, &["hosts", "--json"])?)?;
+            let hosts = hosts.as_array().context("no hosts")?;
+            if hosts.iter().any(|host| host["name"] == NAMES[at]) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < until,
+                "host {} is no member again",
+                NAMES[at]
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// `doppel vm` with these words, said on this host; what it printed.
     ///
     /// # Errors
@@ -285,6 +332,57 @@ impl Site {
             }
             std::thread::sleep(Duration::from_millis(150));
         }
+    }
+
+    /// Makes both machines, from different hosts, and has clients talk to them.
+    ///
+    /// # Errors
+    /// If they are not protected in time.
+    pub fn create_machines(&self, random: &mut Random) -> Result<Vec<LinearClients>> {
+        for (from, (name, address)) in MACHINES.iter().enumerate() {
+            let words = format!("--command-line=ip={}/24", address.ip());
+            let create = ["create", name, "--guest", "kv", "--memory", "32", &words];
+            let said = self.vm(from, &create)?;
+            ensure!(
+                said == format!("{name}: protected\n"),
+                "create said {said:?}"
+            );
+            self.until_protected(name, &ALL)?;
+        }
+        let refused = self.vm(2, &["create", "one", "--guest", "kv"]);
+        ensure!(refused.is_err(), "one name was given twice");
+        MACHINES
+            .iter()
+            .map(|(_, address)| LinearClients::start(*address, CLIENTS, random.next()))
+            .collect()
+    }
+
+    /// Everything ends by command, and nothing is left.
+    ///
+    /// # Errors
+    /// If something is.
+    pub fn turn_off(&mut self) -> Result<()> {
+        for (name, _) in MACHINES {
+            ensure!(
+                self.vm(1, &["delete", name]).is_err(),
+                "a machine that runs was deleted"
+            );
+            let said = self.vm(1, &["stop", name])?;
+            ensure!(said == format!("{name}: off\n"), "{said:?}");
+            let off = self.show(name)?;
+            ensure!(off["state"] == "stopped", "{off:#}");
+            self.vm(0, &["delete", name])?;
+        }
+        for at in ALL {
+            self.stop_agent(at)?;
+            let left = self.processes(at)?;
+            ensure!(
+                left.is_empty(),
+                "host {} still has processes {left:?}",
+                NAMES[at]
+            );
+        }
+        Ok(())
     }
 
     /// What everybody has said: for a failure's report.

@@ -2,7 +2,6 @@
 //! share keys. Hosts are lost at random and come back, agents are killed and start again, etcd stands still for a while.
 #![forbid(unsafe_code)]
 
-use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +10,7 @@ use serde_json::Value;
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{HOSTS, LEASE, NAMES, Site};
+use crate::harness::site::{ALL, ANSWERS, HOSTS, LEASE, MACHINES, NAMES, Site};
 use crate::harness::stage::alone;
 use crate::promise::{Figures, Promise, Run};
 
@@ -23,21 +22,6 @@ pub const PROMISE: Promise = Promise {
     full: Duration::from_secs(600),
     show,
 };
-
-/// The machines, and where their guests answer.
-const MACHINES: [(&str, SocketAddrV4); 2] = [
-    ("one", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379)),
-    ("two", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 3), 6379)),
-];
-
-/// Connections to each: as many operations can be under way at once.
-const CLIENTS: u32 = 4;
-
-/// Answers that show that a machine serves.
-const ANSWERS: u64 = 100;
-
-/// Every host.
-const ALL: [usize; HOSTS] = [0, 1, 2];
 
 fn show(run: &Run) -> Result<Figures> {
     alone(|| {
@@ -51,7 +35,7 @@ fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
     let losses = run.form.pick(2, 20);
-    let mut clients = create(site, &mut random)?;
+    let mut clients = site.create_machines(&mut random)?;
     run.say("two machines run, protected");
     outage(run, site, &mut clients, run.form.pick(4, 60))?;
     let mut again = Vec::new();
@@ -79,7 +63,7 @@ fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
             .with_context(|| format!("machine {name}"))?;
         operations += checked.operations;
     }
-    turn_off(site)?;
+    site.turn_off()?;
     again.sort();
     let seconds = |took: Duration| took.as_millis() as f64 / 1000.0;
     figures.add("losses", losses);
@@ -89,35 +73,6 @@ fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
     figures.add("protected_again_s_median", seconds(again[again.len() / 2]));
     figures.add("protected_again_s_worst", seconds(again[again.len() - 1]));
     Ok(figures)
-}
-
-/// Makes both machines, from different hosts, and has clients talk to them.
-fn create(site: &Site, random: &mut Random) -> Result<Vec<LinearClients>> {
-    for (from, (name, address)) in MACHINES.iter().enumerate() {
-        let words = format!("ip={}/24", address.ip());
-        let create = [
-            "create",
-            name,
-            "--guest",
-            "kv",
-            "--memory",
-            "32",
-            "--command-line",
-            &words,
-        ];
-        let said = site.vm(from, &create)?;
-        ensure!(
-            said == format!("{name}: protected\n"),
-            "create said {said:?}"
-        );
-        site.until_protected(name, &ALL)?;
-    }
-    let refused = site.vm(2, &["create", "one", "--guest", "kv"]);
-    ensure!(refused.is_err(), "one name was given twice");
-    MACHINES
-        .iter()
-        .map(|(_, address)| LinearClients::start(*address, CLIENTS, random.next()))
-        .collect()
 }
 
 /// The processes of all roles, which nothing here may have replaced.
@@ -204,20 +159,7 @@ fn lose(
     }
     let took = lost.elapsed();
     site.mend(at)?;
-    let until = Instant::now() + Duration::from_secs(30);
-    let is_back = |site: &Site| -> Result<bool> {
-        let hosts: Value = serde_json::from_str(&site.vm(0, &["hosts", "--json"])?)?;
-        let hosts = hosts.as_array().context("no hosts")?;
-        Ok(hosts.len() == HOSTS)
-    };
-    while !is_back(site)? {
-        ensure!(
-            Instant::now() < until,
-            "host {} is no member again",
-            NAMES[at]
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    site.until_member(at)?;
     Ok(took)
 }
 
@@ -274,34 +216,6 @@ fn switched(site: &Site, name: &str) -> Result<String> {
     }
 }
 
-/// Everything ends by command, and nothing is left.
-fn turn_off(site: &mut Site) -> Result<()> {
-    for (name, _) in MACHINES {
-        ensure!(
-            site.vm(1, &["delete", name]).is_err(),
-            "a machine that runs was deleted"
-        );
-        let said = site.vm(1, &["stop", name])?;
-        ensure!(said == format!("{name}: off\n"), "{said:?}");
-        ensure!(
-            site.show(name)?["state"] == "stopped",
-            "{:#}",
-            site.show(name)?
-        );
-        site.vm(0, &["delete", name])?;
-    }
-    for at in ALL {
-        site.stop_agent(at)?;
-        let left = site.processes(at)?;
-        ensure!(
-            left.is_empty(),
-            "host {} still has processes {left:?}",
-            NAMES[at]
-        );
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,38 +225,42 @@ mod tests {
         PROMISE.test();
     }
 
-    /// systemd takes the unit as it is, but for the place of the program, which is not installed here.
+    /// systemd takes the units as they are, but for the place of the program, which is not installed here.
     #[test]
-    fn the_unit_is_one() {
-        let unit = include_str!("../../../hypervisor/package/doppel-agent.service");
+    fn the_units_are_some() {
+        let agent = include_str!("../../../hypervisor/package/doppel-agent.service");
+        let drain = include_str!("../../../hypervisor/package/doppel-drain.service");
         assert!(
-            unit.contains("\nKillMode=process\n"),
+            agent.contains("\nKillMode=process\n"),
             "machines outlive their agent"
         );
         let program = crate::harness::program::doppel().unwrap();
-        let installed = "ExecStart=/usr/bin/doppel ";
-        assert!(unit.contains(installed));
-        let unit = unit.replace(installed, &format!("ExecStart={} ", program.display()));
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("doppel-agent.service");
-        std::fs::write(&path, unit).unwrap();
-        let verified = std::process::Command::new("systemd-analyze")
-            .arg("verify")
-            .arg(&path)
-            .output();
-        match verified {
-            Ok(output) => {
-                let said = String::from_utf8_lossy(&output.stderr);
-                let ours: Vec<&str> = said
-                    .lines()
-                    .filter(|line| line.contains("doppel-agent"))
-                    .collect();
-                assert!(output.status.success() && ours.is_empty(), "{said}");
+        for (name, unit, word) in [
+            ("doppel-agent.service", agent, "ExecStart="),
+            ("doppel-drain.service", drain, "ExecStop="),
+        ] {
+            let installed = format!("{word}/usr/bin/doppel ");
+            assert!(unit.contains(&installed));
+            let unit = unit.replace(&installed, &format!("{word}{} ", program.display()));
+            std::fs::write(directory.path().join(name), unit).unwrap();
+        }
+        for name in ["doppel-agent.service", "doppel-drain.service"] {
+            let verified = std::process::Command::new("systemd-analyze")
+                .arg("verify")
+                .arg(directory.path().join(name))
+                .output();
+            match verified {
+                Ok(output) => {
+                    let said = String::from_utf8_lossy(&output.stderr);
+                    let ours: Vec<&str> = said.lines().filter(|line| line.contains(name)).collect();
+                    assert!(output.status.success() && ours.is_empty(), "{said}");
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    eprintln!("no systemd here to look at the units");
+                }
+                Err(error) => panic!("systemd-analyze: {error}"),
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                eprintln!("no systemd here to look at the unit");
-            }
-            Err(error) => panic!("systemd-analyze: {error}"),
         }
     }
 }

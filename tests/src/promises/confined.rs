@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,7 +21,7 @@ use hypervisor::demo::pair::Pair;
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "confined",
-    line: "Every thread of a pair, a recording and a replay is confined: no capability, only the system calls it needs",
+    line: "Every thread of a pair, a recording and a replay is confined: no capability, only the system calls it needs; its files and memory are its own",
     short: Duration::from_secs(25),
     full: Duration::from_secs(120),
     show,
@@ -69,11 +71,46 @@ fn recording_and_replay() -> Result<()> {
     let status = role.end(LONGEST)?;
     let said = role.said();
     ensure!(status.success(), "the recording ended by {status}: {said}");
+    nobody_elses(&work.path().join("irq.log"))?;
     let mut role = Role::start(work.path(), "replay", &["replay", "irq.log"])?;
     until_confined(&mut role, 1)?;
     let status = role.end(LONGEST)?;
     let said = role.said();
     ensure!(status.success(), "the replay ended by {status}: {said}");
+    Ok(())
+}
+
+/// A file that its owner alone can get at.
+fn nobody_elses(path: &Path) -> Result<()> {
+    let mode = fs::metadata(path).context("look at a file")?.mode() & 0o777;
+    ensure!(mode & 0o077 == 0, "{} has mode {mode:04o}", path.display());
+    Ok(())
+}
+
+/// A process whose memory is in no file that has a name, and goes into no core dump.
+fn keeps_its_memory(process: u32) -> Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{process}/maps")).context("list mappings")?;
+    let shared = maps.lines().filter(|line| {
+        line.split(' ')
+            .nth(1)
+            .is_some_and(|rights| rights == "rw-s")
+    });
+    let mut guests = 0;
+    for line in shared {
+        let named = line.split_once('/').map(|(_, name)| name);
+        guests += u32::from(named.is_some_and(|name| name.starts_with("memfd:doppel-guest-ram")));
+        ensure!(
+            named.is_none_or(|name| name.starts_with("memfd:")),
+            "memory of {process} is in a file: {line}"
+        );
+    }
+    ensure!(guests > 0, "no guest's memory among {maps}");
+    let limits = fs::read_to_string(format!("/proc/{process}/limits")).context("read limits")?;
+    let core = limits
+        .lines()
+        .find(|line| line.starts_with("Max core file size"));
+    let core = core.context("no limit of core dumps")?;
+    ensure!(core.split_whitespace().nth(4) == Some("0"), "{core}");
     Ok(())
 }
 
@@ -106,6 +143,9 @@ fn one(requests: u64, transport: Transport, random: &mut Random) -> Result<usize
     let mut pair = Pair::start(&spec, Some(stage.port()))?;
     kv_load::run(GUEST, 4, requests, random.next()).context("load before the kill")?;
     let threads = confined(pair.primary.pid(), 3)? + confined(pair.backup.pid(), 3)?;
+    for side in [&pair.primary, &pair.backup] {
+        keeps_its_memory(side.pid())?;
+    }
     pair.primary.kill();
     pair.backup
         .wait_for(LONGEST, |event| matches!(event, Event::Live { .. }), drop)

@@ -17,8 +17,10 @@ pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
 pub mod etcd_arbiter;
+pub mod etcd_tls;
 pub mod failover_fast;
 pub mod figures_quoted;
+pub mod host_drained;
 pub mod hostile_guest;
 pub mod hostile_network;
 pub mod lab_hosts;
@@ -69,7 +71,9 @@ pub const ALL: &[Promise] = &[
     protocol_modelled::PROMISE,
     no_false_failover::PROMISE,
     etcd_arbiter::PROMISE,
+    etcd_tls::PROMISE,
     agents_keep::PROMISE,
+    host_drained::PROMISE,
     slurm_job::PROMISE,
     redis_clients::PROMISE,
     commit_latency::PROMISE,

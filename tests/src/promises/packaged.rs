@@ -28,6 +28,7 @@ const FILES: [&str; 12] = [
     "usr/bin/doppel",
     "etc/doppel/doppel.toml",
     "usr/lib/systemd/system/doppel-agent.service",
+    "usr/lib/systemd/system/doppel-drain.service",
     "usr/share/doc/doppel/docs/cluster.md",
     "usr/share/bash-completion/completions/doppel",
     "usr/share/zsh/vendor-completions/_doppel",

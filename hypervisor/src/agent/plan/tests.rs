@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::agent::record::{Assigned, Says};
+use crate::agent::record::{Assigned, Drain, Says};
 use crate::agent::tests::{host, put, role_of, site, vm};
 use crate::protocol::record::{Identity, Record};
 
@@ -295,6 +295,134 @@ fn whoever_serves_is_told_of_every_other_host() {
     assert_eq!(plan(&site, &told), []);
 }
 
+fn drain(site: &mut Site, host: &str) {
+    let value = Drain {
+        host: host.to_owned(),
+        since_ms: 0,
+        boot: None,
+    };
+    site.drains
+        .insert(host.to_owned(), Kept { value, revision: 1 });
+}
+
+#[test]
+fn a_drained_host_is_given_nothing_and_what_it_serves_leaves_it() {
+    let mut site = site(&["a", "b", "c"]);
+    drain(&mut site, "a");
+    put(&mut site, vm("kv"));
+    let placed = written(&plan(&site, &local("c"))).unwrap().clone();
+    assert!(matches!(placed.phase, Phase::Starting { on: Some(on), .. } if on.host == "b"));
+
+    add(&mut site, "a", Role::Primary, Standing::Protected);
+    add(&mut site, "b", Role::Backup, Standing::Following);
+    put(&mut site, running(Some(on("b", 2))));
+    let acts = plan(&site, &local("a"));
+    assert!(
+        acts.iter()
+            .any(|act| matches!(act, Act::Switch { pid: 100, .. })),
+        "{acts:?}"
+    );
+    let mut by_checkpoint = running(Some(on("b", 2)));
+    by_checkpoint.spec.replicate = Replication::Checkpoint;
+    put(&mut site, by_checkpoint);
+    let acts = plan(&site, &local("a"));
+    assert!(
+        acts.iter()
+            .any(|act| matches!(act, Act::Fail { pid: 100, .. })),
+        "{acts:?}"
+    );
+    // Not to somebody who has to leave as well, and has not been replaced yet.
+    drain(&mut site, "b");
+    put(&mut site, running(Some(on("b", 2))));
+    let acts = plan(&site, &local("a"));
+    assert!(
+        !acts.iter().any(|act| matches!(act, Act::Switch { .. })),
+        "{acts:?}"
+    );
+    assert_eq!(written(&acts).unwrap().backup.as_ref().unwrap().host, "c");
+}
+
+#[test]
+fn what_was_drained_for_a_shutdown_ends_with_it() {
+    let mut drain = Drain {
+        host: "a".into(),
+        since_ms: 0,
+        boot: Some("first".into()),
+    };
+    assert!(!drain.is_over("first") && drain.is_over("second"));
+    drain.boot = None;
+    assert!(!drain.is_over("second"));
+}
+
+#[test]
+fn a_machine_without_a_backup_gets_one_to_leave_a_drained_host() {
+    let mut site = site(&["a", "b"]);
+    drain(&mut site, "a");
+    add(&mut site, "a", Role::Primary, Standing::Unprotected);
+    let alone = Vm {
+        protect: false,
+        ..running(None)
+    };
+    put(&mut site, alone);
+    let placed = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(placed.backup.as_ref().unwrap().host, "b");
+    put(&mut site, placed);
+    assert_eq!(starts(&plan(&site, &local("b"))), [Start::Backup]);
+    add(&mut site, "b", Role::Backup, Standing::Following);
+    assert!(
+        !plan(&site, &local("b"))
+            .iter()
+            .any(|act| matches!(act, Act::EndBackup { .. }))
+    );
+}
+
+#[test]
+fn a_backup_leaves_a_drained_host_by_being_replaced_and_stays_if_nobody_can() {
+    let mut site = site(&["a", "b", "c"]);
+    drain(&mut site, "b");
+    add(&mut site, "a", Role::Primary, Standing::Protected);
+    add(&mut site, "b", Role::Backup, Standing::Following);
+    put(&mut site, running(Some(on("b", 2))));
+    let placed = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert_eq!(placed.backup.as_ref().unwrap().host, "c");
+    put(&mut site, placed);
+    assert_eq!(starts(&plan(&site, &local("c"))), [Start::Backup]);
+    add(&mut site, "c", Role::Backup, Standing::Waiting);
+    let place = host("c").place(7700);
+    let acts = plan(&site, &local("a"));
+    assert!(
+        acts.iter()
+            .any(|act| matches!(act, Act::Migrate { place: to, .. } if *to == place))
+    );
+
+    site.hosts.remove("c");
+    put(&mut site, running(Some(on("b", 2))));
+    let acts = plan(&site, &local("a"));
+    let after = written(&acts).unwrap().clone();
+    assert_eq!(after.backup.as_ref().unwrap().host, "b");
+    assert!(after.note.as_ref().unwrap().contains("stays on b"));
+    put(&mut site, after);
+    assert!(
+        written(&plan(&site, &local("a"))).is_none(),
+        "it is said once"
+    );
+    // One that is replicated by checkpoints ends as soon as there is another host for it, and not before.
+    let mut by_checkpoint = running(Some(on("b", 2)));
+    by_checkpoint.spec.replicate = Replication::Checkpoint;
+    put(&mut site, by_checkpoint);
+    let ends = |site: &Site| {
+        let acts = plan(site, &local("b"));
+        acts.iter().any(|act| matches!(act, Act::EndBackup { .. }))
+    };
+    assert!(!ends(&site));
+    let kept = Kept {
+        value: host("c"),
+        revision: 1,
+    };
+    site.hosts.insert("c".into(), kept);
+    assert!(ends(&site));
+}
+
 /// A host of the play.
 #[derive(Clone, Debug, Default)]
 struct Actor {
@@ -313,6 +441,8 @@ enum Chance {
     AgentDies(usize),
     AgentComes(usize),
     BackupDies(usize),
+    Drain(usize),
+    Undrain(usize),
 }
 
 fn chances() -> impl Strategy<Value = Vec<Chance>> {
@@ -322,6 +452,8 @@ fn chances() -> impl Strategy<Value = Vec<Chance>> {
         (0..3usize).prop_map(Chance::AgentDies),
         (0..3usize).prop_map(Chance::AgentComes),
         (0..3usize).prop_map(Chance::BackupDies),
+        (0..3usize).prop_map(Chance::Drain),
+        (0..3usize).prop_map(Chance::Undrain),
     ];
     prop::collection::vec(one, 0..12)
 }
@@ -332,6 +464,7 @@ struct Play {
     actors: Vec<Actor>,
     vm: Kept<Vm>,
     record: Option<Record>,
+    drained: BTreeSet<usize>,
     placements: i64,
     now: u64,
 }
@@ -352,6 +485,7 @@ impl Play {
                 revision: 1,
             },
             record: None,
+            drained: BTreeSet::new(),
             placements: 0,
             now: 1_000_000,
         }
@@ -382,6 +516,9 @@ impl Play {
                 site.hosts
                     .insert((*name).to_owned(), Kept { value, revision: 1 });
             }
+        }
+        for at in &self.drained {
+            drain(&mut site, NAMES[*at]);
         }
         site.vms.insert("kv".into(), self.vm.clone());
         site.records
@@ -440,6 +577,12 @@ impl Play {
                     );
                 }
                 self.lose();
+            }
+            Chance::Drain(at) => {
+                self.drained.insert(at);
+            }
+            Chance::Undrain(at) => {
+                self.drained.remove(&at);
             }
             _ => {}
         }
@@ -515,7 +658,25 @@ impl Play {
                     .roles
                     .retain(|(role, ..)| *role != Role::Backup);
             }
-            Act::PowerOff { .. } => prop_assert!(false, "nobody wanted that"),
+            Act::Switch { .. } => {
+                let (primaries, backups) = self.holders();
+                prop_assert_eq!((&primaries[..], backups.len()), (&[at][..], 1));
+                prop_assert!(self.drained.contains(&at));
+                self.actors[at].roles.clear();
+                self.lose();
+            }
+            Act::Migrate { place, .. } => {
+                let (primaries, backups) = self.holders();
+                prop_assert_eq!((&primaries[..], backups.len()), (&[at][..], 1));
+                let to = NAMES
+                    .iter()
+                    .position(|name| host(name).place(7700) == place);
+                let to = &mut self.actors[to.unwrap()].roles;
+                prop_assert_eq!(to.len(), 1);
+                to[0].1 = Standing::Following;
+                self.actors[backups[0]].roles.clear();
+            }
+            Act::PowerOff { .. } | Act::Fail { .. } => prop_assert!(false, "nobody wanted that"),
             Act::Tell { .. } => {}
         }
         Ok(())
@@ -570,8 +731,8 @@ impl Play {
 }
 
 proptest! {
-    /// Whatever happens to hosts, agents and backups, as long as no machine loses both sides at once: nothing is started twice, nobody who
-    /// follows is ended, and when all is quiet the machine has its two sides on two hosts again.
+    /// Whatever happens to hosts, agents and backups, and whatever is drained, as long as no machine loses both sides at once: nothing is started twice, nobody who
+    /// follows is ended, and when all is quiet the machine has its two sides on two hosts again, and none on one that is drained.
     #[test]
     fn a_machine_is_protected_again_whatever_happens(story in chances(), lost in 0..NAMES.len()) {
         let mut play = Play::new();
@@ -584,8 +745,12 @@ proptest! {
         for at in 0..NAMES.len() {
             play.chance(Chance::HostComes(at));
             play.chance(Chance::AgentComes(at));
+            play.chance(Chance::Undrain(at));
         }
         play.settle()?;
+        play.chance(Chance::Drain(lost));
+        play.settle()?;
+        prop_assert!(play.actors[lost].roles.is_empty(), "{:?}", play);
         // And on the two others, if one is lost for good.
         play.chance(Chance::HostDies(lost));
         play.settle()?;

@@ -1,4 +1,5 @@
-//! As much of HTTP/1.1 as one JSON request needs: one POST with a body, one answer with a length or in chunks. Plain TCP.
+//! As much of HTTP/1.1 as one JSON request needs: one POST with a body, one answer with a length or in chunks. Over plain TCP, or sealed
+//! by TLS (`tls.rs`).
 //!
 //! Every step counts against one deadline, so that an answer that drips in does not take for ever, and nothing is believed
 //! beyond a bound. A failure says whether anything of the request may have arrived.
@@ -7,13 +8,33 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use super::tls::{Credentials, Sealed};
+
 /// An answer's head is never longer; etcd's are a few hundred bytes.
 const HEAD_MAX: usize = 16 << 10;
+
+/// What the bytes go over.
+#[derive(Debug)]
+enum Carrier {
+    Plain(TcpStream),
+    Sealed(Sealed),
+}
+
+/// Where a member is called.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Callee<'a> {
+    pub(super) address: SocketAddr,
+    /// The name or address in its certificate.
+    pub(super) host: &'a str,
+    /// As it stands in a request.
+    pub(super) endpoint: &'a str,
+    pub(super) credentials: Option<&'a Credentials>,
+}
 
 /// A connection, which outlives a request if the server lets it.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    carrier: Carrier,
     host: String,
     /// The longest body that is read, in bytes.
     longest: usize,
@@ -39,6 +60,17 @@ pub(super) enum HttpError {
     /// It ended in the middle of an answer, or before it.
     #[error("the connection ended before the answer did")]
     Ended,
+    /// It was closed without a word.
+    #[error(
+        "it closed the connection without an answer (if this etcd serves TLS, its place is etcds://HOST:PORT?ca=FILE)"
+    )]
+    Silent,
+    /// TLS, before any request was sent over it.
+    #[error("{0}")]
+    Tls(String),
+    /// TLS: the server does not take whoever calls, and has read no request.
+    #[error("{0}")]
+    Refused(String),
     /// The time is over.
     #[error("no answer within {} ms", .0.as_millis())]
     TooLate(Duration),
@@ -62,7 +94,7 @@ impl Deadline {
         }
     }
 
-    fn left(self) -> Result<Duration, HttpError> {
+    pub(super) fn left(self) -> Result<Duration, HttpError> {
         let left = self.at.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(HttpError::TooLate(self.span));
@@ -71,7 +103,7 @@ impl Deadline {
     }
 
     /// A time limit of a socket's shows as one of two errors.
-    fn named(self, error: io::Error) -> HttpError {
+    pub(super) fn named(self, error: io::Error) -> HttpError {
         match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => HttpError::TooLate(self.span),
             _ => HttpError::Io(error),
@@ -81,17 +113,20 @@ impl Deadline {
 
 impl Connection {
     pub(super) fn open(
-        address: SocketAddr,
-        host: String,
+        to: Callee<'_>,
         longest: usize,
         deadline: Deadline,
     ) -> Result<Self, HttpError> {
-        let stream = TcpStream::connect_timeout(&address, deadline.left()?)
+        let stream = TcpStream::connect_timeout(&to.address, deadline.left()?)
             .map_err(|error| deadline.named(error))?;
         stream.set_nodelay(true)?;
+        let carrier = match to.credentials {
+            None => Carrier::Plain(stream),
+            Some(own) => Carrier::Sealed(Sealed::open(stream, own, to.host, deadline)?),
+        };
         Ok(Self {
-            stream,
-            host,
+            carrier,
+            host: to.endpoint.to_owned(),
             longest,
             left: Vec::new(),
         })
@@ -101,28 +136,56 @@ impl Connection {
     pub(super) fn send(
         &mut self,
         path: &str,
+        token: Option<&str>,
         body: &[u8],
         deadline: Deadline,
     ) -> Result<(), HttpError> {
+        let authorization = token.map(|token| format!("Authorization: {token}\r\n"));
         let mut request = format!(
             "POST {path} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nAccept: application/json\r\n\
-             Content-Length: {}\r\n\r\n",
+             {}Content-Length: {}\r\n\r\n",
             self.host,
+            authorization.unwrap_or_default(),
             body.len()
         )
         .into_bytes();
         request.extend_from_slice(body);
         let mut rest = &request[..];
         while !rest.is_empty() {
-            self.stream.set_write_timeout(Some(deadline.left()?))?;
-            match self.stream.write(rest) {
-                Ok(0) => return Err(HttpError::Ended),
-                Ok(length) => rest = &rest[length..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(deadline.named(error)),
+            match self.write(rest, deadline)? {
+                0 => return Err(HttpError::Ended),
+                length => rest = &rest[length..],
             }
         }
         Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8], deadline: Deadline) -> Result<usize, HttpError> {
+        let stream = match &mut self.carrier {
+            Carrier::Plain(stream) => stream,
+            Carrier::Sealed(sealed) => return sealed.write(bytes, deadline),
+        };
+        loop {
+            stream.set_write_timeout(Some(deadline.left()?))?;
+            match stream.write(bytes) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => return other.map_err(|error| deadline.named(error)),
+            }
+        }
+    }
+
+    fn read(&mut self, to: &mut [u8], deadline: Deadline) -> Result<usize, HttpError> {
+        let stream = match &mut self.carrier {
+            Carrier::Plain(stream) => stream,
+            Carrier::Sealed(sealed) => return sealed.read(to, deadline),
+        };
+        loop {
+            stream.set_read_timeout(Some(deadline.left()?))?;
+            match stream.read(to) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => return other.map_err(|error| deadline.named(error)),
+            }
+        }
     }
 
     /// Reads the answer.
@@ -138,7 +201,9 @@ impl Connection {
             if bytes.len() > HEAD_MAX {
                 return Err(HttpError::Junk("a head without an end"));
             }
-            self.more(&mut bytes, deadline)?;
+            if let Err(error) = self.more(&mut bytes, deadline) {
+                return Err(self.ended(error, &bytes));
+            }
         };
         let head = Head::parse(&bytes[..head_end], self.longest)?;
         let mut rest = bytes.split_off(head_end);
@@ -169,17 +234,25 @@ impl Connection {
 
     fn more(&mut self, bytes: &mut Vec<u8>, deadline: Deadline) -> Result<(), HttpError> {
         let mut buffer = [0; 4096];
-        loop {
-            self.stream.set_read_timeout(Some(deadline.left()?))?;
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return Err(HttpError::Ended),
-                Ok(length) => {
-                    bytes.extend_from_slice(&buffer[..length]);
-                    return Ok(());
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(deadline.named(error)),
+        let length = self.read(&mut buffer, deadline)?;
+        bytes.extend_from_slice(&buffer[..length]);
+        match length {
+            0 => Err(HttpError::Ended),
+            _ => Ok(()),
+        }
+    }
+
+    /// What it means that a connection ended, with this much of an answer.
+    fn ended(&self, error: HttpError, bytes: &[u8]) -> HttpError {
+        match (error, &self.carrier) {
+            // A server of TLS closes so on who speaks in clear.
+            (HttpError::Ended, Carrier::Plain(_)) if bytes.is_empty() => HttpError::Silent,
+            (HttpError::Io(error), Carrier::Plain(_))
+                if bytes.is_empty() && error.kind() == ErrorKind::ConnectionReset =>
+            {
+                HttpError::Silent
             }
+            (error, _) => error,
         }
     }
 }
@@ -325,9 +398,15 @@ mod tests {
             request[..length].to_vec()
         });
         let deadline = Deadline::after(Duration::from_millis(300));
-        let mut connection =
-            Connection::open(address, "etcd:2379".into(), 64 << 10, deadline).unwrap();
-        connection.send("/v3/kv/range", b"{}", deadline).unwrap();
+        let to = Callee {
+            address,
+            host: "etcd",
+            endpoint: "etcd:2379",
+            credentials: None,
+        };
+        let mut connection = Connection::open(to, 64 << 10, deadline).unwrap();
+        let sent = connection.send("/v3/kv/range", None, b"{}", deadline);
+        sent.unwrap();
         let answer = connection.receive(deadline);
         drop(connection);
         let request = server.join().unwrap();

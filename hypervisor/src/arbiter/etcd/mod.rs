@@ -18,12 +18,15 @@
 //! **One cluster.** The first answer's cluster id is remembered, and an answer of another cluster is refused: two arbiters could
 //! make two winners.
 //!
-//! **Names** are resolved when the arbiter is opened, since its thread may open no files once it is confined.
+//! **Names** are resolved when the arbiter is opened, and files of TLS read, since its thread may open none once it is confined.
 #![forbid(unsafe_code)]
 
 pub(crate) mod base64;
 pub(crate) mod client;
 mod http;
+mod tls;
+
+pub use tls::TlsError;
 
 use std::time::Duration;
 
@@ -31,7 +34,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use self::client::{Client, Header, parse};
-use super::{Arbiter, ArbiterError, Endpoint, Swap, check_name, sealed, text};
+use super::{Arbiter, ArbiterError, Cluster, Swap, check_name, sealed, text};
 use crate::protocol::record::Record;
 
 const RANGE: &str = "/v3/kv/range";
@@ -60,6 +63,9 @@ pub enum EtcdError {
         /// What the resolver said.
         why: String,
     },
+    /// What TLS needs.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// No member has answered.
     #[error("no etcd member answers: {}", .failures.join("; "))]
     Unreachable {
@@ -88,7 +94,7 @@ impl EtcdError {
         // A key that holds what is no record of ours compared equal to none, so the swap's put did not happen; but an earlier
         // attempt of the same call may have been the one that somebody overwrote.
         match self {
-            Self::Name { .. } => false,
+            Self::Name { .. } | Self::Tls(_) => false,
             Self::Unreachable { sent, .. } => *sent,
             Self::Corrupt { .. } => true,
         }
@@ -122,16 +128,16 @@ struct TxnResponse {
 }
 
 impl EtcdArbiter {
-    /// The arbiter of `machine` in the cluster with these members. It resolves their names and asks nothing yet.
+    /// The arbiter of `machine` in this cluster. It resolves its members' names, reads its files, and asks nothing yet.
     ///
     /// # Errors
-    /// If the machine's name is none, or not one member's name stands for an address.
-    pub fn open(endpoints: &[Endpoint], machine: &str) -> Result<Self, ArbiterError> {
+    /// If the machine's name is none, not one member's name stands for an address, or a file is not as it should be.
+    pub fn open(cluster: &Cluster, machine: &str) -> Result<Self, ArbiterError> {
         check_name(machine)?;
         Ok(Self {
             machine: machine.to_owned(),
             key: base64::encode(key_of(machine).as_bytes()),
-            client: Client::open(endpoints, ANSWER_MAX)?,
+            client: Client::open(cluster, ANSWER_MAX)?,
         })
     }
 

@@ -2,6 +2,7 @@
 //! is asked in the project's `tests` crate.
 
 use super::*;
+use crate::arbiter::Endpoint;
 use crate::protocol::record::Identity;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -128,7 +129,7 @@ fn open(servers: &[&Server]) -> EtcdArbiter {
         .iter()
         .map(|server| server.endpoint.clone())
         .collect();
-    EtcdArbiter::open(&endpoints, "kv")
+    EtcdArbiter::open(&Cluster::in_clear(endpoints), "kv")
         .unwrap()
         .with_attempt(Duration::from_millis(200))
 }
@@ -335,19 +336,18 @@ fn what_is_no_record_is_named_and_nothing_is_concluded_from_it() {
 
 #[test]
 fn names_are_checked_and_resolved_when_it_is_opened() {
-    let endpoint = |host: &str| Endpoint {
-        host: host.into(),
-        port: 1,
+    let cluster = |hosts: &[&str]| {
+        let endpoint = |host: &&str| Endpoint {
+            host: (*host).into(),
+            port: 1,
+        };
+        Cluster::in_clear(hosts.iter().map(endpoint).collect())
     };
     assert!(matches!(
-        EtcdArbiter::open(&[endpoint("127.0.0.1")], "../x"),
+        EtcdArbiter::open(&cluster(&["127.0.0.1"]), "../x"),
         Err(ArbiterError::Name { .. })
     ));
-    let error = EtcdArbiter::open(&[endpoint("no-such-name.invalid")], "kv").unwrap_err();
+    let error = EtcdArbiter::open(&cluster(&["no-such-name.invalid"]), "kv").unwrap_err();
     assert!(error.to_string().contains("pair.arbiter"), "{error}");
-    EtcdArbiter::open(
-        &[endpoint("no-such-name.invalid"), endpoint("127.0.0.1")],
-        "kv",
-    )
-    .unwrap();
+    EtcdArbiter::open(&cluster(&["no-such-name.invalid", "127.0.0.1"]), "kv").unwrap();
 }

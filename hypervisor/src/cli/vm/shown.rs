@@ -120,8 +120,13 @@ pub fn hosts(site: &Site, paint: Paint) -> String {
                 None => ("NO KVM".to_owned(), true),
             };
             let free = host.memory_mib.saturating_sub(site.committed_mib(host));
+            let drained = match site.is_drained(&host.name) {
+                true => "drained",
+                false => "-",
+            };
             let row = [
                 host.name.clone(),
+                drained.to_owned(),
                 host.address.to_string(),
                 cpu,
                 format!("{free} of {} MiB", host.memory_mib),
@@ -135,6 +140,7 @@ pub fn hosts(site: &Site, paint: Paint) -> String {
         .collect();
     let head = [
         "HOST",
+        "STATE",
         "ADDRESS",
         "CPU",
         "MEMORY FREE",
@@ -266,5 +272,6 @@ pub fn machines_json(site: &Site) -> Value {
 pub fn host_json(site: &Site, host: &Host) -> Value {
     let mut value = serde_json::to_value(host).expect("plain fields always encode");
     value["committed_mib"] = json!(site.committed_mib(host));
+    value["drained"] = json!(site.is_drained(&host.name));
     value
 }
