@@ -24,7 +24,7 @@ pub const PROMISE: Promise = Promise {
 };
 
 /// What is to be there, besides manual pages.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     "usr/bin/doppel",
     "etc/doppel/doppel.toml",
     "usr/lib/systemd/system/doppel-agent.service",
