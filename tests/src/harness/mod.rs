@@ -6,6 +6,7 @@ pub mod built;
 pub mod busy;
 pub mod chaos;
 pub mod console;
+pub mod disk_guest;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;
