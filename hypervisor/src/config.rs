@@ -566,6 +566,9 @@ impl Config {
                 "backend link needs the socket's path",
             );
         }
+        if let Err((field, found, expected)) = self.disk.check(self.pair.transport) {
+            return bad(field, found, expected);
+        }
         let cpus = core_affinity::get_core_ids().map_or(0, |ids| ids.len());
         for (field, list) in [("cpus.vcpu", &self.cpus.vcpu), ("cpus.io", &self.cpus.io)] {
             if let Some(&cpu) = list.iter().find(|&&cpu| cpu >= cpus.max(1)) {

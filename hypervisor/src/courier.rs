@@ -50,6 +50,8 @@ pub struct Parcel {
     pub outputs: Vec<Output>,
     /// What it has asked of its disk, in order: done on this side, and to be done on the other.
     pub asked: Vec<Request>,
+    /// What it has asked of a shared disk, but for reads: outputs as well.
+    pub requests: Vec<Request>,
     /// When it did, once for each exit.
     pub made: Vec<Instant>,
     /// Staged frames that it was given.
@@ -228,8 +230,13 @@ impl<S: Sink> Work<S> {
                 Job::Carry(parcel) => held = self.deliver(&mut log, parcel),
                 Job::Leave => {
                     log = None;
-                    for output in held.take().into_iter().flat_map(|parcel| parcel.outputs) {
-                        self.outlet.hold(AT_ONCE, Seq::ZERO, output);
+                    if let Some(parcel) = held.take() {
+                        for request in parcel.requests {
+                            self.outlet.hold_request(AT_ONCE, Seq::ZERO, request);
+                        }
+                        for output in parcel.outputs {
+                            self.outlet.hold(AT_ONCE, Seq::ZERO, output);
+                        }
                     }
                     self.shared.failed.store(false, Ordering::SeqCst);
                     self.shared.busy.store(false, Ordering::SeqCst);
@@ -301,6 +308,9 @@ impl<S: Sink> Work<S> {
             seq = self.post(log, parcel.position)?;
             // The backup takes this part while the next is written.
             log.sink.notify(true);
+        }
+        for request in parcel.requests.drain(..) {
+            self.outlet.hold_request(seq, Seq::ZERO, request);
         }
         for output in parcel.outputs.drain(..) {
             self.outlet.hold(seq, Seq::ZERO, output);

@@ -1,11 +1,15 @@
 //! Whose process is at the other end of a Unix socket: what the kernel says, which no peer can forge.
 //!
-//! Unsafe: `getsockopt` with SO_PEERCRED into a struct of this function's own, and `geteuid`, which takes nothing.
+//! Unsafe: `getsockopt` with SO_PEERCRED into a struct of this function's own, `geteuid`, which takes nothing, and the two calls for a
+//! descriptor of a process, which pass no memory.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
+
+use crate::backends::wait::Waiter;
 
 /// The user who may do everything.
 pub(crate) const ROOT: u32 = 0;
@@ -23,6 +27,60 @@ pub(crate) fn own_user() -> u32 {
 
 /// The effective user of whoever connected, or listened, when it did.
 pub(crate) fn peer_user(stream: &UnixStream) -> io::Result<u32> {
+    Ok(peer(stream)?.uid)
+}
+
+/// A process, held by a descriptor: no other one is ever taken for it.
+#[derive(Debug)]
+pub(crate) struct Process(OwnedFd);
+
+impl Process {
+    /// Whoever connected, or listened. If it answers after this, it is the one that is held, as its number was not free meanwhile.
+    pub(crate) fn of_peer(stream: &UnixStream) -> io::Result<Self> {
+        let pid = peer(stream)?.pid;
+        if pid <= 0 {
+            return Err(io::Error::other("it is in another PID namespace"));
+        }
+        // SAFETY: no memory is passed; the result is checked before use.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us this descriptor and nobody else owns it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) }))
+    }
+
+    /// SIGKILL; one that has ended needs none.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        // SAFETY: the signal's information is none, and no other memory is passed.
+        let sent = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.0.as_raw_fd(),
+                libc::SIGKILL,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
+        match sent {
+            0 => Ok(()),
+            _ => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// Whether it has ended, with all its threads, after at most so long. Then all that it had open is closed.
+    pub(crate) fn has_ended(&self, within: Duration) -> io::Result<bool> {
+        let mut waiter = Waiter::new();
+        let process = waiter.add(&self.0, true, false);
+        waiter.wait(Some(within))?;
+        Ok(waiter.ready(process).read)
+    }
+}
+
+fn peer(stream: &UnixStream) -> io::Result<libc::ucred> {
     let mut found = libc::ucred {
         pid: 0,
         uid: u32::MAX,
@@ -42,7 +100,7 @@ pub(crate) fn peer_user(stream: &UnixStream) -> io::Result<u32> {
     if got != 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(found.uid)
+    Ok(found)
 }
 
 /// Whether a socket's file is there and nobody listens at it: a dead process left it.

@@ -73,6 +73,12 @@ impl<T> Gate<T> {
         }
     }
 
+    /// Whether it lets nothing out.
+    #[must_use]
+    pub fn is_shut(&self) -> bool {
+        self.shut
+    }
+
     /// Lets nothing out from now on.
     pub fn shut(&mut self) {
         self.shut = true;

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
+use crate::backends::disk::Disk;
+use crate::disk::Request;
 use crate::event::Output;
 use crate::gate::{Committed, Gate, Sent};
 use crate::orders::Samples;
@@ -31,6 +33,9 @@ pub struct Outlet {
 struct OutletState {
     gate: Gate<Output>,
     world: Box<dyn World>,
+    /// What is asked of a disk that both sides share: an output like any other, that no stuck network may hold up.
+    requests: Gate<Request>,
+    shared: Option<Arc<Disk>>,
     power_off: bool,
     /// Bytes of the frames in the gate.
     frame_bytes: usize,
@@ -80,8 +85,14 @@ impl Outlet {
     pub fn new(gate: Gate<Output>, world: Box<dyn World>) -> Self {
         Self {
             inner: Arc::new(Mutex::new(OutletState {
+                requests: if gate.is_shut() {
+                    Gate::new_shut()
+                } else {
+                    Gate::new()
+                },
                 gate,
                 world,
+                shared: None,
                 power_off: false,
                 frame_bytes: 0,
                 full_since: None,
@@ -112,6 +123,8 @@ impl Outlet {
         let OutletState {
             gate,
             world,
+            requests,
+            shared,
             power_off,
             frame_bytes,
             full_since,
@@ -120,6 +133,13 @@ impl Outlet {
             ..
         } = state;
         let committed = *committed;
+        // The disk first: a machine that is off has asked for all.
+        requests.release(committed, |request| {
+            if let Some(disk) = shared {
+                disk.serve(request.clone());
+            }
+            Sent::Done
+        });
         gate.release(committed, |output| {
             *power_off |= matches!(output, Output::PowerOff(_));
             match world.send(output) {
@@ -145,6 +165,7 @@ impl Outlet {
     pub fn begin_log(&self) {
         let mut state = self.lock();
         state.gate.begin_log();
+        state.requests.begin_log();
         state.made.clear();
         state.committed = Committed {
             events: Seq::ZERO,
@@ -171,6 +192,16 @@ impl Outlet {
         state.gate.hold(events, inputs, output);
     }
 
+    /// From now on requests that [wait](Self::hold_request) go to this disk.
+    pub fn lead_to(&self, shared: Arc<Disk>) {
+        self.lock().shared = Some(shared);
+    }
+
+    /// Holds a request to a shared disk for later.
+    pub fn hold_request(&self, events: Seq, inputs: Seq, request: Request) {
+        self.lock().requests.hold(events, inputs, request);
+    }
+
     /// From now on every entry's time from its making to its commit is taken.
     pub(crate) fn measure(&self, samples: Arc<Samples>) {
         self.lock().samples = Some(samples);
@@ -190,12 +221,16 @@ impl Outlet {
 
     /// Lets nothing out.
     pub fn shut(&self) {
-        self.lock().gate.shut();
+        let mut state = self.lock();
+        state.gate.shut();
+        state.requests.shut();
     }
 
     /// Lets committed outputs out, from the next release on.
     pub fn open(&self) {
-        self.lock().gate.open();
+        let mut state = self.lock();
+        state.gate.open();
+        state.requests.open();
     }
 
     /// Whether an output found the way out full.
@@ -207,7 +242,8 @@ impl Outlet {
     /// Outputs that wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.lock().gate.waiting()
+        let state = self.lock();
+        state.gate.waiting() + state.requests.waiting()
     }
 
     /// Whether the guest's power-off has left.
@@ -272,6 +308,76 @@ mod tests {
         outlet.release(Committed::EVERYTHING);
         outlet.hold(Seq(102), Seq::ZERO, frame());
         assert_eq!((outlet.waiting(), outlet.lock().full_since), (1, None));
+    }
+
+    /// An image that tells what was written, in order.
+    struct Told(std::sync::mpsc::Sender<u64>);
+
+    impl crate::backends::disk::Image for Told {
+        fn read(&mut self, _: &mut [u8], _: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn write(&mut self, _: &[u8], at: u64) -> std::io::Result<()> {
+            self.0.send(at).map_err(std::io::Error::other)
+        }
+
+        fn sync(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn mark(&mut self, _: &crate::backends::disk::mark::Mark) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_shared_disk_gets_what_has_committed_and_a_full_network_does_not_hold_it_up() {
+        use crate::disk::{Data, Operation, RequestNumber, SECTOR};
+        let outlet = Outlet::new(Gate::new(), Box::new(Full));
+        let (tell, told) = std::sync::mpsc::channel();
+        let off = crate::config::Sandbox {
+            enabled: false,
+            strict: false,
+        };
+        let sandbox = crate::sandbox::Sandbox::prepare(&off).unwrap();
+        let wake = Arc::new(crate::backends::wait::Wake::new().unwrap());
+        let disk = Arc::new(Disk::start(Told(tell), "m", wake, sandbox).unwrap());
+        outlet.lead_to(Arc::clone(&disk));
+        let ask = |seq: u64, inputs: u64| {
+            let request = Request {
+                number: RequestNumber(seq),
+                operation: Operation::Write {
+                    sector: seq,
+                    data: Data(vec![0; 512]),
+                    durable: false,
+                },
+            };
+            outlet.hold_request(Seq(seq), Seq(inputs), request);
+        };
+        let written = || {
+            disk.settle().unwrap();
+            told.try_iter().map(|at| at / SECTOR).collect::<Vec<_>>()
+        };
+        outlet.hold(Seq(1), Seq::ZERO, Output::Frame(vec![0; 60]));
+        for (seq, inputs) in [(1, 0), (2, 0), (3, 5), (4, 5)] {
+            ask(seq, inputs);
+        }
+        outlet.release(committed(0, 4));
+        assert_eq!((written(), outlet.waiting()), (vec![], 5));
+        // The guest was told of something that the other side has not yet.
+        outlet.release(committed(3, 4));
+        assert_eq!((written(), outlet.waiting()), (vec![1, 2], 3));
+        outlet.shut();
+        outlet.release(committed(3, 5));
+        assert!(written().is_empty(), "somebody else may have it");
+        outlet.open();
+        outlet.release(committed(3, 5));
+        assert_eq!(written(), [3]);
+        // What was made before a log is known to whoever begins it.
+        outlet.begin_log();
+        outlet.release(committed(0, 0));
+        assert_eq!((written(), outlet.waiting()), (vec![4], 1));
     }
 
     /// What commits later leaves later and is measured then; an older view of the commits takes nothing back.

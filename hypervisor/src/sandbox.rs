@@ -19,7 +19,7 @@
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
 //! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
 //! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
-//! from TCP has the open sockets, the one that writes a recording its open file, a flight recorder's files of its user's, that of the disk its image and the image's mark, and a replay, which has one thread, KVM's ioctls. The
+//! from TCP has the open sockets, the one that writes a recording its open file, a flight recorder's files of its user's, that of the disk its image and the image's mark, the one that takes a shared disk over its image and a descriptor of the process that it ends, and a replay, which has one thread, KVM's ioctls. The
 //! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
 //! files of its user's, and open none.
 //!
@@ -37,11 +37,14 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+use crate::backends::block;
 use crate::config;
 
 /// CAP_DAC_OVERRIDE: files may be opened whoever they belong to.
 const DAC_OVERRIDE: u32 = 1 << 1;
 const IPC_LOCK: u32 = 1 << 14;
+/// Kernels before 6.6 ask for it where a disk is reserved.
+const SYS_ADMIN: u32 = 1 << 21;
 const SYS_NICE: u32 = 1 << 23;
 /// What is kept where a device is used: to lock its memory, for threads that are to be urgent, and for the arbiter's.
 const WITH_DEVICE: u32 = DAC_OVERRIDE | IPC_LOCK | SYS_NICE;
@@ -83,6 +86,8 @@ pub enum Thread {
     Mourner,
     /// Reads and writes the disk's image, which is open.
     Disk,
+    /// Keeps an old primary off a shared disk: ends the process that it has a descriptor of, and takes the image.
+    Bailiff,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -135,6 +140,7 @@ struct Filters {
     operator: BpfProgram,
     mourner: BpfProgram,
     disk: BpfProgram,
+    bailiff: BpfProgram,
 }
 
 impl Sandbox {
@@ -166,6 +172,7 @@ impl Sandbox {
                 operator: list(Thread::Operator)?,
                 mourner: list(Thread::Mourner)?,
                 disk: list(Thread::Disk)?,
+                bailiff: list(Thread::Bailiff)?,
             })),
             with_device: false,
         })
@@ -191,6 +198,7 @@ impl Sandbox {
         let kept = match thread {
             Thread::RemoteArbiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
+            Thread::Bailiff => SYS_ADMIN,
             _ if self.with_device => WITH_DEVICE,
             _ => 0,
         };
@@ -209,6 +217,7 @@ impl Sandbox {
             Thread::Operator => &filters.operator,
             Thread::Mourner => &filters.mourner,
             Thread::Disk => &filters.disk,
+            Thread::Bailiff => &filters.bailiff,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -412,6 +421,14 @@ const NAMING: &[libc::c_long] = &[libc::SYS_rename, libc::SYS_renameat, libc::SY
 /// Having an open file written out.
 const SYNCING: &[libc::c_long] = &[libc::SYS_fsync, libc::SYS_fdatasync];
 
+/// Ending a process of which there is a descriptor, hearing what a fence command came to, and taking an open image.
+const TAKING: &[libc::c_long] = &[
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_recvfrom,
+    libc::SYS_flock,
+    libc::SYS_fadvise64,
+];
+
 /// Taking in those who connect to what listens already, and taking the socket's file away at the end.
 const LISTENING: &[libc::c_long] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
 
@@ -441,6 +458,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
         Thread::Disk => &[SYNCING],
+        Thread::Bailiff => &[SYNCING, TAKING],
     };
     let mut rules: Rules = COMMON
         .iter()
@@ -458,6 +476,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
         ],
         Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
+        Thread::Bailiff => vec![argument(1, IOCTL_TYPE, block::IOCTLS)?],
         Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => vec![
             argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,

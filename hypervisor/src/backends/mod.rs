@@ -12,6 +12,7 @@
 //! library has no words for; each call passes memory it owns and checks the result.
 
 pub mod announce;
+pub mod block;
 pub mod console;
 pub mod disk;
 pub mod link;

@@ -1,5 +1,7 @@
 //! The hidden command that runs a role's hook for it.
 
+use std::time::Duration;
+
 use clap::Args;
 use hypervisor::control::hook;
 
@@ -11,10 +13,14 @@ pub struct HookArgs {
     /// The command, for sh -c
     #[arg(long)]
     command: String,
+    /// How long it may take each time
+    #[arg(long, value_name = "MS")]
+    within_ms: u64,
 }
 
 pub fn help(args: &HookArgs) -> Result<(), Failure> {
-    hook::help(&args.command).map_err(|error| Failure::new(Failure::ERROR, error))
+    hook::help(&args.command, Duration::from_millis(args.within_ms))
+        .map_err(|error| Failure::new(Failure::ERROR, error))
 }
 
 #[cfg(test)]

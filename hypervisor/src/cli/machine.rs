@@ -63,8 +63,12 @@ pub struct MachineArgs {
     /// The guest's address on its link, such as 02:d0:99:e1:00:02: machines of one network need one each
     #[arg(long, value_name = "MAC")]
     mac: Option<Mac>,
-    /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own (docs/disks.md)
-    #[arg(long, value_name = "FILE[,replicated][,read-only]")]
+    /// Give the guest a disk with this image, a file or a block device; of a pair each side has an image of its own, or both have one
+    /// (shared, docs/disks.md)
+    #[arg(
+        long,
+        value_name = "FILE[,replicated|,shared][,reservations][,read-only]"
+    )]
     disk: Option<Disk>,
     /// Write the guest's console to this file
     #[arg(long, value_name = "FILE")]
@@ -170,7 +174,7 @@ impl MachineArgs {
         }
         config.net.mac = self.mac.or(config.net.mac);
         if let Some(disk) = &self.disk {
-            config.disk.clone_from(disk);
+            config.disk = std::mem::take(&mut config.disk).with_image_of(disk);
         }
         if self.console.is_some() {
             config.console.clone_from(&self.console);

@@ -71,6 +71,13 @@ struct PairArgs {
     lag_after_ms: Option<u64>,
     #[command(flatten)]
     replicate: ReplicateArgs,
+    /// Of a shared disk, across hosts: run this, by sh -c, before a backup that takes over writes it, with DOPPEL_NAME, DOPPEL_EPOCH,
+    /// DOPPEL_PEER and DOPPEL_PEER_ADDRESS in its environment; it is to return 0 only when that peer can write it no more
+    #[arg(long, value_name = "COMMAND")]
+    fence_command: Option<String>,
+    /// How long it may take, in milliseconds; longer is a take-over that is given up
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=600_000))]
+    fence_timeout_ms: Option<u64>,
     /// Compare whole memories every so many milliseconds; 0 is never
     #[arg(long, value_name = "MS")]
     memory_check_ms: Option<u64>,
@@ -236,6 +243,12 @@ impl PairArgs {
         }
         config.lag.after_ms = self.lag_after_ms.unwrap_or(config.lag.after_ms);
         self.replicate.apply(config);
+        if self.fence_command.is_some() {
+            config.disk.fence_command.clone_from(&self.fence_command);
+        }
+        config.disk.fence_timeout_ms = self
+            .fence_timeout_ms
+            .unwrap_or(config.disk.fence_timeout_ms);
         if let Some(every) = self.memory_check_ms {
             config.timing.memory_check_ms = every;
         }

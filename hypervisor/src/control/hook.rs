@@ -48,6 +48,9 @@ pub struct Change {
     pub position: u64,
     /// The other side's identity, or nothing.
     pub peer: String,
+    /// Where the other side is, for a command that is to cut it off; nothing where both are on one host, and for hooks.
+    #[serde(default)]
+    pub peer_address: String,
     /// The role's process.
     pub pid: u32,
     /// When, in milliseconds since 1970.
@@ -56,7 +59,7 @@ pub struct Change {
 
 impl Change {
     /// What the command finds in its environment.
-    fn variables(&self) -> [(&'static str, String); 10] {
+    fn variables(&self) -> [(&'static str, String); 11] {
         let protected = if self.protected { "yes" } else { "no" };
         [
             ("DOPPEL_EVENT", self.event.clone()),
@@ -67,6 +70,7 @@ impl Change {
             ("DOPPEL_EPOCH", self.epoch.to_string()),
             ("DOPPEL_POSITION", self.position.to_string()),
             ("DOPPEL_PEER", self.peer.clone()),
+            ("DOPPEL_PEER_ADDRESS", self.peer_address.clone()),
             ("DOPPEL_PID", self.pid.to_string()),
             ("DOPPEL_UNIX_MS", self.unix_ms.to_string()),
         ]
@@ -75,16 +79,16 @@ impl Change {
 
 /// How a run went.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Ran {
+pub(crate) struct Ran {
     /// The change that it was run for.
-    pub(super) event: String,
+    pub(crate) event: String,
     /// What went wrong, if something did.
-    pub(super) failure: Option<String>,
+    pub(crate) failure: Option<String>,
 }
 
 /// The role's end of its helper.
 #[derive(Debug)]
-pub(super) struct Helper {
+pub(crate) struct Helper {
     stream: UnixStream,
     heard: Vec<u8>,
     /// The process. It is not waited for: it ends after this one, or is found by whoever adopts it.
@@ -97,10 +101,19 @@ impl Helper {
     /// # Errors
     /// What the kernel says.
     pub(super) fn start(command: &str) -> io::Result<Self> {
+        Self::start_within(command, WITHIN)
+    }
+
+    /// The same for a command that may take so long.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn start_within(command: &str, within: Duration) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut helper = Command::new("/proc/self/exe");
         helper
-            .args([HELPER, "--command", command])
+            .args([HELPER, "--command", command, "--within-ms"])
+            .arg(within.as_millis().to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             // What a command prints is for people, and standard output may be a program's.
             .stdout(io::stderr().as_fd().try_clone_to_owned()?)
@@ -134,7 +147,7 @@ impl Helper {
     ///
     /// # Errors
     /// If it is gone, or so far behind that it takes no more.
-    pub(super) fn tell(&mut self, change: &Change) -> io::Result<()> {
+    pub(crate) fn tell(&mut self, change: &Change) -> io::Result<()> {
         let mut line = serde_json::to_vec(change).expect("plain fields always encode");
         line.push(b'\n');
         // Short against what the kernel holds: it takes the whole line, or nothing of it.
@@ -145,7 +158,7 @@ impl Helper {
     }
 
     /// What it says of its runs, without waiting; false if it has ended.
-    pub(super) fn hear(&mut self, mut ran: impl FnMut(Ran)) -> bool {
+    pub(crate) fn hear(&mut self, mut ran: impl FnMut(Ran)) -> bool {
         let mut bytes = [0; LINE_MAX as usize];
         let alive = match self.stream.read(&mut bytes) {
             Ok(0) => false,
@@ -171,11 +184,11 @@ impl AsFd for Helper {
     }
 }
 
-/// The helper itself: runs `command` for each change that its standard input tells, until that ends.
+/// The helper itself: runs `command` for each change that its standard input tells, for so long at the most, until that ends.
 ///
 /// # Errors
 /// If its standard input is no connection to a role.
-pub fn help(command: &str) -> io::Result<()> {
+pub fn help(command: &str, within: Duration) -> io::Result<()> {
     // A signal to the role's whole group, as from a service manager, must not keep the role's end from being told.
     let ignored = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     for signal in [
@@ -199,7 +212,7 @@ pub fn help(command: &str) -> io::Result<()> {
                 "a line that tells no change of role",
             ));
         };
-        let failure = run(command, &change, WITHIN).err();
+        let failure = run(command, &change, within).err();
         let ran = Ran {
             event: change.event,
             failure,
@@ -269,6 +282,7 @@ mod tests {
             epoch: 2,
             position: 77,
             peer: String::new(),
+            peer_address: String::new(),
             pid: 5,
             unix_ms: 9,
         }

@@ -178,6 +178,7 @@ impl View {
             epoch: self.epoch(),
             position: self.position(),
             peer: self.peer_identity().unwrap_or_default(),
+            peer_address: String::new(),
             pid: std::process::id(),
             unix_ms: super::board::unix_ms(),
         })

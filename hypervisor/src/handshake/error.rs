@@ -207,6 +207,24 @@ pub enum DiskMisfit {
         "the machine runs, so its disk is copied over this backup's image, which carries no mark of this machine and is not empty: give it an empty image of that size (truncate), or one that this machine had"
     )]
     NotEmpty,
+    /// One side shares it, the other does not.
+    #[error(
+        "the primary's disk is {}, this backup's {}: give both the same arrangement (--disk FILE,shared or FILE)",
+        if *shared { "shared" } else { "an image of its own" }, if *shared { "an image of its own" } else { "shared" }
+    )]
+    Arrangement {
+        /// The primary's is.
+        shared: bool,
+    },
+    /// The process of the primary, with which the disk is shared.
+    #[error(
+        "the primary's process cannot be held on to, so that nothing could be known of its end: {0}; a shared disk needs both sides in one PID \
+         namespace, and a kernel with pidfd_open (5.3)"
+    )]
+    NoProcess(String),
+    /// A shared image that the primary does not have.
+    #[error("{0}")]
+    NotThePrimarys(String),
     /// The content differs.
     #[error(
         "the two disk images differ: copy the primary's here while neither side runs (the image alone, not its mark)"

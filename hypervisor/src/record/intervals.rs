@@ -48,6 +48,8 @@ pub struct Intervals<S> {
     /// What the guest has asked of its disk in it, but for reads.
     asked: Vec<Request>,
     asked_bytes: usize,
+    /// The same of a shared disk: outputs.
+    requests: Vec<Request>,
     made: Vec<Instant>,
     frames: u32,
     /// Since when the guest has run in it.
@@ -68,6 +70,7 @@ impl<S: Sink> Intervals<S> {
             frame_bytes: 0,
             asked: Vec::new(),
             asked_bytes: 0,
+            requests: Vec::new(),
             made: Vec::new(),
             frames: 0,
             began: None,
@@ -102,6 +105,9 @@ impl<S: Sink> Intervals<S> {
         }
         self.protected = false;
         self.courier.leave();
+        for request in self.requests.drain(..) {
+            outlet.hold_request(AT_ONCE, Seq::ZERO, request);
+        }
         for output in self.outputs.drain(..) {
             outlet.hold(AT_ONCE, Seq::ZERO, output);
         }
@@ -145,7 +151,11 @@ impl<S: Sink> Intervals<S> {
 
     /// Whether outputs wait that end the interval.
     fn has_urgent_outputs(&self) -> bool {
-        self.lengths.ends == Ends::Output && !self.outputs.is_empty()
+        self.lengths.ends == Ends::Output && self.has_outputs()
+    }
+
+    fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty() || !self.requests.is_empty()
     }
 
     /// The guest is about to run.
@@ -182,9 +192,20 @@ impl<S: Sink> Recorder<S> {
             return;
         }
         let mut gated = false;
+        let shared = self.disk.as_ref().is_some_and(|disk| disk.is_shared());
         for output in self.machine.outputs() {
             if let Output::Disk(request) = output {
-                if intervals.protected && !matches!(request.operation, Operation::Read { .. }) {
+                let reads = matches!(request.operation, Operation::Read { .. });
+                if shared && !reads {
+                    gated = true;
+                    if intervals.protected {
+                        intervals.requests.push(request);
+                    } else {
+                        self.outlet.hold_request(AT_ONCE, Seq::ZERO, request);
+                    }
+                    continue;
+                }
+                if intervals.protected && !reads {
                     intervals.asked_bytes += request.length();
                     intervals.asked.push(request.clone());
                 }
@@ -228,7 +249,7 @@ impl<S: Sink> Recorder<S> {
             }
             let now = Instant::now();
             let off = matches!(self.machine.phase(), Phase::Off(_));
-            let last = off && !intervals.outputs.is_empty();
+            let last = off && intervals.has_outputs();
             let place = !self.machine.has_outputs() && self.step.inputs.is_empty();
             if !place || !last && !intervals.should_end(now) {
                 return Ok(None);
@@ -282,6 +303,7 @@ impl<S: Sink> Recorder<S> {
         intervals.courier.carry(Parcel {
             position,
             outputs: std::mem::take(&mut intervals.outputs),
+            requests: std::mem::take(&mut intervals.requests),
             asked: std::mem::take(&mut intervals.asked),
             made: std::mem::take(&mut intervals.made),
             frames: std::mem::take(&mut intervals.frames),

@@ -32,6 +32,7 @@ fn confined() {
         "rdma-recruiter" => Thread::RdmaRecruiter,
         "operator" => Thread::Operator,
         "disk" => Thread::Disk,
+        "bailiff" => Thread::Bailiff,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -95,7 +96,7 @@ fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
 #[test]
 fn a_confined_thread_opens_and_starts_nothing() {
     for thread in [
-        "vcpu", "io", "landing", "log-file", "replay", "operator", "disk",
+        "vcpu", "io", "landing", "log-file", "replay", "operator", "disk", "bailiff",
     ] {
         for action in ["open", "create", "socket", "thread", "execute"] {
             let status = try_it(thread, "lenient", action);
@@ -127,6 +128,7 @@ fn what_a_thread_needs_stays() {
         "replay",
         "operator",
         "disk",
+        "bailiff",
     ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");

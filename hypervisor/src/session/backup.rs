@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::{Fenced, Fencer};
 
+use super::bailiff::Bailiff;
 use super::host::Inherited;
 use super::io::{Common, Io};
 use super::meet::Listener;
@@ -68,8 +69,9 @@ fn wait_and_follow(
     if let Some(recorder) = &config.recorder {
         crate::flight::usable(&recorder.directory)?;
     }
-    let image = super::disk::open(config)?;
+    let image = super::disk::open(config, false)?;
     let content = Cell::new(super::disk::content(image.as_ref())?);
+    let fence = super::bailiff::helper(config)?;
     // Everything that it holds while it waits is there before it says that it does.
     let random = random_source()?;
     let mut next = common.again(json)?;
@@ -92,6 +94,7 @@ fn wait_and_follow(
         random,
         image,
         content,
+        fence: Cell::new(fence),
     };
     loop {
         let error = match meeting.meet(next) {
@@ -127,6 +130,8 @@ struct Following {
     fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
     claim: Option<Claim>,
     drained: Option<Drained>,
+    /// Who keeps the old primary off a shared disk.
+    bailiff: Option<Bailiff>,
     arrived: u64,
     at: Timeline,
     /// Since when the guest stands, if its primary handed it over: for how long by then, and when that came.
@@ -181,7 +186,11 @@ impl Following {
                     .handle(now, Event::Arbiter(answer), &mut actions);
             }
             while let Ok(told) = self.follower.told.try_recv() {
-                let event = self.hear(told);
+                if let Some(event) = self.hear(told) {
+                    self.protocol.handle(now, event, &mut actions);
+                }
+            }
+            if let Some(event) = self.fence_disk() {
                 self.protocol.handle(now, event, &mut actions);
             }
             if let Some(handed) = self.io.orders.take_handed_over() {
@@ -276,7 +285,8 @@ impl Following {
     /// Whether this copy came to the guest's power-off. What is left of the log is there: the power-off left the primary's gate
     /// after it.
     fn follows_to_the_end(&self) -> bool {
-        if self.io.stager.disk().is_none() {
+        // A shared image is its primary's.
+        if self.io.stager.disk().is_none_or(|disk| disk.is_shared()) {
             return false;
         }
         let until = Instant::now() + TO_THE_END;
@@ -300,11 +310,33 @@ impl Following {
         self.io.reporter.say(&Said::Notice { text, loud });
     }
 
-    fn hear(&mut self, told: Told) -> Event {
-        match told {
+    /// What came of keeping the old primary off a shared disk. It is begun when the claim is won, as a primary that lives on must not
+    /// lose its disk to a claim that is lost; and when all is replayed, so that nothing else can fail.
+    fn fence_disk(&mut self) -> Option<Event> {
+        let bailiff = self.bailiff.as_mut()?;
+        if self.claim.is_some()
+            && self.drained.is_some()
+            && self.protocol.phase() == Phase::Draining
+        {
+            bailiff.begin(&self.protocol.record());
+        }
+        match bailiff.outcome()? {
+            Ok(()) => Some(Event::Drained),
+            Err(why) => Some(Event::Unfit(Unfit::Failed(format!(
+                "the old primary could not be kept off the shared disk: {why}"
+            )))),
+        }
+    }
+
+    /// What the vCPU thread says; nothing that is still to be waited for.
+    fn hear(&mut self, told: Told) -> Option<Event> {
+        Some(match told {
             Told::Drained(drained) => {
                 self.at.drained = Timeline::now();
                 self.drained = Some(drained);
+                if self.bailiff.is_some() {
+                    return None;
+                }
                 Event::Drained
             }
             Told::Failed(ReplayError::Diverged(divergence)) => {
@@ -319,7 +351,7 @@ impl Following {
                 Event::Unfit(Unfit::Failed(error.to_string()))
             }
             Told::Failed(error) => Event::Unfit(Unfit::Corrupt(error.to_string())),
-        }
+        })
     }
 
     /// Fences at once, so that the primary freezes with its recent exits at hand, and compares them with ours.

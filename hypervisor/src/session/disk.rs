@@ -5,6 +5,7 @@
 //!  backup:   open, lock ─▶ same content as the primary's? ─▶ mark "follows" ─▶ replay … drain ─▶ all written, durable,
 //!            marked "will lead" ─▶ (drained: the protocol may go live) ─▶ what is not known is asked again ─▶ mark "leads"
 //! ```
+//! One that both sides share has other steps, which `backends/disk/shared.rs` draws.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -13,21 +14,33 @@ use super::SessionError;
 use super::io::Io;
 use super::recruit::Recruiter;
 use crate::backends::disk::mark::Stamp;
-use crate::backends::disk::{Disk, OpenImage};
-use crate::config::Config;
-use crate::handshake::{DiskMisfit, HandshakeError};
+use crate::backends::disk::{Disk, DiskError, OpenImage, Opening};
+use crate::config::{Config, Transport};
+use crate::handshake::{DiskMisfit, HandshakeError, Hello};
 use crate::machine::MachineSpec;
-use crate::protocol::Record;
+use crate::protocol::{Identity, Record};
 
-/// Opens and locks the image, if the pair's machine is to have a disk.
-pub(super) fn open(config: &Config) -> Result<Option<OpenImage>, SessionError> {
-    opened(config)
+/// Opens the image, if the pair's machine is to have a disk, and locks it, unless it is the primary's as well and this side follows.
+pub(super) fn open(config: &Config, leads: bool) -> Result<Option<OpenImage>, SessionError> {
+    if !config.disk.is_shared() {
+        return opened(config);
+    }
+    // Two processes of one host have its cache in common.
+    let through = config.pair.transport != Transport::Shm;
+    let image = config.disk.image.as_ref();
+    let opened = image.map(|image| OpenImage::open(image, Opening::Shared { leads, through }));
+    Ok(opened.transpose()?)
 }
 
 fn opened(config: &Config) -> Result<Option<OpenImage>, SessionError> {
     let disk = &config.disk;
+    let opening = if disk.read_only {
+        Opening::Read
+    } else {
+        Opening::Own
+    };
     let image = disk.image.as_ref();
-    let opened = image.map(|image| OpenImage::open(image, disk.read_only));
+    let opened = image.map(|image| OpenImage::open(image, opening));
     Ok(opened.transpose()?)
 }
 
@@ -47,9 +60,15 @@ pub(super) fn described(spec: &MachineSpec, image: Option<&OpenImage>) -> Machin
     spec
 }
 
-/// The content, as two sides compare it.
+/// The content, as two sides compare it that have an image each.
 pub(super) fn content(image: Option<&OpenImage>) -> Result<Option<u64>, SessionError> {
-    Ok(image.map(OpenImage::hash).transpose()?)
+    let own = image.filter(|image| !image.config().is_shared());
+    Ok(own.map(OpenImage::hash).transpose()?)
+}
+
+/// This side's own image, which it changes as its primary does.
+pub(super) fn own(image: Option<&OpenImage>) -> Option<&OpenImage> {
+    image.filter(|image| !image.config().is_shared())
 }
 
 /// Starts the image's thread.
@@ -60,8 +79,9 @@ pub(super) fn start(
 ) -> Result<Option<Arc<Disk>>, SessionError> {
     let Some(image) = image else { return Ok(None) };
     let (wake, sandbox) = (Arc::clone(&io.wake), io.sandbox.clone());
+    let shared = image.config().is_shared();
     Disk::start(image.clone(), &config.name, wake, sandbox)
-        .map(|disk| Some(Arc::new(disk)))
+        .map(|disk| Some(Arc::new(disk.shared(shared))))
         .map_err(SessionError::host("start the disk's thread"))
 }
 
@@ -73,6 +93,7 @@ pub(super) fn copy_with(
 ) {
     if let (Some(recruiter), Some(disk), Some(config)) = (recruiter, disk, spec.disk)
         && !config.read_only
+        && !config.is_shared()
     {
         recruiter.copies(disk, config.sectors);
     }
@@ -81,20 +102,30 @@ pub(super) fn copy_with(
 /// Whether this backup's image can follow the disk of the machine that the primary describes.
 pub(super) fn fits(
     spec: &MachineSpec,
-    theirs: Option<u64>,
-    running: bool,
+    (hello, primary): (&Hello, Identity),
     image: Option<&OpenImage>,
     (machine, ours): (&str, Option<u64>),
 ) -> Result<(), HandshakeError> {
+    let (theirs, running) = (hello.disk, hello.running);
     let misfit = match (spec.disk, image.map(OpenImage::config)) {
         (None, None) => return Ok(()),
         (Some(_), None) => DiskMisfit::NoneHere,
         (None, Some(_)) => DiskMisfit::NoneThere,
+        (Some(theirs), Some(ours)) if theirs.is_shared() != ours.is_shared() => {
+            DiskMisfit::Arrangement {
+                shared: theirs.is_shared(),
+            }
+        }
         (Some(theirs), Some(ours)) if theirs != ours => DiskMisfit::Shape {
             theirs: (theirs.sectors, theirs.read_only),
             ours: (ours.sectors, ours.read_only),
         },
-        // What it held when the primary started says nothing of now.
+        (Some(disk), Some(_)) if disk.is_shared() => {
+            match image.map(|image| image.is_had_by(machine, primary)) {
+                Some(Err(error)) => DiskMisfit::NotThePrimarys(error.to_string()),
+                _ => return Ok(()),
+            }
+        }
         // What it held when the primary started says nothing of now: it is made a copy, if that destroys nothing of others.
         (Some(disk), Some(_)) if running && !disk.read_only => {
             match image.map(|image| may_be_overwritten(image, machine)) {
@@ -115,6 +146,27 @@ fn may_be_overwritten(image: &OpenImage, machine: &str) -> Result<(), DiskMisfit
         Some(of) => Err(DiskMisfit::Foreign(of.to_owned())),
         None if image.is_empty() => Ok(()),
         None => Err(DiskMisfit::NotEmpty),
+    }
+}
+
+/// Before a backup is met, a shared image says whose it is about to be: the backup knows by that that it has the same one.
+pub(super) fn show(
+    image: Option<&OpenImage>,
+    machine: &str,
+    before: Option<Stamp>,
+    record: &Record,
+) -> Result<(), SessionError> {
+    if let Some(image) = image.filter(|image| image.config().is_shared()) {
+        image.will_lead(machine, record, before)?;
+    }
+    Ok(())
+}
+
+/// No backup was met.
+pub(super) fn call_off(image: Option<&OpenImage>, before: Option<Stamp>) -> Result<(), DiskError> {
+    match image.filter(|image| image.config().is_shared()) {
+        Some(image) => image.does_not_lead(before),
+        None => Ok(()),
     }
 }
 

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backup;
+mod bailiff;
 mod beats;
 mod clerk;
 mod disk;
@@ -189,6 +190,7 @@ fn protocol_timing(config: &Config) -> Timing {
     use std::time::Duration;
     let floor = Duration::from_millis(config.silence_ms());
     let limits = Limits::default();
+    let timing = Timing::default();
     Timing {
         heartbeat: Duration::from_millis(config.timing.heartbeat_ms),
         detector: Limits {
@@ -197,7 +199,12 @@ fn protocol_timing(config: &Config) -> Timing {
             nap: floor / 2,
             ..limits
         },
-        ..Timing::default()
+        stale_claim: match config.disk.is_shared() && config.disk.fence_command.is_some() {
+            // An heir that has the old primary cut off is not to be overtaken by it meanwhile.
+            true => timing.stale_claim + config.disk.fence_timeout(),
+            false => timing.stale_claim,
+        },
+        ..timing
     }
 }
 

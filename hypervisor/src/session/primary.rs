@@ -67,7 +67,7 @@ fn lead(
     let trust = Trust::of(&config.pair)?;
     let common = Common::new(json, Arc::clone(&board))?;
     super::ensure_replicable(config, spec)?;
-    let image = disk::open(config)?;
+    let image = disk::open(config, true)?;
     let spec = &disk::described(spec, image.as_ref());
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
@@ -83,22 +83,32 @@ fn lead(
         None => None,
     };
     let content = disk::content(image.as_ref())?;
+    if let Some(image) = image.as_ref().filter(|_| config.disk.reservations) {
+        image.reserve(me)?;
+    }
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
     let described = (spec, content);
     let introduction = Introduction::new(config, me, &machine, described, port.as_ref(), trust)?;
 
-    let met = if start.alone {
-        None
-    } else {
+    let shown = Record::cold_start(found.as_ref(), me, None);
+    disk::show(image.as_ref(), &config.name, before, &shown)?;
+    let meet = || -> Result<_, SessionError> {
         let stream = meet::find_backup(&config.pair, &common)?;
         if config.pair.transport == Transport::Rdma {
             sandbox::shed(&config.sandbox)?;
         }
         let met = meet::introduce(stream, config, &introduction, false)?;
         handshake::await_ready(&met.control)?;
-        Some(met)
+        Ok(met)
+    };
+    let met = match (!start.alone).then(meet).transpose() {
+        Ok(met) => met,
+        Err(error) => {
+            disk::call_off(image.as_ref(), before)?;
+            return Err(error);
+        }
     };
     let peer = met.as_ref().map(|met| met.identity);
     let record = Record::cold_start(found.as_ref(), me, peer);

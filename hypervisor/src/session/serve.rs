@@ -35,6 +35,10 @@ pub(super) type Vcpu = JoinHandle<Result<Ended, RecordError>>;
 const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their log has no such entries yet: only a machine that is \
     replicated by replay is switched over, paused, or left a share of its time";
 
+/// Why a machine with a shared disk is not switched over.
+const SHARED: &str = "its disk is shared, and whoever takes that over has this process killed or cut off first, which is no orderly hand-over: end \
+    this process instead (SIGKILL), and the backup takes over";
+
 /// Why a machine is not reset.
 pub(super) const NO_RESET: &str = "a machine with the host's CPU cannot be started anew where it stands: power it off, and start it again";
 
@@ -230,6 +234,10 @@ impl Serving {
         let order = match command {
             Command::Switch if self.staff.replication == Replication::Checkpoint => {
                 self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
+                return;
+            }
+            Command::Switch if self.io.stager.disk().is_some_and(|disk| disk.is_shared()) => {
+                self.tell_ordered(number, command, Some(Err(SHARED.to_owned())));
                 return;
             }
             Command::Switch if self.protocol.phase() == Phase::Protected => {

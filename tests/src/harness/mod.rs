@@ -7,6 +7,7 @@ pub mod busy;
 pub mod certificates;
 pub mod chaos;
 pub mod console;
+pub mod disk_guest;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;

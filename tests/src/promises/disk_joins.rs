@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
+use crate::harness::disk_guest::flushed;
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
 use crate::harness::role::Role;
@@ -210,13 +211,7 @@ fn endless(acked: u64) -> String {
 impl Side {
     /// The last round that its guest said to be flushed.
     fn flushed(&self) -> u64 {
-        let text = fs::read_to_string(&self.console).unwrap_or_default();
-        // A line that is being written says nothing yet.
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        let rounds = whole
-            .lines()
-            .filter_map(|line| line.strip_prefix("disk: flushed ")?.trim().parse().ok());
-        rounds.max().unwrap_or(0)
+        flushed(&self.console)
     }
 
     /// Waits until its guest has flushed more than this.

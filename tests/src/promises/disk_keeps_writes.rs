@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 
+use crate::harness::disk_guest::{flushed, verified};
 use crate::harness::random::Random;
 use crate::harness::role::Role;
 use crate::harness::signal::{Signal, send};
@@ -103,16 +104,6 @@ impl Pair {
         let flushed = self.consoles.iter().map(|path| flushed(path));
         flushed.max().unwrap_or(0)
     }
-}
-
-fn flushed(console: &Path) -> u64 {
-    let text = std::fs::read_to_string(console).unwrap_or_default();
-    // A line that is being written says nothing yet.
-    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    let rounds = whole
-        .lines()
-        .filter_map(|line| line.strip_prefix("disk: flushed ")?.trim().parse().ok());
-    rounds.max().unwrap_or(0)
 }
 
 impl Ground {
@@ -227,20 +218,6 @@ fn well(role: &mut Role, what: &str) -> Result<()> {
         status.code() == Some(0),
         "{what} ended by {status}: {}",
         role.said()
-    );
-    Ok(())
-}
-
-fn verified(consoles: &[PathBuf], round: u64) -> Result<()> {
-    let line = format!("disk: verified {round}\n");
-    let texts: Vec<String> = consoles
-        .iter()
-        .map(|path| std::fs::read_to_string(path).unwrap_or_default())
-        .collect();
-    ensure!(!texts.concat().contains("WRONG"), "{texts:?}");
-    ensure!(
-        texts.iter().any(|text| text.contains(&line)),
-        "no guest said that it verified round {round}: {texts:?}"
     );
     Ok(())
 }
@@ -457,25 +434,5 @@ mod tests {
     #[test]
     fn short() {
         PROMISE.test();
-    }
-
-    #[test]
-    fn a_console_tells_the_last_whole_line() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        assert_eq!(flushed(&path), 0);
-        std::fs::write(&path, "disk: flushed 4\ndisk: flushed 8\ndisk: flushed 1").unwrap();
-        assert_eq!(flushed(&path), 8);
-    }
-
-    #[test]
-    fn a_wrong_block_is_not_overlooked() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        std::fs::write(&path, "disk: verified 7\n").unwrap();
-        verified(std::slice::from_ref(&path), 7).unwrap();
-        verified(std::slice::from_ref(&path), 8).unwrap_err();
-        std::fs::write(&path, "disk: block 3 WRONG\ndisk: verified 7\n").unwrap();
-        verified(&[path], 7).unwrap_err();
     }
 }

@@ -50,6 +50,7 @@ pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod resets;
+pub mod shared_disk;
 pub mod side_by_side;
 pub mod slurm_job;
 pub mod switch_over;
@@ -87,6 +88,7 @@ pub const ALL: &[Promise] = &[
     disk_keeps_writes::PROMISE,
     offline_replay::PROMISE,
     disk_joins::PROMISE,
+    shared_disk::PROMISE,
     operator_view::PROMISE,
     monitored::PROMISE,
     console::PROMISE,

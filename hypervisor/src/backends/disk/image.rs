@@ -3,15 +3,17 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use xxhash_rust::xxh3::Xxh3;
 
 use super::copy::{BLOCK, Incoming, blocks_of};
 use super::mark::{BadMark, MARK_BYTES, Mark, Marks, Stamp, Use, WhyNot};
-use crate::devices::{DiskConfig, ID_BYTES};
+use crate::backends::block::ReservationError;
+use crate::devices::DiskConfig;
 use crate::disk::SECTOR;
 use crate::protocol::{Identity, Record};
 
@@ -74,7 +76,8 @@ pub enum DiskError {
     },
     /// Somebody else has it.
     #[error(
-        "another process uses the disk image {path}: each side of a pair needs an image of its own, and an image one machine at a time"
+        "another process uses the disk image {path}: an image serves one machine at a time, and unless it is shared each side of a pair needs one \
+         of its own"
     )]
     Busy {
         /// Its path.
@@ -122,15 +125,58 @@ pub enum DiskError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A shared one that somebody still has.
+    #[error(
+        "another process still has the shared disk image {path} locked, {} ms after the old primary should be gone: fuser -v {path} names it",
+        within.as_millis()
+    )]
+    Held {
+        /// Its path.
+        path: PathBuf,
+        /// How long it was tried.
+        within: Duration,
+    },
+    /// A shared one that is not the primary's.
+    #[error(
+        "the disk image {path} is not the one that the primary has: its mark names another process; give both sides the same file or device"
+    )]
+    Another {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Persistent reservations.
+    #[error("the disk image {path}: {source}")]
+    Reservation {
+        /// Its path.
+        path: PathBuf,
+        /// What went wrong.
+        source: ReservationError,
+    },
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// For this process alone.
+    Own,
+    /// With others that only read.
+    Read,
+    /// One that both sides of a pair have.
+    Shared {
+        /// It is locked from now on; one that follows does so when it takes over.
+        leads: bool,
+        /// What was written is on it before the write is done: it may be another host that reads it next.
+        through: bool,
+    },
 }
 
 /// An image that is open and locked. Its clones are the same image.
 #[derive(Clone, Debug)]
 pub struct OpenImage {
-    path: Arc<Path>,
-    file: Arc<File>,
+    pub(super) path: Arc<Path>,
+    pub(super) file: Arc<File>,
     /// None for an image that is only read.
-    marks: Option<Arc<Mutex<Marks>>>,
+    pub(super) marks: Option<Arc<Mutex<Marks>>>,
     mark: Option<Mark>,
     config: DiskConfig,
     on_device: bool,
@@ -141,11 +187,16 @@ pub struct OpenImage {
 }
 
 impl OpenImage {
-    /// Opens an image and locks it until the last clone is gone: for this process alone, or for all that only read.
+    /// Opens an image and locks it until the last clone is gone.
     ///
     /// # Errors
     /// See [`DiskError`].
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+    pub fn open(path: &Path, opening: Opening) -> Result<Self, DiskError> {
+        let read_only = opening == Opening::Read;
+        let (shared, locks, through) = match opening {
+            Opening::Own | Opening::Read => (false, true, false),
+            Opening::Shared { leads, through } => (true, leads, through),
+        };
         let opened = |source| DiskError::Open {
             path: path.to_owned(),
             source,
@@ -153,6 +204,7 @@ impl OpenImage {
         let mut file = OpenOptions::new()
             .read(true)
             .write(!read_only)
+            .custom_flags(if through { libc::O_DSYNC } else { 0 })
             .open(path)
             .map_err(opened)?;
         let kind = file.metadata().map_err(opened)?.file_type();
@@ -162,10 +214,10 @@ impl OpenImage {
                 path: path.to_owned(),
             });
         }
-        let locked = if read_only {
-            file.try_lock_shared()
-        } else {
-            file.try_lock()
+        let locked = match opening {
+            Opening::Read => file.try_lock_shared(),
+            _ if locks => file.try_lock(),
+            _ => Ok(()),
         };
         match locked {
             Ok(()) => {}
@@ -197,18 +249,12 @@ impl OpenImage {
                 })?;
             (Some(Arc::new(Mutex::new(marks))), mark)
         };
-        let mut id = [0; ID_BYTES];
-        id[..6].copy_from_slice(b"doppel");
         Ok(Self {
             path: path.into(),
             file: Arc::new(file),
             marks,
             mark,
-            config: DiskConfig {
-                sectors: usable / SECTOR,
-                read_only,
-                id,
-            },
+            config: DiskConfig::new(usable / SECTOR, read_only, shared),
             on_device,
             given_to: Arc::default(),
             empty: Arc::default(),
@@ -219,6 +265,12 @@ impl OpenImage {
     #[must_use]
     pub fn config(&self) -> DiskConfig {
         self.config
+    }
+
+    /// Whether its path still leads to what was opened.
+    pub(super) fn is_at_its_path(&self) -> io::Result<bool> {
+        let (here, there) = (self.file.metadata()?, std::fs::metadata(&self.path)?);
+        Ok((here.dev(), here.ino()) == (there.dev(), there.ino()))
     }
 
     /// The image's path.
@@ -333,14 +385,14 @@ impl OpenImage {
         })
     }
 
-    fn write_mark(&self, mark: &Mark) -> Result<(), DiskError> {
+    pub(super) fn write_mark(&self, mark: &Mark) -> Result<(), DiskError> {
         let _ = self.given_to.set(mark.machine.clone());
         self.clone()
             .mark(mark)
             .map_err(|source| self.failed(source))
     }
 
-    fn failed(&self, source: io::Error) -> DiskError {
+    pub(super) fn failed(&self, source: io::Error) -> DiskError {
         DiskError::Failed {
             path: self.path.to_path_buf(),
             source,
@@ -479,20 +531,23 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         std::fs::write(&path, vec![7; 3 * 512]).unwrap();
-        let image = OpenImage::open(&path, false).unwrap();
+        let image = OpenImage::open(&path, Opening::Own).unwrap();
         assert_eq!(image.config().sectors, 3);
-        for read_only in [false, true] {
-            let again = OpenImage::open(&path, read_only);
+        for opening in [Opening::Own, Opening::Read] {
+            let again = OpenImage::open(&path, opening);
             assert!(matches!(again.unwrap_err(), DiskError::Busy { .. }));
         }
         let clone = image.clone();
         drop(image);
-        assert!(OpenImage::open(&path, false).is_err(), "a clone has it");
+        assert!(
+            OpenImage::open(&path, Opening::Own).is_err(),
+            "a clone has it"
+        );
         drop(clone);
-        let reader = OpenImage::open(&path, true).unwrap();
-        let other = OpenImage::open(&path, true).unwrap();
+        let reader = OpenImage::open(&path, Opening::Read).unwrap();
+        let other = OpenImage::open(&path, Opening::Read).unwrap();
         assert_eq!(reader.hash().unwrap(), other.hash().unwrap());
-        assert!(OpenImage::open(&path, false).is_err(), "it is read");
+        assert!(OpenImage::open(&path, Opening::Own).is_err(), "it is read");
     }
 
     #[test]
@@ -501,15 +556,15 @@ mod tests {
         let open = |bytes: usize| {
             let path = directory.path().join("disk");
             std::fs::write(&path, vec![0; bytes]).unwrap();
-            OpenImage::open(&path, false)
+            OpenImage::open(&path, Opening::Own)
         };
         for bytes in [0, 1, 511, 513] {
             assert!(matches!(open(bytes).unwrap_err(), DiskError::Size { .. }));
         }
         open(512).unwrap();
-        let kind = OpenImage::open(directory.path(), true).unwrap_err();
+        let kind = OpenImage::open(directory.path(), Opening::Read).unwrap_err();
         assert!(matches!(kind, DiskError::Kind { .. }), "{kind}");
-        let missing = OpenImage::open(&directory.path().join("none"), false).unwrap_err();
+        let missing = OpenImage::open(&directory.path().join("none"), Opening::Own).unwrap_err();
         assert!(missing.to_string().contains("none"), "{missing}");
     }
 
@@ -518,7 +573,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         std::fs::write(&path, vec![0; 512]).unwrap();
-        let open = || OpenImage::open(&path, false).unwrap();
+        let open = || OpenImage::open(&path, Opening::Own).unwrap();
         let new = open();
         assert_eq!(new.judge("m", Some(&record(9, 9))).unwrap(), None);
         new.judge_alone().unwrap();
@@ -556,7 +611,10 @@ mod tests {
         let mut bytes = vec![0u8; (2 << 20) + 512];
         let hash = |bytes: &[u8]| {
             std::fs::write(&path, bytes).unwrap();
-            OpenImage::open(&path, true).unwrap().hash().unwrap()
+            OpenImage::open(&path, Opening::Read)
+                .unwrap()
+                .hash()
+                .unwrap()
         };
         let zeros = hash(&bytes);
         *bytes.last_mut().unwrap() = 1;

@@ -313,6 +313,22 @@ impl Marks {
         Ok((Self { file, at, number }, mark))
     }
 
+    /// Reads again what is there, which another process may have written meanwhile, and goes on from it.
+    ///
+    /// # Errors
+    /// See [`BadMark`].
+    pub fn reread(&mut self) -> Result<Option<Mark>, BadMark> {
+        let (marks, mark) = Self::open(self.file.try_clone()?, self.at)?;
+        *self = marks;
+        Ok(mark)
+    }
+
+    /// The file that they are in.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Writes a mark, and returns when it survives the loss of power.
     ///
     /// # Errors

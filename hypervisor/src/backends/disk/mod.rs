@@ -14,7 +14,8 @@
 pub mod copy;
 mod image;
 pub mod mark;
+mod shared;
 mod worker;
 
-pub use image::{DiskError, Image, OpenImage};
+pub use image::{DiskError, Image, OpenImage, Opening};
 pub use worker::{CopyRead, Disk, DiskFailure, FOLLOW_BYTES, Outcome};

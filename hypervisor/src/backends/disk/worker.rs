@@ -278,6 +278,8 @@ pub struct Disk {
     claim: Mutex<Option<Stamp>>,
     /// Where the rest of a copy is told that is being made.
     rest: Mutex<Option<Sender<CopyRead>>>,
+    /// Both sides have the image: it is written by the one that leads, and by nobody before the other is fenced.
+    of_both: bool,
 }
 
 impl Disk {
@@ -307,7 +309,21 @@ impl Disk {
             machine: machine.to_owned(),
             claim: Mutex::default(),
             rest: Mutex::default(),
+            of_both: false,
         })
+    }
+
+    /// Of an image that both sides have, or one of this side's own.
+    #[must_use]
+    pub fn shared(mut self, shared: bool) -> Self {
+        self.of_both = shared;
+        self
+    }
+
+    /// Whether both sides have the image.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.of_both
     }
 
     /// Has a request done; what comes of it is told by [`outcome`](Self::outcome). The guest's device bounds how many there are.
@@ -411,13 +427,14 @@ impl Disk {
         *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
     }
 
-    /// This side takes over, if its claim is won: returns when the image has all that was given, durably, and says so.
+    /// This side takes over, if its claim is won: returns when the image has all that was given, durably, and says so. A shared one has
+    /// been given nothing, and is taken when the other side is fenced.
     ///
     /// # Errors
     /// [`DiskFailure`] if it has not.
     pub fn take_over(&self) -> Result<(), DiskFailure> {
         let claim = *self.claim.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stamp) = claim {
+        if let Some(stamp) = claim.filter(|_| !self.of_both) {
             // A claim may still be lost: the mark is not one of a side that is known to have led.
             self.give_mark(Use::Leads, stamp, false);
         }

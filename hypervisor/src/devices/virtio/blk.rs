@@ -40,6 +40,10 @@ pub const BYTES_MAX: usize = 2 * DATA_MAX;
 /// Bytes of the disk's name.
 pub const ID_BYTES: usize = 20;
 
+/// Names of disks.
+const OWN: &[u8] = b"doppel";
+const SHARED: &[u8] = b"doppel-shared";
+
 /// Pieces of a request, and how large each can be: together a request of [`DATA_MAX`].
 const SEGMENTS: u32 = 32;
 const SEGMENT_BYTES: u32 = DATA_MAX as u32 / SEGMENTS;
@@ -70,6 +74,27 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Its name, with zeros behind it.
     pub id: [u8; ID_BYTES],
+}
+
+impl DiskConfig {
+    /// A disk of so many sectors, by the name that says how a pair has it: who expects the other arrangement finds another disk.
+    #[must_use]
+    pub fn new(sectors: u64, read_only: bool, shared: bool) -> Self {
+        let name = if shared { SHARED } else { OWN };
+        let mut id = [0; ID_BYTES];
+        id[..name.len()].copy_from_slice(name);
+        Self {
+            sectors,
+            read_only,
+            id,
+        }
+    }
+
+    /// Whether both sides of a pair have one image.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.id.starts_with(SHARED)
+    }
 }
 
 /// A request that was handed out.

@@ -196,7 +196,14 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         live.outlet
             .hold(rdma_log::Seq::ZERO, rdma_log::Seq::ZERO, output);
     }
-    if let Some(disk) = &live.disk {
+    if let Some(disk) = live.disk.as_ref().filter(|disk| disk.is_shared()) {
+        // As below; and not before this side is known to be the one that serves.
+        live.outlet.lead_to(Arc::clone(disk));
+        for request in remains.machine.disk_requests() {
+            let (seq, request) = (rdma_log::Seq::ZERO, request.clone());
+            live.outlet.hold_request(seq, seq, request);
+        }
+    } else if let Some(disk) = &live.disk {
         // What came of them the guest was not told, and what this image has of them does no harm: they are the last that were
         // asked, and are done again in their order.
         for request in remains.machine.disk_requests() {

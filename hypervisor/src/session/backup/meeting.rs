@@ -20,9 +20,11 @@ use crate::backends::disk::copy::Incoming;
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::checkpoint::{Restored, clone};
 use crate::config::Config;
+use crate::control::hook::Helper;
+use crate::credentials::Process;
 use crate::gate::Gate;
 use crate::handshake::parcel::Parcels;
-use crate::handshake::{self, Channel, HandshakeError, Ours, Trust};
+use crate::handshake::{self, Channel, DiskMisfit, HandshakeError, Ours, Trust};
 use crate::intervals::Replication;
 use crate::kvm::{CpuModel, KvmSource};
 use crate::machine::{Machine, MachineError, MachineSpec};
@@ -32,6 +34,7 @@ use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Backup, Candidate, Identity, Pair, Record};
 use crate::replay::Replayer;
 use crate::ring_log::RingSource;
+use crate::session::bailiff::{self, Bailiff, Means};
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
 use crate::session::disk;
@@ -63,6 +66,8 @@ pub(super) struct Meeting<'a> {
     pub(super) image: Option<OpenImage>,
     /// Hash of what is on it; none when a primary has been followed since.
     pub(super) content: Cell<Option<u64>>,
+    /// The process that runs the fence command, until the thread has it that tells it to.
+    pub(super) fence: Cell<Option<Helper>>,
 }
 
 impl Meeting<'_> {
@@ -75,6 +80,13 @@ impl Meeting<'_> {
         }
         let content = self.content.get();
         let control = self.listener.accept(&common, &self.trust, &self.random)?;
+        // Before the hello: whoever answers from now on is alive, so that number is nobody else's.
+        let shared = image.filter(|_| config.disk.is_shared());
+        let process = shared
+            .and_then(|_| control.unix().map(Process::of_peer))
+            .transpose()
+            .map_err(|error| HandshakeError::from(DiskMisfit::NoProcess(error.to_string())))
+            .inspect_err(|error| handshake::refuse(&control, error))?;
         let ours = Ours {
             cpu: &self.cpu,
             name: &config.name,
@@ -86,7 +98,7 @@ impl Meeting<'_> {
             .and_then(|(hello, spec)| {
                 let peer = handshake::identity_of(&hello)?;
                 let ours = (&*config.name, content);
-                disk::fits(&spec, hello.disk, hello.running, image, ours)?;
+                disk::fits(&spec, (&hello, peer), image, ours)?;
                 let machine = self.build(&spec)?;
                 Ok((hello, peer, spec, machine))
             })
@@ -126,7 +138,8 @@ impl Meeting<'_> {
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
         let fenced = Arc::new(OnceLock::new());
         let written = spec.disk.is_some_and(|disk| !disk.read_only);
-        let mut overwritten = image.filter(|_| hello.running && written).cloned();
+        let own = disk::own(image);
+        let mut overwritten = own.filter(|_| hello.running && written).cloned();
         if let Some(image) = &overwritten {
             // From the first block on it is nothing but what its primary's is, until it is that as a whole.
             image.follows(&config.name, self.me)?;
@@ -149,7 +162,7 @@ impl Meeting<'_> {
             log = log.carrying(restored.staged);
             base = Some(restored.base);
         }
-        if let Some(image) = image {
+        if let Some(image) = own {
             image.follows(&config.name, self.me)?;
             self.content.set(None);
         }
@@ -160,7 +173,7 @@ impl Meeting<'_> {
         // The replayer, which has the tape, goes before it.
         let (flight, tape) = flight::start(config, &io, self.json, &spec, &machine, false)?;
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
-            .with_disk(disk.clone())
+            .with_disk(disk.clone().filter(|disk| !disk.is_shared()))
             .with_spool(Arc::clone(io.reporter.board().spool()))
             .taped(tape);
         if let Some(base) = base {
@@ -184,10 +197,30 @@ impl Meeting<'_> {
                 return Err(error);
             }
         };
-        if let Some(disk) = &disk {
+        if let Some(disk) = disk.as_ref().filter(|disk| !disk.is_shared()) {
             disk.mark(Use::Follows, Stamp::in_reign(&record, self.me));
             disk.may_lead(record.claimed_by(self.me).as_ref().map(Stamp::of));
         }
+        let bailiff = shared
+            .map(|image| {
+                let reservations = config.disk.reservations.then(|| image.register(self.me));
+                let means = Means {
+                    image: image.clone(),
+                    machine: config.name.clone(),
+                    primary: peer,
+                    address: control.tcp().and_then(|stream| stream.peer_addr().ok()),
+                    process,
+                    command: match self.fence.take() {
+                        Some(helper) => Some(helper),
+                        // The last one went with a primary that was not followed after all.
+                        None => bailiff::helper(config)?,
+                    },
+                    within: config.disk.fence_timeout(),
+                    reservations: reservations.transpose()?,
+                };
+                Bailiff::start(means, &io, config.cpus.urgent)
+            })
+            .transpose()?;
         control
             .set_nonblocking(true)
             .map_err(SessionError::host("set up the control connection"))?;
@@ -223,6 +256,7 @@ impl Meeting<'_> {
             fencer: Some((ring.fencer, fenced)),
             claim: None,
             drained: None,
+            bailiff,
             arrived: 0,
             at: Timeline::default(),
             handed: None,

@@ -1,5 +1,7 @@
 //! The thread, and what two images hold after a loss at any step.
 
+mod shared;
+
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
