@@ -1,5 +1,6 @@
 //! `bench`: measures, and writes what it found as figures, a table and a picture. It judges nothing: promises do.
 
+mod account;
 mod alternatives;
 mod demo;
 mod draw;
@@ -58,7 +59,7 @@ enum What {
     Paper(Form),
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
-    /// All of them but `rdma`, one after the other, and the report
+    /// All of them but `rdma`, one after the other, and the report; with --full also what the documents quote
     All(Form),
     /// One self-contained page, and the pictures anew, from the results that are there
     Report {
@@ -94,6 +95,14 @@ struct Form {
     /// Seed of the first of them
     #[arg(long, default_value_t = 1)]
     seed: u64,
+}
+
+/// Where results lie, in the project's directory.
+const RESULTS: &str = "results";
+
+/// All results that there can be.
+fn names() -> Vec<&'static str> {
+    ALL.into_iter().chain(["rdma"]).collect()
 }
 
 /// What `all` runs.
@@ -194,6 +203,10 @@ impl Form {
             ensure!(status.success(), "bench {name}: {status}");
         }
         report::write(&self.out)?;
+        // What the documents quote is of this run, then; elsewhere nobody quotes it.
+        if self.full && self.out == Path::new(RESULTS) {
+            quote::check(Path::new("."), true, &names())?;
+        }
         Ok(())
     }
 }
@@ -223,7 +236,7 @@ fn run(what: &What) -> Result<()> {
         What::Quote { write, root } => {
             println!(
                 "{} figures are what results/ says",
-                quote::check(root, *write)?
+                quote::check(root, *write, &names())?
             );
             Ok(())
         }
