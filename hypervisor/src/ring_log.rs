@@ -17,6 +17,7 @@ use crate::gate::Committed;
 use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
 use crate::sink::{Sink, SinkError};
+use crate::version::Version;
 
 /// An input's kind is the first byte of its payload.
 pub const INPUT_FRAME: u8 = 1;
@@ -41,6 +42,7 @@ pub struct RingSink {
     gathering: Option<Instant>,
     /// The reader is a backup, which can be given up.
     to_backup: bool,
+    version: Version,
 }
 
 /// How long entries that nothing waits for may gather before they are sent over a stream: a send costs the vCPU thread about
@@ -75,7 +77,15 @@ impl RingSink {
             watch: None,
             gathering: None,
             to_backup: false,
+            version: Version::NEWEST,
         }
+    }
+
+    /// For a reader with whom this version was agreed on.
+    #[must_use]
+    pub fn speaking(mut self, version: Version) -> Self {
+        self.version = version;
+        self
     }
 
     /// For a log to a backup: where that breaks the rules the machine goes on without it.
@@ -254,6 +264,10 @@ impl Sink for RingSink {
 
     fn keeps(&self) -> bool {
         self.lane.is_some()
+    }
+
+    fn version(&self) -> Version {
+        self.version
     }
 
     fn max_payload(&self) -> usize {

@@ -6,6 +6,7 @@ pub mod built;
 pub mod busy;
 pub mod chaos;
 pub mod console;
+pub mod docs;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;

@@ -33,6 +33,19 @@ impl Role {
         )
     }
 
+    /// Starts another program than this `doppel` in its place.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_program(
+        directory: &Path,
+        name: &str,
+        program: &Path,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::spawn(directory, name, Command::new(program).args(arguments))
+    }
+
     /// Starts `doppel` with these arguments where a file system of so many bytes is mounted at `place`, for this process alone.
     ///
     /// # Errors
