@@ -11,13 +11,16 @@ use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-/// Which pages a checkpoint carries.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Which pages a checkpoint carries. Those that were written are asked for when the last exit's instruction is complete: it may
+/// write memory, as one that reads a port into it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
     /// All that hold anything.
     All,
-    /// These, a superset of those that changed.
-    Only(DirtyPages),
+    /// Those written since the last such checkpoint, or since [`Machine::track_changes`] began.
+    Changed,
+    /// Those written since they were last swept: [`Machine::track_for_copy`].
+    Uncopied,
 }
 
 /// A checkpoint that was taken: its bytes, which are all there, but for their checksum. So the guest need not stand for that.
@@ -57,7 +60,7 @@ impl Machine {
     /// if KVM fails.
     pub fn save(
         &mut self,
-        pages: &Pages,
+        pages: Pages,
         base: Base,
         staged: Vec<Vec<u8>>,
     ) -> Result<Vec<u8>, CheckpointError> {
@@ -77,11 +80,14 @@ impl Machine {
     /// As for [`Machine::save`].
     pub fn capture(
         &mut self,
-        pages: &Pages,
+        pages: Pages,
         base: Base,
         staged: Vec<Vec<u8>>,
         spare: Vec<u8>,
     ) -> Result<Capture, CheckpointError> {
+        if self.has_outputs() {
+            return Err(CheckpointError::Outputs);
+        }
         let (cpus, devices) = match self.phase() {
             Phase::Ready | Phase::HltInstruction => (self.settled_cpus()?, self.save_devices()),
             // It never runs again: whether the last instruction is complete is nobody's business. It may have been turned off while it waited.
@@ -92,9 +98,11 @@ impl Machine {
                 return Err(CheckpointError::NotReady { phase });
             }
         };
-        if self.has_outputs() {
-            return Err(CheckpointError::Outputs);
-        }
+        let written = match pages {
+            Pages::All => None,
+            Pages::Changed => Some(self.take_changed()?),
+            Pages::Uncopied => Some(self.take_uncopied()?),
+        };
         let state = State {
             position: self.position(),
             digest: self.digest(),
@@ -110,13 +118,12 @@ impl Machine {
             staged,
         };
         let ram = self.ram();
-        let scope = match pages {
-            Pages::All => Scope::Full,
-            Pages::Only(_) => Scope::Delta,
-        };
-        let (zeros, filled) = match pages {
-            Pages::All => (Vec::new(), filled_pages(ram)?),
-            Pages::Only(dirty) => sort_out(ram, dirty)?,
+        let (scope, zeros, filled) = match written {
+            None => (Scope::Full, Vec::new(), filled_pages(ram)?),
+            Some(written) => {
+                let (zeros, filled) = sort_out(ram, &written)?;
+                (Scope::Delta, zeros, filled)
+            }
         };
         let cleared: u64 = zeros.iter().map(|run| run.end - run.start).sum();
         let named = filled.len() + cleared as usize;
