@@ -1,5 +1,6 @@
 //! `bench`: measures, and writes what it found as figures, a table and a picture. It judges nothing: promises do.
 
+mod account;
 mod alternatives;
 mod demo;
 mod draw;
@@ -58,7 +59,7 @@ enum What {
     Paper(PaperForm),
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
-    /// All of them but `rdma`, one after the other, and the report
+    /// All of them but `rdma`, one after the other, and the report; with --full also what the documents quote
     All(Form),
     /// One self-contained page, and the pictures anew, from the results that are there
     Report {
@@ -109,6 +110,14 @@ struct PaperForm {
     /// The pair's log over TCP, not in shared memory
     #[arg(long)]
     tcp: bool,
+}
+
+/// Where results lie, in the project's directory.
+const RESULTS: &str = "results";
+
+/// All results that there can be.
+fn names() -> Vec<&'static str> {
+    ALL.into_iter().chain(["rdma"]).collect()
 }
 
 /// What `all` runs.
@@ -218,6 +227,10 @@ impl Form {
             ensure!(status.success(), "bench {name}: {status}");
         }
         report::write(&self.out)?;
+        // What the documents quote is of this run, then; elsewhere nobody quotes it.
+        if self.full && self.out == Path::new(RESULTS) {
+            quote::check(Path::new("."), true, &names())?;
+        }
         Ok(())
     }
 }
@@ -247,7 +260,7 @@ fn run(what: &What) -> Result<()> {
         What::Quote { write, root } => {
             println!(
                 "{} figures are what results/ says",
-                quote::check(root, *write)?
+                quote::check(root, *write, &names())?
             );
             Ok(())
         }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
+use crate::account;
 use crate::sheet::Table;
 
 /// What stands for what was not measured yet.
@@ -45,11 +46,12 @@ struct Checked {
     wrong: Vec<String>,
 }
 
-/// Checks the README and the documentation below `root`; with `write` it puts right what can be. How many figures there are.
+/// Checks the README and the documentation below `root`; with `write` it puts right what can be. Every file of the results has to be of one
+/// of these names. How many figures there are.
 ///
 /// # Errors
-/// Every figure that is not what the results say.
-pub fn check(root: &Path, write: bool) -> Result<usize> {
+/// Every figure that is not what the results say, and every result that nobody writes.
+pub fn check(root: &Path, write: bool, names: &[&str]) -> Result<usize> {
     let mut count = 0;
     let mut wrong = Vec::new();
     let results = root.join("results");
@@ -73,6 +75,7 @@ pub fn check(root: &Path, write: bool) -> Result<usize> {
                 .map(|what| format!("{name}: {what}")),
         );
     }
+    wrong.extend(account::strays(&results, names)?);
     if !wrong.is_empty() {
         bail!(
             "figures that are not what results/ says (`bench quote --write` takes them from there):\n  {}",

@@ -13,7 +13,7 @@ use crate::draw::{self, Panel};
 use crate::sheet::{Aim, Table, aims};
 
 /// The page's name.
-const PAGE: &str = "report.html";
+pub const PAGE: &str = "report.html";
 /// What comes first, in this order; the rest follows by name.
 const ORDER: [&str; 8] = [
     "demo",

@@ -222,9 +222,10 @@ impl<S: Sink> Work<S> {
         loop {
             match self.next_job() {
                 Job::Begin(sink, base) => {
+                    let encoder = Encoder::from_base(base).speaking(sink.version());
                     log = Some(Log {
                         sink: *sink,
-                        encoder: Encoder::from_base(base),
+                        encoder,
                     });
                 }
                 Job::Carry(parcel) => held = self.deliver(&mut log, parcel),

@@ -5,7 +5,8 @@
 //!   step          digest (8) | items…      several steps at one position are several rounds of inputs there
 //!   memory hash   hash (8)
 //!   end           digest (8) | memory hash (8) | state digest (8)
-//!   control       digest (8) | what (1) | value (varint)      done on purpose, after the steps before: see [`Control`]
+//!   control       digest (8) | what (1) | value (varint)      done on purpose, after the steps before: see [`Control`]; a reset's
+//!                                                            value is 0 in version 7
 //!   part          number (varint) | 1 if it is the last (1) | bytes      of a checkpoint, which holds after the step before
 //! item: tag (1) | clock: distance from the clock before (varint)     | random: length (varint), bytes
 //!               | tick: count (varint)                              | frames: count (varint), CRC-32C of their bytes (4)
@@ -17,9 +18,14 @@
 //! one cache line.
 #![forbid(unsafe_code)]
 
+mod control;
+
+pub use control::{Control, Wish};
+
 use crate::digest::{Digest, ExitRecord};
 use crate::event::{GuestTime, Output};
 use crate::position::Position;
+use crate::version::Version;
 
 /// One entry, decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,22 +63,6 @@ pub enum Body {
     },
 }
 
-/// What an operator does to a machine: it is in the log, so that it happens to both sides, and a take-over keeps it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Control {
-    /// The primary stands here, and all its outputs have left: the backup is to claim the machine.
-    HandOver {
-        /// For how long the guest had stood when this was posted, in nanoseconds.
-        stood: u64,
-    },
-    /// The machine is turned off, with this status.
-    PowerOff(u8),
-    /// The machine starts anew, at its guest's wish or its operator's.
-    Reset,
-    /// From here on the guest may run for so many 1024ths of its time; at 0 it stands.
-    Share(u16),
-}
-
 /// A part of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -82,11 +72,6 @@ pub struct Part {
     pub last: bool,
     /// What it holds.
     pub bytes: Vec<u8>,
-}
-
-impl Control {
-    /// The share of a guest that is not held back.
-    pub const WHOLE: u16 = 1024;
 }
 
 /// Inputs and outputs of a sync point.
@@ -183,11 +168,6 @@ const KIND_END: u8 = 3;
 const KIND_PART: u8 = 4;
 const KIND_CONTROL: u8 = 5;
 
-const CONTROL_HAND_OVER: u8 = 1;
-const CONTROL_POWER_OFF: u8 = 2;
-const CONTROL_SHARE: u8 = 3;
-const CONTROL_RESET: u8 = 4;
-
 const TAG_CLOCK: u8 = 1;
 const TAG_RANDOM: u8 = 2;
 const TAG_TICK: u8 = 3;
@@ -232,6 +212,7 @@ impl Base {
 pub struct Encoder {
     base: Base,
     bytes: Vec<u8>,
+    version: Version,
 }
 
 impl Encoder {
@@ -241,7 +222,25 @@ impl Encoder {
         Self {
             base,
             bytes: Vec::with_capacity(256),
+            version: Version::default(),
         }
+    }
+
+    /// The same, in this version, which whoever reads knows.
+    #[must_use]
+    pub fn speaking(mut self, version: Version) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// From here on in this version.
+    pub fn speak(&mut self, version: Version) {
+        self.version = version;
+    }
+
+    /// Goes on from there.
+    pub fn rebase(&mut self, base: Base) {
+        self.base = base;
     }
 
     /// The clock that the next clock item is counted from; no earlier value can be logged.
@@ -277,12 +276,7 @@ impl Encoder {
             Body::Part(part) => self.part(part.number, part.last, &part.bytes),
             Body::Control { digest, what } => {
                 self.bytes.extend_from_slice(&digest.0.to_le_bytes());
-                let (code, value) = match *what {
-                    Control::HandOver { stood } => (CONTROL_HAND_OVER, stood),
-                    Control::PowerOff(status) => (CONTROL_POWER_OFF, status.into()),
-                    Control::Share(share) => (CONTROL_SHARE, share.into()),
-                    Control::Reset => (CONTROL_RESET, 0),
-                };
+                let (code, value) = what.code(self.version);
                 self.bytes.push(code);
                 self.varint(value);
             }
@@ -378,13 +372,29 @@ impl Encoder {
 #[derive(Debug, Default)]
 pub struct Decoder {
     base: Base,
+    version: Version,
 }
 
 impl Decoder {
     /// A decoder that goes on where a machine was copied.
     #[must_use]
     pub fn from_base(base: Base) -> Self {
-        Self { base }
+        Self {
+            base,
+            version: Version::default(),
+        }
+    }
+
+    /// The same, of a log in this version. The newest reads what the older ones wrote.
+    #[must_use]
+    pub fn speaking(mut self, version: Version) -> Self {
+        self.version = version;
+        self
+    }
+
+    /// Goes on from there.
+    pub fn rebase(&mut self, base: Base) {
+        self.base = base;
     }
 
     /// What the next entry's distances are counted from.
@@ -421,7 +431,7 @@ impl Decoder {
             }),
             KIND_CONTROL => Body::Control {
                 digest: Digest(rest.word("digest")?),
-                what: control(&mut rest)?,
+                what: Control::decode(&mut rest, self.version)?,
             },
             KIND_END => Body::End {
                 digest: Digest(rest.word("digest")?),
@@ -504,28 +514,6 @@ impl Decoder {
         }
         Ok(step)
     }
-}
-
-fn control(rest: &mut Bytes<'_>) -> Result<Control, EntryError> {
-    let code = rest.byte("control")?;
-    let value = rest.varint("control's value")?;
-    let refused = EntryError::Value {
-        field: "control's value",
-        value,
-    };
-    Ok(match code {
-        CONTROL_HAND_OVER => Control::HandOver { stood: value },
-        CONTROL_POWER_OFF => Control::PowerOff(u8::try_from(value).map_err(|_| refused)?),
-        CONTROL_SHARE if value <= u64::from(Control::WHOLE) => Control::Share(value as u16),
-        CONTROL_RESET if value == 0 => Control::Reset,
-        CONTROL_SHARE | CONTROL_RESET => return Err(refused),
-        other => {
-            return Err(EntryError::Value {
-                field: "control",
-                value: other.into(),
-            });
-        }
-    })
 }
 
 struct Bytes<'a>(&'a [u8]);
@@ -625,6 +613,7 @@ mod tests {
             any::<u64>().prop_map(|stood| Control::HandOver { stood }),
             any::<u8>().prop_map(Control::PowerOff),
             (0..=Control::WHOLE).prop_map(Control::Share),
+            (0..Wish::ALL.len()).prop_map(|wish| Control::Reset(Wish::ALL[wish])),
         ]
     }
 
@@ -683,6 +672,31 @@ mod tests {
         #[test]
         fn any_bytes_are_decoded_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             let _ = Decoder::default().decode(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_reset_says_whose_wish_it_was_to_those_who_know_the_word() {
+        let old = Version(7);
+        for wish in Wish::ALL {
+            let entry = |wish| Entry {
+                position: Position(9),
+                body: Body::Control {
+                    digest: Digest(5),
+                    what: Control::Reset(wish),
+                },
+            };
+            let mut encoder = Encoder::default().speaking(old);
+            let bytes = encoder.encode(&entry(wish)).to_vec();
+            for version in [old, Version::NEWEST] {
+                let decoded = Decoder::default().speaking(version).decode(&bytes);
+                assert_eq!(decoded.unwrap(), entry(Wish::Unsaid));
+            }
+            let bytes = Encoder::default().encode(&entry(wish)).to_vec();
+            assert_eq!(Decoder::default().decode(&bytes).unwrap(), entry(wish));
+            // A program of that version refuses what it does not know, rather than guess.
+            let decoded = Decoder::default().speaking(old).decode(&bytes);
+            assert_eq!(decoded.is_ok(), wish == Wish::Unsaid);
         }
     }
 

@@ -9,11 +9,15 @@
 //! ```
 //! `docs/architecture.md` says what each module knows and which must not know which.
 
+// The command line speaks of the library as whoever uses it from outside does.
+extern crate self as hypervisor;
+
 pub mod agent;
 pub mod arbiter;
 pub mod backends;
 pub mod boot;
 pub mod checkpoint;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod control;
@@ -56,4 +60,5 @@ pub mod sink;
 pub mod slurm;
 pub mod spool;
 pub mod stage;
+pub mod version;
 pub mod world;

@@ -3,8 +3,6 @@
 
 use std::process::ExitCode;
 
-mod cli;
-
 fn main() -> ExitCode {
-    cli::main()
+    hypervisor::cli::main()
 }

@@ -11,7 +11,7 @@ use rdma_log::{LendingMutex, Seq};
 
 use crate::backends::wait::Wake;
 use crate::digest::ExitRecord;
-use crate::entry::Control;
+use crate::entry::{Control, Wish};
 use crate::kvm::Kick;
 use crate::meter::Meter;
 use crate::position::Position;
@@ -89,8 +89,8 @@ pub struct Orders {
     handed: Mutex<Option<(Duration, Instant)>>,
     /// For how long in all the guest has stood because the backup had not kept up, in nanoseconds.
     stood: AtomicU64,
-    /// How often the machine has started anew.
-    resets: AtomicU64,
+    /// How often the machine has started anew, and at whose wish the last time.
+    resets: Mutex<(u64, Wish)>,
 }
 
 /// How much of its time a guest may run.
@@ -181,7 +181,7 @@ impl Orders {
             share: AtomicU32::new(Pace::FULL.0),
             handed: Mutex::default(),
             stood: AtomicU64::new(0),
-            resets: AtomicU64::new(0),
+            resets: Mutex::default(),
         }
     }
 
@@ -399,15 +399,17 @@ impl Orders {
     }
 
     /// The machine has started anew. By the vCPU thread.
-    pub(crate) fn report_reset(&self) {
-        self.resets.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn report_reset(&self, wish: Wish) {
+        let mut resets = self.resets.lock().unwrap_or_else(PoisonError::into_inner);
+        *resets = (resets.0 + 1, wish);
+        drop(resets);
         self.reports.ring();
     }
 
-    /// How often it has.
+    /// How often it has, and at whose wish the last time.
     #[must_use]
-    pub fn resets(&self) -> u64 {
-        self.resets.load(Ordering::Relaxed)
+    pub fn resets(&self) -> (u64, Wish) {
+        *self.resets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Something has come for the thread that gives the orders.

@@ -28,7 +28,7 @@ use crate::backends::disk::Disk;
 use crate::checkpoint::CheckpointError;
 use crate::clock::GuestClock;
 use crate::desk::Desk;
-use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
+use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step, Wish};
 use crate::event::{GuestTime, Input, Need, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace, Samples};
@@ -178,10 +178,11 @@ impl<S: Sink> Recorder<S> {
     pub fn new(parts: Parts<S>) -> Self {
         parts.outlet.measure(Arc::clone(&parts.samples));
         let keeps = parts.sink.keeps();
+        let encoder = Encoder::from_base(parts.base).speaking(parts.sink.version());
         Self {
             machine: parts.machine,
             sink: parts.sink,
-            encoder: Encoder::from_base(parts.base),
+            encoder,
             outlet: parts.outlet,
             stage: parts.stage,
             orders: parts.orders,
@@ -307,7 +308,7 @@ impl<S: Sink> Recorder<S> {
             }
             Phase::Reset => {
                 self.post_step()?;
-                self.reset()?;
+                self.reset(Wish::Guest)?;
                 return self.let_reader_catch_up();
             }
             Phase::Needs(need) => self.give(need)?,

@@ -31,6 +31,7 @@ use crate::orders::{Order, Orders, Pace};
 use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use crate::spool::Spool;
+use crate::version::Version;
 pub use debugging::{Debugger, Go, Stop};
 pub use ending::Remains;
 use intervals::Adopting;
@@ -163,6 +164,13 @@ impl<L: LogSource> Replayer<L> {
         }
     }
 
+    /// Of a log in this version.
+    #[must_use]
+    pub fn speaking(mut self, version: Version) -> Self {
+        self.decoder = std::mem::take(&mut self.decoder).speaking(version);
+        self
+    }
+
     /// With an image of this side's.
     #[must_use]
     pub fn with_disk(mut self, disk: Option<Arc<Disk>>) -> Self {
@@ -187,7 +195,7 @@ impl<L: LogSource> Replayer<L> {
     /// Goes on from where a copy of a running machine was made: what the log's next entry counts from.
     #[must_use]
     pub fn from_copy(mut self, base: Base) -> Self {
-        self.decoder = Decoder::from_base(base);
+        self.decoder.rebase(base);
         self.last_digest_at = self.machine.position();
         self
     }
@@ -420,14 +428,14 @@ impl<L: LogSource> Replayer<L> {
                 self.orders.report_handed_over(Duration::from_nanos(stood))
             }
             Control::PowerOff(status) => self.machine.turn_off(status),
-            Control::Reset => {
+            Control::Reset(wish) => {
                 let (orders, position) = (&self.orders, self.machine.position());
                 let turn = || {
                     orders.resting();
                     orders.working(position);
                 };
                 self.machine.reset(turn).map_err(ReplayError::Machine)?;
-                self.orders.report_reset();
+                self.orders.report_reset(wish);
             }
             // A replay has no reason to be slow; whoever goes live from it has.
             Control::Share(share) => self.share = Pace::of(share),

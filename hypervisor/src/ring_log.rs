@@ -17,6 +17,7 @@ use crate::gate::Committed;
 use crate::orders::Samples;
 use crate::replay::{Arrived, LogError, LogSource};
 use crate::sink::{Sink, SinkError};
+use crate::version::Version;
 
 /// An input's kind is the first byte of its payload.
 pub const INPUT_FRAME: u8 = 1;
@@ -47,6 +48,7 @@ pub struct RingSink {
     open_since: Option<Instant>,
     /// The reader is a backup, which can be given up.
     to_backup: bool,
+    version: Version,
 }
 
 /// No network answers sooner, with a thread to be woken at its other end. The thread that waits at the descriptor may stand in line for
@@ -86,7 +88,15 @@ impl RingSink {
             gathering: None,
             open_since: None,
             to_backup: false,
+            version: Version::NEWEST,
         }
+    }
+
+    /// For a reader with whom this version was agreed on.
+    #[must_use]
+    pub fn speaking(mut self, version: Version) -> Self {
+        self.version = version;
+        self
     }
 
     /// For a log to a backup: where that breaks the rules the machine goes on without it.
@@ -280,6 +290,10 @@ impl Sink for RingSink {
 
     fn keeps(&self) -> bool {
         self.lane.is_some()
+    }
+
+    fn version(&self) -> Version {
+        self.version
     }
 
     fn max_payload(&self) -> usize {

@@ -9,6 +9,7 @@ use crate::disk::Done;
 use crate::entry::Base;
 use crate::gate::Committed;
 use crate::machine::Machine;
+use crate::version::Version;
 
 /// Why an entry was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,10 @@ pub trait Sink {
     /// Whether entries go anywhere.
     fn keeps(&self) -> bool {
         true
+    }
+    /// In which version entries are written: whoever follows must know it.
+    fn version(&self) -> Version {
+        Version::NEWEST
     }
     /// The longest entry, in bytes.
     fn max_payload(&self) -> usize {

@@ -1,4 +1,5 @@
-//! Arguments and printing; everything else is in the library.
+//! Arguments and printing; everything else is in the rest of the library.
+#![forbid(unsafe_code)]
 
 mod agent;
 mod console;
@@ -19,8 +20,10 @@ mod status;
 mod top;
 mod vm;
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use hypervisor::journal::{self, Format};
@@ -29,12 +32,22 @@ use hypervisor::record::Ended;
 use hypervisor::replay::ReplayError;
 use hypervisor::session::SessionError;
 use hypervisor::session::serve::Served;
+use hypervisor::version::Versions;
+
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "{}\nspeaks {} with a peer (docs/formats.md)",
+        env!("CARGO_PKG_VERSION"),
+        Versions::OURS
+    )
+});
 
 /// A fault-tolerant hypervisor: one virtual machine on two hosts at once.
 #[derive(Debug, Parser)]
 #[command(
     name = "doppel",
     version,
+    long_version = LONG_VERSION.as_str(),
     after_help = "Exit codes:\n  \
         0  well: the guest turned itself off, or the role was ended on purpose\n  \
         1  a failure; the message says what to do\n  \
@@ -133,8 +146,22 @@ impl From<SessionError> for Failure {
     }
 }
 
+/// What `doppel` does with its own arguments.
+#[must_use]
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    run(std::env::args_os(), Versions::OURS)
+}
+
+/// The command line's description: what may be said, and what each word means. Nothing is done by parsing.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// What `doppel` does with these arguments, its name first, where it speaks these versions with a peer.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) -> ExitCode {
+    let cli = Cli::parse_from(arguments);
     journal::start(cli.log_format.into());
     if matches!(
         cli.command,
@@ -151,8 +178,8 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Run(args) => machine::run(&args),
-        Command::Primary(args) => pair::primary(&args),
-        Command::Backup(args) => pair::backup(&args),
+        Command::Primary(args) => pair::primary(&args, versions),
+        Command::Backup(args) => pair::backup(&args, versions),
         Command::Prepare(args) => prepare::prepare(&args),
         Command::Record(args) => record::record(&args),
         Command::Replay(args) => replay::replay(&args),
@@ -171,7 +198,7 @@ pub fn main() -> ExitCode {
         Command::Top(args) => top::top(&args),
         Command::Vm(args) => vm::vm(&args),
         Command::HookHelper(args) => hook::help(&args),
-        Command::PackageFiles(args) => package::write(&args, Cli::command()),
+        Command::PackageFiles(args) => package::write(&args, command()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

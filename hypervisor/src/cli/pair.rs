@@ -9,6 +9,7 @@ use hypervisor::arbiter::Place;
 use hypervisor::config::{CommitMode, Config, FlightRecorder, LagPolicy, Transport};
 use hypervisor::intervals::{Ends, Replication};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
+use hypervisor::version::Versions;
 
 use super::Failure;
 use super::machine::{MachineArgs, spec};
@@ -294,8 +295,11 @@ pub struct BackupArgs {
     recorder: Option<FlightRecorder>,
 }
 
-pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
-    let config = args.machine.config(|config| args.pair.apply(config))?;
+pub fn primary(args: &PrimaryArgs, versions: Versions) -> Result<(), Failure> {
+    let config = args.machine.config(|config| {
+        config.pair.versions = versions;
+        args.pair.apply(config);
+    })?;
     let served = primary_session::run(
         &config,
         &args.machine.inherited(),
@@ -309,8 +313,9 @@ pub fn primary(args: &PrimaryArgs) -> Result<(), Failure> {
     super::served(&served)
 }
 
-pub fn backup(args: &BackupArgs) -> Result<(), Failure> {
+pub fn backup(args: &BackupArgs, versions: Versions) -> Result<(), Failure> {
     let config = args.machine.config(|config| {
+        config.pair.versions = versions;
         args.pair.apply(config);
         if args.recorder.is_some() {
             config.recorder.clone_from(&args.recorder);

@@ -9,6 +9,7 @@ use rdma_log::transport::rdma;
 use serde::{Deserialize, Serialize};
 
 use crate::arbiter::Place;
+use crate::version::Versions;
 
 /// The pair.
 #[derive(Clone, Debug, Deserialize)]
@@ -32,6 +33,9 @@ pub struct Pair {
     pub heartbeat: Option<SocketAddr>,
     /// File of the pair's secret, which both sides prove to hold. Transports `tcp` and `rdma` need one.
     pub secret: Option<PathBuf>,
+    /// What this side speaks with its peer. Nobody configures it: a program of another release has another range.
+    #[serde(skip)]
+    pub versions: Versions,
 }
 
 /// What carries the log from the primary to its backup.
@@ -70,6 +74,7 @@ impl Default for Pair {
             arbiter: Place::Directory(PathBuf::from("doppel.arbiter")),
             heartbeat: None,
             secret: None,
+            versions: Versions::OURS,
         }
     }
 }

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use snow::TransportState;
 
+use crate::version::{Spoken, Version};
+
 /// A connection to somebody.
 #[derive(Debug)]
 pub enum Stream {
@@ -239,6 +241,7 @@ pub struct Channel {
     stream: Stream,
     seal: Option<RefCell<Box<Seal>>>,
     patience: Cell<Option<Duration>>,
+    spoken: Spoken,
 }
 
 impl std::fmt::Debug for Channel {
@@ -252,19 +255,20 @@ impl std::fmt::Debug for Channel {
 
 impl Channel {
     /// To a process that the kernel says is this user's.
-    pub(super) fn open(stream: Stream) -> Self {
+    pub(super) fn open(stream: Stream, spoken: Spoken) -> Self {
         Self {
             stream,
             seal: None,
             patience: Cell::new(None),
+            spoken,
         }
     }
 
     /// To a peer that holds the secret.
-    pub(super) fn sealed(stream: Stream, noise: TransportState) -> Self {
+    pub(super) fn sealed(stream: Stream, noise: TransportState, spoken: Spoken) -> Self {
         Self {
             seal: Some(RefCell::new(Box::new(Seal::new(noise)))),
-            ..Self::open(stream)
+            ..Self::open(stream, spoken)
         }
     }
 
@@ -272,6 +276,18 @@ impl Channel {
     #[must_use]
     pub fn is_sealed(&self) -> bool {
         self.seal.is_some()
+    }
+
+    /// What is spoken over it, and could have been.
+    #[must_use]
+    pub fn spoken(&self) -> &Spoken {
+        &self.spoken
+    }
+
+    /// The version that is spoken over it.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.spoken.version
     }
 
     /// How long a read, and a write, may take; of a sealed one, a whole record.

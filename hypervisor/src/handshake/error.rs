@@ -6,12 +6,13 @@ use std::io::ErrorKind;
 use rdma_log::fdpass::FdPassError;
 use rdma_log::transport::{rdma, shm, tcp};
 
-use super::{PATIENCE, VERSION};
+use super::PATIENCE;
 use crate::backends::PortError;
 use crate::checkpoint::clone::CloneError;
 use crate::config::Transport;
 use crate::kvm::CpuModel;
 use crate::machine::SpecError;
+use crate::version::Versions;
 
 /// Why there is no pair.
 #[derive(Debug, thiserror::Error)]
@@ -24,8 +25,7 @@ pub enum HandshakeError {
     },
     /// It says something else than a doppel does.
     #[error(
-        "whoever is at the other end does not speak as a doppel of version {VERSION} does: is the address right, and is it the \
-         same doppel on both sides?"
+        "whoever is at the other end does not speak as a doppel does: is the address right, and is what listens there one?"
     )]
     NotDoppel,
     /// One side has a secret and the other has none.
@@ -83,13 +83,17 @@ pub enum HandshakeError {
         /// What is wrong.
         why: String,
     },
-    /// The other side speaks another version.
+    /// There is no version that both sides speak.
     #[error(
-        "the other side speaks version {theirs}, this one {VERSION}: run the same doppel on both"
+        "the other side speaks {theirs}, this one {ours}: {} is too old for the other one; upgrade it, one release at a time \
+         (docs/formats.md)",
+        if theirs.newest() < ours.newest() { "the other side" } else { "this side" }
     )]
     Version {
-        /// Its version.
-        theirs: u32,
+        /// What it speaks.
+        theirs: Versions,
+        /// What this side speaks.
+        ours: Versions,
     },
     /// The CPUs differ.
     #[error(

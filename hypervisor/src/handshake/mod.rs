@@ -54,10 +54,11 @@ use crate::kvm::CpuModel;
 use crate::machine::{ENCODED_MAX, MachineSpec};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
+use crate::version::Version;
 use proof::FIRST_WORDS;
 
-/// Version of the handshake, the entries and the machine's description. Both sides must have the same.
-pub const VERSION: u32 = 6;
+/// The newest version that this program speaks with a peer ([`crate::version`]).
+pub const VERSION: u32 = Version::NEWEST.0;
 
 /// Longest JSON message in bytes; the largest real one has some 500.
 const MESSAGE_MAX: u32 = 64 << 10;
@@ -72,7 +73,7 @@ fn unix<'a>(stream: &'a Channel, what: &'static str) -> Result<&'a UnixStream, H
 /// What a primary says first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
-    /// [`VERSION`].
+    /// What the greeting and the claim have settled on.
     pub version: u32,
     /// The host's CPU.
     pub cpu: CpuModel,
@@ -266,9 +267,14 @@ pub fn listen_to(
     patience(stream)?;
     stream.set_patience(Some(FIRST_WORDS))?;
     let hello: Hello = receive_within(stream, "hello", FIRST_WORDS)?;
-    if hello.version != VERSION {
-        return Err(HandshakeError::Version {
-            theirs: hello.version,
+    let agreed = stream.version();
+    if hello.version != agreed.0 {
+        return Err(HandshakeError::Malformed {
+            expected: "hello",
+            why: format!(
+                "it speaks version {}, and {agreed} was agreed on",
+                hello.version
+            ),
         });
     }
     if hello.spec_bytes > ENCODED_MAX {

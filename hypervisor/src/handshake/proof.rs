@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  primary (initiator)                                  backup (responder)
-//!     │◀── greeting: version, how to prove, challenge ───────│
-//!     │─── claim: version, how to prove, psk, e ────────────▶│ opens only for who holds the secret, and for this challenge
+//!     │◀── greeting: versions, how to prove, challenge ──────│
+//!     │─── claim: versions, how to prove, psk, e ───────────▶│ opens only for who holds the secret, and for this challenge
 //!     │◀── verdict, e, ee ───────────────────────────────────│ opens only if the backup holds it, too
 //!     │══ sealed from here on (`channel.rs`): hello, … ═════▶│
 //! ```
 //! With a secret the claim and the verdict carry the two messages of `Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s`, whose prologue is
-//! the greeting and the head of the claim; so a message of another connection, version, role or mode does not open. Without
+//! the greeting and the head of the claim; so a message of another connection, version, role or mode does not open, and nobody in between makes a pair speak an older
+//! version than it can. Without
 //! one both sides are processes of one host, and the kernel says whose the other one is; over a Unix socket that is asked in any case, as
 //! descriptors are passed there. `docs/decisions/authentication.md` has the reasons.
 //!
@@ -17,9 +18,10 @@
 //! | greeting | claim | verdict |
 //! | --- | --- | --- |
 //! | 8 bytes `doppel-b` | 8 bytes `doppel-p` | u8 verdict |
-//! | u32 version | u32 version | 3 bytes zero |
+//! | u32 newest version | u32 newest version | 3 bytes zero |
 //! | u8: 0 the kernel's word, 1 a secret | the same | 48 bytes Noise, or zero |
-//! | 3 bytes zero | 3 bytes zero | |
+//! | u8: so many older versions, too | the same | |
+//! | 2 bytes zero | 2 bytes zero | |
 //! | 32 bytes challenge | 48 bytes Noise, or zero | |
 #![forbid(unsafe_code)]
 
@@ -34,9 +36,10 @@ use super::channel::{Channel, Stream};
 
 use super::hurried::{Hurried, gather};
 use super::secret::{Secret, SecretError};
-use super::{HandshakeError, PATIENCE, VERSION};
+use super::{HandshakeError, PATIENCE};
 use crate::config::{Pair, Transport};
 use crate::credentials::{is_believed, own_user, peer_user};
+use crate::version::{Spoken, Version, Versions};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 const BACKUP: [u8; 8] = *b"doppel-b";
@@ -68,6 +71,8 @@ pub struct Trust {
     secret: Option<Secret>,
     /// Asked for once: a confined thread cannot.
     user: u32,
+    /// What this side speaks.
+    versions: Versions,
 }
 
 /// Why it is not known whom to believe.
@@ -94,11 +99,18 @@ impl Trust {
     /// # Errors
     /// See [`TrustError`].
     pub fn of(pair: &Pair) -> Result<Self, TrustError> {
-        match (&pair.secret, pair.transport) {
-            (Some(path), _) => Ok(Self::read(path)?),
-            (None, Transport::Shm) => Ok(Self::same_user()),
-            (None, transport) => Err(TrustError::Missing { transport }),
-        }
+        let trust = match (&pair.secret, pair.transport) {
+            (Some(path), _) => Self::read(path)?,
+            (None, Transport::Shm) => Self::same_user(),
+            (None, transport) => return Err(TrustError::Missing { transport }),
+        };
+        Ok(trust.speaking(pair.versions))
+    }
+
+    /// The same, where this side speaks these versions.
+    #[must_use]
+    pub fn speaking(self, versions: Versions) -> Self {
+        Self { versions, ..self }
     }
 
     /// Who holds the secret in this file.
@@ -124,6 +136,7 @@ impl Trust {
         Self {
             secret: None,
             user: own_user(),
+            versions: Versions::OURS,
         }
     }
 
@@ -150,27 +163,33 @@ impl Trust {
     }
 }
 
-fn head(magic: [u8; 8], kind: u8) -> [u8; HEAD] {
+fn head(magic: [u8; 8], trust: &Trust) -> [u8; HEAD] {
     let mut head = [0; HEAD];
     head[..8].copy_from_slice(&magic);
-    head[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    head[12] = kind;
+    head[8..12].copy_from_slice(&trust.versions.newest().0.to_le_bytes());
+    head[12] = trust.kind();
+    head[13] = trust.versions.older();
     head
 }
 
-/// What the other side's head says: whether it is one of ours, and fits.
-fn check_head(head: &[u8], magic: [u8; 8], ours: u8) -> Result<(), HandshakeError> {
+/// What the other side's head says: whether it is one of ours, and fits. What the two then speak.
+fn check_head(head: &[u8], magic: [u8; 8], trust: &Trust) -> Result<Spoken, HandshakeError> {
     let (name, rest) = head.split_at(8);
     if name != magic {
         return Err(HandshakeError::NotDoppel);
     }
-    let theirs = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
-    if theirs != VERSION {
-        return Err(HandshakeError::Version { theirs });
-    }
+    let newest = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
+    // Before 7 there was no range, and a zero in its place.
+    let oldest = newest.checked_sub(rest[5].into());
+    let theirs = oldest
+        .and_then(|oldest| Versions::new(Version(oldest), Version(newest)))
+        .ok_or(HandshakeError::NotDoppel)?;
+    let ours = trust.versions;
+    let spoken = Spoken::between(ours, theirs).ok_or(HandshakeError::Version { theirs, ours })?;
+    let kind = trust.kind();
     match rest[4..8] {
-        [theirs @ 0..=1, 0, 0, 0] if theirs == ours => Ok(()),
-        [0..=1, 0, 0, 0] => Err(HandshakeError::Proof { ours: ours == 1 }),
+        [theirs @ 0..=1, _, 0, 0] if theirs == kind => Ok(spoken),
+        [0..=1, _, 0, 0] => Err(HandshakeError::Proof { ours: kind == 1 }),
         _ => Err(HandshakeError::NotDoppel),
     }
 }
@@ -183,9 +202,13 @@ fn noise<'a>(secret: &'a Secret, prologue: &'a [u8]) -> Builder<'a> {
         .expect("each is given once")
 }
 
-fn sealed(stream: Stream, noise: HandshakeState) -> Result<Channel, HandshakeError> {
-    let keys = noise.into_transport_mode();
-    Ok(Channel::sealed(stream, keys.map_err(io::Error::other)?))
+fn sealed(
+    stream: Stream,
+    noise: HandshakeState,
+    spoken: Spoken,
+) -> Result<Channel, HandshakeError> {
+    let keys = noise.into_transport_mode().map_err(io::Error::other)?;
+    Ok(Channel::sealed(stream, keys, spoken))
 }
 
 /// The primary's side: proves itself to whoever listens at the other end, and has it prove itself.
@@ -197,14 +220,17 @@ pub fn prove(stream: Stream, trust: &Trust) -> Result<Channel, HandshakeError> {
     stream.set_patience(Some(PATIENCE))?;
     let mut greeting = [0; GREETING];
     Hurried::new(&stream, PATIENCE).read_exact(&mut greeting)?;
-    let own = head(PRIMARY, trust.kind());
+    let own = head(PRIMARY, trust);
     let mut claim = [0; CLAIM];
     claim[..HEAD].copy_from_slice(&own);
-    if let Err(error) = check_head(&greeting[..HEAD], BACKUP, trust.kind()) {
-        // It shall know as well; that it may be gone changes nothing.
-        let _ = (&stream).write_all(&claim);
-        return Err(error);
-    }
+    let spoken = match check_head(&greeting[..HEAD], BACKUP, trust) {
+        Ok(spoken) => spoken,
+        Err(error) => {
+            // It shall know as well; that it may be gone changes nothing.
+            let _ = (&stream).write_all(&claim);
+            return Err(error);
+        }
+    };
     let prologue = [&greeting[..], &own].concat();
     let mut keys = match &trust.secret {
         None => None,
@@ -229,8 +255,8 @@ pub fn prove(stream: Stream, trust: &Trust) -> Result<Channel, HandshakeError> {
         TAKEN => {}
         OTHER_SECRET => return Err(HandshakeError::Secret),
         OTHER_VERSION => {
-            let why = "it speaks another version: run the same doppel on both".to_owned();
-            return Err(HandshakeError::Refused(why));
+            let why = "it speaks other versions: upgrade the older side, one release at a time (docs/formats.md)";
+            return Err(HandshakeError::Refused(why.to_owned()));
         }
         OTHER_PROOF => {
             let ours = trust.kind() == 1;
@@ -243,11 +269,11 @@ pub fn prove(stream: Stream, trust: &Trust) -> Result<Channel, HandshakeError> {
         _ => return Err(HandshakeError::NotDoppel),
     }
     match keys.take() {
-        None => Ok(Channel::open(stream)),
+        None => Ok(Channel::open(stream, spoken)),
         Some(mut keys) => {
             keys.read_message(&verdict[4..], &mut [0; NOISE])
                 .map_err(|_| HandshakeError::Secret)?;
-            sealed(stream, keys)
+            sealed(stream, keys, spoken)
         }
     }
 }
@@ -273,7 +299,7 @@ impl Caller {
         mut random: impl Read,
     ) -> Result<Self, HandshakeError> {
         let mut greeting = [0; GREETING];
-        greeting[..HEAD].copy_from_slice(&head(BACKUP, trust.kind()));
+        greeting[..HEAD].copy_from_slice(&head(BACKUP, trust));
         random.read_exact(&mut greeting[HEAD..])?;
         stream.set_nonblocking(true)?;
         // It fits the empty buffer of a new connection.
@@ -324,9 +350,9 @@ impl Caller {
         let mut verdict = [0; VERDICT];
         let judged = trust
             .check_user(&stream)
-            .and_then(|()| check_head(&claim[..HEAD], PRIMARY, trust.kind()))
-            .and_then(|()| match &trust.secret {
-                None => Ok(None),
+            .and_then(|()| check_head(&claim[..HEAD], PRIMARY, trust))
+            .and_then(|spoken| match &trust.secret {
+                None => Ok((None, spoken)),
                 Some(secret) => {
                     let prologue = [&greeting[..], &claim[..HEAD]].concat();
                     let mut keys = noise(secret, &prologue)
@@ -338,7 +364,7 @@ impl Caller {
                         .write_message(&[], &mut verdict[4..])
                         .map_err(io::Error::other)?;
                     debug_assert_eq!(length, NOISE);
-                    Ok(Some(keys))
+                    Ok((Some(keys), spoken))
                 }
             });
         verdict[0] = match &judged {
@@ -351,11 +377,11 @@ impl Caller {
             Err(_) => return Err(judged.expect_err("it is one")),
         };
         let told = (&stream).write_all(&verdict);
-        let keys = judged?;
+        let (keys, spoken) = judged?;
         told?;
         match keys {
-            None => Ok(Channel::open(stream)),
-            Some(keys) => sealed(stream, keys),
+            None => Ok(Channel::open(stream, spoken)),
+            Some(keys) => sealed(stream, keys, spoken),
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::{DevicesConfig, DiskConfig};
 use crate::kvm::CpuModel;
+use crate::version::Version;
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
 pub const ENCODED_MAX: u32 = 256 << 20;
@@ -40,6 +41,14 @@ pub enum OnReset {
     Reboot,
 }
 
+/// What a guest finds in a machine, its devices and CPU as they behave: whoever changes that gives it another number, and keeps what older
+/// machines have. A machine keeps the number with which it was started, whoever serves it.
+pub const MODEL: u32 = 1;
+
+fn first_model() -> u32 {
+    1
+}
+
 /// A locally administered address.
 const MAC: [u8; 6] = [0x02, 0xd0, 0x99, 0xe1, 0, 1];
 const MTU: u16 = 1500;
@@ -59,6 +68,12 @@ pub enum BootProtocol {
 /// need nothing else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSpec {
+    /// What its guest finds: [`MODEL`], or an older one.
+    #[serde(default = "first_model")]
+    pub model: u32,
+    /// Of a recording: the newest version that its entries may be in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entries: Option<u32>,
     /// How it is loaded.
     pub boot: BootProtocol,
     /// Name of the guest: built in, or the path it was read from.
@@ -108,6 +123,24 @@ pub enum SpecError {
     Malformed {
         /// What is wrong.
         why: String,
+    },
+    /// A machine of a newer program.
+    #[error(
+        "the machine is of model {found}, this program knows models up to {MODEL}: upgrade this side first (docs/formats.md)"
+    )]
+    Model {
+        /// Its model.
+        found: u32,
+    },
+    /// A recording of a newer program.
+    #[error(
+        "the entries of this recording are of version {found}, this program reads up to {}: replay it with the release that recorded \
+         it, or a newer one",
+        Version::NEWEST
+    )]
+    Entries {
+        /// Their version.
+        found: u32,
     },
     /// The image.
     #[error(transparent)]
@@ -160,6 +193,8 @@ impl MachineSpec {
     ) -> Result<Self, SpecError> {
         let image = Image::find(guest)?;
         Ok(Self {
+            model: MODEL,
+            entries: None,
             boot: BootProtocol::Bare,
             clock: ClockSource::default(),
             vcpus: None,
@@ -193,6 +228,8 @@ impl MachineSpec {
     ) -> Result<Self, SpecError> {
         let image = read(kernel)?;
         Ok(Self {
+            model: MODEL,
+            entries: None,
             boot: BootProtocol::Linux,
             clock,
             vcpus: None,
@@ -212,11 +249,12 @@ impl MachineSpec {
         })
     }
 
-    /// The same, for a recording that is made on this CPU.
+    /// The same, for a recording that is made on this CPU, by this program.
     #[must_use]
     pub fn recorded_on(&self, cpu: &CpuModel) -> Self {
         Self {
             cpu: Some(cpu.clone()),
+            entries: Some(Version::NEWEST.0),
             ..self.clone()
         }
     }
@@ -279,6 +317,12 @@ impl MachineSpec {
             serde_json::from_slice(text).map_err(|error| SpecError::Malformed {
                 why: error.to_string(),
             })?;
+        if !(1..=MODEL).contains(&spec.model) {
+            return Err(SpecError::Model { found: spec.model });
+        }
+        if let Some(found) = spec.entries.filter(|found| *found > Version::NEWEST.0) {
+            return Err(SpecError::Entries { found });
+        }
         if spec
             .vcpus
             .is_some_and(|count| !(1..=VCPUS_MOST).contains(&count))
@@ -315,5 +359,28 @@ mod tests {
         for cut in 0..60 {
             assert!(MachineSpec::decode(&bytes[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn a_newer_programs_machine_and_recording_are_refused_in_words() {
+        let spec = MachineSpec::new("kv", 64, "", 5).unwrap();
+        let refused = |spec: &MachineSpec| {
+            let error = MachineSpec::decode(&spec.encode()).unwrap_err();
+            error.to_string()
+        };
+        let mut newer = spec.clone();
+        newer.model = MODEL + 1;
+        assert!(refused(&newer).contains("upgrade this side"));
+        let mut newer = spec.clone();
+        newer.entries = Some(Version::NEWEST.0 + 1);
+        assert!(refused(&newer).contains("the release that recorded it"));
+        // One that was written before there were models is of the first.
+        let text = serde_json::to_string(&spec).unwrap();
+        let older = text.replacen("\"model\":1,", "", 1);
+        assert_ne!(text, older);
+        assert_eq!(
+            serde_json::from_str::<MachineSpec>(&older).unwrap().model,
+            1
+        );
     }
 }

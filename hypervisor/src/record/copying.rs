@@ -8,7 +8,6 @@ use rdma_log::Seq;
 use super::{Ended, RecordError, Recorder};
 use crate::checkpoint::{CheckpointError, Pages};
 use crate::desk::{Answer, Ask, Cut};
-use crate::entry::Encoder;
 use crate::machine::Phase;
 use crate::orders::Order;
 use crate::sink::Sink;
@@ -147,7 +146,7 @@ impl<S: Sink> Recorder<S> {
             }
             Err(error) => {
                 desk.answer(cut.number, Answer::Failed(error.to_string()));
-                self.encoder = Encoder::from_base(base);
+                self.encoder.rebase(base);
                 return Ok(None);
             }
         }
@@ -161,7 +160,7 @@ impl<S: Sink> Recorder<S> {
             self.tell_share()?;
         } else {
             // The old log counts from its own last entry, and nobody was told of another clock.
-            self.encoder = Encoder::from_base(base);
+            self.encoder.rebase(base);
             self.machine.end_copy();
         }
         Ok(None)
@@ -193,7 +192,10 @@ impl<S: Sink> Recorder<S> {
         self.posted = Seq::ZERO;
         match &mut self.intervals {
             Some(intervals) => intervals.begin_log(sink, self.encoder.base()),
-            None => self.sink = sink,
+            None => {
+                self.encoder.speak(sink.version());
+                self.sink = sink;
+            }
         }
         self.next_memory_check = self
             .options

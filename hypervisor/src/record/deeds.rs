@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use super::{Ended, RecordError, Recorder, SLEEP_MAX};
-use crate::entry::{Body, Control, Entry};
+use crate::entry::{Body, Control, Entry, Wish};
 use crate::orders::{Order, Pace};
 use crate::sink::Sink;
 
@@ -33,7 +33,7 @@ impl<S: Sink> Recorder<S> {
                     self.sync_point()?
                 }
                 Order::Reset => {
-                    self.reset()?;
+                    self.reset(Wish::Operator)?;
                     None
                 }
                 Order::Share(share) => {

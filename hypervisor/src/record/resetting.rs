@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Ended, RecordError, Recorder, SLEEP_MAX};
-use crate::entry::Control;
+use crate::entry::{Control, Wish};
 use crate::sink::Sink;
 
 /// A guest that starts anew again and again does so no oftener than this. Each start writes the image's memory, and under replication sends it, or
@@ -25,14 +25,14 @@ pub(super) struct Resets {
 
 impl<S: Sink> Recorder<S> {
     /// Starts the machine anew. Everything that was made and supplied so far has been posted.
-    pub(super) fn reset(&mut self) -> Result<(), RecordError> {
-        self.post_control(Control::Reset)?;
+    pub(super) fn reset(&mut self, wish: Wish) -> Result<(), RecordError> {
+        self.post_control(Control::Reset(wish))?;
         let (orders, position) = (&self.orders, self.machine.position());
         self.machine.reset(|| {
             orders.resting();
             orders.working(position);
         })?;
-        self.orders.report_reset();
+        self.orders.report_reset(wish);
         let now = Instant::now();
         self.resets.stands_until = self.resets.last.map(|last| last + APART);
         self.resets.last = Some(now);

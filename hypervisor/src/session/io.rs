@@ -26,6 +26,7 @@ use crate::backends::disk::mark::Stamp;
 use crate::backends::wait::{Waiter, Wake};
 use crate::config::{Config, Transport};
 use crate::control::board::Board;
+use crate::entry::Wish;
 use crate::event::Output;
 use crate::gate::{Committed, Gate};
 use crate::handshake::{self, Channel};
@@ -313,6 +314,13 @@ impl Io {
         Ok(())
     }
 
+    /// Says that one side of the pair is older than the other, if it is.
+    pub(super) fn tell_versions(&self, control: &Channel) {
+        if let Some(text) = control.spoken().uneven() {
+            self.reporter.say(&Said::Notice { text, loud: false });
+        }
+    }
+
     /// From now on this peer's heartbeats are heard, and ours go to it; or nobody's.
     pub(super) fn listen_to(&mut self, beats: Option<Beats>) {
         if let Some(repeater) = &self.repeater {
@@ -439,11 +447,16 @@ impl Io {
             // Only what had committed was tried before; whatever is behind it waits for its own release.
             self.outlet.release_again();
         }
-        let resets = self.orders.resets();
+        let (resets, wish) = self.orders.resets();
         if std::mem::replace(&mut self.resets_told, resets) != resets {
+            let by = match wish {
+                Wish::Unsaid => "",
+                Wish::Guest => " by its guest",
+                Wish::Operator => " by its operator",
+            };
             self.reporter.say(&Said::Notice {
                 text: format!(
-                    "the machine was reset and starts anew ({resets} since this process started)"
+                    "the machine was reset{by} and starts anew ({resets} since this process started)"
                 ),
                 loud: false,
             });

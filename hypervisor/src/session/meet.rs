@@ -387,7 +387,7 @@ pub(super) fn introduce(
         .read_exact(&mut key)
         .map_err(SessionError::host("draw a key"))?;
     let hello = Hello {
-        version: handshake::VERSION,
+        version: control.version().0,
         cpu: who.cpu.clone(),
         name: who.name.clone(),
         transport: config.pair.transport.name().to_owned(),

@@ -151,11 +151,13 @@ fn lead(
                 super::ring_epoch(record.epoch),
                 met.ring,
                 met.watch,
+                met.control.version(),
                 true,
             );
             io.join_log(taken);
             io.stager.attach(lane);
             io.listen_to(Some(met.beats));
+            io.tell_versions(&met.control);
             io.control = Some(met.control);
             let pair = Pair {
                 machine: staff.machine,

@@ -42,6 +42,7 @@ use crate::protocol::Identity;
 use crate::ring_log::{RingSink, Window};
 use crate::sandbox::{self, NOT_CONFINED, Sandbox, Thread};
 use crate::stage::Stage;
+use crate::version::Version;
 
 /// Between two looks for a backup that listens. Short against what a person or an agent takes to start one; a look at a
 /// socket that is not there takes microseconds.
@@ -172,6 +173,7 @@ pub(super) fn log_to(
     epoch: rdma_log::Epoch,
     ring: RingWriter,
     watch: Option<Watch>,
+    version: Version,
     in_step: bool,
 ) -> (RingSink, Taken, InputLane) {
     let committed = Arc::new(AtomicU64::new(0));
@@ -185,6 +187,7 @@ pub(super) fn log_to(
     );
     let mut sink = RingSink::new(ring.events, epoch, Arc::clone(&committed))
         .to_backup()
+        .speaking(version)
         .with_window(window);
     if let Some(watch) = &watch {
         sink = sink.with_watch(watch.clone());
@@ -396,7 +399,8 @@ impl Work {
         let met = meet::introduce(stream, &self.config, &self.introduction, true)?;
         let started = Instant::now();
         let seal = Parcels::give(&met.control, &self.introduction.random)?;
-        let (sink, taken, lane) = log_to(&self.config, epoch, met.ring, met.watch, false);
+        let version = met.control.version();
+        let (sink, taken, lane) = log_to(&self.config, epoch, met.ring, met.watch, version, false);
         let consignor = Consignor::new(lane, taken.watch.clone(), &met.control, seal);
         // A peer that takes it a byte at a time would keep others from being looked for, and the guest's pages in vain.
         let paced = Hurried::paced(consignor, handshake::PATIENCE, handshake::PACE);

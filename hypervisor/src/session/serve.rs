@@ -397,6 +397,7 @@ impl Serving {
             in_step.store(true, Ordering::Relaxed);
         }
         self.io.listen_to(Some(recruit.beats));
+        self.io.tell_versions(&recruit.control);
         // What is said over it is short; nobody waits for a peer that does not read.
         let _ = recruit.control.set_nonblocking(true);
         self.io.control = Some(recruit.control);

@@ -8,6 +8,7 @@ pub mod certificates;
 pub mod chaos;
 pub mod console;
 pub mod disk_guest;
+pub mod docs;
 pub mod eavesdropper;
 pub mod etcd;
 pub mod flips;

@@ -63,6 +63,18 @@ const FULL: &[&str] = &[
 /// # Errors
 /// If apt knows one of them not.
 pub fn closure(names: &[String], cache: &Path) -> Result<Vec<String>> {
+    let full = FULL.iter().map(|&name| name.to_owned());
+    chosen(
+        &full.chain(names.iter().cloned()).collect::<Vec<_>>(),
+        cache,
+    )
+}
+
+/// The names of these packages and of all that they need, as apt chooses them for an empty machine.
+///
+/// # Errors
+/// If apt knows one of them not.
+pub fn chosen(names: &[String], cache: &Path) -> Result<Vec<String>> {
     let empty = cache.join("empty.status");
     fs::write(&empty, "").with_context(|| format!("make {}", empty.display()))?;
     let chosen = Command::new("apt-get")
@@ -73,7 +85,6 @@ pub fn closure(names: &[String], cache: &Path) -> Result<Vec<String>> {
             "--option",
         ])
         .arg(format!("Dir::State::status={}", empty.display()))
-        .args(FULL)
         .args(names)
         .output()
         .context("run apt-get")?;

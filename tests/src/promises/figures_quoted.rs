@@ -1,13 +1,15 @@
 //! Every figure that the README quotes, and every marked one of the documentation, is what a result says (issue 8, 6), and the page of
-//! all results is drawn from them. Shown on the project's own files, and on copies of them in which one digit is wrong.
+//! all results is drawn from them: every picture and the page, to the last byte, and nothing lies there that no command writes. Shown on the
+//! project's own files, and on copies of them in which one digit is wrong.
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::harness::program;
 use crate::promise::{Figures, Promise, Run};
@@ -15,7 +17,7 @@ use crate::promise::{Figures, Promise, Run};
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "figures-quoted",
-    line: "every figure in the README stands in results/, and so does every marked one of docs/; a wrong digit is noticed",
+    line: "every figure in the README and every marked one of docs/ stands in results/, and every file there is one that a command makes again; a wrong digit is noticed",
     short: Duration::from_secs(2),
     full: Duration::from_secs(2),
     show,
@@ -48,6 +50,15 @@ fn show(_run: &Run) -> Result<Figures> {
         );
     }
 
+    let drawn = made_again(project, copy.path())?;
+    let stray = copy.path().join("results/of-a-program-that-is-gone.svg");
+    fs::write(&stray, "<svg/>").context("leave a file")?;
+    ensure!(
+        quoted(copy.path()).is_err(),
+        "a result that no command writes was not noticed"
+    );
+    fs::remove_file(&stray).context("remove it")?;
+
     let readme = copy.path().join("README.md");
     let right = fs::read_to_string(&readme).context("read the README")?;
     let mut found = 0;
@@ -74,8 +85,58 @@ fn show(_run: &Run) -> Result<Figures> {
     );
     let mut figures = Figures::default();
     figures.add("figures", count);
-    figures.add("errors_noticed", found);
+    figures.add("errors_noticed", found + 1);
+    figures.add("drawings_made_again", drawn);
     Ok(figures)
+}
+
+/// What `bench report` draws from the results in the copy is what lies in the project. How many pictures and pages.
+fn made_again(project: &Path, copy: &Path) -> Result<usize> {
+    let results = project.join("results");
+    let mut drawn = vec![PathBuf::from("report.html")];
+    for entry in fs::read_dir(&results).context("list the results")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ending| ending == "json") {
+            let bytes = fs::read(&path).context("read a result")?;
+            let result: Value = serde_json::from_slice(&bytes).context("understand a result")?;
+            // Older programs kept no panels: their pictures come with their measurement alone.
+            if result["panels"]
+                .as_array()
+                .is_some_and(|panels| !panels.is_empty())
+            {
+                let picture = path.with_extension("svg");
+                drawn.extend(picture.file_name().map(PathBuf::from));
+            }
+        }
+    }
+    // Those that are not drawn would be missed.
+    for name in &drawn {
+        fs::remove_file(copy.join("results").join(name)).context("remove a drawing")?;
+    }
+    let report = bench(copy, &["report", "--out", "results"])?;
+    ensure!(report.status.success(), "{}", text(&report.stderr));
+    for name in &drawn {
+        let read = |root: &Path| {
+            let path = root.join("results").join(name);
+            fs::read(&path).with_context(|| format!("{} is not drawn", path.display()))
+        };
+        ensure!(
+            read(project)? == read(copy)?,
+            "results/{} is not what bench report draws now: run target/release/bench report",
+            name.display()
+        );
+    }
+    let shown = project.join("results/prove");
+    for entry in fs::read_dir(&shown).context("list what was shown")? {
+        let name = PathBuf::from(entry?.file_name());
+        let promise = name.file_stem().unwrap_or_default().to_string_lossy();
+        ensure!(
+            crate::promises::ALL.iter().any(|one| one.name == promise),
+            "results/prove/{}: there is no such promise",
+            name.display()
+        );
+    }
+    Ok(drawn.len())
 }
 
 /// A README with one error each, and what it is.

@@ -16,6 +16,7 @@ pub mod disk_joins;
 pub mod disk_keeps_writes;
 pub mod divergence_caught;
 pub mod divergence_named;
+pub mod docs_commands;
 pub mod etcd_arbiter;
 pub mod etcd_tls;
 pub mod failover_fast;
@@ -33,6 +34,7 @@ pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
 pub mod monitored;
+pub mod newcomer;
 pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
@@ -50,6 +52,7 @@ pub mod replay_exact;
 pub mod replay_in_lab;
 pub mod reprotects_large;
 pub mod resets;
+pub mod rolling_upgrade;
 pub mod shared_disk;
 pub mod side_by_side;
 pub mod slurm_job;
@@ -80,6 +83,7 @@ pub const ALL: &[Promise] = &[
     commit_latency::PROMISE,
     side_by_side::PROMISE,
     figures_quoted::PROMISE,
+    docs_commands::PROMISE,
     bad_input::PROMISE,
     hostile_network::PROMISE,
     hostile_guest::PROMISE,
@@ -98,9 +102,11 @@ pub const ALL: &[Promise] = &[
     linearizable::PROMISE,
     switch_over::PROMISE,
     backup_migrates::PROMISE,
+    rolling_upgrade::PROMISE,
     chaos::PROMISE,
     leaves_nothing::PROMISE,
     packaged::PROMISE,
+    newcomer::PROMISE,
     lab_hosts::PROMISE,
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,

@@ -95,7 +95,7 @@ fn show(run: &Run) -> Result<Figures> {
 }
 
 /// The package, of the program that was built with these tests.
-fn make(to: &Path) -> Result<PathBuf> {
+pub(super) fn make(to: &Path) -> Result<PathBuf> {
     let doppel = program::doppel()?;
     let binaries = doppel.parent().context("the program's directory")?;
     let project = Path::new(env!("CARGO_MANIFEST_DIR"))

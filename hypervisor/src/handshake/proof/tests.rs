@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use super::*;
+use crate::handshake::VERSION;
 
 fn secret(byte: u8) -> Trust {
     Trust::holders(Secret::from_bytes([byte; 32]))
@@ -152,18 +153,80 @@ fn another_version_is_named_on_both_sides() {
     let older = |leg: Leg, at: Leg, bytes: &mut Vec<u8>| {
         if leg == at {
             bytes[8..12].copy_from_slice(&(VERSION + 4).to_le_bytes());
+            bytes[13] = 1;
         }
     };
     let met = meet([&secret(1); 2], |leg, bytes| older(leg, Leg::Plea, bytes));
     assert!(met.primary.unwrap_err().to_string().contains("version"));
     match met.backup {
-        Err(HandshakeError::Version { theirs }) => assert_eq!(theirs, VERSION + 4),
+        Err(HandshakeError::Version { theirs, ours }) => {
+            assert_eq!(theirs.newest(), Version(VERSION + 4));
+            assert_eq!(ours, Versions::OURS);
+        }
         other => panic!("{other:?}"),
     }
     let met = meet([&secret(1); 2], |leg, bytes| {
         older(leg, Leg::Greeting, bytes)
     });
     assert!(matches!(met.primary, Err(HandshakeError::Version { .. })));
+    // A range that begins below zero is none.
+    let met = meet([&secret(1); 2], |leg, bytes| {
+        if leg == Leg::Greeting {
+            bytes[13] = u8::MAX;
+        }
+    });
+    assert!(matches!(met.primary, Err(HandshakeError::NotDoppel)));
+}
+
+#[test]
+fn two_sides_speak_the_newest_version_that_both_do() {
+    let versions = |oldest, newest| Versions::new(Version(oldest), Version(newest)).unwrap();
+    for trust in [secret(1), Trust::same_user()] {
+        for (primary, backup, spoken) in [
+            (versions(3, 4), versions(3, 4), 4),
+            (versions(3, 4), versions(3, 3), 3),
+            (versions(3, 4), versions(4, 5), 4),
+        ] {
+            for [primary, backup] in [[primary, backup], [backup, primary]] {
+                let [one, other] = [primary, backup].map(|spoken| trust.clone().speaking(spoken));
+                let met = meet([&one, &other], |_, _| {});
+                let (met, at_backup) = (met.primary.unwrap(), met.backup.unwrap());
+                assert_eq!(met.version(), Version(spoken), "{primary}, {backup}");
+                assert_eq!(at_backup.version(), Version(spoken), "{primary}, {backup}");
+                assert_eq!(met.spoken().theirs, backup);
+            }
+        }
+        let (old, new) = (versions(1, 2), versions(3, 4));
+        for [primary, backup] in [[old, new], [new, old]] {
+            let [one, other] = [primary, backup].map(|spoken| trust.clone().speaking(spoken));
+            let met = meet([&one, &other], |_, _| {});
+            for (error, theirs) in [
+                (met.primary.unwrap_err(), backup),
+                (met.backup.unwrap_err(), primary),
+            ] {
+                let said = error.to_string();
+                let older = if theirs == old {
+                    "the other side is"
+                } else {
+                    "this side is"
+                };
+                assert!(said.contains(older) && said.contains("upgrade"), "{said}");
+            }
+        }
+    }
+}
+
+#[test]
+fn nobody_in_between_makes_a_pair_speak_an_older_version() {
+    for at in [Leg::Greeting, Leg::Plea] {
+        let met = meet([&secret(1); 2], |leg, bytes| {
+            if leg == at {
+                bytes[8..12].copy_from_slice(&Version::OLDEST.0.to_le_bytes());
+                bytes[13] = 0;
+            }
+        });
+        assert!(met.primary.is_err() && met.backup.is_err(), "{at:?}");
+    }
 }
 
 #[test]

@@ -172,7 +172,9 @@ impl Meeting<'_> {
         let spin = config.timing.spin();
         // The replayer, which has the tape, goes before it.
         let (flight, tape) = flight::start(config, &io, self.json, &spec, &machine, false)?;
+        io.tell_versions(&control);
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
+            .speaking(control.version())
             .with_disk(disk.clone().filter(|disk| !disk.is_shared()))
             .with_spool(Arc::clone(io.reporter.board().spool()))
             .taped(tape);

@@ -284,6 +284,7 @@ impl Serving {
         io.join_log(taken);
         io.stager.attach(lane);
         io.listen_to(Some(recruit.beats));
+        io.tell_versions(&recruit.control);
         let _ = recruit.control.set_nonblocking(true);
         io.order(Order::BeginLog);
         let stood = since.elapsed();
