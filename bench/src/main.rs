@@ -1,10 +1,12 @@
 //! `bench`: measures, and writes what it found as figures, a table and a picture. It judges nothing: promises do.
 
 mod alternatives;
+mod checkpoint;
 mod demo;
 mod draw;
 mod failover;
 mod host;
+mod link;
 mod log;
 mod paper;
 mod quote;
@@ -56,6 +58,8 @@ enum What {
     Alternatives(Form),
     /// The paper's tables: the guest's work and its network, protected and not; the log's bandwidth
     Paper(Form),
+    /// Replicated by checkpoints: a request by what it has the guest write, against the bare link; how long the guest stands
+    Checkpoint(Form),
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
     /// All of them but `rdma`, one after the other, and the report
@@ -66,6 +70,9 @@ enum What {
         #[arg(long, value_name = "DIRECTORY", default_value = "results")]
         out: PathBuf,
     },
+    /// The other side of the bare link of `checkpoint`
+    #[command(hide = true)]
+    Peer(link::Peer),
     /// Whether every figure that README.md and docs/ quote is what results/ says
     Quote {
         /// Take them from there
@@ -97,7 +104,7 @@ struct Form {
 }
 
 /// What `all` runs.
-const ALL: [&str; 8] = [
+const ALL: [&str; 9] = [
     "ring",
     "request",
     "throughput",
@@ -105,6 +112,7 @@ const ALL: [&str; 8] = [
     "failover",
     "alternatives",
     "paper",
+    "checkpoint",
     "demo",
 ];
 
@@ -171,6 +179,14 @@ impl Form {
         })
     }
 
+    fn checkpoint(&self) -> Result<Sheet> {
+        checkpoint::measure(checkpoint::Extent {
+            requests: self.pick(8, 400),
+            fixed: self.pick(8, 120),
+            blocks: self.pick(40, 400),
+        })
+    }
+
     /// Each in a process of its own: a network namespace cannot be left again.
     fn all(&self) -> Result<()> {
         let own = std::env::current_exe().context("find this program's own file")?;
@@ -214,6 +230,8 @@ fn run(what: &What) -> Result<()> {
         What::Failover(form) => finish(&form.failover()?, &form.out),
         What::Alternatives(form) => finish(&form.alternatives()?, &form.out),
         What::Paper(form) => finish(&form.paper()?, &form.out),
+        What::Checkpoint(form) => finish(&form.checkpoint()?, &form.out),
+        What::Peer(peer) => link::serve(peer),
         What::Demo(form) => finish(&demo::measure(form.seed)?, &form.out),
         What::All(form) => form.all(),
         What::Report { out } => {
