@@ -11,13 +11,16 @@ use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
 
 static ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-/// Which pages a checkpoint carries.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Which pages a checkpoint carries. Those that were written are asked for when the last exit's instruction is complete: it may
+/// write memory, as one that reads a port into it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
     /// All that hold anything.
     All,
-    /// These, a superset of those that changed.
-    Only(DirtyPages),
+    /// Those written since the last such checkpoint, or since [`Machine::track_changes`] began.
+    Changed,
+    /// Those written since they were last swept: [`Machine::track_for_copy`].
+    Uncopied,
 }
 
 /// A checkpoint that was taken: its bytes, which are all there, but for their checksum. So the guest need not stand for that.
@@ -119,7 +122,7 @@ impl Machine {
     /// if KVM fails.
     pub fn save(
         &mut self,
-        pages: &Pages,
+        pages: Pages,
         base: Base,
         staged: Vec<Vec<u8>>,
     ) -> Result<Vec<u8>, CheckpointError> {
@@ -139,11 +142,14 @@ impl Machine {
     /// As for [`Machine::save`].
     pub fn capture(
         &mut self,
-        pages: &Pages,
+        pages: Pages,
         base: Base,
         staged: Vec<Vec<u8>>,
         spare: Vec<u8>,
     ) -> Result<Capture, CheckpointError> {
+        if self.has_outputs() {
+            return Err(CheckpointError::Outputs);
+        }
         let (cpus, devices) = match self.phase() {
             Phase::Ready | Phase::HltInstruction => (self.settled_cpus()?, self.save_devices()),
             // It never runs again: whether the last instruction is complete is nobody's business. It may have been turned off while it waited.
@@ -154,9 +160,11 @@ impl Machine {
                 return Err(CheckpointError::NotReady { phase });
             }
         };
-        if self.has_outputs() {
-            return Err(CheckpointError::Outputs);
-        }
+        let written = match pages {
+            Pages::All => None,
+            Pages::Changed => Some(self.take_changed()?),
+            Pages::Uncopied => Some(self.take_uncopied()?),
+        };
         let state = State {
             position: self.position(),
             digest: self.digest(),
@@ -177,13 +185,13 @@ impl Machine {
             ..Copied::default()
         };
         copied.contents.clear();
-        let scope = match pages {
-            Pages::All => {
+        let scope = match written {
+            None => {
                 copied.all(ram)?;
                 Scope::Full
             }
-            Pages::Only(dirty) => {
-                copied.written(ram, dirty)?;
+            Some(written) => {
+                copied.written(ram, &written)?;
                 Scope::Delta
             }
         };

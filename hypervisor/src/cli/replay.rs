@@ -8,10 +8,9 @@ use std::time::Duration;
 
 use clap::Args;
 use hypervisor::config;
-use hypervisor::debug::{Listener, Place};
+use hypervisor::debug::Place;
 use hypervisor::kvm::KvmSource;
 use hypervisor::replay::ReplayError;
-use hypervisor::session::SessionError;
 use hypervisor::session::replaying::{self, Reached, Replay, Replayed, Watch};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -78,17 +77,12 @@ pub fn replay(args: &ReplayArgs) -> Result<(), Failure> {
         enabled: !args.no_sandbox,
         ..config::Sandbox::default()
     };
-    let listener = args.gdb.as_ref().map(Listener::bind).transpose();
-    let listener = listener.map_err(SessionError::from)?;
-    if let Some(listener) = &listener {
-        let target = listener.target().map_err(SessionError::from)?;
-        eprintln!("gdb is waited for: (gdb) target remote {target}");
-    }
     let shown = !args.json && args.gdb.is_none() && std::io::stderr().is_terminal();
     let replayed = replaying::replay(&Replay {
         from: &args.log,
         to: args.to,
-        gdb: listener.as_ref(),
+        gdb: args.gdb.as_ref(),
+        waits: &|target| eprintln!("gdb is waited for: (gdb) target remote {target}"),
         kvm: &KvmSource::Path(args.kvm.clone()),
         sandbox: &sandbox,
         begun: &|watch| {

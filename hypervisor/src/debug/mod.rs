@@ -7,8 +7,9 @@
 //!  replayer ── run ──▶ machine ── KVM_EXIT_DEBUG ──▶ Debugger::stopped
 //! ```
 //! What is debugged has happened already, so nothing of it can be changed: registers and memory are read, and writes are refused.
-//! Breakpoints of both kinds are the CPU's own debug registers, at most four, which KVM sets for the guest's time: the guest's
-//! memory has none in it, and its hash is the recorded one wherever it is stopped.
+//! Breakpoints of both kinds are the CPU's own debug registers, at most four, which KVM sets for the guest's time, or, on a CPU
+//! whose emulation has none for guests, HLT in memory while the vCPU runs: memory has none in it, and its hash is the recorded
+//! one, wherever the guest is stopped.
 //!
 //! A single step does show: the guest that is stepped over a PUSHF sees the trap flag in what it pushed, on a KVM that steps by that
 //! flag. Such a replay differs from there on, and says so.

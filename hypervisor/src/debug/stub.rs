@@ -183,7 +183,7 @@ impl Debugger for Gdb {
         };
         match go {
             Go::On => {
-                machine.debug(self.view.resume == Resume::Step, &self.view.stops)?;
+                machine.debug(self.view.resume == Resume::Step, &self.view.places())?;
                 self.running.store(true, Ordering::SeqCst);
             }
             Go::Alone | Go::End => machine.debug(false, &[])?,

@@ -21,7 +21,7 @@ use gdbstub_arch::x86::reg::X86_64CoreRegs;
 
 use super::pages::Paging;
 use crate::kvm::STOPS_MAX;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, StopAt};
 use crate::memory::GuestRam;
 
 /// How the guest goes on.
@@ -112,6 +112,15 @@ impl View {
     fn physical(&self, address: u64) -> Option<u64> {
         self.paging
             .physical(address, |at| self.ram.read_obj(at).ok())
+    }
+
+    /// Where it is to stop, as the guest's memory is mapped now.
+    pub(super) fn places(&self) -> Vec<StopAt> {
+        let place = |&address: &u64| StopAt {
+            address,
+            physical: self.physical(address),
+        };
+        self.stops.iter().map(place).collect()
     }
 
     fn add_stop(&mut self, address: u64) -> bool {
@@ -217,7 +226,7 @@ impl Breakpoints for View {
     }
 }
 
-/// Of the same kind as the others: nothing is written into the guest's memory.
+/// Of the same kind as the others.
 impl SwBreakpoint for View {
     fn add_sw_breakpoint(&mut self, address: u64, _: usize) -> TargetResult<bool, Self> {
         Ok(self.add_stop(address))

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Pages};
 use crate::disk::Done;
 use crate::entry::Base;
 use crate::gate::Committed;
@@ -210,10 +210,8 @@ impl Tape {
 }
 
 fn checkpoint(machine: &mut Machine, base: Base) -> Result<Vec<u8>, CheckpointError> {
-    // The instruction first, which may write memory.
     machine.stand_to_run()?;
-    let pages = crate::checkpoint::Pages::Only(machine.take_uncopied()?);
-    machine.save(&pages, base, Vec::new())
+    machine.save(Pages::Uncopied, base, Vec::new())
 }
 
 impl Drop for Tape {

@@ -16,7 +16,7 @@ pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use crew::{BadCrewState, CrewState, Shape};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
-pub use vcpu::{Kick, STOPS_MAX, Vcpu};
+pub use vcpu::{Kick, STOPS_MAX, Stops, Vcpu};
 pub use vm::{Capabilities, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.

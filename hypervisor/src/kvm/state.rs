@@ -207,20 +207,66 @@ pub(super) fn supported_msrs(fd: &VcpuFd, more: &[u32]) -> Result<Vec<u32>, KvmE
     Ok(found)
 }
 
+/// Where SYSENTER goes, and its stack.
+const SYSENTER: [u32; 2] = [0x175, 0x176];
+
+/// Whether KVM keeps only the lower half of [`SYSENTER`], as it does for a guest whose CPU is AMD's: there nothing uses the upper.
+/// The CPU itself may keep what the guest writes, so one that was restored would differ in it. To be asked before the first run.
+pub(super) fn halves_sysenter(fd: &VcpuFd, msrs: &[u32]) -> Result<bool, KvmError> {
+    const WHOLE: u64 = 1 << 40;
+    let probed = SYSENTER[0];
+    if !msrs.contains(&probed) {
+        return Ok(false);
+    }
+    write_msrs(fd, &[entry(probed, WHOLE)])?;
+    let kept = read_msrs(fd, &[probed])?;
+    write_msrs(fd, &[entry(probed, 0)])?;
+    Ok(kept != [(probed, WHOLE)])
+}
+
+impl CpuState {
+    /// Without the halves that a restored CPU has not.
+    pub(super) fn halve_sysenter(&mut self) {
+        for (index, value) in &mut self.msrs {
+            if SYSENTER.contains(index) {
+                *value &= u64::from(u32::MAX);
+            }
+        }
+    }
+}
+
 /// Reads everything; the instruction of the last exit must be complete.
 pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
     Ok(CpuState {
         regs: fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
         sregs: system_registers(fd)?,
-        events: fd
-            .get_vcpu_events()
-            .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+        events: pending_only(
+            fd.get_vcpu_events()
+                .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+        ),
         fpu: get_fpu(fd)?,
         debug: fd
             .get_debug_regs()
             .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
         msrs: read_msrs(fd, msrs)?,
     })
+}
+
+/// Without what KVM remembers of an exception or an interrupt that is over. That is no state of the guest, and two that do the same
+/// differ in it: a page that the host has yet to provide, and that is touched as an exception is delivered, makes KVM take note of it.
+fn pending_only(mut events: kvm_vcpu_events) -> kvm_vcpu_events {
+    if events.exception.injected == 0 && events.exception.pending == 0 {
+        events.exception.nr = 0;
+        events.exception.has_error_code = 0;
+        events.exception.error_code = 0;
+        events.exception_has_payload = 0;
+        events.exception_payload = 0;
+    }
+    if events.interrupt.injected == 0 {
+        events.interrupt.nr = 0;
+        events.interrupt.soft = 0;
+    }
+    events
 }
 
 pub(super) fn system_registers(fd: &VcpuFd) -> Result<kvm_sregs, KvmError> {
@@ -370,6 +416,21 @@ pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_over_is_no_state() {
+        let mut over = kvm_vcpu_events::default();
+        (over.exception.nr, over.exception.has_error_code) = (14, 1);
+        over.exception.error_code = 2;
+        over.interrupt.nr = 48;
+        over.interrupt.shadow = 1;
+        let mut expected = kvm_vcpu_events::default();
+        expected.interrupt.shadow = 1;
+        assert_eq!(pending_only(over), expected);
+        over.exception.pending = 1;
+        over.interrupt.injected = 1;
+        assert_eq!(pending_only(over), over);
+    }
 
     #[test]
     fn bytes_are_the_state() {

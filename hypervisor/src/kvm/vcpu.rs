@@ -25,6 +25,15 @@ const PORT_DATA_MAX: usize = 4096;
 /// Addresses that an x86 can watch at once: DR0 to DR3.
 pub const STOPS_MAX: usize = 4;
 
+/// How a guest is stopped at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stops {
+    /// By the CPU's debug registers.
+    InRegisters,
+    /// By an HLT in memory.
+    InMemory,
+}
+
 thread_local! {
     /// The run page of the vCPU that this thread runs, for the signal handler.
     static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
@@ -106,13 +115,17 @@ pub struct Vcpu {
     unfinished: bool,
     /// The MSRs of the state.
     msrs: Vec<u32>,
+    /// Of two of them only the lower half.
+    halves_sysenter: bool,
 }
 
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Result<Self, KvmError> {
         fd.set_sync_valid_reg(SyncReg::Register);
         fd.set_sync_valid_reg(SyncReg::SystemRegister);
-        Self::with(fd, &[])
+        let mut vcpu = Self::with(fd, &[])?;
+        vcpu.halves_sysenter = state::halves_sysenter(&vcpu.fd, &vcpu.msrs)?;
+        Ok(vcpu)
     }
 
     /// One of several. Nobody looks at its registers at an exit.
@@ -128,6 +141,7 @@ impl Vcpu {
             data_at: DataAt::Nothing,
             unfinished: false,
             msrs,
+            halves_sysenter: false,
         })
     }
 
@@ -312,25 +326,48 @@ impl Vcpu {
     }
 
     /// Has the guest stop after its next instruction, or before those at these addresses, at most four; with neither, not at all. The
-    /// guest's own debug registers are not touched, and neither is its memory.
+    /// guest's own debug registers are not touched. Whether whoever asks has to put HLT at these addresses.
     ///
     /// # Errors
     /// [`KvmError::Call`].
-    pub fn debug(&self, step: bool, stops: &[u64]) -> Result<(), KvmError> {
+    pub fn debug(&self, step: bool, stops: &[u64]) -> Result<Stops, KvmError> {
         /// Of DR7: the bit that is always set, and for each address that it is on (exact, for all tasks), of one byte, executed.
         const ALWAYS: u64 = 1 << 10;
+        let by = if state::is_emulated() {
+            Stops::InMemory
+        } else {
+            Stops::InRegisters
+        };
         let mut debug = kvm_guest_debug::default();
         if step {
             debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
         }
-        for (number, address) in stops.iter().take(STOPS_MAX).enumerate() {
-            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
-            debug.arch.debugreg[number] = *address;
-            debug.arch.debugreg[7] |= ALWAYS | 2 << (2 * number);
+        if by == Stops::InRegisters {
+            for (number, address) in stops.iter().take(STOPS_MAX).enumerate() {
+                debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+                debug.arch.debugreg[number] = *address;
+                debug.arch.debugreg[7] |= ALWAYS | 2 << (2 * number);
+            }
         }
         self.fd
             .set_guest_debug(&debug)
-            .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
+            .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))?;
+        Ok(by)
+    }
+
+    /// Has the guest go on at this instruction.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn set_instruction(&mut self, address: u64) -> Result<(), KvmError> {
+        let regs = self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?;
+        let regs = kvm_regs {
+            rip: address,
+            ..regs
+        };
+        self.fd
+            .set_regs(&regs)
+            .map_err(KvmError::call("KVM_SET_REGS"))
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.
@@ -385,7 +422,11 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`], [`KvmError::Msr`].
     pub fn state(&self) -> Result<CpuState, KvmError> {
-        state::read(&self.fd, &self.msrs)
+        let mut state = state::read(&self.fd, &self.msrs)?;
+        if self.halves_sysenter {
+            state.halve_sysenter();
+        }
+        Ok(state)
     }
 
     /// Makes this vCPU go on where the state was taken. What it was doing is forgotten: an exit whose instruction is not

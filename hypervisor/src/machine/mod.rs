@@ -17,10 +17,12 @@ mod crew;
 mod reset;
 mod spec;
 mod state;
+mod stops;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
 pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
 pub use state::{BadProcessors, Processors, Swept};
+pub(crate) use stops::StopAt;
 
 use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
@@ -155,7 +157,6 @@ pub struct Machine {
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
-    /// What it takes to start anew.
     /// What it takes to start anew; none where vCPUs have threads of their own.
     again: Option<Reset>,
     /// Of the guest's disk; 0 without one.
@@ -166,6 +167,8 @@ pub struct Machine {
     /// KVM notes the pages that the guest writes.
     watched: bool,
     written: DirtyLedger,
+    /// Breakpoints that are in memory while the guest runs.
+    stops: Vec<StopAt>,
     /// Of a round of a copy: what was dirty when it began, and up to where that was told.
     sweep: Option<(DirtyPages, PageNumber)>,
 }
@@ -212,6 +215,7 @@ impl Machine {
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
+            stops: Vec::new(),
             sweep: None,
         })
     }
@@ -361,7 +365,13 @@ impl Machine {
     pub fn step(&mut self) -> Result<Stepped, MachineError> {
         assert_eq!(self.phase, Phase::Ready, "a step while the guest waits");
         self.deliver()?;
-        let exit = self.cpus.one().run()?;
+        let planted = self.plant()?;
+        let exit = self.cpus.one().run();
+        self.lift(&planted)?;
+        let exit = match exit? {
+            Exit::Hlt if self.met_stop()? => Exit::Debug,
+            exit => exit,
+        };
         if !exit.is_sync_point() {
             // The guest may have run on: what waits for it now waits for its next exit, or a kick would decide where it
             // is interrupted.

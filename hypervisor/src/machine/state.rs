@@ -76,14 +76,6 @@ impl Machine {
         Ok(self.cpus.one().finish()?)
     }
 
-    /// Has the guest stop after its next instruction, or before those at these addresses, at most four; with neither, not at all.
-    ///
-    /// # Errors
-    /// [`MachineError::Kvm`].
-    pub(crate) fn debug(&mut self, step: bool, stops: &[u64]) -> Result<(), MachineError> {
-        Ok(self.cpus.one().debug(step, stops)?)
-    }
-
     /// The state of the one vCPU as it is now, for a debugger.
     pub(crate) fn cpu(&mut self) -> Result<CpuState, MachineError> {
         Ok(self.cpus.one().state()?)

@@ -181,8 +181,8 @@ impl<S: Sink> Recorder<S> {
         self.stage.inherit(staged.clone());
         // The heir counts time from here: a guest may not have asked for it for long.
         self.encoder.advance_clock(self.clock.now());
-        let pages = Pages::Only(self.machine.take_uncopied()?);
-        self.machine.save(&pages, self.encoder.base(), staged)
+        self.machine
+            .save(Pages::Uncopied, self.encoder.base(), staged)
     }
 
     /// From here on every entry goes to this sink.

@@ -268,11 +268,12 @@ impl<S: Sink> Recorder<S> {
         };
         let began = Instant::now();
         let position = self.machine.position();
-        let pages = Pages::Only(self.machine.take_changed()?);
         // The heir counts time from here.
         let base = Base::new(position, self.clock.now());
         let spare = intervals.courier.spare();
-        let capture = self.machine.capture(&pages, base, Vec::new(), spare)?;
+        let capture = self
+            .machine
+            .capture(Pages::Changed, base, Vec::new(), spare)?;
         self.samples.interval(Stop {
             took: began.elapsed() + self.machine.stand_took(),
             pages: capture.pages(),

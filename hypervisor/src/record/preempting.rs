@@ -82,9 +82,8 @@ impl<S: Sink> Recorder<S> {
 
     fn post_checkpoint(&mut self) -> Result<usize, RecordError> {
         let position = self.machine.position();
-        let pages = Pages::Only(self.machine.take_changed()?);
         let base = Base::new(position, self.encoder.base().clock());
-        let bytes = self.machine.save(&pages, base, Vec::new())?;
+        let bytes = self.machine.save(Pages::Changed, base, Vec::new())?;
         let most = PART_BYTES.min(self.sink.max_payload() - AROUND_A_PART);
         let parts = bytes.chunks(most);
         let last = parts.len() - 1;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::SessionError;
 use crate::backends::wait::Wake;
 use crate::config;
-use crate::debug::{Gdb, Listener};
+use crate::debug::{Gdb, Listener, Place};
 use crate::digest::Digest;
 use crate::entry::Base;
 use crate::file_log::FileSource;
@@ -60,7 +60,9 @@ pub struct Replay<'a> {
     /// Where it ends, if the log does not end before.
     pub to: Option<u64>,
     /// Where gdb connects, which is waited for.
-    pub gdb: Option<&'a Listener>,
+    pub gdb: Option<&'a Place>,
+    /// Told what to give to gdb's `target remote`, once it can connect.
+    pub waits: &'a dyn Fn(&str),
     /// Where KVM is.
     pub kvm: &'a KvmSource,
     /// Confines the calling thread, for good.
@@ -184,10 +186,14 @@ fn run<L: Recorded>(
         });
     }
     let sandbox = Sandbox::prepare(what.sandbox)?;
-    // Before this thread is confined, which could not accept a connection.
+    // Before this thread is confined, which could not accept a connection; not before it can answer at once, as gdb has little patience.
     let gdb = what
         .gdb
-        .map(|listener| Gdb::new(listener.accept()?, &mut machine, &sandbox))
+        .map(|place| {
+            let listener = Listener::bind(place)?;
+            (what.waits)(&listener.target()?);
+            Gdb::new(listener.accept()?, &mut machine, &sandbox)
+        })
         .transpose()?;
     let mut replayer = Replayer::new(machine, source, Arc::clone(&orders), Duration::ZERO)
         .to(what.to.map(Position));

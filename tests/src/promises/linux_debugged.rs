@@ -32,7 +32,7 @@ const FUNCTION: &str = "kernel_power_off";
 /// Runs gdb's commands, which are in `/shared/commands`, on a replay; then says what the replay printed.
 const DEBUG: &str = "cd /tmp; rm -f gdb.sock; doppel replay --json recording --gdb ./gdb.sock >replay.out 2>replay.err & replay=$!
 for try in $(seq 600); do [ -S gdb.sock ] && break; sleep 0.1; done
-LD_LIBRARY_PATH=/shared/lib timeout 250 /shared/gdb --nx --quiet --batch -x /shared/commands || echo gdb failed
+LD_LIBRARY_PATH=/shared/lib timeout 250 /shared/gdb --nx --quiet --batch -x /shared/commands 2>&1 || echo gdb failed
 wait $replay; echo replay ended with $?; cat replay.err replay.out";
 
 fn show(run: &Run) -> Result<Figures> {

@@ -56,9 +56,8 @@ fn copied() -> (Machine, Vec<u8>) {
     let changed = machine.sweep_uncopied(1).unwrap();
     assert!(sender.pages(&changed.pages).unwrap() > 0);
     run(&mut machine, 5);
-    let last = Pages::Only(machine.take_uncopied().unwrap());
     let checkpoint = machine
-        .save(&last, Base::default(), vec![vec![1, 2, 3]])
+        .save(Pages::Uncopied, Base::default(), vec![vec![1, 2, 3]])
         .unwrap();
     sender.checkpoint(&checkpoint).unwrap();
     assert_eq!(sender.bytes(), stream.len() as u64);
