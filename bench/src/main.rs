@@ -2,10 +2,12 @@
 
 mod account;
 mod alternatives;
+mod checkpoint;
 mod demo;
 mod draw;
 mod failover;
 mod host;
+mod link;
 mod log;
 mod paper;
 mod quote;
@@ -57,6 +59,8 @@ enum What {
     Alternatives(Form),
     /// The paper's tables: the guest's work and its network, protected and not; the log's bandwidth
     Paper(PaperForm),
+    /// Replicated by checkpoints: a request by what it has the guest write, against the bare link; how long the guest stands
+    Checkpoint(Form),
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
     /// All of them but `rdma`, one after the other, and the report; with --full also what the documents quote
@@ -67,6 +71,9 @@ enum What {
         #[arg(long, value_name = "DIRECTORY", default_value = "results")]
         out: PathBuf,
     },
+    /// The other side of the bare link of `checkpoint`
+    #[command(hide = true)]
+    Peer(link::Peer),
     /// Whether every figure that README.md and docs/ quote is what results/ says
     Quote {
         /// Take them from there
@@ -121,7 +128,7 @@ fn names() -> Vec<&'static str> {
 }
 
 /// What `all` runs.
-const ALL: [&str; 8] = [
+const ALL: [&str; 9] = [
     "ring",
     "request",
     "throughput",
@@ -129,6 +136,7 @@ const ALL: [&str; 8] = [
     "failover",
     "alternatives",
     "paper",
+    "checkpoint",
     "demo",
 ];
 
@@ -204,6 +212,14 @@ impl Form {
         })
     }
 
+    fn checkpoint(&self) -> Result<Sheet> {
+        checkpoint::measure(checkpoint::Extent {
+            requests: self.pick(8, 400),
+            fixed: self.pick(8, 120),
+            blocks: self.pick(40, 400),
+        })
+    }
+
     /// Each in a process of its own: a network namespace cannot be left again.
     fn all(&self) -> Result<()> {
         let own = std::env::current_exe().context("find this program's own file")?;
@@ -251,6 +267,8 @@ fn run(what: &What) -> Result<()> {
         What::Failover(form) => finish(&form.failover()?, &form.out),
         What::Alternatives(form) => finish(&form.alternatives()?, &form.out),
         What::Paper(paper) => finish(&paper.measure()?, &paper.form.out),
+        What::Checkpoint(form) => finish(&form.checkpoint()?, &form.out),
+        What::Peer(peer) => link::serve(peer),
         What::Demo(form) => finish(&demo::measure(form.seed)?, &form.out),
         What::All(form) => form.all(),
         What::Report { out } => {

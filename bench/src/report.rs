@@ -15,13 +15,14 @@ use crate::sheet::{Aim, Table, aims};
 /// The page's name.
 pub const PAGE: &str = "report.html";
 /// What comes first, in this order; the rest follows by name.
-const ORDER: [&str; 8] = [
+const ORDER: [&str; 9] = [
     "demo",
     "alternatives",
     "failover",
     "paper",
     "request",
     "throughput",
+    "checkpoint",
     "log",
     "ring",
 ];

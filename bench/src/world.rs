@@ -23,6 +23,7 @@ use hypervisor::demo::client::{self, Client, Outcome};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::namespace::{self, Namespace};
 use hypervisor::demo::pair::{Pair, PairSpec, Placement};
+use hypervisor::intervals::Ends;
 use hypervisor::session::host::MTU;
 use tempfile::TempDir;
 
@@ -161,6 +162,8 @@ pub enum Mode {
     Pair,
     /// A primary and a backup, the log over TCP.
     PairTcp,
+    /// A primary and a backup that gets checkpoints, over this, whose intervals end like this.
+    Checkpoint(Transport, Ends),
 }
 
 impl Mode {
@@ -172,6 +175,7 @@ impl Mode {
             Self::Record | Self::Drain => "record",
             Self::Pair => "pair",
             Self::PairTcp => "pair-tcp",
+            Self::Checkpoint(..) => "checkpoint",
         }
     }
 }
@@ -235,10 +239,19 @@ impl Guest {
         }
         let port = network.map(|network| &network.port);
         let running = match mode {
-            Mode::Pair | Mode::PairTcp => {
+            Mode::Pair | Mode::PairTcp | Mode::Checkpoint(..) => {
+                if let Mode::Checkpoint(_, ends) = mode {
+                    let interval = match ends {
+                        Ends::Output => "output",
+                        Ends::Fixed => "fixed",
+                    };
+                    let words = ["--replicate", "checkpoint", "--interval", interval];
+                    more.extend(words.map(str::to_owned));
+                }
                 let spec = PairSpec {
                     transport: match mode {
                         Mode::PairTcp => Transport::Tcp,
+                        Mode::Checkpoint(transport, _) => transport,
                         _ => Transport::Shm,
                     },
                     arbiter: None,
@@ -274,7 +287,7 @@ impl Guest {
     #[must_use]
     pub fn console(&self) -> String {
         let name = match self.mode {
-            Mode::Pair | Mode::PairTcp => "primary.console",
+            Mode::Pair | Mode::PairTcp | Mode::Checkpoint(..) => "primary.console",
             Mode::Run | Mode::Record | Mode::Drain => "console",
         };
         // Not there yet is as good as empty.

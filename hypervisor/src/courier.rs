@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
-use crate::checkpoint::{Capture, PART_BYTES, interval};
+use crate::checkpoint::{Capture, PART_BYTES, Seal, interval};
 use crate::disk::Request;
 use crate::entry::{Base, Encoder};
 use crate::event::Output;
@@ -291,22 +291,29 @@ impl<S: Sink> Work<S> {
     }
 
     fn carry(&self, log: &mut Log<S>, parcel: &mut Parcel) -> Result<(), Undelivered> {
-        let capture = std::mem::take(&mut parcel.capture);
-        let checkpoint = capture.sealed();
-        let head = interval::head(
+        let [head, contents] = std::mem::take(&mut parcel.capture).pieces();
+        let mut seal = Seal::begin(&head);
+        let mut before = interval::head(
             parcel.frames,
             &parcel.outputs,
             &parcel.asked,
-            checkpoint.len(),
+            head.len() + contents.len() + Seal::BYTES,
         );
-        let most = PART_BYTES.min(log.sink.max_payload() - AROUND_A_PART);
-        let parts = head.chunks(most).chain(checkpoint.chunks(most));
-        let last = head.len().div_ceil(most) + checkpoint.len().div_ceil(most) - 1;
+        before.extend_from_slice(&head);
+        let most = PART_BYTES.min(log.sink.max_payload() - AROUND_A_PART) - Seal::BYTES;
+        let (heads, parts) = (before.chunks(most), contents.chunks(most));
+        let (first, last) = (heads.len(), heads.len() + parts.len() - 1);
         let mut seq = Seq::ZERO;
-        for (number, part) in parts.enumerate() {
+        for (number, part) in heads.chain(parts).enumerate() {
+            // Part by part: so it is in the processor's cache for what follows, and the backup has begun.
+            if number >= first {
+                seal.add(part);
+            }
+            let seal = seal.bytes();
+            let end = if number == last { &seal[..] } else { &[] };
             log.encoder
-                .encode_part(parcel.position, number as u32, number == last, part);
-            seq = self.post(log, parcel.position)?;
+                .encode_part_head(parcel.position, number as u32, number == last);
+            seq = self.post(log, parcel.position, [part, end])?;
             // The backup takes this part while the next is written.
             log.sink.notify(true);
         }
@@ -324,7 +331,7 @@ impl<S: Sink> Work<S> {
             .shared
             .spare
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = checkpoint;
+            .unwrap_or_else(PoisonError::into_inner) = contents;
         while log.sink.is_behind() {
             if self.is_recalled() {
                 return Err(Undelivered::Recalled);
@@ -343,14 +350,20 @@ impl<S: Sink> Work<S> {
         sink.released(released);
     }
 
-    /// Posts the entry that was encoded last, waiting for room if the backup is behind.
-    fn post(&self, log: &mut Log<S>, position: Position) -> Result<Seq, Undelivered> {
+    /// Posts the part whose head was encoded last, waiting for room if the backup is behind.
+    fn post(
+        &self,
+        log: &mut Log<S>,
+        position: Position,
+        [part, end]: [&[u8]; 2],
+    ) -> Result<Seq, Undelivered> {
         let made = Instant::now();
         log.sink.released(self.outlet.released());
         loop {
-            match log.sink.post(log.encoder.bytes()) {
+            let pieces = [log.encoder.bytes(), part, end];
+            match log.sink.post_pieces(&pieces) {
                 Ok(seq) => {
-                    let bytes = log.encoder.bytes().len();
+                    let bytes = pieces.iter().map(|piece| piece.len()).sum();
                     self.samples.meter().posted(position.0, bytes, made);
                     return Ok(seq);
                 }

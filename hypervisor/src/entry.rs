@@ -273,7 +273,10 @@ impl Encoder {
         match &entry.body {
             Body::Step(step) => self.step(step),
             Body::MemoryHash(hash) => self.bytes.extend_from_slice(&hash.to_le_bytes()),
-            Body::Part(part) => self.part(part.number, part.last, &part.bytes),
+            Body::Part(part) => {
+                self.part_head(part.number, part.last);
+                self.bytes.extend_from_slice(&part.bytes);
+            }
             Body::Control { digest, what } => {
                 self.bytes.extend_from_slice(&digest.0.to_le_bytes());
                 let (code, value) = what.code(self.version);
@@ -293,10 +296,10 @@ impl Encoder {
         &self.bytes
     }
 
-    /// Encodes a part of a checkpoint, or of an interval, without a copy of its own: as [`Body::Part`] of these.
-    pub fn encode_part(&mut self, position: Position, number: u32, last: bool, bytes: &[u8]) {
+    /// Encodes what stands before the bytes of a part of a checkpoint, or of an interval: with those behind it, it is a [`Body::Part`].
+    pub fn encode_part_head(&mut self, position: Position, number: u32, last: bool) {
         self.begin(KIND_PART, position);
-        self.part(number, last, bytes);
+        self.part_head(number, last);
     }
 
     fn begin(&mut self, kind: u8, position: Position) {
@@ -307,10 +310,9 @@ impl Encoder {
         self.varint(distance);
     }
 
-    fn part(&mut self, number: u32, last: bool, bytes: &[u8]) {
+    fn part_head(&mut self, number: u32, last: bool) {
         self.varint(number.into());
         self.bytes.push(last.into());
-        self.bytes.extend_from_slice(bytes);
     }
 
     fn step(&mut self, step: &Step) {
@@ -698,6 +700,20 @@ mod tests {
             let decoded = Decoder::default().speaking(old).decode(&bytes);
             assert_eq!(decoded.is_ok(), wish == Wish::Unsaid);
         }
+    }
+
+    #[test]
+    fn a_parts_head_and_its_bytes_are_the_part() {
+        let (position, number, bytes) = (Position(300), 200, vec![7; 1000]);
+        let mut encoder = Encoder::default();
+        encoder.encode_part_head(position, number, true);
+        let pieces = [encoder.bytes(), &bytes].concat();
+        let body = Body::Part(Part {
+            number,
+            last: true,
+            bytes,
+        });
+        assert_eq!(Encoder::default().encode(&Entry { position, body }), pieces);
     }
 
     #[test]

@@ -204,9 +204,13 @@ impl Window {
 
 impl Sink for RingSink {
     fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError> {
-        self.refused = payload.len();
+        self.post_pieces(&[payload])
+    }
+
+    fn post_pieces(&mut self, pieces: &[&[u8]]) -> Result<Seq, SinkError> {
+        self.refused = pieces.iter().map(|piece| piece.len()).sum();
         self.last = match &mut self.lane {
-            Some(lane) => match lane.append(payload, self.marks) {
+            Some(lane) => match lane.append_gather(pieces, self.marks) {
                 Ok(seq) => seq,
                 Err(error) => return Err(self.error(error)),
             },

@@ -38,6 +38,13 @@ pub trait Sink {
     /// # Errors
     /// See [`SinkError`].
     fn post(&mut self, payload: &[u8]) -> Result<Seq, SinkError>;
+    /// Posts one entry that lies in pieces, one after the other.
+    ///
+    /// # Errors
+    /// See [`SinkError`].
+    fn post_pieces(&mut self, pieces: &[&[u8]]) -> Result<Seq, SinkError> {
+        self.post(&pieces.concat())
+    }
     /// How far the log has committed.
     fn committed(&mut self) -> Committed;
     /// Tells the sink how far outputs were released; the next entry carries it.

@@ -141,98 +141,96 @@ pub(super) fn limit(ram_pages: u64) -> u64 {
         + CHECKSUM as u64
 }
 
-/// Writes a checkpoint: first the state and which pages, then the pages one by one.
-pub(super) struct Writer {
-    bytes: Vec<u8>,
-    pages_left: usize,
+/// What stands before the content of the pages in a checkpoint that names these.
+pub(super) fn head(
+    scope: Scope,
+    ram_pages: u64,
+    state: &State,
+    zeros: &[Range<u64>],
+    pages: &[PageNumber],
+) -> Vec<u8> {
+    let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
+    let length = HEADER
+        + state.cpu.len()
+        + state.devices.len()
+        + staged
+        + zeros.len() * 16
+        + pages.len() * size_of::<u64>();
+    let in_all = length + pages.len() * PAGE_SIZE + CHECKSUM;
+    let mut bytes = Vec::with_capacity(length);
+    let word32 = |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
+    let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
+    bytes.extend_from_slice(&MAGIC);
+    word32(&mut bytes, VERSION);
+    word32(&mut bytes, matches!(scope, Scope::Delta).into());
+    word(&mut bytes, in_all as u64);
+    word(&mut bytes, ram_pages);
+    word(&mut bytes, state.position.0);
+    word(&mut bytes, state.digest.0);
+    word(&mut bytes, state.base.position().0);
+    word(&mut bytes, state.base.clock().0);
+    let injectable = if state.injectable { INJECTABLE } else { 0 };
+    let halted = if state.halted { HALTED } else { 0 };
+    let off = state
+        .off
+        .map_or(0, |status| OFF | u32::from(status) << STATUS_SHIFT);
+    word32(&mut bytes, injectable | halted | off);
+    word32(&mut bytes, state.cpu.len() as u32);
+    word32(&mut bytes, state.devices.len() as u32);
+    word32(&mut bytes, state.staged.len() as u32);
+    word(&mut bytes, zeros.len() as u64);
+    word(&mut bytes, pages.len() as u64);
+    debug_assert_eq!(bytes.len(), HEADER);
+    bytes.extend_from_slice(&state.cpu);
+    bytes.extend_from_slice(&state.devices);
+    for frame in &state.staged {
+        word32(&mut bytes, frame.len() as u32);
+        bytes.extend_from_slice(frame);
+    }
+    for run in zeros {
+        word(&mut bytes, run.start);
+        word(&mut bytes, run.end - run.start);
+    }
+    for page in pages {
+        word(&mut bytes, page.0);
+    }
+    bytes
 }
 
-impl Writer {
-    /// Begins a checkpoint that names these pages, in this buffer.
-    pub(super) fn new(
-        mut bytes: Vec<u8>,
-        scope: Scope,
-        ram_pages: u64,
-        state: &State,
-        zeros: &[Range<u64>],
-        pages: &[PageNumber],
-    ) -> Self {
-        let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
-        let length = HEADER
-            + state.cpu.len()
-            + state.devices.len()
-            + staged
-            + zeros.len() * 16
-            + pages.len() * (8 + PAGE_SIZE)
-            + CHECKSUM;
-        bytes.clear();
-        bytes.reserve(length);
-        let word32 =
-            |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
-        let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
-        bytes.extend_from_slice(&MAGIC);
-        word32(&mut bytes, VERSION);
-        word32(&mut bytes, matches!(scope, Scope::Delta).into());
-        word(&mut bytes, length as u64);
-        word(&mut bytes, ram_pages);
-        word(&mut bytes, state.position.0);
-        word(&mut bytes, state.digest.0);
-        word(&mut bytes, state.base.position().0);
-        word(&mut bytes, state.base.clock().0);
-        let injectable = if state.injectable { INJECTABLE } else { 0 };
-        let halted = if state.halted { HALTED } else { 0 };
-        let off = state
-            .off
-            .map_or(0, |status| OFF | u32::from(status) << STATUS_SHIFT);
-        word32(&mut bytes, injectable | halted | off);
-        word32(&mut bytes, state.cpu.len() as u32);
-        word32(&mut bytes, state.devices.len() as u32);
-        word32(&mut bytes, state.staged.len() as u32);
-        word(&mut bytes, zeros.len() as u64);
-        word(&mut bytes, pages.len() as u64);
-        debug_assert_eq!(bytes.len(), HEADER);
-        bytes.extend_from_slice(&state.cpu);
-        bytes.extend_from_slice(&state.devices);
-        for frame in &state.staged {
-            word32(&mut bytes, frame.len() as u32);
-            bytes.extend_from_slice(frame);
-        }
-        for run in zeros {
-            word(&mut bytes, run.start);
-            word(&mut bytes, run.end - run.start);
-        }
-        for page in pages {
-            word(&mut bytes, page.0);
-        }
-        Self {
-            bytes,
-            pages_left: pages.len(),
-        }
+/// A checkpoint's checksum, as its bytes go by: the head, then the pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Seal(u32);
+
+impl Seal {
+    /// Bytes of it.
+    pub const BYTES: usize = CHECKSUM;
+
+    /// Of a checkpoint that begins with this.
+    #[must_use]
+    pub fn begin(head: &[u8]) -> Self {
+        Self(crc32c::crc32c(head))
     }
 
-    /// Adds the next page's content.
-    pub(super) fn page(&mut self, content: &[u8; PAGE_SIZE]) {
-        self.pages_left -= 1;
-        self.bytes.extend_from_slice(content);
+    /// This follows.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0 = crc32c::crc32c_append(self.0, bytes);
     }
 
-    /// The whole checkpoint, but for its checksum.
-    pub(super) fn unsealed(self) -> Vec<u8> {
-        debug_assert_eq!(self.pages_left, 0, "every page that was named is there");
-        self.bytes
-    }
-
-    /// The whole checkpoint.
-    #[cfg(test)]
-    pub(super) fn finish(self) -> Vec<u8> {
-        sealed(self.unsealed())
+    /// What stands at the end.
+    #[must_use]
+    pub fn bytes(self) -> [u8; Self::BYTES] {
+        self.0.to_le_bytes()
     }
 }
 
-/// A checkpoint with its checksum.
-pub(super) fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
-    let checksum = crc32c::crc32c(&bytes);
-    bytes.extend_from_slice(&checksum.to_le_bytes());
+/// A whole checkpoint: its head, its pages, its checksum.
+pub(super) fn sealed(head: Vec<u8>, contents: &[u8]) -> Vec<u8> {
+    let mut seal = Seal::begin(&head);
+    seal.add(contents);
+    let mut bytes = head;
+    bytes.reserve_exact(contents.len() + CHECKSUM);
+    bytes.extend_from_slice(contents);
+    bytes.extend_from_slice(&seal.bytes());
     bytes
 }
 

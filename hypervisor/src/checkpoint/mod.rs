@@ -24,7 +24,7 @@ mod restore;
 mod save;
 mod shadow;
 
-pub use format::{FormatError, Image, Scope, State};
+pub use format::{FormatError, Image, Scope, Seal, State};
 pub use interval::{Interval, IntervalError};
 pub use restore::{Adopted, Restored};
 pub use save::{Capture, Pages};

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::CheckpointError;
-use super::format::{self, Scope, State, Writer};
+use super::format::{self, Scope, State};
 use crate::entry::Base;
 use crate::machine::{Machine, Phase};
 use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
@@ -26,7 +26,8 @@ pub enum Pages {
 /// A checkpoint that was taken: its bytes, which are all there, but for their checksum. So the guest need not stand for that.
 #[derive(Debug, Default)]
 pub struct Capture {
-    bytes: Vec<u8>,
+    head: Vec<u8>,
+    contents: Vec<u8>,
     pages: usize,
 }
 
@@ -40,13 +41,74 @@ impl Capture {
     /// Its bytes, without the checksum.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.head.len() + self.contents.len()
     }
 
     /// The checkpoint.
     #[must_use]
     pub fn sealed(self) -> Vec<u8> {
-        format::sealed(self.bytes)
+        format::sealed(self.head, &self.contents)
+    }
+
+    /// The checkpoint in two pieces, what is before the pages and what they hold. A [`super::Seal`] over both ends it.
+    #[must_use]
+    pub fn pieces(self) -> [Vec<u8>; 2] {
+        [self.head, self.contents]
+    }
+}
+
+/// Pages as they are copied out, each read once.
+#[derive(Default)]
+struct Copied {
+    contents: Vec<u8>,
+    filled: Vec<PageNumber>,
+    zeros: Vec<Range<u64>>,
+}
+
+impl Copied {
+    /// Copies a page, if it holds anything, and says whether it does.
+    fn page(&mut self, ram: &GuestRam, page: PageNumber) -> Result<bool, CheckpointError> {
+        let at = self.contents.len();
+        self.contents.resize(at + PAGE_SIZE, 0);
+        let content = self.contents[at..]
+            .first_chunk_mut()
+            .expect("room was made for a page");
+        ram.read_page(page, content)?;
+        let holds = *content != ZEROS;
+        if holds {
+            self.filled.push(page);
+        } else {
+            self.contents.truncate(at);
+        }
+        Ok(holds)
+    }
+
+    /// All pages that hold anything.
+    fn all(&mut self, ram: &GuestRam) -> Result<(), CheckpointError> {
+        let mut from = PageNumber(0);
+        while let Some(run) = ram.next_touched(from)? {
+            for page in run.clone().map(PageNumber) {
+                self.page(ram, page)?;
+            }
+            from = PageNumber(run.end);
+        }
+        Ok(())
+    }
+
+    /// Written pages: those that are zero now in runs, and the others.
+    fn written(&mut self, ram: &GuestRam, dirty: &DirtyPages) -> Result<(), CheckpointError> {
+        self.contents.reserve(dirty.len() * PAGE_SIZE);
+        // KVM's bitmap is rounded up to whole words.
+        for page in dirty.iter().filter(|page| page.0 < ram.pages()) {
+            if self.page(ram, page)? {
+                continue;
+            }
+            match self.zeros.last_mut().filter(|run| run.end == page.0) {
+                Some(run) => run.end += 1,
+                None => self.zeros.push(page.0..page.0 + 1),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -118,62 +180,31 @@ impl Machine {
             staged,
         };
         let ram = self.ram();
-        let (scope, zeros, filled) = match written {
-            None => (Scope::Full, Vec::new(), filled_pages(ram)?),
+        let mut copied = Copied {
+            contents: spare,
+            ..Copied::default()
+        };
+        copied.contents.clear();
+        let scope = match written {
+            None => {
+                copied.all(ram)?;
+                Scope::Full
+            }
             Some(written) => {
-                let (zeros, filled) = sort_out(ram, &written)?;
-                (Scope::Delta, zeros, filled)
+                copied.written(ram, &written)?;
+                Scope::Delta
             }
         };
+        let Copied {
+            contents,
+            filled,
+            zeros,
+        } = copied;
         let cleared: u64 = zeros.iter().map(|run| run.end - run.start).sum();
-        let named = filled.len() + cleared as usize;
-        let mut writer = Writer::new(spare, scope, ram.pages(), &state, &zeros, &filled);
-        let mut content = [0; PAGE_SIZE];
-        for page in filled {
-            ram.read_page(page, &mut content)?;
-            writer.page(&content);
-        }
         Ok(Capture {
-            bytes: writer.unsealed(),
-            pages: named,
+            head: format::head(scope, ram.pages(), &state, &zeros, &filled),
+            contents,
+            pages: filled.len() + cleared as usize,
         })
     }
-}
-
-fn filled_pages(ram: &GuestRam) -> Result<Vec<PageNumber>, CheckpointError> {
-    let mut filled = Vec::new();
-    let mut content = [0; PAGE_SIZE];
-    let mut from = PageNumber(0);
-    while let Some(run) = ram.next_touched(from)? {
-        for page in run.clone().map(PageNumber) {
-            ram.read_page(page, &mut content)?;
-            if content != ZEROS {
-                filled.push(page);
-            }
-        }
-        from = PageNumber(run.end);
-    }
-    Ok(filled)
-}
-
-/// Written pages that are zero now, in runs, and those that are not.
-fn sort_out(
-    ram: &GuestRam,
-    dirty: &DirtyPages,
-) -> Result<(Vec<Range<u64>>, Vec<PageNumber>), CheckpointError> {
-    let mut zeros: Vec<Range<u64>> = Vec::new();
-    let mut filled = Vec::with_capacity(dirty.len());
-    let mut content = [0; PAGE_SIZE];
-    // KVM's bitmap is rounded up to whole words.
-    for page in dirty.iter().filter(|page| page.0 < ram.pages()) {
-        ram.read_page(page, &mut content)?;
-        if content != ZEROS {
-            filled.push(page);
-        } else if let Some(run) = zeros.last_mut().filter(|run| run.end == page.0) {
-            run.end += 1;
-        } else {
-            zeros.push(page.0..page.0 + 1);
-        }
-    }
-    Ok((zeros, filled))
 }

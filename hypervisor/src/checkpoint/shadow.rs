@@ -8,6 +8,10 @@ use super::interval::{self, IntervalError};
 /// the next is written.
 pub const PART_BYTES: usize = 64 << 10;
 
+/// The largest area that is kept for the next checkpoint: 4,096 pages. The kernel has to find a new one page by page, which takes as long
+/// as to copy it; larger ones are rare, and a side must not hold their memory for good.
+const KEPT_BYTES: usize = 16 << 20;
+
 /// Why a part does not fit.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ShadowError {
@@ -111,12 +115,20 @@ impl Shadow {
         self.next = 0;
         std::mem::take(&mut self.bytes)
     }
+
+    /// Gives back what was taken, for the next one to gather in.
+    pub fn give_back(&mut self, mut bytes: Vec<u8>) {
+        if self.is_empty() && bytes.capacity() <= KEPT_BYTES {
+            bytes.clear();
+            self.bytes = bytes;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::format::{Scope, State, Writer};
+    use crate::checkpoint::format::{Scope, State, head, sealed};
     use crate::digest::Digest;
     use crate::entry::Base;
     use crate::position::Position;
@@ -133,7 +145,7 @@ mod tests {
             devices: Vec::new(),
             staged: Vec::new(),
         };
-        Writer::new(Vec::new(), Scope::Full, 512, &state, &[], &[]).finish()
+        sealed(head(Scope::Full, 512, &state, &[], &[]), &[])
     }
 
     #[test]
@@ -145,9 +157,14 @@ mod tests {
             shadow.add(part as u32, bytes).unwrap();
         }
         assert!(!shadow.is_empty());
-        assert_eq!(shadow.take(), whole);
+        let taken = shadow.take();
+        assert_eq!(taken, whole);
+        assert!(shadow.is_empty());
+        shadow.give_back(taken);
         assert!(shadow.is_empty());
         shadow.add(0, &whole).unwrap();
+        shadow.give_back(vec![7]);
+        assert_eq!(shadow.take(), whole, "it had begun to gather");
     }
 
     #[test]

@@ -68,6 +68,7 @@ impl<L: LogSource> Replayer<L> {
         if let Some(adopts) = &mut self.adopts {
             adopts.last = Some((adopted.cpus, adopted.base));
         }
+        self.shadow.give_back(bytes);
         Ok(())
     }
 

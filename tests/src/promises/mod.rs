@@ -6,6 +6,7 @@ pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
 pub mod chaos;
+pub mod checkpoint_latency;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
 pub mod confined;
@@ -66,6 +67,7 @@ pub const ALL: &[Promise] = &[
     replay_exact::PROMISE,
     preempts::PROMISE,
     checkpoint_replicates::PROMISE,
+    checkpoint_latency::PROMISE,
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,

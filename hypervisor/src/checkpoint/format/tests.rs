@@ -25,11 +25,11 @@ fn state() -> State {
 
 fn written(state: &State, zeros: &[Range<u64>], pages: &[u64]) -> Vec<u8> {
     let numbers: Vec<_> = pages.iter().copied().map(PageNumber).collect();
-    let mut writer = Writer::new(Vec::new(), Scope::Delta, RAM, state, zeros, &numbers);
-    for &page in pages {
-        writer.page(&[page as u8; PAGE_SIZE]);
-    }
-    writer.finish()
+    let contents: Vec<u8> = pages
+        .iter()
+        .flat_map(|&page| [page as u8; PAGE_SIZE])
+        .collect();
+    sealed(head(Scope::Delta, RAM, state, zeros, &numbers), &contents)
 }
 
 /// The same bytes after `change`, with a checksum that fits.

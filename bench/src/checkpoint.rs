@@ -1,0 +1,543 @@
+//! What a request waits for where a machine is replicated by checkpoints, by how much it has the guest write.
+//!
+//! A request is an `EXEC` of commands that wait in the guest already, each of which writes into a page of its own: a frame in, so many
+//! pages written, one exit that replies. Its time is held against what the same bytes take over the bare link ([`crate::link`]),
+//! measured in the same run.
+//!
+//! ```text
+//!  EXEC ─▶ guest writes N pages ─▶ reply ┐ stop ┌ checkpoint to the backup ┐ ─▶ the reply leaves
+//!          (each noted by KVM)           └──────┘     the link's part      │
+//!          └── alone, and what noting adds ──┘ └────────── commit ─────────┘
+//! ```
+#![forbid(unsafe_code)]
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddrV4, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hdrhistogram::Histogram;
+use hypervisor::config::Transport;
+use hypervisor::intervals::Ends;
+use hypervisor::session::report::Event;
+use serde_json::{Value, json};
+
+use crate::draw::Panel;
+use crate::link::{self, Link};
+use crate::sheet::{Aim, Sheet, Table, round};
+use crate::world::{Guest, Mode, Network};
+
+/// Pages that a request writes, besides those of the server's own.
+const PAGES: [usize; 5] = [16, 64, 256, 1024, 2048];
+const PAGE: usize = 4096;
+
+/// Transactions that wait in the guest at once. Their commands take a guest of 64 MiB some 4 MiB at the most.
+const WAITING: usize = 8;
+
+/// Between two requests: longer than an interval's transfer, so that none waits for the one before.
+const APART: Duration = Duration::from_millis(8);
+/// The beat of fixed intervals (`--interval-ms`, its default); requests are spread over it.
+const BEAT: Duration = Duration::from_millis(25);
+/// A step of this part of the beat from request to request comes by every phase evenly.
+const GOLDEN: f64 = 0.618_034;
+
+/// A side tells its commits and stops every 50 ms.
+const TOLD: Duration = Duration::from_millis(120);
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The aim: so many times what the same bytes take over the bare link, besides the stop.
+pub const AIM: f64 = 2.0;
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Requests of each size, alone and where an output ends its interval.
+    pub requests: usize,
+    /// The same in fixed intervals.
+    pub fixed: usize,
+    /// Blocks of each size over the bare link.
+    pub blocks: usize,
+}
+
+/// Measures and makes the sheet.
+///
+/// # Errors
+/// If a machine does not start or does not serve.
+pub fn measure(extent: Extent) -> Result<Sheet> {
+    let network = Network::set_up()?;
+    let mut sheet = Sheet::new(
+        "checkpoint",
+        "Replicated by checkpoints: a request by what it writes",
+    );
+    let alone = all_sizes(Mode::Run, &network, extent.requests)?;
+    let mut tables = Tables::default();
+    for (transport, kind) in [
+        (Transport::Shm, link::Kind::Memory),
+        (Transport::Tcp, link::Kind::Socket),
+    ] {
+        let ended = |ends| Mode::Checkpoint(transport, ends);
+        let output = all_sizes(ended(Ends::Output), &network, extent.requests)?;
+        let fixed = all_sizes(ended(Ends::Fixed), &network, extent.fixed)?;
+        let mut bare = Link::start(kind)?;
+        let rows = PAGES
+            .iter()
+            .enumerate()
+            .map(|(at, &asked)| {
+                let bytes = output[at].bytes()?;
+                Ok(Row {
+                    asked,
+                    bytes,
+                    link: micros(&bare.send(bytes, extent.blocks)?, 0.5),
+                    alone: micros(&alone[at].latency, 0.5),
+                    output: &output[at],
+                    fixed: &fixed[at],
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        tell(&mut sheet, &mut tables, transport, &rows)?;
+    }
+    let Tables {
+        requests,
+        stops,
+        panels,
+    } = tables;
+    sheet.tables.extend(requests.into_iter().chain(stops));
+    sheet.panels = panels;
+    sheet.figure("network", network.kind);
+    sheet.note(format!(
+        "Network: {}. A request is an EXEC of so many SETRANGE of one byte, each in a page of its own, one request at a time. {} of each \
+         size alone and with intervals that an output ends, {} in fixed intervals, over all their phases.",
+        network.kind, extent.requests, extent.fixed
+    ));
+    sheet.note(
+        "`bare link`: the same bytes between two processes, in the same run, until the other one has them and has said so: copied through shared \
+         memory, or sent over a socket, with no checksum; the median. `added` is to what the request takes unprotected. Of it the commit (from the reply's exit until it may \
+         leave) holds stop and transfer; the rest is the guest's own: KVM notes each page at its first write in an interval, which is a fault.",
+    );
+    sheet.note(
+        "The aim is for what is added, less the stop. Two cores carry client, primary, courier and backup, so over TCP each wake of another \
+         thread is in it.",
+    );
+    Ok(sheet)
+}
+
+/// What requests of one size came to.
+struct Found {
+    latency: Histogram<u64>,
+    commits: Histogram<u64>,
+    /// Of the intervals that such requests ended: pages and microseconds.
+    stops: Vec<(u64, u64)>,
+    /// All pages and all bytes of intervals, small ones too.
+    written: [u64; 2],
+}
+
+impl Found {
+    fn new() -> Self {
+        Self {
+            latency: histogram(),
+            commits: histogram(),
+            stops: Vec::new(),
+            written: [0; 2],
+        }
+    }
+
+    fn pages(&self) -> Result<u64> {
+        let mut pages: Vec<u64> = self.stops.iter().map(|(pages, _)| *pages).collect();
+        pages.sort_unstable();
+        let middle = pages.get(pages.len() / 2);
+        middle.copied().context("no interval had such a request")
+    }
+
+    /// Of one request's checkpoint.
+    fn bytes(&self) -> Result<usize> {
+        let [pages, bytes] = self.written;
+        Ok((self.pages()? as f64 * bytes as f64 / pages.max(1) as f64) as usize)
+    }
+
+    fn stops_us(&self) -> Histogram<u64> {
+        let mut all = histogram();
+        for (_, micros) in &self.stops {
+            all.saturating_record(micros * 1000);
+        }
+        all
+    }
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("legal bounds")
+}
+
+/// A quantile of nanoseconds, in microseconds.
+fn micros(of: &Histogram<u64>, quantile: f64) -> f64 {
+    round(of.value_at_quantile(quantile) as f64 / 1000.0)
+}
+
+fn all_sizes(mode: Mode, network: &Network, requests: usize) -> Result<Vec<Found>> {
+    let guest = Guest::start(mode, "kv", "", Some(network))?;
+    let largest = PAGES[PAGES.len() - 1];
+    let mut first = Caller::connect(network.address())?;
+    // Longer than all that is written, so that nothing moves.
+    first.ask(&format!("SETRANGE b {} x\r\n", (largest + 1) * PAGE), 1)?;
+    let mut found = Vec::new();
+    for pages in PAGES {
+        let mut of_size = Found::new();
+        // The first batch finds pages that nobody has touched.
+        for batch in 0..=requests.div_ceil(WAITING) {
+            let taken = batch_of(mode, network, &guest, pages, batch)?;
+            if batch > 0 {
+                of_size.take(taken, pages);
+            }
+        }
+        found.push(of_size);
+    }
+    drop(first);
+    guest.end()?;
+    Ok(found)
+}
+
+/// What one batch came to: times, and what the side that serves said meanwhile.
+type Batch = (Vec<Duration>, Vec<Event>);
+
+fn batch_of(
+    mode: Mode,
+    network: &Network,
+    guest: &Guest,
+    pages: usize,
+    batch: usize,
+) -> Result<Batch> {
+    let mut callers = (0..WAITING)
+        .map(|number| Caller::waiting(network.address(), pages, batch * WAITING + number))
+        .collect::<Result<Vec<_>>>()?;
+    let told = || {
+        guest.pair().map(|pair| {
+            std::thread::sleep(TOLD);
+            pair.primary.events()
+        })
+    };
+    // What the queueing came to is not the measurement's.
+    drop(told());
+    let mut times = Vec::new();
+    for (number, caller) in callers.iter_mut().enumerate() {
+        let phase = (batch * WAITING + number) as f64 * GOLDEN % 1.0;
+        std::thread::sleep(match mode {
+            Mode::Checkpoint(_, Ends::Fixed) => APART + BEAT.mul_f64(phase),
+            _ => APART,
+        });
+        let begun = Instant::now();
+        caller.ask("EXEC\r\n", pages + 1)?;
+        times.push(begun.elapsed());
+    }
+    Ok((times, told().unwrap_or_default()))
+}
+
+impl Found {
+    fn take(&mut self, (times, events): Batch, asked: usize) {
+        for time in times {
+            self.latency.saturating_record(time.as_nanos() as u64);
+        }
+        for event in events {
+            match event {
+                Event::Commits { buckets } => {
+                    for (nanos, count) in buckets {
+                        self.commits.saturating_record_n(nanos, count);
+                    }
+                }
+                Event::Intervals {
+                    stops_us,
+                    pages,
+                    bytes,
+                } => {
+                    self.written[0] += pages.iter().sum::<u64>();
+                    self.written[1] += bytes;
+                    let ends = pages.into_iter().zip(stops_us);
+                    self.stops
+                        .extend(ends.filter(|(pages, _)| *pages >= asked as u64));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A connection, on which one request is under way at a time.
+struct Caller(TcpStream);
+
+impl Caller {
+    fn connect(address: SocketAddrV4) -> Result<Self> {
+        let until = Instant::now() + PATIENCE;
+        let stream = loop {
+            match TcpStream::connect(address) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > until => {
+                    return Err(error).context("connect to the guest");
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(stream))
+    }
+
+    /// One whose commands wait for their EXEC.
+    fn waiting(address: SocketAddrV4, pages: usize, place: usize) -> Result<Self> {
+        let mut caller = Self::connect(address)?;
+        let mut words = "MULTI\r\n".to_owned();
+        for page in 0..pages {
+            words += &format!("SETRANGE b {} y\r\n", page * PAGE + place % PAGE);
+        }
+        caller.ask(&words, pages + 1)?;
+        Ok(caller)
+    }
+
+    /// Sends this, and takes so many lines for an answer.
+    fn ask(&mut self, words: &str, mut lines: usize) -> Result<()> {
+        self.0.write_all(words.as_bytes())?;
+        let mut buffer = vec![0; 64 << 10];
+        while lines > 0 {
+            let got = self
+                .0
+                .read(&mut buffer)
+                .context("wait for the guest's answer")?;
+            ensure!(got > 0, "the guest ended the connection");
+            let text = &buffer[..got];
+            if let Some(at) = text.iter().position(|&byte| byte == b'-') {
+                bail!("the guest says {:?}", String::from_utf8_lossy(&text[at..]));
+            }
+            let came = text.iter().filter(|&&byte| byte == b'\n').count();
+            lines = lines
+                .checked_sub(came)
+                .context("the guest says more than it was asked")?;
+        }
+        Ok(())
+    }
+}
+
+/// Requests of one size over one transport.
+struct Row<'a> {
+    asked: usize,
+    bytes: usize,
+    /// Medians, in microseconds.
+    link: f64,
+    alone: f64,
+    output: &'a Found,
+    fixed: &'a Found,
+}
+
+struct Tables {
+    requests: Option<Table>,
+    stops: Option<Table>,
+    panels: Vec<Panel>,
+}
+
+impl Default for Tables {
+    fn default() -> Self {
+        Self {
+            requests: Some(Table::new(
+                "Request to reply (µs, half of the time)",
+                &[
+                    "log over",
+                    "pages",
+                    "KiB",
+                    "alone",
+                    "protected",
+                    "99 in 100",
+                    "added",
+                    "commit",
+                    "of it the stop",
+                    "bare link",
+                    "(added − stop) / link",
+                    "(commit − stop) / link",
+                    "in fixed intervals",
+                    "99 in 100",
+                ],
+            )),
+            stops: Some(Table::new(
+                "How long the guest stands at an interval's end (µs)",
+                &[
+                    "log over",
+                    "pages",
+                    "intervals",
+                    "p50",
+                    "p90",
+                    "p99",
+                    "p99.9",
+                    "max",
+                ],
+            )),
+            panels: Vec::new(),
+        }
+    }
+}
+
+fn tell(
+    sheet: &mut Sheet,
+    tables: &mut Tables,
+    transport: Transport,
+    rows: &[Row<'_>],
+) -> Result<()> {
+    let name = transport.name();
+    let mut told: Vec<Value> = Vec::new();
+    let mut lines = ["alone", "protected", "2 × bare link + stop", "fixed, 25 ms"]
+        .map(|line| (line.to_owned(), Vec::new()));
+    let mut points = Vec::new();
+    let mut all_stops = histogram();
+    for row in rows {
+        let pages = row.output.pages()?;
+        let (p50, p99) = (
+            micros(&row.output.latency, 0.5),
+            micros(&row.output.latency, 0.99),
+        );
+        let stops = row.output.stops_us();
+        all_stops.add(&stops)?;
+        let (commit, stop) = (micros(&row.output.commits, 0.5), micros(&stops, 0.5));
+        let added = round(p50 - row.alone);
+        let over = |what: f64| round((what - stop) / row.link);
+        let fixed = [0.5, 0.99].map(|quantile| micros(&row.fixed.latency, quantile));
+        let kib = row.bytes as f64 / 1024.0;
+        if let Some(table) = &mut tables.requests {
+            table.row([
+                name.to_owned(),
+                pages.to_string(),
+                format!("{kib:.0}"),
+                format!("{:.0}", row.alone),
+                format!("{p50:.0}"),
+                format!("{p99:.0}"),
+                format!("{added:.0}"),
+                format!("{commit:.0}"),
+                format!("{stop:.0}"),
+                format!("{:.0}", row.link),
+                format!("{:.1}", over(added)),
+                format!("{:.1}", over(commit)),
+                format!("{:.0}", fixed[0]),
+                format!("{:.0}", fixed[1]),
+            ]);
+        }
+        let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0].map(|quantile| micros(&stops, quantile));
+        if let Some(table) = &mut tables.stops {
+            let [a, b, c, d, e] = quantiles.map(|micros| format!("{micros:.0}"));
+            let (pages, count) = (pages.to_string(), stops.len().to_string());
+            table.row([name.to_owned(), pages, count, a, b, c, d, e]);
+        }
+        for ((_, line), value) in
+            lines
+                .iter_mut()
+                .zip([row.alone, p50, AIM * row.link + stop, fixed[0]])
+        {
+            line.push((kib, value));
+        }
+        points.push((pages as f64, stop));
+        sheet.aims.push(Aim::at_most(
+            &format!("{name}, {pages} pages: what protection adds, less the stop / the same bytes over the bare link"),
+            AIM,
+            over(added),
+            &format!(
+                "of {added:.0} µs the guest's own part is {:.0}: a fault for each page at its first write in an interval",
+                added - commit
+            ),
+        ));
+        let [p50_stop, p90, p99_stop, p999, max] = quantiles;
+        told.push(json!({
+            "asked": row.asked, "pages": pages, "bytes": row.bytes, "requests": row.output.latency.len(),
+            "alone_us": row.alone, "output_us": {"p50": p50, "p99": p99}, "fixed_us": {"p50": fixed[0], "p99": fixed[1]},
+            "added_us": added, "commit_us": {"p50": commit, "p99": micros(&row.output.commits, 0.99)}, "link_us": row.link,
+            "added_over_link": over(added), "commit_over_link": over(commit),
+            "stop_us": {"count": stops.len(), "least": micros(&stops, 0.0), "p50": p50_stop, "p90": p90, "p99": p99_stop, "p999": p999, "max": max},
+        }));
+    }
+    let (slope, at_none) = line_through(&points);
+    let last = rows.last().context("no sizes")?;
+    sheet.figure(
+        name,
+        json!({
+            "sizes": told,
+            "stop_us_a_page": round(slope), "stop_us_at_none": round(at_none),
+            "link_mb_s": (last.bytes as f64 / last.link).round(),
+            "stops_us": buckets(&all_stops),
+        }),
+    );
+    sheet.note(format!(
+        "Log over {name}: the stop is {at_none:.0} µs and {slope:.2} for each page (a line through the medians); the bare link carries \
+         {:.0} MB/s at its largest block.",
+        last.bytes as f64 / last.link
+    ));
+    tables.panels.push(Panel::Lines {
+        title: format!("Request to reply, log over {name}, half of the time"),
+        x: "KiB that it has the guest write".into(),
+        y: "µs".into(),
+        lines: lines.into(),
+    });
+    tables.panels.push(Panel::Bars {
+        title: format!("Stops at the ends of intervals, log over {name}: how many were how long"),
+        unit: "intervals".into(),
+        bars: buckets(&all_stops)
+            .into_iter()
+            .map(|(to, count)| (format!("to {to} µs"), count as f64))
+            .collect(),
+    });
+    Ok(())
+}
+
+/// How many were at most so long and longer than the one before, in microseconds: each twice the one before.
+fn buckets(stops: &Histogram<u64>) -> Vec<(u64, u64)> {
+    let mut buckets: Vec<(u64, u64)> = Vec::new();
+    for value in stops.iter_recorded() {
+        let to = (value.value_iterated_to().div_ceil(1000)).next_power_of_two();
+        match buckets.last_mut() {
+            Some((last, count)) if *last == to => *count += value.count_since_last_iteration(),
+            _ => buckets.push((to, value.count_since_last_iteration())),
+        }
+    }
+    buckets
+}
+
+/// Slope and height at 0 of the line with the least squares.
+fn line_through(points: &[(f64, f64)]) -> (f64, f64) {
+    let count = points.len().max(1) as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
+    let spread: f64 = points.iter().map(|point| (point.0 - x).powi(2)).sum();
+    let slope = points
+        .iter()
+        .map(|point| (point.0 - x) * (point.1 - y))
+        .sum::<f64>()
+        / spread.max(f64::MIN_POSITIVE);
+    (slope, y - slope * x)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_is_the_one_that_was_drawn() {
+        let points: Vec<(f64, f64)> = [10.0, 100.0, 1000.0].map(|x| (x, 45.0 + 1.25 * x)).to_vec();
+        let (slope, at_none) = line_through(&points);
+        assert!((slope - 1.25).abs() < 1e-9 && (at_none - 45.0).abs() < 1e-6);
+        assert_eq!(line_through(&[(5.0, 7.0)]), (0.0, 7.0));
+    }
+
+    #[test]
+    fn stops_fall_into_buckets() {
+        let mut stops = histogram();
+        for micros in [60, 61, 100, 900] {
+            stops.record(micros * 1000).unwrap();
+        }
+        assert_eq!(buckets(&stops), [(64, 2), (128, 1), (1024, 1)]);
+    }
+
+    #[test]
+    fn what_is_written_is_that_of_one_request() {
+        let mut found = Found::new();
+        assert!(found.bytes().is_err());
+        let events = vec![Event::Intervals {
+            stops_us: vec![50, 300, 310],
+            pages: vec![10, 100, 110],
+            bytes: 220 * 4100,
+        }];
+        found.take((vec![Duration::from_micros(900)], events), 90);
+        assert_eq!(found.stops, [(100, 300), (110, 310)]);
+        assert_eq!(found.bytes().unwrap(), 110 * 4100);
+        assert_eq!(found.latency.len(), 1);
+    }
+}
