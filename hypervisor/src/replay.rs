@@ -231,6 +231,9 @@ impl<L: LogSource> Replayer<L> {
     /// See [`ReplayError`]; after one this machine can never go live.
     pub fn run(&mut self) -> Result<ReplayEnd, ReplayError> {
         self.orders.attach(self.machine.kick_handle());
+        // A copy begins where it was taken, and is behind nobody before the first entry comes.
+        self.orders.working(self.machine.position());
+        self.orders.resting();
         let mut idle_since: Option<Instant> = None;
         loop {
             if self.orders.waiting() && self.orders.take_if(|order| order == Order::Stop).is_some()

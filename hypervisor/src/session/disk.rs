@@ -163,9 +163,9 @@ pub(super) fn show(
 }
 
 /// No backup was met.
-pub(super) fn call_off(image: Option<&OpenImage>, before: Option<Stamp>) -> Result<(), DiskError> {
+pub(super) fn call_off(image: Option<&OpenImage>) -> Result<(), DiskError> {
     match image.filter(|image| image.config().is_shared()) {
-        Some(image) => image.does_not_lead(before),
+        Some(image) => image.will_not_lead(),
         None => Ok(()),
     }
 }

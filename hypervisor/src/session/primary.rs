@@ -106,7 +106,7 @@ fn lead(
     let met = match (!start.alone).then(meet).transpose() {
         Ok(met) => met,
         Err(error) => {
-            disk::call_off(image.as_ref(), before)?;
+            disk::call_off(image.as_ref())?;
             return Err(error);
         }
     };

@@ -37,7 +37,7 @@ impl Authority {
     pub fn new(directory: &Path, name: &str) -> Result<Self> {
         fs::create_dir_all(directory).context("make a directory for certificates")?;
         fs::write(directory.join("openssl.cnf"), SECTIONS).context("configure openssl")?;
-        let own = issue(directory, name, "ca", None)?;
+        let own = issue(directory, name, ("ca", "O"), None)?;
         Ok(Self {
             directory: directory.to_owned(),
             own,
@@ -55,19 +55,32 @@ impl Authority {
     /// # Errors
     /// If `openssl` refuses.
     pub fn server(&self, name: &str) -> Result<Issued> {
-        issue(&self.directory, name, "server", Some(&self.own))
+        issue(&self.directory, name, ("server", "O"), Some(&self.own))
     }
 
-    /// One for a client.
+    /// One for a client, without a common name.
     ///
     /// # Errors
     /// If `openssl` refuses.
     pub fn client(&self, name: &str) -> Result<Issued> {
-        issue(&self.directory, name, "client", Some(&self.own))
+        issue(&self.directory, name, ("client", "O"), Some(&self.own))
+    }
+
+    /// One for a client whose common name this is.
+    ///
+    /// # Errors
+    /// If `openssl` refuses.
+    pub fn client_by_name(&self, name: &str) -> Result<Issued> {
+        issue(&self.directory, name, ("client", "CN"), Some(&self.own))
     }
 }
 
-fn issue(directory: &Path, name: &str, section: &str, by: Option<&Issued>) -> Result<Issued> {
+fn issue(
+    directory: &Path,
+    name: &str,
+    (section, kind): (&str, &str),
+    by: Option<&Issued>,
+) -> Result<Issued> {
     let issued = Issued {
         cert: directory.join(format!("{name}.pem")),
         key: directory.join(format!("{name}.key")),
@@ -76,7 +89,7 @@ fn issue(directory: &Path, name: &str, section: &str, by: Option<&Issued>) -> Re
     openssl
         .args(["req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"])
         .args(["-pkeyopt", "ec_paramgen_curve:prime256v1"])
-        .args(["-subj", &format!("/CN={name}"), "-extensions", section])
+        .args(["-subj", &format!("/{kind}={name}"), "-extensions", section])
         .arg("-config")
         .arg(directory.join("openssl.cnf"))
         .arg("-keyout")

@@ -40,6 +40,8 @@ pub struct Tls {
     pub server: Issued,
     /// A client's.
     pub client: Issued,
+    /// One with a common name, which not every etcd takes.
+    pub named: Issued,
 }
 
 impl Tls {
@@ -53,6 +55,7 @@ impl Tls {
             ca: authority.certificate().to_owned(),
             server: authority.server("server")?,
             client: authority.client("client")?,
+            named: authority.client_by_name("named")?,
         })
     }
 }

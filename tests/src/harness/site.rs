@@ -215,7 +215,10 @@ impl Site {
                 continue;
             };
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            if String::from_utf8_lossy(&line).contains(&own) {
+            let line = String::from_utf8_lossy(&line);
+            // An operator's command names it, too.
+            let is_command = line.split('\0').nth(1) == Some("vm");
+            if !is_command && line.contains(&own) {
                 found.push(pid);
             }
         }

@@ -242,6 +242,15 @@ fn users(etcd: &Etcd, files: &Path, tls: &Tls) -> Result<()> {
     turned_away(&place("doppel"), &["0644", "chmod 600"])?;
     write("a word\n", 0o600)?;
     turned_away(&etcd.place(), &["wants a user and a password", "user=NAME"])?;
+    let (ca, cert, key) = (
+        tls.ca.display(),
+        tls.named.cert.display(),
+        tls.named.key.display(),
+    );
+    turned_away(
+        &format!("etcds://{}?ca={ca}&cert={cert}&key={key}", etcd.address()),
+        &["with a common name", "openssl req"],
+    )?;
     turned_away(&place("idle"), &["may not do that", "grant-permission"])?;
     turned_away(&place("nobody"), &["does not know the user"])?;
     let sealed = |machine: &str| -> Result<Box<dyn Arbiter>> {

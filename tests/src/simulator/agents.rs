@@ -92,6 +92,7 @@ impl World {
         let process = &mut self.processes[who];
         (process.role, process.source) = (Role::Listening, None);
         process.again += 1;
+        process.asked = false;
         process.identity = identity(who, process.again);
         if let Some(connection) = process.connection.take() {
             self.hang_up(connection, who);

@@ -16,6 +16,14 @@ pub(super) enum Asked {
     Begin(Option<Record>, Record),
 }
 
+/// Who asked: a process, as what it was then. One that has given its copy up since hears no answer to what it asked before: the
+/// program waits for an answer before it gives a copy up, and so is later than its simulation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Asker {
+    pub(super) who: usize,
+    again: u64,
+}
+
 /// The arbiter's state.
 #[derive(Default)]
 pub(super) struct Ballot {
@@ -34,12 +42,13 @@ impl World {
             ));
         }
         self.moment_of(asked);
+        let asker = self.asker(who);
         let host = self.host(who);
         let there = self.way();
         let down = self.is_cut(host, ARBITER);
         let flaky = !self.is_calm() && !self.is_single() && self.random.below(100) < 5;
         if !down && !flaky {
-            self.after(there, What::Decides(who, asked, true));
+            self.after(there, What::Decides(asker, asked, true));
             return Ok(());
         }
         self.count("questions that failed");
@@ -58,10 +67,10 @@ impl World {
             } else {
                 0
             };
-            self.after(there + late, What::Decides(who, asked, false));
+            self.after(there + late, What::Decides(asker, asked, false));
         }
         let may_have_landed = sent || self.random.below(2) == 0;
-        self.no_answer(who, there, may_have_landed);
+        self.no_answer(asker, there, may_have_landed);
         Ok(())
     }
 
@@ -88,22 +97,29 @@ impl World {
         }
     }
 
-    fn no_answer(&mut self, who: usize, there: Micros, may_have_landed: bool) {
+    fn no_answer(&mut self, asker: Asker, there: Micros, may_have_landed: bool) {
         let wait = there + self.random.below(20 * MS);
         let answer = Answer::Failed {
             may_have_landed,
             why: "simulated".to_owned(),
         };
-        self.after(wait, What::Told(who, Input::Answer(answer)));
+        self.after(wait, What::Told(asker.who, Input::Answer(asker, answer)));
+    }
+
+    /// Who asks now.
+    pub(super) fn asker(&self, who: usize) -> Asker {
+        let again = self.processes[who].again;
+        Asker { who, again }
     }
 
     /// The arbiter carries a question out.
     pub(super) fn decide(
         &mut self,
-        who: usize,
+        asker: Asker,
         asked: Asked,
         answered: bool,
     ) -> Result<(), String> {
+        let who = asker.who;
         let answer = match asked {
             Asked::Protocol(Request::Read) => Answer::Read(self.ballot.record),
             Asked::Protocol(Request::Swap { from, to }) => self.swap(who, Some(from), to)?,
@@ -114,9 +130,9 @@ impl World {
         }
         let back = self.way();
         if self.is_cut(ARBITER, self.host(who)) {
-            self.no_answer(who, back, true);
+            self.no_answer(asker, back, true);
         } else {
-            self.after(back, What::Told(who, Input::Answer(answer)));
+            self.after(back, What::Told(who, Input::Answer(asker, answer)));
         }
         Ok(())
     }

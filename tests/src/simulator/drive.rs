@@ -9,7 +9,7 @@ use hypervisor::protocol::{
     Answer, Backup, Candidate, Evidence, Notice, Primary, Reason, Record, Request, State,
 };
 
-use super::arbiter::Asked;
+use super::arbiter::{Asked, Asker};
 use super::process::{Input, Role};
 use super::world::{KEY, World};
 use super::{MS, Micros, Plant};
@@ -85,7 +85,7 @@ impl World {
                 self.processes[who].handed = self.processes[who].source == Some(log);
                 self.hears_handed_over(who)
             }
-            Input::Answer(answer) => self.answered(who, answer),
+            Input::Answer(asker, answer) => self.answered(asker, answer),
             Input::Taken(number) => {
                 if self.processes[who].log == self.attempts[number].log {
                     return self.primary(who, PrimarySees::Joining);
@@ -228,7 +228,12 @@ impl World {
         self.wake(who, now);
     }
 
-    fn answered(&mut self, who: usize, answer: Answer) -> Result<(), String> {
+    fn answered(&mut self, asker: Asker, answer: Answer) -> Result<(), String> {
+        let who = asker.who;
+        if asker != self.asker(who) {
+            self.count("answers that came too late");
+            return Ok(());
+        }
         self.processes[who].asked = false;
         self.note(|world| format!("{} is answered: {answer:?}", world.processes[who].name));
         match self.processes[who].role {

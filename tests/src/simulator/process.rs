@@ -10,6 +10,7 @@ use hypervisor::protocol::{
 };
 
 use super::Micros;
+use super::arbiter::Asker;
 use super::history::Node;
 
 /// A clock that runs too fast or too slow.
@@ -85,7 +86,7 @@ pub(super) enum Input {
     Switch,
     /// The log's entry that hands the machine over was replayed.
     HandedOver(usize),
-    Answer(Answer),
+    Answer(Asker, Answer),
     /// News of the recruiter: most of the copy is there of a backup that is to take the old one's place.
     NearlyWhole(usize),
     /// The operator wants another backup.

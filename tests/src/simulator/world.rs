@@ -8,7 +8,7 @@ use std::time::Duration;
 use hypervisor::protocol::heartbeat::{MachineId, PairKey};
 use hypervisor::protocol::{Identity, Record, Timing, Unfit};
 
-use super::arbiter::{Asked, Ballot};
+use super::arbiter::{Asked, Asker, Ballot};
 use super::faults::{self, ARBITER, Fault, HOSTS, Plan, Point, Target, When};
 use super::history::{History, Node};
 use super::joining::{Attempt, Step};
@@ -47,7 +47,7 @@ pub(super) enum What {
     FenceTakes(usize, usize),
     Drains(usize),
     /// The arbiter carries out what a process asked; false: nobody hears the answer.
-    Decides(usize, Asked, bool),
+    Decides(Asker, Asked, bool),
     /// A step of a join.
     Join(usize, Step),
     /// A primary's recruiter looks around.
@@ -309,7 +309,7 @@ impl World {
             What::Refused(log) => self.refused(self.logs[log].writer, log),
             What::FenceTakes(who, log) => self.fence_takes(who, log),
             What::Drains(who) => self.drains(who),
-            What::Decides(who, asked, answered) => return self.decide(who, asked, answered),
+            What::Decides(asker, asked, answered) => return self.decide(asker, asked, answered),
             What::Join(attempt, step) => self.join(attempt, step),
             What::Looks(who) => self.look_around(who),
             What::Restarts(host) => self.start_backup(host),

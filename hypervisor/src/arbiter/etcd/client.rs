@@ -342,6 +342,9 @@ fn exchange(
     connection.receive(deadline).map_err(sent)
 }
 
+/// Bytes that are shown of an answer that is not etcd's.
+const SAID_MAX: usize = 200;
+
 /// What a member says instead of an answer, and whether it is sure.
 fn refusal(answer: &http::Answer) -> Failure {
     let said = serde_json::from_slice::<ErrorAnswer>(&answer.body)
@@ -369,8 +372,18 @@ fn refusal(answer: &http::Answer) -> Failure {
                 "it wants a user and a password ({said}): give etcds://… with user=NAME and password=FILE"
             ))
         }
+        (400, None) if String::from_utf8_lossy(&answer.body).contains("CommonName") => {
+            Failure::Refused(
+                "it has users and checks certificates, and then its gateway takes none with a common name: give this client one without (openssl req -subj /O=NAME)"
+                    .into(),
+            )
+        }
         (_, Some(said)) => Failure::Sent(format!("it says {said:?} (status {status})")),
-        (_, None) => Failure::Sent(format!("status {status} without a reason")),
+        // Of something between, or of etcd's own HTTP server.
+        (_, None) => Failure::Sent(format!(
+            "status {status}, and {:?}",
+            String::from_utf8_lossy(&answer.body[..answer.body.len().min(SAID_MAX)])
+        )),
     }
 }
 

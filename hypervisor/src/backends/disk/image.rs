@@ -352,7 +352,7 @@ impl OpenImage {
         })
     }
 
-    /// The arbiter has not; a new image is one again.
+    /// The arbiter has not, or nobody knows whether it has; a new image is one again.
     ///
     /// # Errors
     /// [`DiskError::Failed`].
@@ -364,6 +364,17 @@ impl OpenImage {
                 .clear()
                 .map_err(|source| self.failed(source)),
             _ => Ok(()),
+        }
+    }
+
+    /// The arbiter was not asked at all: the image carries the mark again that it was found with, or none.
+    ///
+    /// # Errors
+    /// [`DiskError::Failed`].
+    pub fn will_not_lead(&self) -> Result<(), DiskError> {
+        match &self.mark {
+            Some(found) => self.write_mark(found),
+            None => self.does_not_lead(None),
         }
     }
 
@@ -599,6 +610,19 @@ mod tests {
         drop(image);
         let image = open();
         assert_eq!(image.judge("m", Some(&record(1, 1))).unwrap(), before);
+        image.leads("m", &record(1, 1)).unwrap();
+        drop(image);
+        let image = open();
+        image.will_lead("m", &record(2, 3), before).unwrap();
+        image.will_not_lead().unwrap();
+        drop(image);
+        let image = open();
+        // Also known to have led: another's claim, in whose reign nothing was served, does not make it stale.
+        let claimed = Record {
+            state: State::Claimed,
+            ..record(2, 7)
+        };
+        assert_eq!(image.judge("m", Some(&claimed)).unwrap(), before);
         image.follows("m", Identity::from_bytes([4; 16])).unwrap();
         drop(image);
         assert!(open().judge("m", Some(&record(1, 1))).is_err());
