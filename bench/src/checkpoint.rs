@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use hdrhistogram::Histogram;
 use hypervisor::config::Transport;
+use hypervisor::demo::pair::Pair;
 use hypervisor::intervals::Ends;
 use hypervisor::session::report::Event;
 use serde_json::{Value, json};
@@ -208,14 +209,11 @@ fn batch_of(
     let mut callers = (0..WAITING)
         .map(|number| Caller::waiting(network.address(), pages, batch * WAITING + number))
         .collect::<Result<Vec<_>>>()?;
-    let told = || {
-        guest.pair().map(|pair| {
-            std::thread::sleep(TOLD);
-            pair.primary.events()
-        })
-    };
     // What the queueing came to is not the measurement's.
-    drop(told());
+    if let Some(pair) = guest.pair() {
+        std::thread::sleep(TOLD);
+        drop(pair.primary.events());
+    }
     let mut times = Vec::new();
     for (number, caller) in callers.iter_mut().enumerate() {
         let phase = (batch * WAITING + number) as f64 * GOLDEN % 1.0;
@@ -227,7 +225,28 @@ fn batch_of(
         caller.ask("EXEC\r\n", pages + 1)?;
         times.push(begun.elapsed());
     }
-    Ok((times, told().unwrap_or_default()))
+    let told = guest.pair().map(|pair| told(pair, pages * WAITING));
+    Ok((times, told.transpose()?.unwrap_or_default()))
+}
+
+/// What the side that serves says of intervals with so many pages, once it has said so of all of them.
+fn told(pair: &Pair, pages: usize) -> Result<Vec<Event>> {
+    let until = Instant::now() + PATIENCE;
+    let (mut all, mut seen) = (Vec::new(), 0);
+    while seen < pages as u64 {
+        ensure!(
+            Instant::now() < until,
+            "the primary tells of {seen} pages in intervals, and {pages} were written"
+        );
+        std::thread::sleep(TOLD);
+        for event in pair.primary.events() {
+            if let Event::Intervals { pages, .. } = &event {
+                seen += pages.iter().sum::<u64>();
+            }
+            all.push(event);
+        }
+    }
+    Ok(all)
 }
 
 impl Found {

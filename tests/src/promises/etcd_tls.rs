@@ -254,7 +254,9 @@ fn users(etcd: &Etcd, files: &Path, tls: &Tls) -> Result<()> {
     turned_away(&place("idle"), &["may not do that", "grant-permission"])?;
     turned_away(&place("nobody"), &["does not know the user"])?;
     let sealed = |machine: &str| -> Result<Box<dyn Arbiter>> {
-        Ok(Box::new(arbiter_at(&place("doppel"), machine)?))
+        // The machines of before have records.
+        let machine = format!("user-{machine}");
+        Ok(Box::new(arbiter_at(&place("doppel"), &machine)?))
     };
     arbiter_rules::check(&sealed, 2, 5).context("as a user")?;
     write("another word\n", 0o600)?;
