@@ -30,6 +30,7 @@ use crate::lab::plug::{Carrier, Kept};
 use crate::lab::{Host, Lab, Spec};
 
 pub mod demo;
+pub mod ground;
 pub mod side;
 
 /// The guest's address.

@@ -1,35 +1,24 @@
 //! A pair on two hosts, under load, to which one thing after the other happens; after each the machine is served and protected again.
 #![forbid(unsafe_code)]
 
+mod ground;
+pub mod namespaces;
+
+pub use ground::{Clock, Ground, Member, Patience, Said};
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::FileExt;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::arbiter::{Arbiter, Durability, FileArbiter};
-use hypervisor::control::find;
 use hypervisor::control::status::{Role as Is, Standing, Status};
 use hypervisor::protocol::State;
 use hypervisor::session::report::Event;
 
 use super::linear_clients::LinearClients;
-use super::program::doppel;
 use super::random::Random;
-use super::role::Role;
-use super::signal::{Signal, send};
-use super::two_hosts::{TwoHosts, Which};
-
-/// What every machine here is called.
-const NAME: &str = "machine";
-
-/// How long the machine may take to be served and protected again: a copy that is begun and fails, a candidate that gives up after two
-/// seconds, and a start, on a busy machine.
-const SETTLE: Duration = Duration::from_secs(30);
-
-/// For a step of a start.
-const PATIENCE: Duration = Duration::from_secs(20);
+use super::two_hosts::Which;
 
 /// Answers between two happenings: the machine serves.
 const ANSWERS: u64 = 50;
@@ -49,6 +38,10 @@ pub enum Happening {
     FreezePrimary,
     /// The process stands still.
     FreezeBackup,
+    /// The host stands still.
+    SuspendPrimary,
+    /// The host stands still.
+    SuspendBackup,
     /// The hosts do not reach each other.
     CutLog,
     /// What the backup's host sends does not arrive.
@@ -71,30 +64,11 @@ pub enum Happening {
     MigrateAndKillBackup,
 }
 
-/// All of them.
-pub const HAPPENINGS: [Happening; 16] = [
-    Happening::KillPrimary,
-    Happening::KillBackup,
-    Happening::LosePrimary,
-    Happening::LoseBackup,
-    Happening::FreezePrimary,
-    Happening::FreezeBackup,
-    Happening::CutLog,
-    Happening::DeafenPrimary,
-    Happening::DeafenBackup,
-    Happening::SlowLog,
-    Happening::NoArbiter,
-    Happening::CorruptLog,
-    Happening::Switch,
-    Happening::MigrateBackup,
-    Happening::MigrateAndKillPrimary,
-    Happening::MigrateAndKillBackup,
-];
-
 /// A process of the machine.
 #[derive(Debug)]
-struct Side {
-    role: Role,
+struct Side<M> {
+    member: M,
+    name: String,
     on: Which,
     /// We have killed it.
     killed: bool,
@@ -113,26 +87,26 @@ pub struct Lived {
 
 /// The pair, and the ground on which it stands.
 #[derive(Debug)]
-pub struct Chaos {
-    hosts: TwoHosts,
-    sides: Vec<Side>,
+pub struct Chaos<G: Ground> {
+    ground: G,
+    sides: Vec<Side<G::Member>>,
     started: u32,
     /// Reigns that began with a take-over, and the process that said so.
-    reigns: BTreeMap<u64, u32>,
+    reigns: BTreeMap<u64, String>,
     /// How processes ended that nobody killed.
     ends: BTreeMap<String, u32>,
     /// Migrations at which nobody was killed, and that were called off all the same.
     called_off: u32,
 }
 
-impl Chaos {
-    /// A pair on new hosts. The calling thread is in their world from now on.
+impl<G: Ground> Chaos<G> {
+    /// A pair on this ground.
     ///
     /// # Errors
     /// If it does not come up.
-    pub fn start() -> Result<Self> {
+    pub fn start(ground: G) -> Result<Self> {
         let mut chaos = Self {
-            hosts: TwoHosts::enter()?,
+            ground,
             sides: Vec::new(),
             started: 0,
             reigns: BTreeMap::new(),
@@ -140,29 +114,9 @@ impl Chaos {
             called_off: 0,
         };
         chaos.start_backup(Which::B)?;
-        let connect = Which::B.listens().to_string();
         let name = chaos.name("primary");
-        let role = chaos.hosts.start(
-            Which::A,
-            &name,
-            "primary",
-            &[
-                "--connect",
-                &connect,
-                "--cold-start",
-                "--guest",
-                "kv",
-                "--memory",
-                "64",
-                "--command-line",
-                "ip=10.77.0.2/24",
-            ],
-        )?;
-        chaos.sides.push(Side {
-            role,
-            on: Which::A,
-            killed: false,
-        });
+        let member = chaos.ground.start_primary(&name)?;
+        chaos.admit(member, name, Which::A);
         chaos.settle()?;
         Ok(chaos)
     }
@@ -172,21 +126,24 @@ impl Chaos {
         format!("{}-{role}", self.started)
     }
 
-    fn start_backup(&mut self, on: Which) -> Result<()> {
-        let name = self.name("backup");
-        let mut role = self.hosts.backup(on, &name)?;
-        role.until("\"address\"", PATIENCE)?;
+    fn admit(&mut self, member: G::Member, name: String, on: Which) {
         self.sides.push(Side {
-            role,
+            member,
+            name,
             on,
             killed: false,
         });
+    }
+
+    fn start_backup(&mut self, on: Which) -> Result<()> {
+        let name = self.name("backup");
+        let (member, _) = self.ground.start_backup(on, &name, None)?;
+        self.admit(member, name, on);
         Ok(())
     }
 
-    fn status(&self, pid: u32) -> Option<Status> {
-        // One that is being set up, or that ends, does not answer.
-        find::ask_process(&self.hosts.directory().join("run"), NAME, pid).ok()
+    fn status(&self, side: &Side<G::Member>) -> Option<Status> {
+        self.ground.status(side.on, &side.member)
     }
 
     /// The primary's place among the sides, and the backup's. Both are well when this is asked.
@@ -195,7 +152,7 @@ impl Chaos {
             let all = || self.sides.iter().enumerate();
             all()
                 .find(|(_, side)| {
-                    self.status(side.role.pid())
+                    self.status(side)
                         .is_some_and(|status| status.role == wanted)
                 })
                 .map(|(at, _)| at)
@@ -208,7 +165,7 @@ impl Chaos {
 
     /// The same. On a host where much else goes on, something may have happened since they were well last.
     fn settled_pair(&mut self) -> Result<(usize, usize)> {
-        let until = Instant::now() + SETTLE;
+        let until = Instant::now() + self.ground.patience().settle;
         loop {
             self.settle()?;
             match self.pair() {
@@ -230,6 +187,7 @@ impl Chaos {
             1 => random.between(Duration::from_millis(60), Duration::from_millis(400)),
             _ => random.between(Duration::from_millis(400), Duration::from_millis(1500)),
         };
+        let span = span * self.ground.patience().spans;
         let (primary_on, backup_on) = (self.sides[primary].on, self.sides[backup].on);
         match what {
             Happening::KillPrimary => self.kill(primary),
@@ -238,29 +196,31 @@ impl Chaos {
             Happening::LoseBackup => self.lose(backup, span),
             Happening::FreezePrimary => self.freeze(primary, span),
             Happening::FreezeBackup => self.freeze(backup, span),
+            Happening::SuspendPrimary => self.suspend(primary_on, span, random),
+            Happening::SuspendBackup => self.suspend(backup_on, span, random),
             Happening::CutLog => {
-                self.hosts.join_log(false)?;
+                self.ground.join_log(false)?;
                 std::thread::sleep(span);
-                self.hosts.join_log(true)
+                self.ground.join_log(true)
             }
             Happening::DeafenPrimary | Happening::DeafenBackup => {
                 let which = match what {
                     Happening::DeafenPrimary => primary_on,
                     _ => backup_on,
                 };
-                self.hosts.deafen(which, true)?;
+                self.ground.deafen(which, true)?;
                 std::thread::sleep(span);
-                self.hosts.deafen(which, false)
+                self.ground.deafen(which, false)
             }
             Happening::SlowLog => {
-                self.hosts.slow(primary_on, true)?;
+                self.ground.slow(primary_on, true)?;
                 std::thread::sleep(span);
-                self.hosts.slow(primary_on, false)
+                self.ground.slow(primary_on, false)
             }
             Happening::NoArbiter => {
-                let (here, away) = ("arbiter", "arbiter.away");
-                let place = |name: &str| self.hosts.directory().join(name);
-                fs::rename(place(here), place(away)).context("take the arbiter away")?;
+                let here = self.ground.arbiter();
+                let away = here.with_extension("away");
+                fs::rename(&here, &away).context("take the arbiter away")?;
                 // With somebody dead, nobody can decide anything; or all is well.
                 let dies = match random.below(3) {
                     0 => None,
@@ -271,11 +231,13 @@ impl Chaos {
                     self.kill(dies)?;
                 }
                 std::thread::sleep(span);
-                let place = |name: &str| self.hosts.directory().join(name);
-                fs::rename(place(away), place(here)).context("bring the arbiter back")
+                fs::rename(&away, &here).context("bring the arbiter back")
             }
-            Happening::CorruptLog => corrupt(&mut self.sides[backup], random),
-            Happening::Switch => self.order(&["switch", NAME]).map(drop),
+            Happening::CorruptLog => {
+                let member = &mut self.sides[backup].member;
+                self.ground.corrupt(member, random)
+            }
+            Happening::Switch => self.ground.order(primary_on, &["switch"]).map(drop),
             Happening::MigrateBackup
             | Happening::MigrateAndKillPrimary
             | Happening::MigrateAndKillBackup => {
@@ -284,7 +246,7 @@ impl Chaos {
                     Happening::MigrateAndKillBackup => Some(backup),
                     _ => None,
                 };
-                self.migrate(backup_on, dies, random)
+                self.migrate([primary_on, backup_on], dies, random)
             }
         }
     }
@@ -292,56 +254,51 @@ impl Chaos {
     fn kill(&mut self, which: usize) -> Result<()> {
         let side = &mut self.sides[which];
         side.killed = true;
-        send(side.role.pid(), Signal::Kill)
+        self.ground.kill(side.on, &side.member)
     }
 
     fn lose(&mut self, which: usize, span: Duration) -> Result<()> {
         let side = &mut self.sides[which];
         side.killed = true;
-        self.hosts.lose(side.on, &side.role)?;
+        self.ground.lose(side.on, &side.member)?;
         std::thread::sleep(span);
-        self.hosts.mend(side.on)
+        self.ground.mend(side.on)
     }
 
     fn freeze(&self, which: usize, span: Duration) -> Result<()> {
-        let pid = self.sides[which].role.pid();
-        send(pid, Signal::Stop)?;
+        let side = &self.sides[which];
+        self.ground.freeze(side.on, &side.member, true)?;
         std::thread::sleep(span);
-        send(pid, Signal::Continue)
+        self.ground.freeze(side.on, &side.member, false)
     }
 
-    fn order(&self, words: &[&str]) -> Result<Result<String, String>> {
-        let output = Command::new(doppel()?)
-            .args(words)
-            .args(["--run-dir", "run"])
-            .current_dir(self.hosts.directory())
-            .output()
-            .context("start doppel")?;
-        let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(match output.status.code() {
-            Some(0) => Ok(said(&output.stdout)),
-            Some(1) => Err(said(&output.stderr)),
-            _ => bail!("{words:?}: {}: {}", output.status, said(&output.stderr)),
-        })
+    fn suspend(&self, on: Which, span: Duration, random: &mut Random) -> Result<()> {
+        let clock = match random.below(2) {
+            0 => Clock::GoesOn,
+            _ => Clock::Stands,
+        };
+        self.ground.suspend(on, Some(clock))?;
+        std::thread::sleep(span);
+        self.ground.suspend(on, None)
     }
 
     /// Another backup on the same host is to take the old one's place; one of the others may die at it.
-    fn migrate(&mut self, on: Which, dies: Option<usize>, random: &mut Random) -> Result<()> {
+    fn migrate(
+        &mut self,
+        [served, on]: [Which; 2],
+        dies: Option<usize>,
+        random: &mut Random,
+    ) -> Result<()> {
         let name = self.name("newcomer");
         let port = 7700 + (1 + self.started % 200) as u16;
-        let (mut role, address) = self.hosts.backup_at(on, &name, port, &[])?;
-        role.until("\"address\"", PATIENCE)?;
-        self.sides.push(Side {
-            role,
-            on,
-            killed: false,
-        });
+        let (member, address) = self.ground.start_backup(on, &name, Some(port))?;
+        self.admit(member, name, on);
         let newcomer = self.sides.len() - 1;
         let address = address.to_string();
-        let words = ["migrate-backup", NAME, "--to", &address];
+        let words = ["migrate-backup", "--to", &address];
         match dies {
             // On a busy host it may be called off; it says so, and the old one goes on.
-            None => match self.order(&words)? {
+            None => match self.ground.order(served, &words)? {
                 Ok(said) => ensure!(said.contains("protects it now"), "it said {said}"),
                 Err(why) => {
                     self.called_off += 1;
@@ -349,34 +306,29 @@ impl Chaos {
                 }
             },
             Some(dies) => {
-                let mut order = Command::new(doppel()?)
-                    .args(words)
-                    .args(["--run-dir", "run"])
-                    .current_dir(self.hosts.directory())
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::null())
-                    .spawn()
-                    .context("start doppel")?;
-                std::thread::sleep(random.between(Duration::ZERO, Duration::from_millis(80)));
-                self.kill(dies)?;
-                // Whatever came of it.
-                order.wait().context("wait for doppel")?;
+                let longest = Duration::from_millis(80) * self.ground.patience().spans;
+                let side = &mut self.sides[dies];
+                side.killed = true;
+                self.ground.order_and(served, &words, &mut || {
+                    std::thread::sleep(random.between(Duration::ZERO, longest));
+                    self.ground.kill(side.on, &side.member)
+                })?;
             }
         }
         // One that is not entitled, and listens where nobody looks, is of no more use.
-        let until = Instant::now() + SETTLE;
+        let until = Instant::now() + self.ground.patience().settle;
         loop {
-            if !self.sides[newcomer].role.runs()? {
+            if !self.sides[newcomer].member.runs()? {
                 return Ok(());
             }
-            let pid = self.sides[newcomer].role.pid();
             match self
-                .status(pid)
+                .status(&self.sides[newcomer])
                 .map(|status| (status.role, status.standing))
             {
                 Some((Is::Backup, Standing::Waiting)) => {
-                    self.sides[newcomer].killed = true;
-                    return self.sides[newcomer].role.stop(PATIENCE);
+                    let side = &mut self.sides[newcomer];
+                    side.killed = true;
+                    return self.ground.dismiss(side.on, &mut side.member);
                 }
                 Some((Is::Backup, Standing::Following) | (Is::Primary, _)) => return Ok(()),
                 _ => {}
@@ -384,9 +336,9 @@ impl Chaos {
             ensure!(
                 Instant::now() < until,
                 "the newcomer stays what it is: {}",
-                self.sides[newcomer].role.said()
+                self.sides[newcomer].member.said()
             );
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(2 * self.ground.patience().look);
         }
     }
 
@@ -395,14 +347,11 @@ impl Chaos {
     /// # Errors
     /// If that does not come about, or a process has ended as none should.
     pub fn settle(&mut self) -> Result<()> {
-        let until = Instant::now() + SETTLE;
+        let until = Instant::now() + self.ground.patience().settle;
         loop {
             self.bury()?;
-            let stand: Vec<Option<Status>> = self
-                .sides
-                .iter()
-                .map(|side| self.status(side.role.pid()))
-                .collect();
+            let stand: Vec<Option<Status>> =
+                self.sides.iter().map(|side| self.status(side)).collect();
             let serves = |status: &Option<Status>| {
                 status.as_ref().is_some_and(|it| {
                     it.role == Is::Primary
@@ -427,20 +376,20 @@ impl Chaos {
                 }
             }
             if Instant::now() >= until {
-                let said: Vec<String> = self.sides.iter().map(|side| side.role.said()).collect();
+                let said: Vec<String> = self.sides.iter().map(|side| side.member.said()).collect();
                 bail!(
-                    "the machine is not served and protected again within {SETTLE:?}: {stand:?}; they said {}",
+                    "the machine is not served and protected again in time: {stand:?}; they said {}",
                     said.join("\n---\n")
                 );
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(self.ground.patience().look);
         }
     }
 
     /// Whoever serves has the machine by the arbiter's record.
     fn as_the_arbiter_says(&self, status: &Status) -> Result<()> {
-        let place = self.hosts.directory().join("arbiter");
-        let arbiter = FileArbiter::open(&place, NAME, Durability::ProcessDeath)?;
+        let place = self.ground.arbiter();
+        let arbiter = FileArbiter::open(&place, self.ground.name(), Durability::ProcessDeath)?;
         let record = arbiter.read()?.context("the arbiter has no record")?;
         ensure!(
             record.state == State::Live
@@ -456,24 +405,24 @@ impl Chaos {
     fn bury(&mut self) -> Result<()> {
         let mut at = 0;
         while at < self.sides.len() {
-            if self.sides[at].role.runs()? {
+            if self.sides[at].member.runs()? {
                 at += 1;
                 continue;
             }
             let mut side = self.sides.remove(at);
-            let status = side.role.end(PATIENCE)?;
-            let said = side.role.said();
+            let code = side.member.end(self.ground.patience().step)?;
+            let said = side.member.said();
             ensure!(!said.contains("panicked"), "a side panicked: {said}");
-            self.note_reigns(side.role.pid(), &said)?;
+            self.note_reigns(&side.name, &said)?;
             if side.killed {
                 continue;
             }
             ensure!(
-                status.code().is_some(),
-                "a side that nobody killed ended by {status}: {said}"
+                code.is_some(),
+                "a side that nobody killed was killed: {said}"
             );
             let why = last_words(&said)
-                .with_context(|| format!("a side ended by {status} without a word: {said}"))?;
+                .with_context(|| format!("a side ended with {code:?} without a word: {said}"))?;
             // Who, when and where is of no interest here.
             let words = why
                 .split([':', '(', ';'])
@@ -487,14 +436,14 @@ impl Chaos {
         Ok(())
     }
 
-    fn note_reigns(&mut self, pid: u32, said: &str) -> Result<()> {
+    fn note_reigns(&mut self, name: &str, said: &str) -> Result<()> {
         for event in events(said) {
             if let Event::Live { epoch, .. } = event
-                && let Some(other) = self.reigns.insert(epoch, pid)
+                && let Some(other) = self.reigns.insert(epoch, name.to_owned())
             {
                 ensure!(
-                    other == pid,
-                    "processes {other} and {pid} both went live in epoch {epoch}"
+                    other == name,
+                    "processes {other} and {name} both went live in epoch {epoch}"
                 );
             }
         }
@@ -514,18 +463,20 @@ impl Chaos {
     /// # Errors
     /// If one does not.
     pub fn end(mut self) -> Result<Lived> {
-        let off = self.order(&["power-off", NAME])?;
+        let (primary, _) = self.settled_pair()?;
+        let on = self.sides[primary].on;
+        let off = self.ground.order(on, &["power-off"])?;
         off.map_err(|why| anyhow::anyhow!("the machine was not turned off: {why}"))?;
         for side in &mut self.sides {
-            let status = side.role.end(PATIENCE)?;
+            let code = side.member.end(self.ground.patience().step)?;
             ensure!(
-                status.code() == Some(0),
-                "a side of a machine that was turned off ended by {status}: {}",
-                side.role.said()
+                code == Some(0),
+                "a side of a machine that was turned off ended with {code:?}: {}",
+                side.member.said()
             );
         }
         for side in std::mem::take(&mut self.sides) {
-            self.note_reigns(side.role.pid(), &side.role.said())?;
+            self.note_reigns(&side.name, &side.member.said())?;
         }
         Ok(Lived {
             take_overs: self.reigns.len(),
@@ -551,45 +502,4 @@ fn last_words(said: &str) -> Option<String> {
         });
         last.last()
     })
-}
-
-/// What the ring's memory is called, as the kernel shows it.
-const RING: &str = "memfd:rdma-log-tcp";
-
-/// How long the log's bytes are being changed: entries are in memory for less than a millisecond before they are replayed, so most of what
-/// is changed is of no more use or not there yet.
-const CORRUPTED_FOR: Duration = Duration::from_millis(400);
-
-/// Places that are changed at once.
-const SPOTS: u32 = 1000;
-
-/// Changes bytes of the events lane in a backup's memory, for some time or until that has ended by it.
-fn corrupt(side: &mut Side, random: &mut Random) -> Result<()> {
-    let pid = side.role.pid();
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("look at a process")?;
-    let ring = maps
-        .lines()
-        .find(|line| line.contains(RING))
-        .context("no ring in the backup's memory")?;
-    // It begins with the events lane.
-    let from = ring.split('-').next().unwrap_or_default();
-    let from = u64::from_str_radix(from, 16).context("a range of memory")?;
-    let memory = fs::OpenOptions::new()
-        .write(true)
-        .open(format!("/proc/{pid}/mem"))
-        .context("open a process's memory")?;
-    let until = Instant::now() + CORRUPTED_FOR;
-    while Instant::now() < until {
-        for _ in 0..SPOTS {
-            let at = from + random.below(rdma_log::EVENTS_LANE as u64 - 8);
-            if memory
-                .write_all_at(&random.next().to_le_bytes(), at)
-                .is_err()
-            {
-                // It ends by that, and its memory is gone first.
-                return side.role.end(PATIENCE).map(drop);
-            }
-        }
-    }
-    Ok(())
 }

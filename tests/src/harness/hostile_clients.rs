@@ -19,7 +19,7 @@ use hypervisor::backends::wait::Moment;
 use super::random::Random;
 
 /// Far longer than any failover may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Requests in one go at most.
 const BATCH: u64 = 4;
@@ -55,12 +55,17 @@ pub(super) struct Line {
 impl Line {
     /// Connects, trying for as long as the guest may need to start.
     pub(super) fn open(address: SocketAddrV4) -> Result<Self> {
-        let until = Instant::now() + PATIENCE;
+        Self::open_within(address, PATIENCE)
+    }
+
+    /// The same; for so long an answer may take as well.
+    pub(super) fn open_within(address: SocketAddrV4, patience: Duration) -> Result<Self> {
+        let until = Instant::now() + patience;
         loop {
             match TcpStream::connect_timeout(&address.into(), Duration::from_secs(1)) {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
-                    stream.set_read_timeout(Some(PATIENCE))?;
+                    stream.set_read_timeout(Some(patience))?;
                     return Ok(Self {
                         stream: BufReader::new(stream),
                         out: Vec::new(),
@@ -262,14 +267,15 @@ pub(super) fn await_more<T>(
     answered: &AtomicU64,
     threads: &mut Vec<JoinHandle<Result<T>>>,
     more: u64,
+    patience: Duration,
 ) -> Result<()> {
     let now = || answered.load(Ordering::Relaxed);
-    let (until, enough) = (Instant::now() + PATIENCE, now() + more);
+    let (until, enough) = (Instant::now() + patience, now() + more);
     while now() < enough {
         ensure!(
             Instant::now() < until,
             "no answers for {} s",
-            PATIENCE.as_secs()
+            patience.as_secs()
         );
         if let Some(at) = threads.iter().position(JoinHandle::is_finished) {
             let one = threads.swap_remove(at);
@@ -346,7 +352,7 @@ impl Clients {
     /// # Errors
     /// If they are not, for long; or a client's own words, if one has given up.
     pub fn await_answers(&mut self, more: u64) -> Result<()> {
-        await_more(&self.answered, &mut self.threads, more)
+        await_more(&self.answered, &mut self.threads, more, PATIENCE)
     }
 
     /// Lets them finish what they asked, then asks the machine for all that it has promised.

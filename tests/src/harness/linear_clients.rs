@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use hypervisor::backends::wait::Moment;
 
-use super::hostile_clients::{Line, Reply, await_more};
+use super::hostile_clients::{Line, PATIENCE, Reply, await_more};
 use super::linear::{Done, Operation};
 use super::random::Random;
 
@@ -25,6 +25,7 @@ pub type Histories = Vec<Vec<Done>>;
 pub struct LinearClients {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
+    patience: Duration,
     threads: Vec<JoinHandle<Result<Histories>>>,
 }
 
@@ -34,12 +35,25 @@ impl LinearClients {
     /// # Errors
     /// If the guest does not serve.
     pub fn start(address: SocketAddrV4, clients: u32, seed: u64) -> Result<Self> {
+        Self::start_patient(address, clients, seed, PATIENCE)
+    }
+
+    /// The same; an answer may take so long.
+    ///
+    /// # Errors
+    /// If the guest does not serve.
+    pub fn start_patient(
+        address: SocketAddrV4,
+        clients: u32,
+        seed: u64,
+        patience: Duration,
+    ) -> Result<Self> {
         let mut random = Random::new(seed);
         let stop = Arc::new(AtomicBool::new(false));
         let answered = Arc::new(AtomicU64::new(0));
         let threads = (0..clients)
             .map(|client| {
-                let line = Line::open(address)?;
+                let line = Line::open_within(address, patience)?;
                 let seed = random.next();
                 let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
                 Ok(std::thread::spawn(move || {
@@ -51,6 +65,7 @@ impl LinearClients {
         Ok(Self {
             stop,
             answered,
+            patience,
             threads,
         })
     }
@@ -60,7 +75,7 @@ impl LinearClients {
     /// # Errors
     /// If they are not in time; or a client's own words, if one has given up.
     pub fn await_answers(&mut self, more: u64) -> Result<()> {
-        await_more(&self.answered, &mut self.threads, more)
+        await_more(&self.answered, &mut self.threads, more, self.patience)
     }
 
     /// Requests that were answered so far.

@@ -29,6 +29,7 @@ pub mod linear;
 pub mod linear_clients;
 pub mod load;
 pub mod meddler;
+pub mod operator;
 pub mod oracle;
 pub mod program;
 pub mod prometheus;

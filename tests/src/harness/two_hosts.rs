@@ -237,22 +237,29 @@ impl TwoHosts {
     /// # Errors
     /// If the kernel does not do it.
     pub fn deafen(&self, which: Which, deaf: bool) -> Result<()> {
-        const NOBODY: &str = "02:00:00:00:00:99";
         let address = which.address().to_string();
         inside(self.host(which.other()), || match deaf {
-            true => ip(&[
-                "neighbour",
-                "replace",
-                &address,
-                "lladdr",
-                NOBODY,
-                "dev",
-                "log",
-                "nud",
-                "permanent",
-            ]),
+            true => lead_astray(&address),
             false => ip(&["neighbour", "delete", &address, "dev", "log"]),
         })
+    }
+
+    /// Another address of this host, to which nothing comes that the other host sends.
+    ///
+    /// # Errors
+    /// If the kernel does not do it.
+    pub fn deaf_address(&self, which: Which) -> Result<Ipv4Addr> {
+        let [_, _, _, host] = which.address().octets();
+        let address = Ipv4Addr::new(10, 79, 0, host);
+        let words = address.to_string();
+        inside(self.host(which), || {
+            ip(&["address", "add", &words, "dev", "log"])
+        })?;
+        inside(self.host(which.other()), || {
+            ip(&["route", "add", &words, "dev", "log"])?;
+            lead_astray(&words)
+        })?;
+        Ok(address)
     }
 
     /// The log's cable takes no more than some megabits a second from this host, and queues what is more; or all of it again.
@@ -295,6 +302,13 @@ impl TwoHosts {
 /// Does this on a thread in the host.
 fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     host.namespace.run(work).context("enter a host")?
+}
+
+/// In the calling thread's host this address leads to a card that is none.
+fn lead_astray(address: &str) -> Result<()> {
+    const NOBODY: &str = "02:00:00:00:00:99";
+    let to = ["lladdr", NOBODY, "dev", "log", "nud", "permanent"];
+    ip(&[&["neighbour", "replace", address][..], &to].concat())
 }
 
 /// iproute2's `ip`, in the calling thread's network.

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use std::net::SocketAddr;
-use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,7 +11,7 @@ use hypervisor::session::report::Event;
 
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
-use crate::harness::program::doppel;
+use crate::harness::operator::Operator;
 use crate::harness::random::Random;
 use crate::harness::stage::{GUEST, Stage, alone};
 use crate::promise::{Figures, Promise, Run};
@@ -58,16 +57,6 @@ fn show(run: &Run) -> Result<Figures> {
     Ok(figures)
 }
 
-fn migrate(spec: &PairSpec, to: Option<SocketAddr>) -> Result<Output> {
-    let mut command = Command::new(doppel()?);
-    command.args(["migrate-backup", NAME, "--run-dir"]);
-    command.arg(spec.run_directory());
-    if let Some(to) = to {
-        command.args(["--to", &to.to_string()]);
-    }
-    command.output().context("start doppel")
-}
-
 fn under_load(
     run: &Run,
     stage: &Stage,
@@ -80,23 +69,19 @@ fn under_load(
     let mut clients = LinearClients::start(GUEST, CLIENTS, random.next())?;
     clients.await_answers(ANSWERS)?;
     // Nobody else listens.
-    let refused = migrate(spec, None)?;
-    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
-    ensure!(
-        refused.status.code() == Some(1) && why.contains("nobody listens"),
-        "{}: {why}",
-        refused.status
-    );
+    let operator = Operator::of(spec.run_directory(), NAME);
+    let why = operator.refusal(&["migrate-backup"])?;
+    ensure!(why.contains("nobody listens"), "{why}");
     let mut stood = Vec::new();
     for life in 1..=lives {
         for _ in 0..2 {
             clients.await_answers(ANSWERS)?;
             std::thread::sleep(random.between(BEFORE[0], BEFORE[1]));
-            let order = |to| -> Result<()> {
-                let output = migrate(spec, to)?;
-                let said = String::from_utf8_lossy(&output.stderr).into_owned();
-                ensure!(output.status.success(), "{}: {said}", output.status);
-                Ok(())
+            let order = |to: Option<SocketAddr>| -> Result<()> {
+                let to = to.map(|address| address.to_string());
+                let mut words = vec!["migrate-backup"];
+                words.extend(to.iter().flat_map(|address| ["--to", address]));
+                operator.ordered(&words).map(drop)
             };
             let (mut old, join) = pair.migrate_backup(spec, Some(stage.port()), order, drop)?;
             stood.push(Duration::from_micros(join.stopped_us));

@@ -9,13 +9,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use hypervisor::control::find;
-use hypervisor::control::status::Status;
 use hypervisor::demo::pair::{Pair, PairSpec};
 use hypervisor::session::report::Event;
 use serde_json::json;
 
 use crate::harness::linear_clients::LinearClients;
+use crate::harness::operator::Operator;
 use crate::harness::random::Random;
 use crate::harness::signal::{Signal, send};
 use crate::harness::stage::{GUEST, Stage, alone};
@@ -119,7 +118,7 @@ fn at_its_floor(policy: &str, seconds: u64) -> Result<serde_json::Value> {
     let took = since.elapsed();
     ensure!(heard.is_some(), "nothing was said of it, only {told:?}");
     let during = pace(Duration::from_secs(1))?;
-    let status = status_of(&spec, pair.primary.pid())?;
+    let status = operator(&spec).status(pair.primary.pid())?;
     slow.end()?;
     let arbiter = status.configuration;
     match policy {
@@ -240,7 +239,7 @@ impl Phase {
         let (since, begun) = (Instant::now(), work.done()?);
         while since.elapsed() < span {
             std::thread::sleep(LOOK);
-            let status = status_of(spec, pair.primary.pid())?;
+            let status = operator(spec).status(pair.primary.pid())?;
             ensure!(status.protected, "it is not protected: {status:?}");
             let lag = status.lag_us.context("no lag is told")? / 1e3;
             phase.lags_ms.push(lag);
@@ -258,14 +257,8 @@ impl Phase {
     }
 }
 
-/// What `doppel status` tells of this process.
-fn status_of(spec: &PairSpec, pid: u32) -> Result<Status> {
-    let roles = find::roles(&spec.run_directory(), None)?;
-    let role = roles.into_iter().find(|role| role.pid == pid);
-    let outcome = role
-        .context("the primary's control socket is not found")?
-        .outcome;
-    outcome.map_err(anyhow::Error::msg)
+fn operator(spec: &PairSpec) -> Operator {
+    Operator::of(spec.run_directory(), "machine")
 }
 
 fn slowed(

@@ -6,6 +6,7 @@ pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
 pub mod chaos;
+pub mod chaos_in_lab;
 pub mod checkpoint_latency;
 pub mod checkpoint_replicates;
 pub mod commit_latency;
@@ -113,6 +114,7 @@ pub const ALL: &[Promise] = &[
     rdma_ring::PROMISE,
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
+    chaos_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,

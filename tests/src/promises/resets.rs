@@ -13,6 +13,7 @@ use hypervisor::session::report::Event;
 
 use super::console::{alone, spec_in};
 use crate::harness::console::Viewer;
+use crate::harness::operator::Operator;
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
 use crate::harness::role::Role;
@@ -82,20 +83,6 @@ fn until_started(viewer: &Viewer, times: usize) -> Result<()> {
     Ok(())
 }
 
-fn order(run_directory: &Path, name: &str) -> Result<()> {
-    let output = Command::new(doppel()?)
-        .args(["reset", name, "--run-dir"])
-        .arg(run_directory)
-        .output()
-        .context("start doppel reset")?;
-    ensure!(
-        output.status.success(),
-        "doppel reset: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(())
-}
-
 fn guests_alone(work: &Path, figures: &mut Figures) -> Result<()> {
     let mut machine = alone(work, "alone", &[])?;
     let mut viewer = Viewer::start(&work.join("run"), "alone")?;
@@ -113,7 +100,7 @@ fn guests_alone(work: &Path, figures: &mut Figures) -> Result<()> {
     viewer.ask("number", "number 0\n", PATIENCE)?;
     // Time goes on.
     viewer.ask("time", "time ", PATIENCE)?;
-    order(&work.join("run"), "alone")?;
+    Operator::of(work.join("run"), "alone").ordered(&["reset"])?;
     until_started(&viewer, 5)?;
     viewer.type_in("off 3\n")?;
     let status = machine.end(PATIENCE)?;
@@ -153,7 +140,7 @@ fn recorded(work: &Path) -> Result<()> {
     viewer.ask("number 9", "number 9\n", PATIENCE)?;
     viewer.type_in("reset\n")?;
     until_started(&viewer, 2)?;
-    order(&work.join("run"), "recorded")?;
+    Operator::of(work.join("run"), "recorded").ordered(&["reset"])?;
     until_started(&viewer, 3)?;
     viewer.ask("number", "number 0\n", PATIENCE)?;
     viewer.type_in("off 0\n")?;
@@ -192,7 +179,7 @@ fn of_a_pair(spec: &PairSpec, kills: u64, random: &mut Random) -> Result<(usize,
         )?;
         let before = starts(&viewer);
         if kill.is_multiple_of(2) {
-            order(&spec.run_directory(), NAME)?;
+            Operator::of(spec.run_directory(), NAME).ordered(&["reset"])?;
         } else {
             viewer.type_in("reset\n")?;
         }

@@ -2,7 +2,6 @@
 //! that dies in the middle of one, or cannot take the machine, costs a pause; and what was ordered of one side holds on the other.
 #![forbid(unsafe_code)]
 
-use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,16 +9,16 @@ use hdrhistogram::Histogram;
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::control::find;
-use hypervisor::control::status::{Standing, Status};
+use hypervisor::control::status::Standing;
 use hypervisor::control::wire::Ask;
-use hypervisor::demo::pair::{Pair, PairSpec, Side};
+use hypervisor::demo::pair::{Pair, PairSpec};
 use hypervisor::session::report::Event;
 use serde_json::json;
 
 use crate::harness::hostile_zombie;
 use crate::harness::linear;
 use crate::harness::linear_clients::{Histories, LinearClients, longest_wait};
-use crate::harness::program::doppel;
+use crate::harness::operator::Operator;
 use crate::harness::random::Random;
 use crate::harness::stage::{GUEST, Stage, alone};
 use crate::promise::{Figures, Promise, Run};
@@ -95,68 +94,21 @@ fn spec_in(stage: &Stage, directory: &str, transport: Transport) -> Result<PairS
     })
 }
 
-/// `doppel` with these words, about the machine.
-fn order(spec: &PairSpec, words: &[&str]) -> Result<Output> {
-    Command::new(doppel()?)
-        .args([words[0], NAME])
-        .args(&words[1..])
-        .arg("--run-dir")
-        .arg(spec.run_directory())
-        .output()
-        .context("start doppel")
-}
-
-fn ordered(spec: &PairSpec, words: &[&str]) -> Result<String> {
-    let output = order(spec, words)?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{words:?}: {}: {said}",
-        output.status
-    );
-    String::from_utf8(output.stdout).context("what doppel printed")
+fn operator(spec: &PairSpec) -> Operator {
+    Operator::of(spec.run_directory(), NAME)
 }
 
 /// Has the machine switched over. On a busy host its backup may be too far behind just then, and says so: an operator tries again.
-fn switched_over(spec: &PairSpec) -> Result<(Moment, String)> {
+fn switched_over(operator: &Operator) -> Result<(Moment, String)> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let at = Moment::now();
-        match ordered(spec, &["switch"]) {
+        match operator.ordered(&["switch"]) {
             Err(error) if error.to_string().contains("ms behind") && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(50));
             }
             told => return Ok((at, told?)),
         }
-    }
-}
-
-/// What an order that must not be done says instead.
-fn refusal(spec: &PairSpec, words: &[&str]) -> Result<String> {
-    let output = order(spec, words)?;
-    ensure!(
-        output.status.code() == Some(1),
-        "{words:?}: {}",
-        output.status
-    );
-    String::from_utf8(output.stderr).context("what doppel said")
-}
-
-fn status_of(spec: &PairSpec, side: &Side) -> Result<Status> {
-    let status = find::ask_process(&spec.run_directory(), NAME, side.pid());
-    status.context("a role does not answer")
-}
-
-/// Waits until the role stands so.
-fn until(spec: &PairSpec, side: &Side, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let status = status_of(spec, side)?;
-        if wanted(&status) {
-            return Ok(status);
-        }
-        ensure!(Instant::now() < deadline, "it stands so: {status:?}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -275,7 +227,7 @@ fn under_load(
     for number in 1..=switches {
         clients.await_answers(ANSWERS)?;
         std::thread::sleep(random.between(BEFORE[0], BEFORE[1]));
-        let (at, told) = switched_over(spec)?;
+        let (at, told) = switched_over(&operator(spec))?;
         seen.push(live(&pair, at)?);
         ensure!(told.contains("switched over"), "doppel switch said {told}");
         let ended = pair.primary.wait(PATIENCE);
@@ -284,7 +236,7 @@ fn under_load(
             "the old primary ended by {ended}: {}",
             pair.primary.messages()
         );
-        let status = status_of(spec, &pair.backup)?;
+        let status = operator(spec).status(pair.backup.pid())?;
         ensure!(
             status.epoch == u64::from(number) + 1,
             "switch-over {number} led to epoch {}",
@@ -359,7 +311,7 @@ fn goes_on(pair: &mut Pair, spec: &PairSpec) -> Result<bool> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         // The answer may be its last, or be cut off by its end.
-        let status = status_of(spec, &pair.primary);
+        let status = operator(spec).status(pair.primary.pid());
         if let Some(ended) = pair.primary.ended() {
             ensure!(
                 ended.code() == Some(0),
@@ -389,15 +341,15 @@ fn not_taken(random: &mut Random) -> Result<Duration> {
     clients.await_answers(ANSWERS)?;
     let (arbiter, away) = (spec.directory.join("arbiter"), spec.directory.join("away"));
     std::fs::rename(&arbiter, &away).context("take the arbiter away")?;
-    let why = refusal(&spec, &["switch"])?;
+    let why = operator(&spec).refusal(&["switch"])?;
     ensure!(why.contains("did not take"), "{why}");
     clients.await_answers(ANSWERS)?;
-    until(&spec, &pair.primary, |status| {
+    operator(&spec).until(pair.primary.pid(), PATIENCE, |status| {
         status.standing == Standing::Protected
     })?;
     std::fs::rename(&away, &arbiter).context("bring the arbiter back")?;
     clients.await_answers(ANSWERS)?;
-    let (at, _) = switched_over(&spec)?;
+    let (at, _) = switched_over(&operator(&spec))?;
     live(&pair, at)?;
     clients.await_answers(ANSWERS)?;
     let histories = clients.end()?;
@@ -415,16 +367,16 @@ fn refused(random: &mut Random) -> Result<()> {
     let why = backup.err().context("a backup took an order")?.to_string();
     ensure!(why.contains("is the backup of machine"), "{why}");
     pair.backup.kill();
-    until(&spec, &pair.primary, |status| {
+    operator(&spec).until(pair.primary.pid(), PATIENCE, |status| {
         status.standing == Standing::Unprotected
     })?;
-    let why = refusal(&spec, &["switch"])?;
+    let why = operator(&spec).refusal(&["switch"])?;
     ensure!(why.contains("has no backup"), "{why}");
     let mut clients = LinearClients::start(GUEST, CLIENTS, random.next())?;
     clients.await_answers(ANSWERS)?;
     clients.end()?;
     pair.primary.stop(PATIENCE);
-    let why = refusal(&spec, &["switch"])?;
+    let why = operator(&spec).refusal(&["switch"])?;
     ensure!(why.contains("no process of machine"), "{why}");
     Ok(())
 }
@@ -438,9 +390,9 @@ fn orders_outlive_a_failover(random: &mut Random) -> Result<()> {
     let mut pair = Pair::start(&spec, Some(stage.port()))?;
     let mut clients = LinearClients::start(GUEST, CLIENTS, random.next())?;
     clients.await_answers(ANSWERS)?;
-    ordered(&spec, &["pause"])?;
+    operator(&spec).ordered(&["pause"])?;
     let stands = |pair: &Pair, clients: &LinearClients| -> Result<()> {
-        until(&spec, &pair.primary, |status| status.share == 0)?;
+        operator(&spec).until(pair.primary.pid(), PATIENCE, |status| status.share == 0)?;
         let before = clients.answered();
         std::thread::sleep(PAUSED);
         let more = clients.answered() - before;
@@ -459,27 +411,27 @@ fn orders_outlive_a_failover(random: &mut Random) -> Result<()> {
     // A backup that joins a machine that stands learns that it does, and it is switched over so.
     pair.replace_primary(&spec, Some(stage.port()), drop)?;
     stands(&pair, &clients).context("after a failover")?;
-    switched_over(&spec)?;
+    switched_over(&operator(&spec))?;
     pair.primary.wait(PATIENCE);
     pair.replace_primary(&spec, Some(stage.port()), drop)?;
     stands(&pair, &clients).context("after a switch-over")?;
-    ordered(&spec, &["resume"])?;
+    operator(&spec).ordered(&["resume"])?;
     clients.await_answers(ANSWERS)?;
 
-    ordered(&spec, &["share", "50"])?;
-    until(&spec, &pair.primary, |status| status.share == 512)?;
+    operator(&spec).ordered(&["share", "50"])?;
+    operator(&spec).until(pair.primary.pid(), PATIENCE, |status| status.share == 512)?;
     clients.await_answers(ANSWERS)?;
     pair.primary.kill();
     let heard = pair.backup.wait_for(PATIENCE, live, drop);
     heard.with_context(|| pair.backup.messages())?;
-    let status = status_of(&spec, &pair.backup)?;
+    let status = operator(&spec).status(pair.backup.pid())?;
     ensure!(status.share == 512, "its share is {}", status.share);
     pair.replace_primary(&spec, Some(stage.port()), drop)?;
     clients.await_answers(ANSWERS)?;
     let histories = clients.end()?;
     linear::check_all(histories.iter().map(Vec::as_slice))?;
 
-    ordered(&spec, &["power-off"])?;
+    operator(&spec).ordered(&["power-off"])?;
     for side in [&mut pair.primary, &mut pair.backup] {
         let ended = side.wait(PATIENCE);
         ensure!(
