@@ -29,6 +29,7 @@ mod place;
 mod platform;
 pub mod power;
 pub mod pvclock;
+mod receiving;
 mod reset;
 mod saved;
 mod serial;
@@ -50,7 +51,7 @@ use serial::Serial;
 use virtio::Line;
 use virtio::blk::Blk;
 use virtio::mmio::Mmio;
-use virtio::net::{self, Net};
+use virtio::net::Net;
 use virtio::rng::{self, Rng};
 
 pub use pit::TickPlan;
@@ -416,20 +417,6 @@ impl Devices {
         }
     }
 
-    /// The longest frame that can be applied now, in bytes; 0 while the guest has no buffer for one. A frame that
-    /// is longer than a room that is not 0 will never fit into that buffer: drop it.
-    #[must_use]
-    pub fn frame_room(&self, ram: &GuestRam) -> usize {
-        let queue = self.board.net.queue(net::RECEIVE);
-        queue.map_or(0, |queue| Net::room(queue, ram))
-    }
-
-    /// Whether any frame that the MTU allows can be applied now.
-    #[must_use]
-    pub fn can_receive(&self, ram: &GuestRam) -> bool {
-        self.frame_room(ram) >= self.board.net.device().longest_frame()
-    }
-
     /// Whether the guest drives its network device: frames that come before it does can be dropped.
     #[must_use]
     pub fn network_is_up(&self) -> bool {
@@ -558,24 +545,6 @@ impl Devices {
             });
         }
         self.board.pic.pulse(IRQ_TIMER);
-        Ok(())
-    }
-
-    fn receive_frame(&mut self, ram: &GuestRam, frame: &[u8]) -> Result<(), DeviceError> {
-        let room = self.frame_room(ram);
-        if room == 0 || frame.len() > room {
-            return Err(DeviceError::NoRoom {
-                what: "a frame",
-                len: frame.len(),
-                room,
-            });
-        }
-        let board = &mut self.board;
-        let line = board
-            .net
-            .work(net::RECEIVE, |_, queue| Net::receive(queue, ram, frame));
-        board.drive(IRQ_NET, line);
-        board.happened = true;
         Ok(())
     }
 

@@ -274,3 +274,6 @@ fn tell(lane: &mut LaneWriter, committed: Option<&AtomicU64>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

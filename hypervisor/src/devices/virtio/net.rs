@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::event::Output;
 use crate::memory::GuestRam;
 
-use super::queue::{Direction, QueueFault, VirtQueue};
+use super::queue::{Chain, Direction, QueueFault, VirtQueue};
 use super::{Device, Interrupt};
 
 /// The queue of buffers for received frames.
@@ -52,14 +52,14 @@ impl Net {
     /// The longest frame that the next receive buffer takes; 0 without one.
     #[must_use]
     pub fn room(queue: &VirtQueue, ram: &GuestRam) -> usize {
-        match queue.peek(ram, Direction::Writable) {
-            Ok(Some(chain)) => chain.len().saturating_sub(HEADER.len()).min(MAX_FRAME),
+        match queue.peek_len(ram, Direction::Writable) {
+            Ok(Some(len)) => room_in(len),
             // The driver hears of a broken queue when it next notifies.
             Ok(None) | Err(_) => 0,
         }
     }
 
-    /// Puts a frame, for which there is [`room`](Self::room), into the next receive buffer.
+    /// Puts a frame into the next receive buffer; `None`, and nothing is done, if there is no [`room`](Self::room) for it.
     ///
     /// # Errors
     /// What is wrong with the queue.
@@ -67,13 +67,22 @@ impl Net {
         queue: &mut VirtQueue,
         ram: &GuestRam,
         frame: &[u8],
-    ) -> Result<Interrupt, QueueFault> {
-        let Some(chain) = queue.pop(ram, Direction::Writable)? else {
-            return Ok(Interrupt(false));
+    ) -> Result<Option<Interrupt>, QueueFault> {
+        let mut next = *queue;
+        let fits = |chain: &Chain| (1..=room_in(chain.len())).contains(&frame.len().max(1));
+        // The driver hears of a broken queue when it next notifies.
+        let Some(chain) = next
+            .pop(ram, Direction::Writable)
+            .ok()
+            .flatten()
+            .filter(fits)
+        else {
+            return Ok(None);
         };
+        *queue = next;
         let written = chain.write(ram, &[&HEADER, frame])?;
         queue.push(ram, &chain, written)?;
-        Ok(Interrupt(queue.wants_interrupt(ram)))
+        Ok(Some(Interrupt(queue.wants_interrupt(ram))))
     }
 
     fn transmit(
@@ -99,6 +108,11 @@ impl Net {
     }
 }
 
+/// The longest frame for a buffer of this length.
+fn room_in(len: usize) -> usize {
+    len.saturating_sub(HEADER.len()).min(MAX_FRAME)
+}
+
 impl Device for Net {
     const ID: u32 = 1;
 
@@ -121,7 +135,7 @@ impl Device for Net {
             return Self::transmit(queue, ram, outputs);
         }
         // New receive buffers: nothing to do before a frame comes, but this is when a driver hears of a bad one.
-        queue.peek(ram, Direction::Writable)?;
+        queue.peek_len(ram, Direction::Writable)?;
         Ok(Interrupt(false))
     }
 

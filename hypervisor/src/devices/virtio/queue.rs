@@ -209,18 +209,38 @@ impl VirtQueue {
         ram: &GuestRam,
         fits: impl Fn(Direction, Option<Direction>) -> bool,
     ) -> Result<Option<(Chain, usize)>, QueueFault> {
+        let mut chain = Chain {
+            head: 0,
+            buffers: Vec::new(),
+            len: 0,
+        };
+        let mut readable = 0;
+        let head = self.visit(ram, fits, |way, buffer| {
+            readable += usize::from(way == Direction::Readable);
+            chain.len += buffer.len;
+            chain.buffers.push(buffer);
+        })?;
+        let Some(head) = head else { return Ok(None) };
+        chain.head = head;
+        self.next_available = self.next_available.wrapping_add(1);
+        Ok(Some((chain, readable)))
+    }
+
+    /// Shows each buffer of the next chain, if there is one; says which one it is.
+    fn visit(
+        &self,
+        ram: &GuestRam,
+        fits: impl Fn(Direction, Option<Direction>) -> bool,
+        mut each: impl FnMut(Direction, Buffer),
+    ) -> Result<Option<u16>, QueueFault> {
         let mut queue = self.open(ram)?;
         let memory = ram.guest_memory();
         let mut available = queue.iter(memory).map_err(|_| QueueFault::AvailableIndex)?;
         let Some(descriptors) = available.next() else {
             return Ok(None);
         };
-        let mut chain = Chain {
-            head: descriptors.head_index(),
-            buffers: Vec::new(),
-            len: 0,
-        };
-        let (mut before, mut readable) = (None, 0);
+        let head = descriptors.head_index();
+        let mut before = None;
         // The queue crate ends a bad chain as it ends a good one; a good one ends without NEXT. It follows
         // indirect tables, which we never offer: harmless, as the bound on descriptors counts theirs too.
         let mut complete = false;
@@ -234,7 +254,6 @@ impl VirtQueue {
                 return Err(QueueFault::Direction);
             }
             before = Some(way);
-            readable += usize::from(way == Direction::Readable);
             let buffer = Buffer {
                 address: descriptor.addr().0,
                 len: descriptor.len() as usize,
@@ -242,15 +261,10 @@ impl VirtQueue {
             if !ram.contains(buffer.address, buffer.len) {
                 return Err(QueueFault::Buffer);
             }
-            chain.buffers.push(buffer);
-            chain.len += buffer.len;
+            each(way, buffer);
             complete = !descriptor.has_next();
         }
-        if !complete {
-            return Err(QueueFault::Chain);
-        }
-        self.next_available = self.next_available.wrapping_add(1);
-        Ok(Some((chain, readable)))
+        complete.then_some(Some(head)).ok_or(QueueFault::Chain)
     }
 
     /// Looks at the next chain without taking it.
@@ -260,6 +274,24 @@ impl VirtQueue {
     pub fn peek(&self, ram: &GuestRam, direction: Direction) -> Result<Option<Chain>, QueueFault> {
         let mut copy = *self;
         copy.pop(ram, direction)
+    }
+
+    /// The length of the next chain's buffers together.
+    ///
+    /// # Errors
+    /// As [`pop`](Self::pop).
+    pub fn peek_len(
+        &self,
+        ram: &GuestRam,
+        direction: Direction,
+    ) -> Result<Option<usize>, QueueFault> {
+        let mut len = 0;
+        let head = self.visit(
+            ram,
+            |way, _| way == direction,
+            |_, buffer| len += buffer.len,
+        )?;
+        Ok(head.map(|_| len))
     }
 
     /// Gives a chain back to the driver, with `len` bytes written into it.
