@@ -132,9 +132,6 @@ pub enum HandshakeError {
     /// The record does not entitle this backup.
     #[error("the pair's record does not entitle this backup: {0}")]
     NotEntitled(String),
-    /// It was entitled, and the machine has gone on without it.
-    #[error("the machine went on without this copy before it was of use: {0}")]
-    LetGo(String),
     /// The machine's description.
     #[error(transparent)]
     Spec(#[from] SpecError),

@@ -125,8 +125,6 @@ pub struct Backup {
     unfit: Option<Unfit>,
     /// The claim is made because the primary hands the machine over.
     handed: bool,
-    /// It is the machine's backup, as its primary or the arbiter has shown since this copy was entitled.
-    settled: bool,
     errand: Option<Errand>,
     detector: Detector,
     beater: Beater,
@@ -147,7 +145,6 @@ impl Backup {
             drain: Work::NotAsked,
             unfit: None,
             handed: false,
-            settled: false,
             errand: None,
             detector: Detector::new(now, timing.detector),
             beater: Beater::new(now, timing.heartbeat),
@@ -182,14 +179,6 @@ impl Backup {
     #[must_use]
     pub fn is_switch_over(&self) -> bool {
         self.handed
-    }
-
-    /// Whether its primary was heard since this copy was entitled, or its claim was won. Until then the primary may have gone on
-    /// without it already; a process that finds that out has not been the machine's backup at any time that counts, and can wait for
-    /// another primary.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
-        self.settled
     }
 
     /// What was seen of the primary since the last call, while it is followed.
@@ -293,7 +282,6 @@ impl Backup {
         match self.ear.hear(&self.pair, &self.base, beat) {
             Heard::Stray => {}
             Heard::Alive => {
-                self.settled = true;
                 self.detector.heard_beat(now, beat.progress);
             }
             // The primary itself says that it goes on without this copy; a claim could only be lost. One that is
@@ -420,7 +408,6 @@ impl Backup {
     fn won(&mut self, now: Moment, actions: &mut Vec<Action>) {
         match self.phase {
             Phase::Claiming => {
-                self.settled = true;
                 self.phase = Phase::Draining;
                 self.ask_fence(actions);
                 actions.push(Action::Say(Notice::ClaimWon(self.claim.epoch)));

@@ -18,7 +18,7 @@ use super::meet::Listener;
 use super::report::{Event as Said, Timeline};
 use super::serve::{self, Served, Staff, now};
 use super::{SessionError, why_it_ended};
-use crate::arbiter::{self, Claim};
+use crate::arbiter::{self, Claim, random_identity};
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::Config;
 use crate::control::Operator;
@@ -26,7 +26,7 @@ use crate::control::board::{Board, State};
 use crate::control::status::{Role, Standing};
 use crate::divergence::Divergence;
 use crate::flight::Flight;
-use crate::handshake::{self, HandshakeError, Trust};
+use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
 use crate::protocol::backup::{Action, Event, Phase};
@@ -35,9 +35,6 @@ use crate::record::random_source;
 use crate::replay::ReplayError;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
-
-/// How long a backup waits to be confined for its primary's first heartbeat, which comes within milliseconds.
-const TRIAL: Duration = Duration::from_secs(2);
 
 /// How long a backup whose primary was powered off may take to replay what it holds of the log.
 const TO_THE_END: Duration = Duration::from_secs(5);
@@ -64,6 +61,7 @@ fn wait_and_follow(
 ) -> Result<Served, SessionError> {
     let trust = Trust::of(&config.pair)?;
     let common = Common::new(json, Arc::clone(&board))?;
+    let me = random_identity().map_err(SessionError::host("draw an identity"))?;
     let source = inherited.kvm_source(config);
     let cpu = CpuModel::of_host(&source).map_err(crate::machine::MachineError::from)?;
     // One that cannot be asked is better known now than when the primary is gone.
@@ -84,10 +82,11 @@ fn wait_and_follow(
         address: listener.address(),
     });
     board.stands_as(Standing::Waiting);
-    let mut meeting = Meeting {
+    let meeting = Meeting {
         config,
         inherited,
         json,
+        me,
         source,
         cpu,
         trust,
@@ -99,36 +98,24 @@ fn wait_and_follow(
     };
     loop {
         let error = match meeting.meet(next) {
-            Ok(following) => match following.follow(meeting)? {
-                Followed::Ended(served) => return Ok(served),
-                Followed::LetGo(door, error) => {
-                    meeting = *door;
-                    error
-                }
-            },
+            Ok(mut following) => {
+                // It takes its socket file with it, which a confined thread could not.
+                drop(meeting);
+                following.io.settle()?;
+                following.stands();
+                common.reporter.say(&following.paired);
+                return following.follow();
+            }
+            // This primary will not be followed; another may come.
             Err(SessionError::Handshake(error)) => error,
             Err(error) => return Err(error),
         };
-        // This primary will not be followed; another may come.
         common.reporter.say(&Said::Notice {
             text: format!("a primary was refused: {error}"),
             loud: true,
         });
-        board.stands(State {
-            role: Role::Backup,
-            standing: Standing::Waiting,
-            record: None,
-        });
         next = common.again(json)?;
     }
-}
-
-/// How it ended that a primary was followed.
-enum Followed<'a> {
-    /// The process ends.
-    Ended(Served),
-    /// The machine had gone on without this copy before its primary was heard: it can listen again.
-    LetGo(Box<Meeting<'a>>, HandshakeError),
 }
 
 /// The I/O thread's loop of a backup.
@@ -163,20 +150,10 @@ impl Following {
         });
     }
 
-    /// Follows until the process ends, or is found not to be the machine's backup after all. Once it is sure that it is, it is confined,
-    /// and can listen no more.
-    fn follow(mut self, door: Meeting<'_>) -> Result<Followed<'_>, SessionError> {
+    fn follow(mut self) -> Result<Served, SessionError> {
         let mut actions = Vec::new();
-        let mut door = Some(Box::new(door));
-        let since = Instant::now();
         loop {
             self.stands();
-            let sure = self.protocol.is_settled() || since.elapsed() >= TRIAL;
-            if sure && door.take().is_some() {
-                // The listener took its socket file with it, which a confined thread could not.
-                self.io.settle()?;
-                self.io.reporter.say(&self.paired);
-            }
             let longest = self
                 .protocol
                 .deadline()
@@ -198,7 +175,7 @@ impl Following {
                 self.protocol.handle(now, Event::PeerDied, &mut actions);
             }
             if found.signalled {
-                return self.leave().map(Followed::Ended);
+                return self.leave();
             }
             while let Some((answer, claim)) = self.staff.clerk.answer() {
                 if claim.is_some() {
@@ -278,20 +255,10 @@ impl Following {
                                 self.say(notice.to_string(), notice.is_loud());
                             }
                         }
-                        return self.open_gate().map(Followed::Ended);
+                        return self.open_gate();
                     }
                     Action::Say(notice) => self.say(notice.to_string(), notice.is_loud()),
                     Action::Die(reason) => {
-                        if let (Some(door), Reason::NotEntitled { found }) = (door.take(), &reason)
-                        {
-                            let by = found.map_or("its primary says so".to_owned(), |record| {
-                                format!("the arbiter says {record}")
-                            });
-                            self.io.listen_to(None);
-                            self.io.order(Order::Stop);
-                            self.follower.end();
-                            return Ok(Followed::LetGo(door, HandshakeError::LetGo(by)));
-                        }
                         let off = reason == Reason::PoweredOff;
                         let complete = off && self.follows_to_the_end();
                         if let Reason::Relieved { .. } = reason {
@@ -304,10 +271,10 @@ impl Following {
                             let record = self.protocol.record();
                             self.io.end_disk(Stamp::in_reign(&record, self.staff.me));
                         }
-                        return Ok(Followed::Ended(Served {
+                        return Ok(Served {
                             reason,
                             guest: None,
-                        }));
+                        });
                     }
                 }
             }

@@ -2,21 +2,15 @@
 //! the other goes on and takes a new peer.
 #![forbid(unsafe_code)]
 
-use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use hypervisor::control::status::Standing;
 use hypervisor::demo::report::Report;
 
-use crate::harness::operator::Operator;
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
-use crate::harness::signal::{Signal, send};
-use crate::harness::stage::alone;
 use crate::harness::torn_copy::{self, Ground};
-use crate::harness::two_hosts::{TwoHosts, Which};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -31,9 +25,6 @@ pub const PROMISE: Promise = Promise {
 /// The guest may stand so long for a backup that joins, in milliseconds: what a failover may cost a client is five times that.
 const STOP_LIMIT_MS: f64 = 10.0;
 
-/// Past that something is broken.
-const PATIENCE: Duration = Duration::from_secs(20);
-
 fn show(run: &Run) -> Result<Figures> {
     let mut random = Random::new(run.seed);
     let mut figures = Figures::default();
@@ -44,65 +35,7 @@ fn show(run: &Run) -> Result<Figures> {
     }
     let deaths = run.form.pick(4, 50);
     torn_copy::torn(run, &Ground::tcp(), deaths, &mut random, &mut figures)?;
-    alone(let_go).context("a backup that the machine went on without before it was of use")?;
     Ok(figures)
-}
-
-/// A backup that was entitled, and that its primary has given up before a heartbeat of it came through, listens again: it joins anew
-/// without anybody starting it.
-fn let_go() -> Result<()> {
-    let hosts = TwoHosts::enter()?;
-    // What its primary beats does not reach it; the log does, and keeps it from claiming.
-    let heartbeat = format!("{}:0", hosts.deaf_address(Which::B)?);
-    let config = hosts.directory().join("patient.toml");
-    fs::write(&config, "[timing]\nsilence_ms = 5000\n").context("write a configuration")?;
-    let listen = Which::B.listens().to_string();
-    let options = [
-        "--listen",
-        &listen,
-        "--heartbeat",
-        &heartbeat,
-        "--config",
-        "patient.toml",
-    ];
-    let mut backup = hosts.start(Which::B, "backup", "backup", &options)?;
-    backup.until("\"address\"", PATIENCE)?;
-    let backup_pid = backup.pid();
-    let mut primary = hosts.start(
-        Which::A,
-        "primary",
-        "primary",
-        &[
-            "--alone",
-            "--cold-start",
-            "--guest",
-            "irq",
-            "--memory",
-            "16",
-        ],
-    )?;
-    let operator = Operator::of(hosts.directory().join("run"), "machine");
-    let follows = || {
-        operator.until(backup_pid, PATIENCE, |status| {
-            status.standing == Standing::Following
-        })
-    };
-    follows()?;
-    send(backup.pid(), Signal::Stop)?;
-    primary.until("UNPROTECTED: the machine runs", PATIENCE)?;
-    send(backup.pid(), Signal::Continue)?;
-    backup.until("went on without this copy", PATIENCE)?;
-    follows().context("again")?;
-    let joined = primary.said().matches("\"joined\"").count();
-    ensure!(joined == 2, "{joined} backups joined: {}", primary.said());
-    primary.stop(PATIENCE)?;
-    let ended = backup.end(PATIENCE)?;
-    ensure!(
-        ended.success(),
-        "the backup ended by {ended}: {}",
-        backup.said()
-    );
-    Ok(())
 }
 
 /// Kills, each survived by the backup that joined after the one before.

@@ -2,11 +2,11 @@
 //! nobody has a copy any more.
 #![forbid(unsafe_code)]
 
-use hypervisor::protocol::State;
+use hypervisor::protocol::{Identity, State};
 
 use super::MS;
 use super::faults::HOSTS;
-use super::process::{Clock, Process, Role, Starting, identity};
+use super::process::{Clock, Process, Role, Starting};
 use super::world::{What, World};
 
 /// How long nobody must have had a copy before the operator believes it.
@@ -20,7 +20,7 @@ impl World {
         self.processes.push(Process {
             name: format!("{}{host}", (b'a' + (who % 26) as u8) as char),
             host,
-            identity: identity(who, 0),
+            identity: Identity::from_bytes((who as u128 + 1).to_be_bytes()),
             again: 0,
             clock: Clock {
                 offset: self.random.below(1 << 40),
@@ -87,13 +87,12 @@ impl World {
             .expect("a new process has asked nothing before");
     }
 
-    /// Its copy is of no use, and it waits for another primary: as somebody whom no record knows.
+    /// Its copy is of no use, and it waits for another primary.
     pub(super) fn listens_again(&mut self, who: usize) {
         let process = &mut self.processes[who];
         (process.role, process.source) = (Role::Listening, None);
         process.again += 1;
         process.asked = false;
-        process.identity = identity(who, process.again);
         if let Some(connection) = process.connection.take() {
             self.hang_up(connection, who);
         }

@@ -356,7 +356,6 @@ impl World {
             return Ok(());
         };
         machine.handle(now, event, &mut actions);
-        let settled = machine.is_settled();
         // As the program does: nothing waits longer than a fence.
         actions.sort_by_key(|action| !matches!(action, BackupDoes::Fence));
         for action in actions {
@@ -375,16 +374,6 @@ impl World {
                 }
                 BackupDoes::OpenGate => self.open_gate(who)?,
                 BackupDoes::Say(notice) => self.say(who, &notice),
-                BackupDoes::Die(Reason::NotEntitled { .. }) if !settled => {
-                    self.note(|world| {
-                        format!("{} was let go, and listens", world.processes[who].name)
-                    });
-                    self.count("let go before it was heard");
-                    // With nothing left of what it had under way: as good as another process.
-                    let host = self.host(who);
-                    self.end_process(who);
-                    self.start_backup(host);
-                }
                 BackupDoes::Die(reason) => {
                     if matches!(reason, Reason::Relieved { .. }) {
                         self.count("relieved");

@@ -138,11 +138,6 @@ pub(super) struct Process {
     pub(super) stand_wanted: bool,
 }
 
-/// What a process is called the `again`th time that it listens.
-pub(super) fn identity(who: usize, again: u64) -> Identity {
-    Identity::from_bytes((u128::from(again) << 64 | (who as u128 + 1)).to_be_bytes())
-}
-
 impl Process {
     /// When it next wants to be looked at, by its own clock.
     pub(super) fn deadline(&self) -> Option<Moment> {

@@ -19,7 +19,6 @@ const SITUATIONS: &[&str] = &[
     "protected again",
     "joins that failed",
     "copies given up",
-    "let go before it was heard",
     "copies that failed",
     "started anew",
     "ended",

@@ -340,22 +340,6 @@ fn a_slow_winner_whose_primary_went_on_never_opens_its_gate() {
 }
 
 #[test]
-fn a_backup_is_settled_by_its_primary_s_beat_or_its_own_claim() {
-    let mut k = K::following();
-    assert!(!k.machine.is_settled());
-    k.on(1, backup::Event::LogTraffic);
-    k.on(1, backup::Event::Heartbeat(beat(B, base(), 1)));
-    assert!(!k.machine.is_settled(), "the log goes to a joiner, too");
-    k.on(2, backup::Event::Heartbeat(beat(A, base(), 1)));
-    assert!(k.machine.is_settled());
-    let mut k = K::following();
-    k.on(1, backup::Event::PeerDied);
-    assert!(!k.machine.is_settled());
-    k.answer(2, Answer::Swapped);
-    assert!(k.machine.is_settled());
-}
-
-#[test]
 fn a_backup_told_by_its_primary_that_it_was_dropped_ends() {
     let mut k = K::following();
     let stray = beat(B, base().detached(), 1);

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
@@ -54,6 +54,7 @@ pub(super) struct Meeting<'a> {
     pub(super) config: &'a Config,
     pub(super) inherited: &'a Inherited,
     pub(super) json: bool,
+    pub(super) me: Identity,
     pub(super) source: KvmSource,
     pub(super) cpu: CpuModel,
     /// Whom to believe.
@@ -78,8 +79,6 @@ impl Meeting<'_> {
             self.content.set(disk::content(image)?);
         }
         let content = self.content.get();
-        // Nobody is taken for what it was to an earlier primary: a record that entitles that one is none of this copy's.
-        let me = self.identity()?;
         let control = self.listener.accept(&common, &self.trust, &self.random)?;
         // Before the hello: whoever answers from now on is alive, so that number is nobody else's.
         let shared = image.filter(|_| config.disk.is_shared());
@@ -108,7 +107,7 @@ impl Meeting<'_> {
         let address = socket
             .local_addr()
             .map_err(SessionError::host("read the heartbeat socket's address"))?;
-        let port = match handshake::welcome(&control, me, address)? {
+        let port = match handshake::welcome(&control, self.me, address)? {
             Some(port) => Some(NetPort::inherited(port.as_raw_fd()).map_err(HandshakeError::from)?),
             None if control.unix().is_some() => None,
             // Over TCP nothing is shared: this side has a port of its own.
@@ -119,7 +118,7 @@ impl Meeting<'_> {
         // Everything that takes its time is done before the copy: at its end a guest's clients wait for this side.
         let introduction = Introduction::new(
             config,
-            me,
+            self.me,
             &machine,
             (&spec, content),
             port.as_ref(),
@@ -143,7 +142,7 @@ impl Meeting<'_> {
         let mut overwritten = own.filter(|_| hello.running && written).cloned();
         if let Some(image) = &overwritten {
             // From the first block on it is nothing but what its primary's is, until it is that as a whole.
-            image.follows(&config.name, me)?;
+            image.follows(&config.name, self.me)?;
             self.content.set(None);
         }
         let restored = hello
@@ -164,7 +163,7 @@ impl Meeting<'_> {
             base = Some(restored.base);
         }
         if let Some(image) = own {
-            image.follows(&config.name, me)?;
+            image.follows(&config.name, self.me)?;
             self.content.set(None);
         }
         let disk = disk::start(image, config, &io)?;
@@ -189,7 +188,7 @@ impl Meeting<'_> {
         let follower = Follower::start(config, &io, replayer, desk)?;
         let pair = Pair {
             machine: MachineId::of(&config.name),
-            me,
+            me: self.me,
             peer,
         };
         let record = match self.entitled(&io, &control, pair, &follower) {
@@ -201,12 +200,12 @@ impl Meeting<'_> {
             }
         };
         if let Some(disk) = disk.as_ref().filter(|disk| !disk.is_shared()) {
-            disk.mark(Use::Follows, Stamp::in_reign(&record, me));
-            disk.may_lead(record.claimed_by(me).as_ref().map(Stamp::of));
+            disk.mark(Use::Follows, Stamp::in_reign(&record, self.me));
+            disk.may_lead(record.claimed_by(self.me).as_ref().map(Stamp::of));
         }
         let bailiff = shared
             .map(|image| {
-                let reservations = config.disk.reservations.then(|| image.register(me));
+                let reservations = config.disk.reservations.then(|| image.register(self.me));
                 let means = Means {
                     image: image.clone(),
                     machine: config.name.clone(),
@@ -276,13 +275,6 @@ impl Meeting<'_> {
         build().map_err(|error: MachineError| HandshakeError::Machine(error.to_string()))
     }
 
-    fn identity(&self) -> Result<Identity, SessionError> {
-        let mut bytes = [0; 16];
-        let drawn = (&self.random).read_exact(&mut bytes);
-        drawn.map_err(SessionError::host("draw an identity"))?;
-        Ok(Identity::from_bytes(bytes))
-    }
-
     fn arbiter(&self) -> Result<Box<dyn Arbiter>, SessionError> {
         Ok(arbiter::open(&self.config.pair.arbiter, &self.config.name)?)
     }
@@ -317,7 +309,7 @@ impl Meeting<'_> {
             match word {
                 Word::Signal => return Err(SessionError::Interrupted),
                 Word::None => {}
-                Word::Some => match handshake::hear_record(control, pair.me) {
+                Word::Some => match handshake::hear_record(control, self.me) {
                     Ok(record) => actions.extend(handle(Event::Word(record))),
                     Err(error) => {
                         ended = Some(error);
