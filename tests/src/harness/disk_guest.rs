@@ -2,8 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+
+use super::role::Role;
 
 /// The last round of which a console said that it was flushed.
 #[must_use]
@@ -15,6 +18,25 @@ pub fn flushed(console: &Path) -> u64 {
         .lines()
         .filter_map(|line| line.strip_prefix("disk: flushed ")?.trim().parse().ok());
     rounds.max().unwrap_or(0)
+}
+
+/// Waits so long until this role's guest has said on this console that it flushed more than this round, and no block that was wrong.
+///
+/// # Errors
+/// If it does not.
+pub fn beyond(role: &mut Role, console: &Path, round: u64, longest: Duration) -> Result<()> {
+    let until = Instant::now() + longest;
+    while flushed(console) <= round {
+        ensure!(
+            role.runs()? && Instant::now() < until,
+            "its guest flushed no more than {round}: {}",
+            role.said()
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let text = std::fs::read_to_string(console).unwrap_or_default();
+    ensure!(!text.contains("WRONG"), "{text}");
+    Ok(())
 }
 
 /// Whether one of these consoles said that all was as it was last written, up to this round, and none that a block was wrong.

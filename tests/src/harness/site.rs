@@ -30,7 +30,7 @@ use super::random::Random;
 use super::role::Role;
 use super::signal::{Signal, send};
 use super::stage::alone;
-use super::two_hosts::ip;
+use super::two_hosts::{ip, two_networks};
 
 /// How many hosts there are.
 pub const HOSTS: usize = 3;
@@ -94,11 +94,7 @@ impl Site {
             .prefix("doppel-site-")
             .tempdir()
             .context("make a directory")?;
-        for (bridge, address) in [("guests", "10.77.0.1/24"), ("logs", "10.78.0.254/24")] {
-            ip(&["link", "add", "name", bridge, "type", "bridge"])?;
-            ip(&["address", "add", address, "dev", bridge])?;
-            set_link(bridge, true)?;
-        }
+        two_networks()?;
         let mut hosts = Vec::new();
         for (number, name) in (1..).zip(NAMES) {
             hosts.push(host(number, name, directory.path())?);

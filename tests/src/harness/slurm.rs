@@ -26,7 +26,7 @@ use tempfile::TempDir;
 
 use super::program;
 use super::stage::{INTERFACE, alone};
-use super::two_hosts::ip;
+use super::two_hosts::{ip, two_networks};
 
 /// The nodes, in Slurm's order: an allocation's first one is the first of them.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
@@ -123,11 +123,7 @@ impl Cluster {
             .prefix("doppel-slurm-")
             .tempdir()
             .context("make a directory")?;
-        for (bridge, address) in [("guests", "10.77.0.1/24"), ("logs", "10.78.0.254/24")] {
-            ip(&["link", "add", "name", bridge, "type", "bridge"])?;
-            ip(&["address", "add", address, "dev", bridge])?;
-            set_link(bridge, true)?;
-        }
+        two_networks()?;
         let at = directory.path();
         for name in ["state", "tmp", "munge"] {
             fs::create_dir(at.join(name)).context("make a directory")?;

@@ -311,6 +311,16 @@ fn lead_astray(address: &str) -> Result<()> {
     ip(&[&["neighbour", "replace", address][..], &to].concat())
 }
 
+/// The networks of a world with several hosts, in the calling thread's namespace: of the guests, and of the logs.
+pub(super) fn two_networks() -> Result<()> {
+    for (bridge, address) in [("guests", "10.77.0.1/24"), ("logs", "10.78.0.254/24")] {
+        ip(&["link", "add", "name", bridge, "type", "bridge"])?;
+        ip(&["address", "add", address, "dev", bridge])?;
+        set_link(bridge, true)?;
+    }
+    Ok(())
+}
+
 /// iproute2's `ip`, in the calling thread's network.
 pub(super) fn ip(words: &[&str]) -> Result<()> {
     run("ip", words)

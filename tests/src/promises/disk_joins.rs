@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
-use crate::harness::disk_guest::flushed;
+use crate::harness::disk_guest::{beyond, flushed};
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
 use crate::harness::role::Role;
@@ -216,18 +216,7 @@ impl Side {
 
     /// Waits until its guest has flushed more than this.
     fn beyond(&mut self, round: u64) -> Result<()> {
-        let until = Instant::now() + LONGEST;
-        while self.flushed() <= round {
-            ensure!(
-                self.role.runs()? && Instant::now() < until,
-                "its guest flushed no more than {round}: {}",
-                self.role.said()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let console = fs::read_to_string(&self.console).unwrap_or_default();
-        ensure!(!console.contains("WRONG"), "{console}");
-        Ok(())
+        beyond(&mut self.role, &self.console, round, LONGEST)
     }
 
     fn kill(&mut self) -> Result<()> {

@@ -6,13 +6,13 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hypervisor::handshake::Secret;
 use tempfile::TempDir;
 
-use crate::harness::disk_guest::{flushed, verified};
+use crate::harness::disk_guest::{beyond, flushed, verified};
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
 use crate::harness::role::Role;
@@ -105,18 +105,7 @@ impl Side {
 
     /// Waits until its guest has flushed more than this.
     fn beyond(&mut self, round: u64) -> Result<()> {
-        let until = Instant::now() + LONGEST;
-        while self.flushed() <= round {
-            ensure!(
-                self.role.runs()? && Instant::now() < until,
-                "its guest flushed no more than {round}: {}",
-                self.role.said()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        let console = fs::read_to_string(&self.console).unwrap_or_default();
-        ensure!(!console.contains("WRONG"), "{console}");
-        Ok(())
+        beyond(&mut self.role, &self.console, round, LONGEST)
     }
 
     fn end_well(&mut self) -> Result<()> {
