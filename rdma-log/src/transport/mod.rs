@@ -42,6 +42,8 @@ pub mod shm;
 pub mod sim;
 #[cfg(not(loom))]
 pub mod tcp;
+#[cfg(not(loom))]
+mod writing;
 
 /// The right to make a [`Fenced`]. Only this module and those below it can construct one.
 #[derive(Debug)]

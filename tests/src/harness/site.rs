@@ -30,7 +30,7 @@ use super::random::Random;
 use super::role::Role;
 use super::signal::{Signal, send};
 use super::stage::alone;
-use super::two_hosts::{ip, two_networks};
+use super::two_hosts::{CABLES, host_between, inside, two_networks};
 
 /// How many hosts there are.
 pub const HOSTS: usize = 3;
@@ -52,9 +52,6 @@ const CLIENTS: u32 = 4;
 
 /// Answers that show that a machine serves.
 pub const ANSWERS: u64 = 100;
-
-/// The cables of a host, by their names in it.
-const CABLES: [&str; 2] = ["world", "log"];
 
 /// How long a host is taken for a member after its agent's last word, in seconds.
 pub const LEASE: Duration = Duration::from_secs(3);
@@ -81,6 +78,18 @@ pub struct Site {
     pub etcd: Etcd,
     directory: TempDir,
     _world: Namespace,
+}
+
+/// Does this with a site of three hosts; where it fails, all that was said on them is told.
+///
+/// # Errors
+/// As [`Site::enter`], and whatever fails.
+pub fn with_site<T: Send>(does: impl FnOnce(&mut Site) -> Result<T> + Send) -> Result<T> {
+    alone(|| {
+        let mut site = Site::enter()?;
+        let shown = does(&mut site);
+        shown.with_context(|| format!("what was said:\n{}", site.said()))
+    })
 }
 
 impl Site {
@@ -427,30 +436,7 @@ fn address(at: usize) -> IpAddr {
 fn host(number: u8, name: &'static str, directory: &Path) -> Result<Host> {
     let directory = directory.join(name);
     fs::create_dir(&directory).context("make a directory")?;
-    let namespace = alone(|| {
-        let namespace = enter_bare().context("make a network namespace")?;
-        ip(&["link", "add", "name", "guests", "type", "bridge"])?;
-        set_link("guests", true)?;
-        Ok(namespace)
-    })?;
-    let there = namespace.path();
-    let there = there.to_str().context("a path of this machine")?;
-    for (cable, bridge) in CABLES.iter().zip(["guests", "logs"]) {
-        let ours = format!("{cable}-{name}");
-        ip(&[
-            "link", "add", "name", &ours, "type", "veth", "peer", "name", cable, "netns", there,
-        ])?;
-        ip(&["link", "set", "dev", &ours, "master", bridge])?;
-        set_link(&ours, true)?;
-    }
-    let own = format!("{}/24", address(usize::from(number) - 1));
-    inside(&namespace, || {
-        ip(&["address", "add", &own, "dev", "log"])?;
-        ip(&["link", "set", "dev", "world", "master", "guests"])?;
-        CABLES
-            .iter()
-            .try_for_each(|cable| Ok(set_link(cable, true)?))
-    })?;
+    let namespace = host_between(name, "guests", address(usize::from(number) - 1))?;
     Ok(Host {
         name,
         namespace,
@@ -458,9 +444,4 @@ fn host(number: u8, name: &'static str, directory: &Path) -> Result<Host> {
         agent: None,
         agents: 0,
     })
-}
-
-/// Does this on a thread in the host.
-fn inside<T: Send>(namespace: &Namespace, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    namespace.run(work).context("enter a host")?
 }

@@ -25,14 +25,11 @@ use hypervisor::demo::namespace::{Namespace, enter_bare};
 use tempfile::TempDir;
 
 use super::program;
-use super::stage::{INTERFACE, alone};
-use super::two_hosts::{ip, two_networks};
+use super::stage::INTERFACE;
+use super::two_hosts::{CABLES, host_between, inside, ip, two_networks};
 
 /// The nodes, in Slurm's order: an allocation's first one is the first of them.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
-
-/// The cables of a node, by their names in it.
-const CABLES: [&str; 2] = ["world", "log"];
 
 /// A bound for what takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -378,44 +375,18 @@ impl Cluster {
     }
 }
 
-/// Does this on a thread in the node's network.
-fn inside<T: Send>(namespace: &Namespace, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    namespace.run(work).context("enter a node")?
-}
-
 fn address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 78, 0, number)
 }
 
 /// A node's network, as this number of the world's.
 fn node(number: u8, name: &str) -> Result<Namespace> {
-    let namespace = alone(|| {
-        let namespace = enter_bare().context("make a network namespace")?;
-        ip(&["link", "add", "name", "bridge0", "type", "bridge"])?;
-        set_link("bridge0", true)?;
-        Ok(namespace)
-    })?;
-    let there = namespace.path();
-    let there = there.to_str().context("a path of this machine")?;
-    for (cable, bridge) in CABLES.iter().zip(["guests", "logs"]) {
-        let ours = format!("{cable}-{name}");
-        ip(&[
-            "link", "add", "name", &ours, "type", "veth", "peer", "name", cable, "netns", there,
-        ])?;
-        ip(&["link", "set", "dev", &ours, "master", bridge])?;
-        set_link(&ours, true)?;
-    }
-    let own = format!("{}/24", address(number));
+    let namespace = host_between(name, "bridge0", address(number))?;
     inside(&namespace, || {
-        ip(&["address", "add", &own, "dev", "log"])?;
-        ip(&["link", "set", "dev", "world", "master", "bridge0"])?;
         // As a site's prolog would leave it for the job's user.
         ip(&["tuntap", "add", "dev", INTERFACE, "mode", "tap"])?;
         ip(&["link", "set", "dev", INTERFACE, "master", "bridge0"])?;
-        set_link(INTERFACE, true)?;
-        CABLES
-            .iter()
-            .try_for_each(|cable| Ok(set_link(cable, true)?))
+        Ok(set_link(INTERFACE, true)?)
     })?;
     Ok(namespace)
 }

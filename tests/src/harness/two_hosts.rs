@@ -15,6 +15,7 @@
 //! The processes of both sides run on this machine; what is cut is only what a dead host would cut. Needs root and `ip`.
 #![forbid(unsafe_code)]
 
+use std::fmt::Display;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -111,7 +112,7 @@ pub struct TwoHosts {
 const SECRET: &str = "pair.secret";
 
 /// The cables of a host, by their names in it.
-const CABLES: [&str; 2] = ["world", "log"];
+pub(super) const CABLES: [&str; 2] = ["world", "log"];
 
 impl TwoHosts {
     /// Moves the calling thread into a new world with two hosts.
@@ -138,7 +139,7 @@ impl TwoHosts {
         let [a, b] = &hosts;
         let there = b.namespace.path();
         let there = there.to_str().context("a path of this machine")?;
-        inside(a, || {
+        inside(&a.namespace, || {
             let cable = ["type", "veth", "peer", "name", "log", "netns", there];
             let mut words = vec!["link", "add", "name", "log"];
             words.extend(cable);
@@ -146,7 +147,7 @@ impl TwoHosts {
         })?;
         for (host, which) in hosts.iter().zip([Which::A, Which::B]) {
             let own = format!("{}/24", which.address());
-            inside(host, || {
+            inside(&host.namespace, || {
                 ip(&["address", "add", &own, "dev", "log"])?;
                 ip(&["link", "set", "dev", "world", "master", "bridge0"])?;
                 CABLES
@@ -190,7 +191,9 @@ impl TwoHosts {
         arguments.extend(["--net-fd", &port, "--standby", &standby, "--run-dir", "run"]);
         arguments.extend(["--secret", SECRET]);
         arguments.extend(more);
-        inside(host, || Role::start(self.directory(), name, &arguments))
+        inside(&host.namespace, || {
+            Role::start(self.directory(), name, &arguments)
+        })
     }
 
     /// Starts a backup there.
@@ -229,7 +232,9 @@ impl TwoHosts {
     /// # Errors
     /// If the kernel does not do it.
     pub fn join_log(&self, joined: bool) -> Result<()> {
-        inside(self.host(Which::A), || Ok(set_link("log", joined)?))
+        inside(&self.host(Which::A).namespace, || {
+            Ok(set_link("log", joined)?)
+        })
     }
 
     /// Nothing of what the other host sends arrives at this one, or all of it again: there its address leads to a card that is none.
@@ -238,7 +243,7 @@ impl TwoHosts {
     /// If the kernel does not do it.
     pub fn deafen(&self, which: Which, deaf: bool) -> Result<()> {
         let address = which.address().to_string();
-        inside(self.host(which.other()), || match deaf {
+        inside(&self.host(which.other()).namespace, || match deaf {
             true => lead_astray(&address),
             false => ip(&["neighbour", "delete", &address, "dev", "log"]),
         })
@@ -252,10 +257,10 @@ impl TwoHosts {
         let [_, _, _, host] = which.address().octets();
         let address = Ipv4Addr::new(10, 79, 0, host);
         let words = address.to_string();
-        inside(self.host(which), || {
+        inside(&self.host(which).namespace, || {
             ip(&["address", "add", &words, "dev", "log"])
         })?;
-        inside(self.host(which.other()), || {
+        inside(&self.host(which.other()).namespace, || {
             ip(&["route", "add", &words, "dev", "log"])?;
             lead_astray(&words)
         })?;
@@ -272,7 +277,7 @@ impl TwoHosts {
             false => "qdisc delete dev log root",
         };
         let words: Vec<&str> = words.split(' ').collect();
-        inside(self.host(which), || run("tc", &words))
+        inside(&self.host(which).namespace, || run("tc", &words))
     }
 
     /// The host is lost, silently: its cables are cut and the process is killed, at once.
@@ -280,7 +285,7 @@ impl TwoHosts {
     /// # Errors
     /// If the kernel does not do it.
     pub fn lose(&self, which: Which, role: &Role) -> Result<()> {
-        inside(self.host(which), || {
+        inside(&self.host(which).namespace, || {
             CABLES.iter().try_for_each(|cable| set_link(cable, false))?;
             send(role.pid(), Signal::Kill)
         })
@@ -291,7 +296,7 @@ impl TwoHosts {
     /// # Errors
     /// If the kernel does not do it.
     pub fn mend(&self, which: Which) -> Result<()> {
-        inside(self.host(which), || {
+        inside(&self.host(which).namespace, || {
             CABLES
                 .iter()
                 .try_for_each(|cable| Ok(set_link(cable, true)?))
@@ -299,9 +304,12 @@ impl TwoHosts {
     }
 }
 
-/// Does this on a thread in the host.
-fn inside<T: Send>(host: &Host, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    host.namespace.run(work).context("enter a host")?
+/// Does this on a thread in the host of this network.
+pub(super) fn inside<T: Send>(
+    namespace: &Namespace,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    namespace.run(work).context("enter a host")?
 }
 
 /// In the calling thread's host this address leads to a card that is none.
@@ -319,6 +327,36 @@ pub(super) fn two_networks() -> Result<()> {
         set_link(bridge, true)?;
     }
     Ok(())
+}
+
+/// A host in such a world: a network of its own with a cable to each, of which the guests' ends in this bridge, and with this address
+/// on the logs'.
+pub(super) fn host_between(name: &str, bridge: &str, address: impl Display) -> Result<Namespace> {
+    let namespace = alone(|| {
+        let namespace = enter_bare().context("make a network namespace")?;
+        ip(&["link", "add", "name", bridge, "type", "bridge"])?;
+        set_link(bridge, true)?;
+        Ok(namespace)
+    })?;
+    let there = namespace.path();
+    let there = there.to_str().context("a path of this machine")?;
+    for (cable, network) in CABLES.iter().zip(["guests", "logs"]) {
+        let ours = format!("{cable}-{name}");
+        ip(&[
+            "link", "add", "name", &ours, "type", "veth", "peer", "name", cable, "netns", there,
+        ])?;
+        ip(&["link", "set", "dev", &ours, "master", network])?;
+        set_link(&ours, true)?;
+    }
+    let own = format!("{address}/24");
+    inside(&namespace, || {
+        ip(&["address", "add", &own, "dev", "log"])?;
+        ip(&["link", "set", "dev", "world", "master", bridge])?;
+        CABLES
+            .iter()
+            .try_for_each(|cable| Ok(set_link(cable, true)?))
+    })?;
+    Ok(namespace)
 }
 
 /// iproute2's `ip`, in the calling thread's network.

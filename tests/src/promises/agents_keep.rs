@@ -10,8 +10,7 @@ use serde_json::Value;
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{ALL, ANSWERS, HOSTS, LEASE, MACHINES, NAMES, Site};
-use crate::harness::stage::alone;
+use crate::harness::site::{ALL, ANSWERS, HOSTS, LEASE, MACHINES, NAMES, Site, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -24,11 +23,7 @@ pub const PROMISE: Promise = Promise {
 };
 
 fn show(run: &Run) -> Result<Figures> {
-    alone(|| {
-        let mut site = Site::enter()?;
-        let shown = keep(run, &mut site);
-        shown.with_context(|| format!("what was said:\n{}", site.said()))
-    })
+    with_site(|site| keep(run, site))
 }
 
 fn keep(run: &Run, site: &mut Site) -> Result<Figures> {

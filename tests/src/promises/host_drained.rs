@@ -11,8 +11,7 @@ use crate::harness::console::{Viewer, check_lines};
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site};
-use crate::harness::stage::alone;
+use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -31,11 +30,7 @@ const TALKER: &str = "talker";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn show(run: &Run) -> Result<Figures> {
-    alone(|| {
-        let mut site = Site::enter()?;
-        let shown = drains(run, &mut site);
-        shown.with_context(|| format!("what was said:\n{}", site.said()))
-    })
+    with_site(|site| drains(run, site))
 }
 
 fn drains(run: &Run, site: &mut Site) -> Result<Figures> {

@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 
 use super::StreamError;
 use super::frame::{ANSWER, Answer, Frame, HEADER, MAX_PIECE};
-use crate::entry::{LINE, Lane, Nonce, Seq};
+use crate::entry::{Lane, Nonce, Seq};
 use crate::futex::{Bell, FutexWord};
 use crate::lane::{Counter, WriteError};
 use crate::poll::wait;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::transport::writing::take_over;
 use crate::transport::{Counters, ProgressPort, Range, WritePort, WriteView};
 
 /// Bytes that gather before they are sent without a push: one system call's worth, so that gathering never costs latency to
@@ -353,8 +354,7 @@ impl Shared {
                 state.posted.load(Ordering::Acquire),
                 state.last.load(Ordering::Acquire),
             );
-            let aligned = found.consumed.is_multiple_of(LINE as u64);
-            let checks = [
+            let said = [
                 (Counter::Consumed, &state.consumed, posted, found.consumed),
                 (Counter::Received, &state.received, last, found.received),
                 (
@@ -364,21 +364,7 @@ impl Shared {
                     found.replayed,
                 ),
             ];
-            for (counter, state, most, found) in checks {
-                let least = state.load(Ordering::Relaxed);
-                if found < least || found > most || (counter == Counter::Consumed && !aligned) {
-                    return Err(WriteError::Counter {
-                        lane,
-                        counter,
-                        least,
-                        most,
-                        found,
-                    });
-                }
-            }
-            for (_, state, _, found) in checks {
-                state.store(found, Ordering::Release);
-            }
+            take_over(lane, said)?;
         }
         Ok(())
     }

@@ -5,13 +5,14 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use super::{BEAT, End, LINGER, LanePipe, Sent, Shared, lock};
-use crate::entry::{LINE, Lane, Seq};
+use crate::entry::{Lane, Seq};
 use crate::lane::{Counter, WriteError};
 use crate::poll::wait;
 use crate::sync::Ordering;
 use crate::transport::rdma::block::{BLOCK, Block, From};
 use crate::transport::rdma::hello::Mode;
 use crate::transport::rdma::pipe::Taken;
+use crate::transport::writing::take_over;
 
 impl Shared {
     /// Takes in what was completed of a lane, unless somebody else is about it.
@@ -82,27 +83,12 @@ impl Shared {
             let (state, found) = (self.lane(lane), block.lanes[lane.index()]);
             let posted = state.posted.load(Ordering::Acquire);
             let last = state.last.load(Ordering::Acquire);
-            let aligned = found.consumed.is_multiple_of(LINE as u64);
-            let checks = [
+            let said = [
                 (Counter::Consumed, &state.consumed, posted, found.consumed),
                 (Counter::Received, &state.received, last, found.received),
                 (Counter::Replayed, &state.replayed, last, found.replayed),
             ];
-            for (counter, state, most, found) in checks {
-                let least = state.load(Ordering::Relaxed);
-                if found < least || found > most || (counter == Counter::Consumed && !aligned) {
-                    return Err(WriteError::Counter {
-                        lane,
-                        counter,
-                        least,
-                        most,
-                        found,
-                    });
-                }
-            }
-            for (_, state, _, found) in checks {
-                state.store(found, Ordering::Release);
-            }
+            take_over(lane, said)?;
         }
         Ok(())
     }
