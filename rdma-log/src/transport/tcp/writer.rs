@@ -88,11 +88,13 @@ impl LaneState {
     }
 
     fn counters(&self, fenced: bool) -> Counters {
+        // In the other order than they are taken over, or what was replayed could seem ahead of what was received.
+        let replayed = Seq(self.replayed.load(Ordering::Acquire));
         let received = Seq(self.received.load(Ordering::Acquire));
         Counters {
             committed: received,
             received,
-            replayed: Seq(self.replayed.load(Ordering::Acquire)),
+            replayed,
             fenced,
         }
     }
