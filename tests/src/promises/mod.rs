@@ -32,6 +32,7 @@ pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
 pub mod linux_debugged;
+pub mod linux_disk;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
@@ -119,6 +120,7 @@ pub const ALL: &[Promise] = &[
     linux_replays::PROMISE,
     linux_debugged::PROMISE,
     linux_pair::PROMISE,
+    linux_disk::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,
 ];
