@@ -30,6 +30,7 @@ pub mod linux_busy;
 pub mod linux_debugged;
 pub mod linux_pair;
 pub mod linux_replays;
+pub mod linux_side_by_side;
 pub mod live_join;
 pub mod monitored;
 pub mod no_false_failover;
@@ -104,5 +105,6 @@ pub const ALL: &[Promise] = &[
     linux_debugged::PROMISE,
     linux_pair::PROMISE,
     linux_busy::PROMISE,
+    linux_side_by_side::PROMISE,
     prepare_exact::PROMISE,
 ];
