@@ -132,7 +132,7 @@ const RESULTS: &str = "results";
 
 /// All results that there can be.
 fn names() -> Vec<&'static str> {
-    ALL.into_iter().chain(["rdma"]).collect()
+    ALL.into_iter().chain(["rdma", "linux"]).collect()
 }
 
 /// What `all` runs.
