@@ -17,7 +17,7 @@ use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 7] = [
+const TASKS: [(&str, &str); 8] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
     ("busy", include_str!("linux_guest/tasks/busy")),
     ("disk", include_str!("linux_guest/tasks/disk")),
