@@ -382,6 +382,7 @@ impl Place<'_> {
         let started = place("arbiter");
         // A pair's record outlives it: each run is another machine.
         let _ = fs::remove_dir_all(&started);
+        fs::create_dir(&started).context("make a directory for the arbiter")?;
         let mut processes = Vec::new();
         for (role, disk, said) in [
             ("backup", self.disks[1], "\"ready\""),

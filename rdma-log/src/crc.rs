@@ -13,7 +13,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
-use crc::{CRC_32_ISCSI, Crc, Table};
+use crc::{CRC_32_ISCSI, Crc, Digest, Table};
 
 static TABLE: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
 
@@ -31,6 +31,19 @@ pub(crate) fn checksum(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
         #[cfg(not(target_arch = "x86_64"))]
         Way::Instruction => by_crate(seed, header, payload),
         Way::Table => by_table(seed, header, payload),
+    }
+}
+
+/// The checksum of some bytes that follow those whose checksum is `seed`.
+#[inline]
+pub(crate) fn append(seed: u32, bytes: &[u8]) -> u32 {
+    match Way::of_this_machine() {
+        Way::Instruction => crc32c::crc32c_append(seed, bytes),
+        Way::Table => {
+            let mut digest = continued(seed);
+            digest.update(bytes);
+            digest.finalize()
+        }
     }
 }
 
@@ -96,9 +109,13 @@ fn by_crate(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
         .fold(head, |crc, piece| crc32c::crc32c_append(crc, piece))
 }
 
+/// After bytes with this checksum. The crate takes a start in the polynomial's bit order.
+fn continued(seed: u32) -> Digest<'static, u32, Table<16>> {
+    TABLE.digest_with_initial((!seed).reverse_bits())
+}
+
 fn by_table(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
-    // The crate takes the start in the polynomial's bit order.
-    let mut digest = TABLE.digest_with_initial((!seed).reverse_bits());
+    let mut digest = continued(seed);
     let mut head = [0; 32];
     for (to, word) in head.as_chunks_mut::<8>().0.iter_mut().zip(header) {
         *to = word.to_le_bytes();
@@ -161,6 +178,7 @@ mod tests {
             for cut in [0, 1, 9, len / 2, len].map(|cut| cut.min(len)) {
                 let (a, b) = bytes[..len].split_at(cut);
                 assert_eq!(checksum(7, header, &[a, b]), expected, "{len} {cut}");
+                assert_eq!(append(append(7, &whole[..cut]), &whole[cut..]), expected);
                 assert_eq!(by_crate(7, header, &[a, b]), expected, "{len} {cut}");
                 assert_eq!(by_table(7, header, &[a, b]), expected, "{len} {cut}");
             }
