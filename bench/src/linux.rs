@@ -222,7 +222,9 @@ fn life(host: Host, files: &Files, network: &Network, directory: &Path) -> Resul
     let _ = fs::remove_file(&console);
     let disk = |side: &str| -> Result<PathBuf> {
         let path = directory.join(format!("{side}.disk"));
+        // What an earlier machine left, and the mark that says whose it is.
         let _ = fs::remove_file(&path);
+        let _ = fs::remove_file(directory.join(format!("{side}.disk.doppel")));
         File::create(&path)
             .and_then(|file| file.set_len(DISK_BYTES))
             .context("make a disk's image")?;

@@ -77,7 +77,7 @@ fn show(run: &Run) -> Result<Figures> {
 [ -e /usr/lib/x86_64-linux-gnu/$name ] || [ -e /lib/x86_64-linux-gnu/$name ] || cp $file /usr/lib/x86_64-linux-gnu/; done
 mkdir -p /guest && cp /shared/guest/* /guest/";
     inside.host().sh(put, PUT_WITHIN)?;
-    let (form, limit) = run.form.pick(("--short", "60"), ("--full", "200"));
+    let (form, limit) = run.form.pick(("--short", "200"), ("--full", "400"));
     let words = [
         "bench",
         "linux",
