@@ -35,7 +35,6 @@ pub mod linux_debugged;
 pub mod linux_disk;
 pub mod linux_pair;
 pub mod linux_replays;
-pub mod linux_side_by_side;
 pub mod live_join;
 pub mod monitored;
 pub mod newcomer;
@@ -123,6 +122,5 @@ pub const ALL: &[Promise] = &[
     linux_pair::PROMISE,
     linux_disk::PROMISE,
     linux_busy::PROMISE,
-    linux_side_by_side::PROMISE,
     prepare_exact::PROMISE,
 ];
