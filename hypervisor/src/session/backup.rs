@@ -110,6 +110,7 @@ fn wait_and_follow(
             Err(SessionError::Handshake(error)) => error,
             Err(error) => return Err(error),
         };
+        board.detach();
         common.reporter.say(&Said::Notice {
             text: format!("a primary was refused: {error}"),
             loud: true,
