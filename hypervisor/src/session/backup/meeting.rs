@@ -47,7 +47,7 @@ use crate::session::mourner::Mourner;
 use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
-use crate::session::{SessionError, protocol_timing};
+use crate::session::{SessionError, open_arbiter, protocol_timing};
 
 /// What it takes to meet a primary.
 pub(super) struct Meeting<'a> {
@@ -276,7 +276,7 @@ impl Meeting<'_> {
     }
 
     fn arbiter(&self) -> Result<Box<dyn Arbiter>, SessionError> {
-        Ok(arbiter::open(&self.config.pair.arbiter, &self.config.name)?)
+        Ok(open_arbiter(self.config)?)
     }
 
     /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
