@@ -6,10 +6,10 @@ mod meeting;
 
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdma_log::{Fenced, Fencer};
+use rdma_log::Fencer;
 
 use super::bailiff::Bailiff;
 use super::host::Inherited;
@@ -33,6 +33,7 @@ use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Reason, Unfit};
 use crate::record::random_source;
 use crate::replay::ReplayError;
+use crate::ring_log::Proof;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
 
@@ -127,7 +128,7 @@ struct Following {
     protocol: Backup,
     follower: Follower,
     flight: Option<Flight>,
-    fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
+    fencer: Option<(Fencer, Proof)>,
     claim: Option<Claim>,
     drained: Option<Drained>,
     /// Who keeps the old primary off a shared disk.
@@ -376,8 +377,7 @@ impl Following {
         match fencer.fence() {
             Ok(fenced) => {
                 self.at.fenced = Timeline::now();
-                // The replayer takes the last reference with it, so this one goes now.
-                let _ = proof.set(fenced);
+                proof.leave(fenced);
                 Event::Fenced
             }
             Err(error) => Event::Unfit(Unfit::Failed(format!(

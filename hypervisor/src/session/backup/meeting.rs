@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rdma_log::LaneReader;
 
@@ -33,7 +33,7 @@ use crate::protocol::candidate::{Action, Event, Refusal};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Backup, Candidate, Identity, Pair, Record};
 use crate::replay::Replayer;
-use crate::ring_log::RingSource;
+use crate::ring_log::{Proof, RingSource};
 use crate::session::bailiff::{self, Bailiff, Means};
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
@@ -136,7 +136,7 @@ impl Meeting<'_> {
             .map(|watch| Mourner::start(watch, &io.wake, &io.sandbox, config.cpus.urgent))
             .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
-        let fenced = Arc::new(OnceLock::new());
+        let fenced = Proof::default();
         let written = spec.disk.is_some_and(|disk| !disk.read_only);
         let own = disk::own(image);
         let mut overwritten = own.filter(|_| hello.running && written).cloned();
@@ -155,7 +155,7 @@ impl Meeting<'_> {
         if let Some(image) = &overwritten {
             image.settle()?;
         }
-        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
+        let mut log = RingSource::new(ring.events, ring.inputs, fenced.clone())
             .counted(Arc::clone(&io.samples));
         let mut base = None;
         if let Some(restored) = restored {
