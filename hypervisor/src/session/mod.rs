@@ -158,6 +158,9 @@ pub enum SessionError {
     /// The machine that runs could not be copied to a new backup.
     #[error("no copy of the running machine could be made: {0}")]
     NoCopy(String),
+    /// The log cannot be kept from being written.
+    #[error("the log cannot be fenced, so this side cannot take the machine over and ends: {0}")]
+    Fence(#[from] rdma_log::FenceError),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::SandboxError),

@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rdma_log::LaneReader;
 
 use super::Following;
-use super::follower::{Follower, Told};
+use super::follower::{Follower, GONE, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
 use crate::backends::disk::OpenImage;
@@ -185,13 +185,13 @@ impl Meeting<'_> {
             replayer = replayer.of_intervals();
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
-        let follower = Follower::start(config, &io, replayer, desk)?;
+        let mut follower = Follower::start(config, &io, replayer, desk)?;
         let pair = Pair {
             machine: MachineId::of(&config.name),
             me: self.me,
             peer,
         };
-        let record = match self.entitled(&io, &control, pair, &follower) {
+        let record = match self.entitled(&io, &control, pair, &mut follower) {
             Ok(record) => record,
             Err(error) => {
                 io.order(Order::Stop);
@@ -255,7 +255,7 @@ impl Meeting<'_> {
             protocol,
             follower,
             flight,
-            fencer: Some((ring.fencer, fenced)),
+            fencer: (ring.fencer, fenced),
             claim: None,
             drained: None,
             bailiff,
@@ -263,6 +263,7 @@ impl Meeting<'_> {
             at: Timeline::default(),
             handed: None,
             mac: spec.mac,
+            told_to_leave: false,
         })
     }
 
@@ -285,7 +286,7 @@ impl Meeting<'_> {
         io: &Io,
         control: &Channel,
         pair: Pair,
-        follower: &Follower,
+        follower: &mut Follower,
     ) -> Result<Record, SessionError> {
         let arbiter = self.arbiter()?;
         handshake::ready(control)?;
@@ -298,8 +299,13 @@ impl Meeting<'_> {
             let longest = protocol.deadline().map(|deadline| deadline.since(now()));
             let listening = ended.is_none().then_some(control);
             let word = io.await_word(listening, longest)?;
-            if let Ok(Told::Failed(error)) = follower.told.try_recv() {
-                return Err(HandshakeError::Unfit(error.to_string()).into());
+            match follower.hear() {
+                Some(Told::Failed(error)) => {
+                    return Err(HandshakeError::Unfit(error.to_string()).into());
+                }
+                Some(Told::Gone) => return Err(HandshakeError::Unfit(GONE.into()).into()),
+                // Not before the fence, which is not asked for yet.
+                Some(Told::Drained(_)) | None => {}
             }
             let mut handle = |event| {
                 let mut new = Vec::new();
@@ -317,7 +323,7 @@ impl Meeting<'_> {
                     }
                 },
             }
-            while let Some(beat) = io.beats.as_ref().and_then(Beats::receive) {
+            for beat in io.beats.iter().flat_map(Beats::come) {
                 actions.extend(handle(Event::Heartbeat(beat)));
             }
             let now_arrived = follower.arrived.load(Ordering::Relaxed);
