@@ -187,6 +187,7 @@ pub(super) fn start(
         shared: shared.clone(),
         ring: parts.ring,
         thread: Some(thread),
+        left: Vec::new(),
     };
     Ok((shared, fence))
 }
