@@ -24,7 +24,9 @@ mod restore;
 mod save;
 mod shadow;
 
-pub use format::{FormatError, Image, Scope, Seal, State};
+#[cfg(test)]
+pub(crate) use format::DEVICES_MAX;
+pub use format::{FormatError, Image, STAGED_MAX, Scope, Seal, State};
 pub use interval::{Interval, IntervalError};
 pub use restore::{Adopted, Restored};
 pub use save::{Capture, Pages};
