@@ -33,6 +33,7 @@ pub use save::{Capture, Pages};
 pub use shadow::{PART_BYTES, Shadow, ShadowError};
 
 use crate::devices::BadDevices;
+use crate::kvm::KvmError;
 use crate::machine::{BadProcessors, MachineError, Phase};
 
 /// Why a checkpoint cannot be taken or put in place.
@@ -69,14 +70,24 @@ pub enum CheckpointError {
     Outputs,
 }
 
+impl CheckpointError {
+    /// Whether the guest is as it was, and one can be taken at another of its exits.
+    pub(crate) fn is_mid_instruction(&self) -> bool {
+        let Self::Machine(MachineError::Kvm(error)) = self else {
+            return false;
+        };
+        matches!(error, KvmError::MidInstruction)
+    }
+}
+
 impl From<crate::memory::MemoryError> for CheckpointError {
     fn from(error: crate::memory::MemoryError) -> Self {
         Self::Machine(error.into())
     }
 }
 
-impl From<crate::kvm::KvmError> for CheckpointError {
-    fn from(error: crate::kvm::KvmError) -> Self {
+impl From<KvmError> for CheckpointError {
+    fn from(error: KvmError) -> Self {
         Self::Machine(error.into())
     }
 }

@@ -561,7 +561,8 @@ fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> 
         _ => return Effect::Done,
     };
     let mut effect = Effect::Done;
-    for element in data.chunks_exact_mut(size.max(1)) {
+    let mut elements = data.chunks_exact_mut(size.max(1));
+    for element in &mut elements {
         effect = if write {
             devices.write(ram, bus, address, element)
         } else {
@@ -578,6 +579,10 @@ fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> 
 fn kind(input: &Input) -> &'static str {
     match input {
         Input::Clock(_) => "clock",
+    if !write {
+        // The rest of them read 0, and not what an older KVM left there from another exit, which two machines need not have had.
+        elements.for_each(|element| element.fill(0));
+    }
         Input::Random(_) => "random bytes",
         Input::Tick(_) => "tick",
         Input::Frame(_) => "frame",

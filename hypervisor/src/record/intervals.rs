@@ -292,9 +292,14 @@ impl<S: Sink> Recorder<S> {
         // The heir counts time from here.
         let base = Base::new(position, self.clock.now());
         let spare = intervals.courier.spare();
-        let capture = self
+        let captured = self
             .machine
-            .capture(Pages::Changed, base, Vec::new(), spare)?;
+            .capture(Pages::Changed, base, Vec::new(), spare);
+        let capture = match captured {
+            // The interval ends at the next exit.
+            Err(error) if error.is_mid_instruction() => return Ok(()),
+            captured => captured?,
+        };
         self.samples.interval(Stop {
             took: began.elapsed() + self.machine.stand_took(),
             pages: capture.pages(),
