@@ -300,16 +300,22 @@ impl Machine {
         shows.then(|| lock(&self.devices).shown_time())
     }
 
-    /// When the next tick of the timer is due.
+    /// When the next tick of the timer is due. Never where the guest has KVM's timer, and does not know of this one.
     #[must_use]
     pub fn next_tick(&self) -> Option<GuestTime> {
-        lock(&self.devices).next_tick()
+        match self.cpus {
+            Cpus::One(_) => lock(&self.devices).next_tick(),
+            Cpus::Crew(_) => None,
+        }
     }
 
     /// Ticks due at `now` that were not supplied yet.
     #[must_use]
     pub fn ticks_due(&self, now: GuestTime) -> u32 {
-        lock(&self.devices).ticks_due(now)
+        match self.cpus {
+            Cpus::One(_) => lock(&self.devices).ticks_due(now),
+            Cpus::Crew(_) => 0,
+        }
     }
 
     /// Whether a halted guest may go on: something has happened, or an interrupt can be delivered.
@@ -573,16 +579,16 @@ fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> 
             break;
         }
     }
+    if !write {
+        // The rest of them read 0, and not what an older KVM left there from another exit, which two machines need not have had.
+        elements.for_each(|element| element.fill(0));
+    }
     effect
 }
 
 fn kind(input: &Input) -> &'static str {
     match input {
         Input::Clock(_) => "clock",
-    if !write {
-        // The rest of them read 0, and not what an older KVM left there from another exit, which two machines need not have had.
-        elements.for_each(|element| element.fill(0));
-    }
         Input::Random(_) => "random bytes",
         Input::Tick(_) => "tick",
         Input::Frame(_) => "frame",
