@@ -112,8 +112,8 @@ const HIDDEN: &[Hide] = &[
     },
 ];
 
-/// Leaves that are emptied whole: MONITOR, PMU, topology by APIC id, XSAVE, PMU v2, TSC ratio, SVM. Kernels before 6.2 give in 0x8000001e
-/// the APIC id, core and node of whatever processor the caller happened to run on when it asked.
+/// Leaves that are emptied whole: MONITOR, PMU, topology by APIC id, XSAVE, PMU v2, TSC ratio, SVM. Older kernels give in 0x8000001e the
+/// APIC id, core and node of whatever processor the caller happened to run on when it asked.
 const EMPTIED: &[u32] = &[
     0x5,
     0xa,
