@@ -34,7 +34,8 @@ impl GuestClock {
     /// Guest time now.
     #[must_use]
     pub fn now(&self) -> GuestTime {
-        GuestTime(self.reads.0 + self.at.elapsed().as_nanos() as u64)
+        let since = self.at.elapsed().as_nanos() as u64;
+        GuestTime(self.reads.0.saturating_add(since))
     }
 
     /// The instant at which guest time reads `then`; a time before the clock began is when it began.

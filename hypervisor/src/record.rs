@@ -451,7 +451,8 @@ impl<S: Sink> Recorder<S> {
             self.applied = self.applied.max(frame.seq);
             self.sink.frame(&frame.bytes);
             let input = Input::Frame(frame.bytes);
-            self.machine.supply(&input)?;
+            // One that is lost was taken off the stage as well.
+            self.hand_in(&input)?;
             if let Input::Frame(bytes) = input {
                 self.stage.recycle(bytes);
             }
@@ -469,8 +470,9 @@ impl<S: Sink> Recorder<S> {
                 .collect();
             if !typed.is_empty() {
                 let input = Input::Console(typed);
-                self.machine.supply(&input)?;
-                if let Input::Console(bytes) = input {
+                if self.hand_in(&input)?
+                    && let Input::Console(bytes) = input
+                {
                     self.step.inputs.push(LoggedInput::Console(bytes));
                 }
             }

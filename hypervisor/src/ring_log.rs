@@ -13,6 +13,7 @@ use rdma_log::{
     Epoch, Fenced, LaneReader, LaneWriter, Marks, Missing, Progress, ReadError, Seq, WriteError,
 };
 
+use crate::devices::DISK_DEPTH;
 use crate::disk::{Assembler, Done};
 use crate::flight::Tape;
 use crate::gate::Committed;
@@ -346,6 +347,13 @@ pub struct RingSource {
     covered: u64,
 }
 
+/// Frames of a ring that are kept while an input of the other kind is looked for: no primary has more that it has read and not applied than
+/// fit its stage, and a copy brings a thousand at most.
+const KEPT_FRAMES: usize = 4096;
+
+/// The same of answers of the disk: as many as a guest can have under way, twice over.
+const KEPT_DONE: usize = 2 * DISK_DEPTH;
+
 /// Inputs that were read and that no entry has applied yet, by kind: an entry applies them in the order of their kind.
 #[derive(Debug, Default)]
 pub(crate) struct Staged {
@@ -368,6 +376,21 @@ impl Staged {
                 return Err(LogError(format!("a staged input of unknown kind {kind}")));
             }
             None => return Err(LogError("an empty staged input".into())),
+        }
+        Ok(())
+    }
+
+    /// Nobody who keeps the rules leaves so many unapplied; whoever does not would fill this side's memory with them.
+    fn bounded(&self) -> Result<(), LogError> {
+        for (what, found, most) in [
+            ("frames", self.frames.len(), KEPT_FRAMES),
+            ("answers of the disk", self.done.len(), KEPT_DONE),
+        ] {
+            if found > most {
+                return Err(LogError(format!(
+                    "more than {most} {what} are staged that no entry applies"
+                )));
+            }
         }
         Ok(())
     }
@@ -454,6 +477,7 @@ impl RingSource {
                 Some(entry) => self.staged.take_in(entry.payload())?,
                 None => return Ok(None),
             }
+            self.staged.bounded()?;
         }
     }
 
@@ -475,6 +499,7 @@ impl RingSource {
                 Some(entry) => self.staged.take_in(entry.payload())?,
                 None => return Ok(false),
             }
+            self.staged.bounded()?;
         }
         Ok(true)
     }
@@ -698,6 +723,21 @@ mod tests {
         assert_eq!(source.leftover_frames().unwrap(), [] as [Vec<u8>; 0]);
         assert!(source.into_proof().is_some());
         assert!(!proof.is_there());
+    }
+
+    /// A primary that sends one kind for ever, while the other is waited for, is refused before it has filled this side's memory.
+    #[test]
+    fn what_no_entry_applies_is_bounded() {
+        let done = [vec![INPUT_DONE, 1], vec![0; 9]].concat();
+        for (input, most) in [(vec![INPUT_FRAME, 7], KEPT_FRAMES), (done, KEPT_DONE)] {
+            let mut staged = Staged::default();
+            for _ in 0..most {
+                staged.take_in(&input).unwrap();
+            }
+            staged.bounded().unwrap();
+            staged.take_in(&input).unwrap();
+            assert!(staged.bounded().unwrap_err().0.contains("no entry applies"));
+        }
     }
 
     /// Bytes of a slot that an earlier lap left are never taken for a part of what was read.

@@ -5,12 +5,21 @@
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use hypervisor::backends::wait::Wake;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::checkpoint::Pages;
+use hypervisor::clock::GuestClock;
 use hypervisor::entry::Base;
 use hypervisor::event::{GuestTime, Output};
+use hypervisor::gate::{Gate, Sent};
 use hypervisor::kvm::{Capabilities, KvmSource};
 use hypervisor::machine::{ClockSource, Company, Machine, MachineSpec, Phase};
+use hypervisor::orders::{Order, Orders, Samples};
+use hypervisor::outlet::Outlet;
+use hypervisor::record::{Ended, Parts, RecordOptions, Recorder, random_source};
+use hypervisor::sink::NoLog;
+use hypervisor::stage::Stage;
+use hypervisor::world::World;
 
 /// A kernel of sorts: the first vCPU starts the others, reads its time stamp again and again, and prints x; the second counts, and prints
 /// y. Its source, for `as`:
@@ -48,12 +57,49 @@ const COUNT_OF_FIRST: u64 = 0x6008;
 const TIMES_BACK: u64 = 0x6010;
 const TIME_STAMP: u64 = 0x6018;
 
+/// A driver that means harm: it sets up the receive queue of the network device and the entropy device's, each of one buffer, and then
+/// changes both available rings for ever, without an exit. A frame has room now and then, and random bytes are always asked for. Its
+/// source, for `as`:
+///
+/// ```text
+///         mov ebx, 0xd0001000                    mov dword ptr [rbx+0xa0], eax              mov dword ptr [rcx], 0
+///         mov esi, 0x40000                       mov dword ptr [rbx+0x44], 1        loop:   mov eax, [0x42002]
+/// device: mov dword ptr [rbx+0x70], 0            mov dword ptr [rbx+0x70], 0xf              mov [0x41002], ax
+///         mov dword ptr [rbx+0x70], 1            mov dword ptr [rsi], 0x50000               inc eax
+///         mov dword ptr [rbx+0x70], 3            mov dword ptr [rsi+8], 2048                mov [0x41002], ax
+///         mov dword ptr [rbx+0x24], 1            mov dword ptr [rsi+12], 2                  mov eax, [0x46002]
+///         mov dword ptr [rbx+0x20], 1            add ebx, 0x1000                            add eax, 64
+///         mov dword ptr [rbx+0x70], 0xb          add esi, 0x4000                            mov [0x45002], ax
+///         mov dword ptr [rbx+0x30], 0            cmp ebx, 0xd0003000                        jmp loop
+///         mov dword ptr [rbx+0x38], 256          jne device
+///         mov dword ptr [rbx+0x80], esi          mov ecx, 0xd0002050
+///         lea eax, [rsi+0x1000]                  mov word ptr [0x45002], 64
+///         mov dword ptr [rbx+0x90], eax
+///         lea eax, [rsi+0x2000]
+/// ```
+const RINGS: &[u8] = &[
+    0xbb, 0x00, 0x10, 0x00, 0xd0, 0xbe, 0x00, 0x00, 0x04, 0x00, 0xc7, 0x43, 0x70, 0x00, 0x00, 0x00,
+    0x00, 0xc7, 0x43, 0x70, 0x01, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x70, 0x03, 0x00, 0x00, 0x00, 0xc7,
+    0x43, 0x24, 0x01, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x20, 0x01, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x70,
+    0x0b, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x30, 0x00, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x38, 0x00, 0x01,
+    0x00, 0x00, 0x89, 0xb3, 0x80, 0x00, 0x00, 0x00, 0x8d, 0x86, 0x00, 0x10, 0x00, 0x00, 0x89, 0x83,
+    0x90, 0x00, 0x00, 0x00, 0x8d, 0x86, 0x00, 0x20, 0x00, 0x00, 0x89, 0x83, 0xa0, 0x00, 0x00, 0x00,
+    0xc7, 0x43, 0x44, 0x01, 0x00, 0x00, 0x00, 0xc7, 0x43, 0x70, 0x0f, 0x00, 0x00, 0x00, 0xc7, 0x06,
+    0x00, 0x00, 0x05, 0x00, 0xc7, 0x46, 0x08, 0x00, 0x08, 0x00, 0x00, 0xc7, 0x46, 0x0c, 0x02, 0x00,
+    0x00, 0x00, 0x81, 0xc3, 0x00, 0x10, 0x00, 0x00, 0x81, 0xc6, 0x00, 0x40, 0x00, 0x00, 0x81, 0xfb,
+    0x00, 0x30, 0x00, 0xd0, 0x0f, 0x85, 0x70, 0xff, 0xff, 0xff, 0xb9, 0x50, 0x20, 0x00, 0xd0, 0x66,
+    0xc7, 0x04, 0x25, 0x02, 0x50, 0x04, 0x00, 0x40, 0x00, 0xc7, 0x01, 0x00, 0x00, 0x00, 0x00, 0x8b,
+    0x04, 0x25, 0x02, 0x20, 0x04, 0x00, 0x66, 0x89, 0x04, 0x25, 0x02, 0x10, 0x04, 0x00, 0xff, 0xc0,
+    0x66, 0x89, 0x04, 0x25, 0x02, 0x10, 0x04, 0x00, 0x8b, 0x04, 0x25, 0x02, 0x60, 0x04, 0x00, 0x83,
+    0xc0, 0x40, 0x66, 0x89, 0x04, 0x25, 0x02, 0x50, 0x04, 0x00, 0xeb, 0xd3,
+];
+
 /// An ELF file of one segment at 16 MiB.
-fn kernel() -> Vec<u8> {
+fn kernel(code: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     file[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    let length = (CODE.len() as u64).to_le_bytes();
+    let length = (code.len() as u64).to_le_bytes();
     put(16, &2u16.to_le_bytes());
     put(18, &62u16.to_le_bytes());
     put(20, &1u32.to_le_bytes());
@@ -68,8 +114,21 @@ fn kernel() -> Vec<u8> {
     put(88, &0x100_0000u64.to_le_bytes());
     put(96, &length);
     put(104, &length);
-    file.extend_from_slice(CODE);
+    file.extend_from_slice(code);
     file
+}
+
+fn machine(vcpus: u8, code: &[u8]) -> Machine {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vmlinux");
+    std::fs::write(&path, kernel(code)).unwrap();
+    let (clock, seed) = (ClockSource::Page, [0; SEED_BYTES]);
+    let spec = MachineSpec::linux(&path, None, 128, "", 0, (clock, seed)).unwrap();
+    let spec = spec.with_vcpus(Some(vcpus));
+    let mut machine = Machine::new(&KvmSource::default(), &spec).unwrap();
+    machine.track_changes().unwrap();
+    machine.man(|| ()).unwrap();
+    machine
 }
 
 /// Whom the vCPUs turn to: it is told when there is something to take.
@@ -108,15 +167,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Running {
     fn new(vcpus: u8) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("vmlinux");
-        std::fs::write(&path, kernel()).unwrap();
-        let (clock, seed) = (ClockSource::Page, [0; SEED_BYTES]);
-        let spec = MachineSpec::linux(&path, None, 128, "", 0, (clock, seed)).unwrap();
-        let spec = spec.with_vcpus(Some(vcpus));
-        let mut machine = Machine::new(&KvmSource::default(), &spec).unwrap();
-        machine.track_changes().unwrap();
-        machine.man(|| ()).unwrap();
+        let machine = machine(vcpus, CODE);
         let listener = Arc::new(Listener::default());
         machine.accompany(Arc::clone(&listener) as Arc<dyn Company>);
         Self { machine, listener }
@@ -256,4 +307,60 @@ fn they_can_be_stopped_at_any_time() {
     stops.sort();
     println!("stops took {:?} (p50), {:?}", stops[100], &stops[185..]);
     assert_eq!(running.word(TIMES_BACK), 0);
+}
+
+/// KVM has the timer that the guest knows: what firmware leaves running of ours brings it no interrupt.
+#[test]
+fn the_timer_is_kvms() {
+    let machine = machine(1, CODE);
+    let later = GuestTime(3_600_000_000_000);
+    assert_eq!((machine.next_tick(), machine.ticks_due(later)), (None, 0));
+}
+
+struct Nowhere;
+
+impl World for Nowhere {
+    fn send(&mut self, _: &Output) -> Sent {
+        Sent::Done
+    }
+}
+
+/// What was found in a ring may be another thing when it is worked: vCPUs run on meanwhile. That loses their frames and ends nothing, and
+/// whoever gives a guest what it asks for looks up now and then.
+#[test]
+fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
+    const FRAMES: usize = 1_000;
+    let wake = || Arc::new(Wake::new().unwrap());
+    let (stage, orders) = (Arc::new(Stage::new(wake())), Arc::new(Orders::new(wake())));
+    let parts = Parts {
+        machine: machine(1, RINGS),
+        sink: NoLog::default(),
+        base: Base::default(),
+        outlet: Outlet::new(Gate::new(), Box::new(Nowhere)),
+        stage: Arc::clone(&stage),
+        orders: Arc::clone(&orders),
+        samples: Arc::new(Samples::default()),
+        clock: GuestClock::starting(GuestTime(0), Instant::now()),
+        options: RecordOptions::default(),
+        random: random_source().unwrap(),
+        desk: None,
+        intervals: None,
+    };
+    let recorder = std::thread::spawn(move || Recorder::new(parts).run());
+    let end = Instant::now() + PATIENCE;
+    let mut given = 0;
+    while given < FRAMES && !recorder.is_finished() {
+        assert!(Instant::now() < end, "only {given} frames were taken");
+        match stage.push(stage.frame(rdma_log::Seq::ZERO, &[7; 60])) {
+            Ok(()) => given += 1,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    orders.give(Order::Stop);
+    stage.bell().ring();
+    while !recorder.is_finished() {
+        assert!(Instant::now() < end, "it does not look at its orders");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(recorder.join().unwrap().unwrap(), Ended::Stopped);
 }

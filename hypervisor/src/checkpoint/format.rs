@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use crate::devices::MAX_FRAME;
+use crate::devices::{DISK_BYTES_MAX, DISK_DEPTH, MAX_FRAME};
 use crate::digest::Digest;
 use crate::entry::Base;
 use crate::event::GuestTime;
@@ -35,10 +35,12 @@ const STATUS_SHIFT: u32 = 8;
 
 /// Room for the CPUs' state: some 1.6 KiB today, or 7 KiB for each of several.
 const CPU_MAX: u64 = 96 << 10;
-/// Room for the devices' state: some 3 KiB today.
-const DEVICES_MAX: u64 = 256 << 10;
+/// Room for the devices' state: some 3 KiB today, and what is under way at the disk, as text: two digits for a byte that is to be written, and
+/// for each request a line on each of the buffers where its answer goes, of which a chain can have 256.
+pub(crate) const DEVICES_MAX: u64 =
+    (256 << 10) + 2 * DISK_BYTES_MAX as u64 + DISK_DEPTH as u64 * 256 * 64;
 /// Frames that can be staged: as many as the stage holds, twice over.
-const STAGED_MAX: u64 = 1024;
+pub const STAGED_MAX: u64 = 1024;
 
 /// What a checkpoint says of pages that it does not name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

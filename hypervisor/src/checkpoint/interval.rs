@@ -108,7 +108,11 @@ pub fn head(frames: u32, outputs: &[Output], asked: &[Request], checkpoint: usiz
     for output in outputs {
         match output {
             Output::Frame(content) => add(FRAME, content),
-            Output::Console(content) => add(CONSOLE, content),
+            // As much as a guest could print before it was taken, which is more where this side had no time to.
+            Output::Console(content) => {
+                let parts = content.chunks(CONSOLE_MAX as usize);
+                parts.for_each(|part| add(CONSOLE, part));
+            }
             Output::PowerOff(status) => add(POWER_OFF, std::slice::from_ref(status)),
             // Those come below.
             Output::Disk(_) => {}
@@ -271,10 +275,10 @@ mod tests {
     const RAM: u64 = 512;
 
     fn output() -> impl Strategy<Value = Output> {
-        let bytes = proptest::collection::vec(any::<u8>(), 0..2000);
+        let bytes = |least| proptest::collection::vec(any::<u8>(), least..2000);
         prop_oneof![
-            bytes.clone().prop_map(Output::Frame),
-            bytes.prop_map(Output::Console),
+            bytes(0).prop_map(Output::Frame),
+            bytes(1).prop_map(Output::Console),
             any::<u8>().prop_map(Output::PowerOff),
         ]
     }
@@ -376,6 +380,21 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(Interval::parse(&bad, RAM).is_err(), "bit {bit}");
         }
+    }
+
+    /// A guest prints as fast as it can, and nobody takes it for a while.
+    #[test]
+    fn a_long_text_crosses_in_parts() {
+        let text: Vec<u8> = (0..3 * CONSOLE_MAX + 5).map(|n| n as u8).collect();
+        let outputs = [Output::Console(text.clone()), Output::PowerOff(0)];
+        let bytes = written(0, &outputs, &[], &[]);
+        let read = Interval::parse(&bytes, RAM).unwrap();
+        let printed = read.outputs.iter().flat_map(|output| match output {
+            Output::Console(part) => part.as_slice(),
+            _ => &[],
+        });
+        assert!(printed.eq(&text));
+        assert_eq!(read.outputs.last(), Some(&Output::PowerOff(0)));
     }
 
     #[test]

@@ -24,13 +24,16 @@ mod restore;
 mod save;
 mod shadow;
 
-pub use format::{FormatError, Image, Scope, Seal, State};
+#[cfg(test)]
+pub(crate) use format::DEVICES_MAX;
+pub use format::{FormatError, Image, STAGED_MAX, Scope, Seal, State};
 pub use interval::{Interval, IntervalError};
 pub use restore::{Adopted, Restored};
 pub use save::{Capture, Pages};
 pub use shadow::{PART_BYTES, Shadow, ShadowError};
 
 use crate::devices::BadDevices;
+use crate::kvm::KvmError;
 use crate::machine::{BadProcessors, MachineError, Phase};
 
 /// Why a checkpoint cannot be taken or put in place.
@@ -67,14 +70,24 @@ pub enum CheckpointError {
     Outputs,
 }
 
+impl CheckpointError {
+    /// Whether the guest is as it was, and one can be taken at another of its exits.
+    pub(crate) fn is_mid_instruction(&self) -> bool {
+        let Self::Machine(MachineError::Kvm(error)) = self else {
+            return false;
+        };
+        matches!(error, KvmError::MidInstruction)
+    }
+}
+
 impl From<crate::memory::MemoryError> for CheckpointError {
     fn from(error: crate::memory::MemoryError) -> Self {
         Self::Machine(error.into())
     }
 }
 
-impl From<crate::kvm::KvmError> for CheckpointError {
-    fn from(error: crate::kvm::KvmError) -> Self {
+impl From<KvmError> for CheckpointError {
+    fn from(error: KvmError) -> Self {
         Self::Machine(error.into())
     }
 }

@@ -32,6 +32,7 @@ pub mod pvclock;
 mod receiving;
 mod reset;
 mod saved;
+mod sending;
 mod serial;
 pub mod tsc;
 mod virtio;
@@ -162,6 +163,8 @@ struct Board {
 pub struct Devices {
     board: Board,
     outputs: Vec<Output>,
+    /// Bytes of the frames among them.
+    frame_bytes: usize,
 }
 
 impl Devices {
@@ -187,6 +190,7 @@ impl Devices {
                 happened: false,
             },
             outputs: Vec::new(),
+            frame_bytes: 0,
         }
     }
 
@@ -279,8 +283,10 @@ impl Devices {
                 }
             }
             Place::Net(offset) => {
+                let made = self.outputs.len();
                 let line = board.net.write(ram, offset, data, &mut self.outputs);
                 board.drive(IRQ_NET, line);
+                self.bound_frames(made);
             }
             Place::Rng(offset) => {
                 let line = board.rng.write(ram, offset, data, &mut self.outputs);
@@ -444,6 +450,7 @@ impl Devices {
     /// Takes all outputs, in the order in which the guest made them. An exit makes at most as many frames as the
     /// transmit queue has places.
     pub fn outputs(&mut self) -> impl Iterator<Item = Output> + '_ {
+        self.frame_bytes = 0;
         self.outputs.drain(..)
     }
 
@@ -514,9 +521,11 @@ impl Devices {
     }
 
     fn notify_all(&mut self, ram: &GuestRam) {
+        let made = self.outputs.len();
+        let line = self.board.net.notify_all(ram, &mut self.outputs);
+        self.board.drive(IRQ_NET, line);
+        self.bound_frames(made);
         let board = &mut self.board;
-        let line = board.net.notify_all(ram, &mut self.outputs);
-        board.drive(IRQ_NET, line);
         let line = board.rng.notify_all(ram, &mut self.outputs);
         board.drive(IRQ_RNG, line);
         if let Some(blk) = &mut board.blk {

@@ -140,6 +140,7 @@ impl Devices {
         Ok(Self {
             board,
             outputs: Vec::new(),
+            frame_bytes: 0,
         })
     }
 }

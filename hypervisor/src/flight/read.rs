@@ -195,14 +195,18 @@ fn machine(directory: &Directory) -> Result<(u64, MachineSpec), FlightError> {
         return Err(bad(&path, "it says that it is larger than any can be"));
     }
     let mut bytes = Vec::new();
-    from.read_to_end(&mut bytes)
+    // And one more, which it must not have.
+    from.by_ref()
+        .take(head.length + 1)
+        .read_to_end(&mut bytes)
         .map_err(FlightError::io("read", &path))?;
     if bytes.len() as u64 != head.length {
-        let why = format!(
-            "it has {} bytes, where it says {}",
-            bytes.len(),
-            head.length
-        );
+        let why = match bytes.len() as u64 {
+            more if more > head.length => {
+                format!("more bytes follow than the {} that it says", head.length)
+            }
+            fewer => format!("it has {fewer} bytes, where it says {}", head.length),
+        };
         return Err(bad(&path, why));
     }
     let found = crc32c::crc32c(&bytes);
@@ -376,4 +380,31 @@ impl LogSource for FlightSource {
     }
 
     fn wait(&mut self, _: Duration) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However large the file is, no more of it is read than it says that it has, and that is bounded.
+    #[test]
+    fn a_description_is_as_long_as_its_head_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let refused = |length: u64, body: &[u8]| {
+            let head = Head {
+                recording: 1,
+                segment: 0,
+                length,
+                checksum: crc32c::crc32c(body),
+            };
+            let bytes = [&head.encode(Kind::Machine)[..], body].concat();
+            let directory = Directory::to_read(directory.path()).unwrap();
+            std::fs::write(directory.machine(), bytes).unwrap();
+            machine(&directory).unwrap_err().to_string()
+        };
+        assert!(refused(4, &[7; 5]).contains("more bytes follow"));
+        assert!(refused(6, &[7; 5]).contains("it has 5 bytes"));
+        assert!(refused(u64::from(ENCODED_MAX) + 1, &[]).contains("larger than any"));
+        assert!(refused(u64::MAX, &[]).contains("larger than any"));
+    }
 }

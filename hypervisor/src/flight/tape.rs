@@ -191,6 +191,8 @@ impl Tape {
         let taken = checkpoint(machine, base);
         let position = machine.position();
         let answer = match taken {
+            // The next exit will do.
+            Err(error) if error.is_mid_instruction() => return true,
             Ok(bytes) => {
                 self.item(CUT, &[&position.0.to_le_bytes()]);
                 Answer::Cut(bytes, position, started.elapsed())

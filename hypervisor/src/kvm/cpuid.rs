@@ -112,7 +112,8 @@ const HIDDEN: &[Hide] = &[
     },
 ];
 
-/// Leaves that are emptied whole: MONITOR, PMU, topology by APIC id, XSAVE, PMU v2, TSC ratio, SVM.
+/// Leaves that are emptied whole: MONITOR, PMU, topology by APIC id, XSAVE, PMU v2, TSC ratio, SVM. Older kernels give in 0x8000001e the
+/// APIC id, core and node of whatever processor the caller happened to run on when it asked.
 const EMPTIED: &[u32] = &[
     0x5,
     0xa,
@@ -123,6 +124,7 @@ const EMPTIED: &[u32] = &[
     0x16,
     0x1f,
     0x8000_000a,
+    0x8000_001e,
     0x8000_0022,
 ];
 
@@ -281,6 +283,7 @@ mod tests {
             (0xd, 0),
             (0x4000_0000, 0),
             (0x8000_0001, 0),
+            (0x8000_001e, 0),
         ]
         .iter()
         .map(|&(f, i)| entry(f, i))
@@ -300,6 +303,12 @@ mod tests {
         assert_eq!(find(7, 0).ecx & (1 << 22), 0, "rdpid");
         assert_eq!(find(0x8000_0001, 0).edx & (1 << 27), 0, "rdtscp");
         assert_eq!(find(0xd, 0).eax, 0, "xsave leaf");
+        let topology = find(0x8000_001e, 0);
+        assert_eq!(
+            (topology.eax, topology.ebx, topology.ecx),
+            (0, 0, 0),
+            "the processor that was asked"
+        );
         assert!(cpuid.as_slice().iter().all(|e| e.function != 0x4000_0000));
         assert_ne!(find(1, 0).edx & 1, 0, "the fpu stays");
     }

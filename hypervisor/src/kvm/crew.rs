@@ -403,7 +403,7 @@ pub(super) fn write(
     vm.set_pit2(&take(&mut rest))
         .map_err(KvmError::call("KVM_SET_PIT2"))?;
     let clock = kvm_clock_data {
-        clock: clock + passed.as_nanos() as u64,
+        clock: clock.saturating_add(passed.as_nanos() as u64),
         ..Default::default()
     };
     vm.set_clock(&clock)

@@ -70,6 +70,9 @@ pub enum KvmError {
         /// Its number.
         index: u32,
     },
+    /// The exit's instruction needs another exit before it is complete, as one does that crosses the end of a page.
+    #[error("the guest is in the middle of an instruction: it can be stopped at another exit")]
+    MidInstruction,
     /// The vCPU cannot go on.
     #[error("the vCPU stopped: {why}")]
     Stopped {

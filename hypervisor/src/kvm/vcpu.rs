@@ -113,6 +113,8 @@ pub struct Vcpu {
     data_at: DataAt,
     /// The last run ended in an exit whose instruction KVM completes at the next run.
     unfinished: bool,
+    /// The exit that completing the one before led to: the next run ends in it.
+    ahead: Option<Exit>,
     /// The MSRs of the state.
     msrs: Vec<u32>,
     /// Of two of them only the lower half.
@@ -140,6 +142,7 @@ impl Vcpu {
             fd,
             data_at: DataAt::Nothing,
             unfinished: false,
+            ahead: None,
             msrs,
             halves_sysenter: false,
         })
@@ -150,6 +153,9 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Stopped`] when KVM cannot run this guest any further, [`KvmError::Call`] when the call failed.
     pub fn run(&mut self) -> Result<Exit, KvmError> {
+        if let Some(exit) = self.ahead.take() {
+            return Ok(exit);
+        }
         let run: *mut kvm_run = self.fd.get_kvm_run();
         RUN_PAGE.with(|page| page.set(run));
         // A kick so far is noted, one from here on goes to the run page.
@@ -370,19 +376,6 @@ impl Vcpu {
             .map_err(KvmError::call("KVM_SET_REGS"))
     }
 
-    /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole.
-    ///
-    /// # Errors
-    /// As [`Vcpu::run`].
-    pub fn complete(&mut self) -> Result<(), KvmError> {
-        match self.go_no_further()? {
-            Exit::Interrupted => Ok(()),
-            other => Err(KvmError::Stopped {
-                why: format!("completing an exit made another: {other:?}"),
-            }),
-        }
-    }
-
     /// Lets KVM complete the instruction of the last exit without running another: [`Exit::Interrupted`], or what that instruction
     /// needs next, as one that crosses the end of a page does.
     ///
@@ -406,13 +399,32 @@ impl Vcpu {
         (&self.fd, &self.msrs)
     }
 
-    /// Completes the instruction of the last exit, unless that was done.
+    /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole. Does nothing if that was
+    /// done.
+    ///
+    /// # Errors
+    /// As [`Vcpu::run`]; [`KvmError::MidInstruction`] if it takes another exit, in which the next run ends as if nobody had asked.
+    pub fn finish(&mut self) -> Result<(), KvmError> {
+        if self.unfinished && self.ahead.is_none() {
+            match self.go_no_further()? {
+                Exit::Interrupted => {}
+                exit => self.ahead = Some(exit),
+            }
+        }
+        match self.ahead {
+            None => Ok(()),
+            Some(_) => Err(KvmError::MidInstruction),
+        }
+    }
+
+    /// The same where nothing of this state is of use any more: whatever the instruction still asks for is answered by what lies there.
     ///
     /// # Errors
     /// As [`Vcpu::run`].
-    pub fn finish(&mut self) -> Result<(), KvmError> {
-        if self.unfinished {
-            self.complete()?;
+    pub fn abandon(&mut self) -> Result<(), KvmError> {
+        self.ahead = None;
+        while self.unfinished {
+            self.go_no_further()?;
         }
         Ok(())
     }
@@ -435,10 +447,15 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`], [`KvmError::Msr`]; the vCPU is then of no further use.
     pub fn restore(&mut self, state: &CpuState) -> Result<(), KvmError> {
-        self.finish()?;
+        self.abandon()?;
         state::write(&self.fd, state)?;
         // Brings what KVM says of the state in the run page (registers, whether an interrupt fits) up to date.
-        self.complete()
+        match self.go_no_further()? {
+            Exit::Interrupted => Ok(()),
+            other => Err(KvmError::Stopped {
+                why: format!("putting a state in place made an exit: {other:?}"),
+            }),
+        }
     }
 
     /// System registers, to change and set before the first run.

@@ -300,16 +300,22 @@ impl Machine {
         shows.then(|| lock(&self.devices).shown_time())
     }
 
-    /// When the next tick of the timer is due.
+    /// When the next tick of the timer is due. Never where the guest has KVM's timer, and does not know of this one.
     #[must_use]
     pub fn next_tick(&self) -> Option<GuestTime> {
-        lock(&self.devices).next_tick()
+        match self.cpus {
+            Cpus::One(_) => lock(&self.devices).next_tick(),
+            Cpus::Crew(_) => None,
+        }
     }
 
     /// Ticks due at `now` that were not supplied yet.
     #[must_use]
     pub fn ticks_due(&self, now: GuestTime) -> u32 {
-        lock(&self.devices).ticks_due(now)
+        match self.cpus {
+            Cpus::One(_) => lock(&self.devices).ticks_due(now),
+            Cpus::Crew(_) => 0,
+        }
     }
 
     /// Whether a halted guest may go on: something has happened, or an interrupt can be delivered.
@@ -561,7 +567,8 @@ fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> 
         _ => return Effect::Done,
     };
     let mut effect = Effect::Done;
-    for element in data.chunks_exact_mut(size.max(1)) {
+    let mut elements = data.chunks_exact_mut(size.max(1));
+    for element in &mut elements {
         effect = if write {
             devices.write(ram, bus, address, element)
         } else {
@@ -571,6 +578,10 @@ fn touch(devices: &mut Devices, ram: &GuestRam, exit: Exit, data: &mut [u8]) -> 
         if effect != Effect::Done {
             break;
         }
+    }
+    if !write {
+        // The rest of them read 0, and not what an older KVM left there from another exit, which two machines need not have had.
+        elements.for_each(|element| element.fill(0));
     }
     effect
 }

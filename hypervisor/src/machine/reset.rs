@@ -75,7 +75,7 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; the machine is then of no further use.
     pub fn reset(&mut self, mut turn: impl FnMut()) -> Result<(), MachineError> {
-        self.cpus.one().finish()?;
+        self.cpus.one().abandon()?;
         let mut content = [0; PAGE_SIZE];
         let mut from = PageNumber(0);
         while let Some(run) = self.ram.next_touched(from)? {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use rdma_log::Seq;
 
 use super::{Ended, RecordError, Recorder};
-use crate::checkpoint::{CheckpointError, Pages};
+use crate::checkpoint::{CheckpointError, Pages, STAGED_MAX};
 use crate::desk::{Answer, Ask, Cut};
 use crate::machine::Phase;
 use crate::orders::Order;
@@ -85,7 +85,8 @@ impl<S: Sink> Recorder<S> {
             return Ok(None);
         };
         let started = Instant::now();
-        match self.checkpoint_for_copy() {
+        // Whoever took over may have inherited more than a checkpoint takes, for a guest that takes none: as on a wire, it is lost.
+        match self.checkpoint_for_copy(STAGED_MAX as usize) {
             Ok(checkpoint) => {
                 if let Some(disk) = &self.disk {
                     // Before anything that is asked from here on.
@@ -133,8 +134,17 @@ impl<S: Sink> Recorder<S> {
             return Ok(None);
         };
         let (base, started) = (self.encoder.base(), Instant::now());
-        match self.checkpoint_for_copy() {
+        // The old backup, which may be the one that goes on, takes no checkpoint here, and has every frame of the stage.
+        let stands = match self.machine.phase() {
+            Phase::Ready => self.machine.stand_to_run().map_err(CheckpointError::from),
+            _ => Ok(()),
+        };
+        match stands.and_then(|()| self.checkpoint_for_copy(usize::MAX)) {
             Ok(checkpoint) => {
+                if let Some(disk) = &self.disk {
+                    // All that was asked is in it, and nothing is asked before it is known which log goes on.
+                    disk.copy_rest();
+                }
                 let stopped = started.elapsed();
                 desk.answer(
                     cut.number,
@@ -174,8 +184,10 @@ impl<S: Sink> Recorder<S> {
         }
     }
 
-    fn checkpoint_for_copy(&mut self) -> Result<Vec<u8>, CheckpointError> {
-        let staged = self.stage.take_all();
+    /// With so many staged frames at most; what is beyond is lost.
+    fn checkpoint_for_copy(&mut self, frames: usize) -> Result<Vec<u8>, CheckpointError> {
+        let mut staged = self.stage.take_all();
+        staged.truncate(frames);
         // They came out of it, and nobody else adds to it during a cut.
         self.stage.inherit(staged.clone());
         // The heir counts time from here: a guest may not have asked for it for long.

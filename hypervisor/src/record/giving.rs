@@ -6,16 +6,24 @@ use std::io::Read;
 use super::{RecordError, Recorder};
 use crate::entry::LoggedInput;
 use crate::event::{Input, Need};
+use crate::machine::MachineError;
 use crate::sink::Sink;
 
 /// Random bytes that one entry carries: a guest can ask for 1 MiB of them at one exit, and an entry must fit the smallest lane.
 const RANDOM_AT_ONCE: usize = 8 << 10;
 
+/// Requests for them that are answered before anything else is looked at: as many as the queue has places. A guest with vCPUs that ask on
+/// meanwhile, or one that has its rings over each other, could keep this thread for ever.
+const REQUESTS_AT_ONCE: usize = 256;
+
 impl<S: Sink> Recorder<S> {
     /// Supplies what the entropy device waits for, in as many entries as it takes.
     pub(super) fn give_random(&mut self) -> Result<(), RecordError> {
         let mut gathered = 0;
-        while let Some(need) = self.machine.pending() {
+        for _ in 0..REQUESTS_AT_ONCE {
+            let Some(need) = self.machine.pending() else {
+                break;
+            };
             self.give(need)?;
             if let Need::Random(count) = need {
                 gathered += count;
@@ -42,12 +50,22 @@ impl<S: Sink> Recorder<S> {
                     .read_exact(&mut bytes)
                     .map_err(RecordError::Random)?;
                 let input = Input::Random(bytes);
-                self.machine.supply(&input)?;
-                if let Input::Random(bytes) = input {
+                if self.hand_in(&input)?
+                    && let Input::Random(bytes) = input
+                {
                     self.step.inputs.push(LoggedInput::Random(bytes));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Hands an input to the machine. False if it is lost: vCPUs that run by themselves may have changed their rings, or reset the
+    /// device, since it was seen that there is room for it.
+    pub(super) fn hand_in(&mut self, input: &Input) -> Result<bool, MachineError> {
+        match self.machine.supply(input) {
+            Err(MachineError::Device(_)) if self.machine.has_crew() => Ok(false),
+            handed => handed.map(|()| true),
+        }
     }
 }

@@ -177,6 +177,18 @@ impl Ground {
         }
     }
 
+    /// Has the operator order this.
+    fn order(&self, what: &str) -> Result<()> {
+        let output = Command::new(doppel()?)
+            .args([what, "disk", "--run-dir", "run"])
+            .current_dir(self.path())
+            .output()
+            .with_context(|| format!("start doppel {what}"))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{what}: {said}");
+        Ok(())
+    }
+
     /// A machine that starts again, alone, on this image, and finds all that was flushed.
     fn finds(&mut self, image: &str, flushed: u64) -> Result<()> {
         let words = format!("rounds=8 every=4 blocks={BLOCKS} acked={flushed}");
@@ -251,14 +263,22 @@ fn one_after_the_other(replicate: &str, kills: u64, random: &mut Random) -> Resu
         backup.role.until("\"paired\"", LONGEST)?;
         primary.beyond(flushed)?;
     }
+    if replicate == "replay" {
+        // Another one takes the backup's place, with an image of its own, while that one protects.
+        ground.empty_image("another.img")?;
+        let another = ground.backup("another.img")?;
+        ground.order("migrate-backup")?;
+        let mut relieved = std::mem::replace(&mut backup, another);
+        let status = relieved.role.end(LONGEST)?;
+        let said = relieved.role.said();
+        ensure!(
+            status.success() && said.contains("relieved"),
+            "{status}: {said}"
+        );
+        primary.beyond(primary.flushed())?;
+    }
     std::thread::sleep(random.between(Duration::ZERO, Duration::from_millis(150)));
-    let output = Command::new(doppel()?)
-        .args(["power-off", "disk", "--run-dir", "run"])
-        .current_dir(ground.path())
-        .output()
-        .context("start doppel power-off")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "power-off: {said}");
+    ground.order("power-off")?;
     for side in [&mut primary, &mut backup] {
         let status = side.role.end(LONGEST)?;
         ensure!(status.success(), "{status}: {}", side.role.said());

@@ -30,6 +30,8 @@ const MAGIC: [u8; 8] = *b"DOPLMARK";
 const HEADER: usize = 24;
 /// Grows with every change of the fields.
 const VERSION: u32 = 1;
+/// Bytes of a machine's name.
+const NAME_MAX: usize = 63;
 
 /// A process that had the image, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,8 +147,9 @@ impl Mark {
             State::Live | State::Ended => stamps.find(led).ok_or(stale),
             // Nothing was served in this reign: the image of the one before is as good, if it is known to have led.
             State::Claimed | State::Abandoned => {
-                let before =
-                    self.in_use == Use::Leads && self.sure && self.stamp.epoch + 1 == found.epoch.0;
+                let before = self.in_use == Use::Leads
+                    && self.sure
+                    && self.stamp.epoch.checked_add(1) == Some(found.epoch.0);
                 let own = stamps.find(led);
                 own.or(before.then_some(self.stamp)).ok_or(stale)
             }
@@ -168,7 +171,7 @@ impl Mark {
         };
         let text = serde_json::to_vec(&written).expect("plain fields always encode");
         let mut place = vec![0; PLACE];
-        // A machine's name has 63 bytes at most, so a text has a few hundred.
+        // A machine's name has so few bytes that a text has a few hundred.
         place[HEADER..HEADER + text.len()].copy_from_slice(&text);
         place[16..24].copy_from_slice(&number.to_le_bytes());
         let checksum = crc32c::crc32c(&place[16..HEADER + text.len()]);
@@ -199,6 +202,12 @@ impl Mark {
             return Err(BadMark::Version {
                 found: written.version,
             });
+        }
+        if written.machine.len() > NAME_MAX {
+            return Err(malformed("no machine has so long a name".to_owned()));
+        }
+        if number == u64::MAX {
+            return Err(malformed("none was written so often".to_owned()));
         }
         let stamp = |(epoch, configuration, owner): (u64, u64, String)| {
             let owner = Identity::parse(&owner)
@@ -476,6 +485,28 @@ mod tests {
         for cut in 0..100 {
             file.write_all_at(&first[..cut], 0).unwrap();
             assert_eq!(Marks::open(file.try_clone().unwrap(), 0).unwrap().1, None);
+        }
+    }
+
+    /// Whoever wrote it: the next one is written behind it all the same.
+    #[test]
+    fn a_mark_that_nobody_writes_is_refused() {
+        let last = Stamp {
+            epoch: u64::MAX,
+            ..stamp(1, 1)
+        };
+        let good = mark(Use::Leads, last, None);
+        let claimed = record(0, State::Claimed, 2);
+        assert!(good.judge("m", Some(&claimed)).is_err());
+        let long = Mark {
+            machine: "m".repeat(NAME_MAX + 1),
+            ..good.clone()
+        };
+        for place in [good.encode(u64::MAX), long.encode(1)] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&place, 0).unwrap();
+            let refused = Marks::open(file, 0).unwrap_err();
+            assert!(matches!(refused, BadMark::Malformed { .. }), "{refused}");
         }
     }
 

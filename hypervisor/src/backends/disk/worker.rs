@@ -100,7 +100,8 @@ impl<I: Image> Engine<I> {
     pub(super) fn new(image: I) -> Self {
         Self {
             image,
-            unsynced: false,
+            // Whoever had it before may have ended before it was: what is read from it now is then promised to nobody yet.
+            unsynced: true,
             lost: None,
             failed: None,
             owed: None,

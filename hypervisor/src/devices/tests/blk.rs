@@ -400,6 +400,37 @@ fn a_state_with_requests_under_way_survives_and_an_impossible_one_does_not() {
     }
 }
 
+/// As many requests as can be under way, each of the longest chain there is and with as many bytes to be written as all may have: a
+/// checkpoint takes it, or a guest that writes could have no backup.
+#[test]
+fn the_largest_state_fits_into_a_checkpoint() {
+    let mut driver = Driver::new();
+    let rings = driver.rings;
+    let length = DISK_BYTES_MAX / DISK_DEPTH;
+    driver.guest.descriptor(rings, 0, (HEADERS, 16, NEXT, 1));
+    let data = (DATA, length as u32, NEXT, 2);
+    driver.guest.descriptor(rings, 1, data);
+    for index in 2..rings.size {
+        let next = (index + 1) % rings.size;
+        let flags = if next == 0 { WRITE } else { WRITE | NEXT };
+        let place = (STATUSES, 1, flags, next);
+        driver.guest.descriptor(rings, index, place);
+    }
+    for turn in 0..DISK_DEPTH {
+        let sector = (turn * length) as u64 / 512;
+        driver.guest.ram.write_obj(HEADERS, WRITES).unwrap();
+        driver.guest.ram.write_obj(HEADERS + 8, sector).unwrap();
+        driver.guest.offer(rings, 0);
+        assert_eq!(driver.notify().len(), 1, "{turn}");
+    }
+    let saved = driver.guest.board.save();
+    assert!(saved.len() > 2 * DISK_BYTES_MAX, "{}", saved.len());
+    let room = crate::checkpoint::DEVICES_MAX;
+    assert!(saved.len() as u64 <= room, "{} of {room}", saved.len());
+    let fresh = Guest::with(Some(config(false))).board;
+    assert_eq!(fresh.restored(&saved).unwrap(), driver.guest.board);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Descriptor(u16, (u64, u32, u16, u16)),

@@ -1,6 +1,7 @@
 //! The virtio devices, by the specification.
 
 use super::driver::{Guest, INDIRECT, MAC, MTU, NET, NEXT, PLATFORM, RNG, Rings, WRITE};
+use crate::devices::sending::FRAMES_MOST;
 use crate::devices::{Bus, DeviceError, MAX_FRAME, QueueFault};
 use crate::event::{Effect, Input, Need, Output};
 
@@ -560,4 +561,39 @@ fn notifications_out_of_turn_do_nothing() {
     assert_eq!(guest.board, before, "before DRIVER_OK");
     assert_eq!(guest.used_index(tx), 0);
     assert_eq!(config_read(&mut guest, PLATFORM + 4, 4), [0xff; 4]);
+}
+
+/// A guest with vCPUs of its own sends on and on, and nobody finds the time to take it: what waits is bounded, and all else is kept.
+#[test]
+fn frames_that_nobody_takes_are_lost() {
+    let mut guest = Guest::new();
+    let rings = [Rings::standard(0, 256), Rings::standard(1, 256)];
+    guest.start(NET, &rings);
+    let frame = 60 << 10;
+    for _ in 0..3 {
+        for _ in 0..256 {
+            guest.offer_buffer(rings[1], 0, 0x20_0000, frame, 0);
+        }
+        guest.notify(NET, 1);
+        guest.outb(0x3f8, b'x');
+    }
+    assert_eq!(guest.used_index(rings[1]), 3 * 256, "the driver goes on");
+    let outputs = guest.outputs();
+    let console = Output::Console(b"x".to_vec());
+    assert_eq!(
+        outputs.iter().filter(|output| **output == console).count(),
+        3
+    );
+    let sent = |outputs: &[Output]| -> usize {
+        let bytes = |output: &Output| match output {
+            Output::Frame(bytes) => bytes.len(),
+            _ => 0,
+        };
+        outputs.iter().map(bytes).sum()
+    };
+    let waited = sent(&outputs);
+    assert!((30 << 20..=FRAMES_MOST).contains(&waited), "{waited}");
+    guest.offer_buffer(rings[1], 0, 0x20_0000, frame, 0);
+    guest.notify(NET, 1);
+    assert_eq!(sent(&guest.outputs()), frame as usize - 12);
 }
