@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -141,11 +142,12 @@ impl Site {
         .context("write a configuration of roles")?;
         let text = format!(
             "name = \"{}\"\netcd = \"{}\"\nsecret = \"{}\"\naddress = \"{}\"\nmemory_mib = 1024\nbridge = \"guests\"\n\
-             run_dir = \"{directory}/run\"\nlog_dir = \"{directory}/log\"\nimages = \"{directory}\"\nroles = \"{directory}/role.toml\"\nlease_s = {}\npoll_ms = 200\n",
+             run_dir = \"{directory}/run\"\nlog_dir = \"{directory}/log\"\nimages = \"{}\"\ndisks = \"{directory}/disks\"\nroles = \"{directory}/role.toml\"\nlease_s = {}\npoll_ms = 200\n",
             host.name,
             self.etcd.place(),
             self.directory.path().join("site.secret").display(),
             address(at),
+            self.directory.path().display(),
             LEASE.as_secs(),
         );
         fs::write(self.config(at), text).context("write an agent's configuration")
@@ -155,6 +157,35 @@ impl Site {
     #[must_use]
     pub fn config(&self, at: usize) -> PathBuf {
         self.hosts[at].directory.join("agent.toml")
+    }
+
+    /// A directory that all hosts see, below which their guests' files lie.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What lies in a host's directory of disks.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn disks(&self, at: usize) -> Result<Vec<PathBuf>> {
+        match fs::read_dir(self.hosts[at].directory.join("disks")) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed
+                .and_then(|files| files.map(|file| Ok(file?.path())).collect())
+                .context("list disks"),
+        }
+    }
+
+    /// The host that serves a machine.
+    ///
+    /// # Errors
+    /// If none does.
+    pub fn serves(&self, machine: &str) -> Result<usize> {
+        let shown = self.show(machine)?;
+        let at = NAMES.iter().position(|host| shown["served_by"] == *host);
+        at.with_context(|| format!("nobody serves {machine}: {shown:#}"))
     }
 
     /// Starts a host's agent: of a program that was installed in the place of the one before, whose roles run on without a file.
