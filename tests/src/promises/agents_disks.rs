@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::harness::console::Viewer;
 use crate::harness::disk_guest::flushed_in;
-use crate::harness::site::{ALL, NAMES, Site, with_site};
+use crate::harness::site::{ALL, NAMES, Site, SiteGround, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -110,7 +110,7 @@ fn outlives(run: &Run, site: &mut Site, replicate: &str) -> Result<u64> {
 
     let second = site.serves(STORE)?;
     let last = rest[usize::from(rest[0] == second)];
-    site.kill_agent(last);
+    site.kill_agent(last)?;
     site.lose(second)?;
     site.start_agent(last)?;
     flushed = beyond(&viewer, flushed).context("on the last host")?;

@@ -11,7 +11,7 @@ use crate::harness::console::{Viewer, check_lines};
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site, with_site};
+use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site, SiteGround, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
