@@ -2,6 +2,7 @@
 
 use crate::promise::Promise;
 
+pub mod agents_disks;
 pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
@@ -81,6 +82,7 @@ pub const ALL: &[Promise] = &[
     etcd_arbiter::PROMISE,
     etcd_tls::PROMISE,
     agents_keep::PROMISE,
+    agents_disks::PROMISE,
     host_drained::PROMISE,
     slurm_job::PROMISE,
     redis_clients::PROMISE,
