@@ -112,7 +112,7 @@ impl Model for World {
 pub struct Looked {
     /// Different states.
     pub states: usize,
-    /// The longest way to one of them.
+    /// The longest way to one of them that was gone.
     pub depth: usize,
     /// What is broken, and the steps that lead there.
     pub broken: Option<String>,
@@ -121,11 +121,21 @@ pub struct Looked {
 /// Looks through every state, over this many threads.
 #[must_use]
 pub fn look(world: World, threads: usize) -> Looked {
-    let checker = match world.scope.depth {
-        0 => world.checker(),
-        depth => world.checker().target_max_depth(depth),
+    let (depth, is_planted) = (world.scope.depth, world.plant.is_some());
+    let checker = world.checker().threads(threads);
+    if depth == 0 && !is_planted {
+        // Depth first a few states are kept whole, and 8 bytes of each other; breadth first whole generations of millions were.
+        return looked(&checker.spawn_dfs().join());
+    }
+    // What is found first has the shortest way; and within a depth every state is met by its shortest.
+    let checker = match depth {
+        0 => checker,
+        depth => checker.target_max_depth(depth),
     };
-    let checker = checker.threads(threads).spawn_bfs().join();
+    looked(&checker.spawn_bfs().join())
+}
+
+fn looked(checker: &impl Checker<World>) -> Looked {
     let broken = checker
         .discoveries()
         .into_iter()
