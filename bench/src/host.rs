@@ -40,15 +40,28 @@ impl Origin {
     /// Of a measurement that begins now.
     #[must_use]
     pub fn now() -> Self {
-        let words: Vec<String> = std::env::args().skip(1).collect();
         Self {
-            command: format!("bench {}", words.join(" ")),
+            command: command(std::env::args().skip(1)),
             date: said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
             commit: commit(),
             version: env!("CARGO_PKG_VERSION"),
             machine: Machine::this(),
         }
     }
+}
+
+/// The command line, without where the result is written: that is no part of how it was measured.
+fn command(words: impl Iterator<Item = String>) -> String {
+    let mut line = "bench".to_owned();
+    let mut is_place = false;
+    for word in words {
+        if !is_place && word != "--out" && !word.starts_with("--out=") {
+            line.push(' ');
+            line += &word;
+        }
+        is_place = word == "--out";
+    }
+    line
 }
 
 impl Machine {
@@ -118,4 +131,18 @@ fn said(program: &str, arguments: &[&str]) -> String {
         .output()
         .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_it_was_written_is_not_told() {
+        let told = |words: &str| command(words.split(' ').map(str::to_owned));
+        assert_eq!(told("ring --full"), "bench ring --full");
+        assert_eq!(told("ring --out here --full"), "bench ring --full");
+        assert_eq!(told("ring --out=here --seed 3"), "bench ring --seed 3");
+        assert_eq!(told("ring --full --out here"), "bench ring --full");
+    }
 }

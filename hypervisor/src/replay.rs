@@ -8,6 +8,7 @@
 mod debugging;
 mod ending;
 mod intervals;
+mod late;
 mod source;
 mod taping;
 
@@ -35,7 +36,7 @@ use crate::version::Version;
 pub use debugging::{Debugger, Go, Stop};
 pub use ending::Remains;
 use intervals::Adopting;
-pub use source::{Arrived, LogError, LogSource};
+pub use source::{Arrived, Inputs, LogError, LogSource};
 use taping::Taping;
 
 /// Why a replay stopped.
@@ -264,13 +265,10 @@ impl<L: LogSource> Replayer<L> {
             if let Some(taping) = &mut self.taping {
                 taping.keep(arrived.payload);
             }
-            self.released = self.released.max(marks.released);
-            let released = self.released;
-            while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
-                self.frame_bytes -= frame_length(&output);
-                if let (Some(spool), Output::Console(bytes)) = (&self.spool, &output) {
-                    spool.feed(bytes);
-                }
+            self.has_left(marks.released);
+            if let Some(end) = self.await_inputs(seq, &entry)? {
+                self.decoder.rebase(base);
+                return Ok(end);
             }
             self.last_seq = seq;
             if let Some(end) = self.ends_before(entry.position)? {
@@ -285,6 +283,18 @@ impl<L: LogSource> Replayer<L> {
             self.orders.resting();
             if let Some(end) = end {
                 return Ok(end);
+            }
+        }
+    }
+
+    /// The primary says that what came of its entries up to this one has left.
+    fn has_left(&mut self, released: Seq) {
+        self.released = self.released.max(released);
+        let released = self.released;
+        while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
+            self.frame_bytes -= frame_length(&output);
+            if let (Some(spool), Output::Console(bytes)) = (&self.spool, &output) {
+                spool.feed(bytes);
             }
         }
     }

@@ -1,14 +1,16 @@
 //! The log over a ring: the recorder's sink and the replayer's source.
 #![forbid(unsafe_code)]
 
+mod proof;
+
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use rdma_log::transport::network::Watch;
 use rdma_log::{
-    Epoch, Fenced, LaneReader, LaneWriter, Marks, Progress, ReadError, Seq, WriteError,
+    Epoch, Fenced, LaneReader, LaneWriter, Marks, Missing, Progress, ReadError, Seq, WriteError,
 };
 
 use crate::devices::DISK_DEPTH;
@@ -16,9 +18,10 @@ use crate::disk::{Assembler, Done};
 use crate::flight::Tape;
 use crate::gate::Committed;
 use crate::orders::Samples;
-use crate::replay::{Arrived, LogError, LogSource};
+use crate::replay::{Arrived, Inputs, LogError, LogSource};
 use crate::sink::{Sink, SinkError};
 use crate::version::Version;
+pub use proof::Proof;
 
 /// An input's kind is the first byte of its payload.
 pub const INPUT_FRAME: u8 = 1;
@@ -149,6 +152,8 @@ pub struct Window {
     replayed: Arc<AtomicU64>,
     /// A backup that joins does not replay before its copy is whole: until then nobody waits for it.
     in_step: Arc<AtomicBool>,
+    /// What the reader says of itself cannot be, and the next entry is not to be posted.
+    broken: Option<WriteError>,
 }
 
 /// Notes in one window. More of them find the end of a delay sooner, by a sixteenth of the window.
@@ -169,6 +174,7 @@ impl Window {
             progress,
             noted: VecDeque::with_capacity(2 * NOTES as usize),
             replayed,
+            broken: None,
         }
     }
 
@@ -191,7 +197,11 @@ impl Window {
             // Nobody replays a log that is fenced or that lies about itself: the next entry is refused and says why.
             let replayed = match self.progress.poll() {
                 Ok([events, _]) if !events.fenced => events.replayed,
-                _ => return false,
+                Ok(_) => return false,
+                Err(error) => {
+                    self.broken = Some(error);
+                    return false;
+                }
             };
             self.replayed.fetch_max(replayed.0, Ordering::Relaxed);
             if replayed < seq {
@@ -209,6 +219,13 @@ impl Sink for RingSink {
     }
 
     fn post_pieces(&mut self, pieces: &[&[u8]]) -> Result<Seq, SinkError> {
+        if let Some(error) = self
+            .window
+            .as_ref()
+            .and_then(|window| window.broken.clone())
+        {
+            return Err(self.error(error));
+        }
         self.refused = pieces.iter().map(|piece| piece.len()).sum();
         self.last = match &mut self.lane {
             Some(lane) => match lane.append_gather(pieces, self.marks) {
@@ -320,8 +337,8 @@ impl Sink for RingSink {
 pub struct RingSource {
     events: LaneReader,
     inputs: LaneReader,
-    /// Set by the thread that fences, when the fence has returned.
-    fenced: Arc<OnceLock<Fenced>>,
+    /// Left by the thread that fences, when the fence has returned.
+    fenced: Proof,
     arrived: Arc<AtomicU64>,
     /// Where what comes is counted.
     samples: Option<Arc<Samples>>,
@@ -407,9 +424,9 @@ fn log_error(error: ReadError) -> LogError {
 }
 
 impl RingSource {
-    /// A source that is over once `fenced` is set and everything committed was read.
+    /// A source that is over once the proof was left in `fenced` and everything committed was read.
     #[must_use]
-    pub fn new(events: LaneReader, inputs: LaneReader, fenced: Arc<OnceLock<Fenced>>) -> Self {
+    pub fn new(events: LaneReader, inputs: LaneReader, fenced: Proof) -> Self {
         Self {
             events,
             inputs,
@@ -441,10 +458,10 @@ impl RingSource {
         Arc::clone(&self.arrived)
     }
 
-    /// The proof of the fence, once nobody else holds it.
+    /// The proof of the fence, if there was one.
     #[must_use]
     pub fn into_proof(self) -> Option<Fenced> {
-        Arc::into_inner(self.fenced)?.into_inner()
+        self.fenced.take()
     }
 
     /// The next of what `take` takes out, if it has come: what came with a copy first.
@@ -475,6 +492,18 @@ impl RingSource {
             .ok_or_else(|| LogError("an entry applies a staged input that is not there".into()))
     }
 
+    /// Takes in what has come of the inputs lane, as far as so many of either kind want it; whether that is enough.
+    fn gather(&mut self, frames: u32, dones: u32) -> Result<bool, LogError> {
+        while self.staged.lacks(frames, dones) {
+            match self.inputs.next().map_err(log_error)? {
+                Some(entry) => self.staged.take_in(entry.payload())?,
+                None => return Ok(false),
+            }
+            self.staged.bounded()?;
+        }
+        Ok(true)
+    }
+
     fn drop_covered(&mut self) -> Result<(), LogError> {
         while self.covered > 0 && self.staged(Staged::frame)?.is_some() {
             self.covered -= 1;
@@ -494,11 +523,12 @@ impl RingSource {
         while let Some(frame) = self.staged(Staged::frame)? {
             frames.push(frame);
         }
-        let fenced = self
+        let inputs = &mut self.inputs;
+        let salvaged = self
             .fenced
-            .get()
+            .with(|fenced| inputs.salvage(fenced))
             .ok_or_else(|| LogError("the log is not fenced".into()))?;
-        if let Some(bytes) = self.inputs.salvage(fenced).map_err(log_error)? {
+        if let Some(bytes) = salvaged.map_err(log_error)? {
             frames.extend(salvaged_frame(&bytes));
         }
         Ok(frames)
@@ -548,6 +578,23 @@ impl LogSource for RingSource {
         }
     }
 
+    fn inputs(&mut self, frames: u32, dones: u32) -> Result<Inputs, LogError> {
+        if self.gather(frames, dones)? {
+            return Ok(Inputs::Here);
+        }
+        // Asked before the last look: what comes between the two is then found.
+        let missing = self.inputs.missing().map_err(log_error)?;
+        if self.gather(frames, dones)? {
+            return Ok(Inputs::Here);
+        }
+        Ok(match missing {
+            Missing::Damaged => Inputs::Here,
+            // Whoever goes live needs the proof, which is left a moment after the fence.
+            Missing::Lost if self.fenced.is_there() => Inputs::Lost,
+            Missing::Coming | Missing::Lost => Inputs::Coming,
+        })
+    }
+
     fn frame(&mut self) -> Result<Vec<u8>, LogError> {
         self.applied(Staged::frame)
     }
@@ -557,12 +604,7 @@ impl LogSource for RingSource {
     }
 
     fn show(&mut self, frames: u32, dones: u32, to: &Tape) -> Result<(), LogError> {
-        while self.staged.lacks(frames, dones)
-            && let Some(entry) = self.inputs.next().map_err(log_error)?
-        {
-            self.staged.take_in(entry.payload())?;
-            self.staged.bounded()?;
-        }
+        self.gather(frames, dones)?;
         self.staged.show(frames, dones, to);
         Ok(())
     }
@@ -580,21 +622,108 @@ impl LogSource for RingSource {
     }
 
     fn is_over(&mut self) -> Result<bool, LogError> {
-        match self.fenced.get() {
-            Some(proof) => self.events.at_end(proof).map_err(log_error),
-            None => Ok(false),
-        }
+        let events = &mut self.events;
+        let ended = self.fenced.with(|proof| events.at_end(proof));
+        ended.unwrap_or(Ok(false)).map_err(log_error)
     }
 
     fn wait(&mut self, longest: Duration) {
         // An error shows at the next read.
         let _ = self.events.wait(longest);
     }
+
+    fn wait_for_inputs(&mut self, longest: Duration) {
+        let _ = self.inputs.wait(longest);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use rdma_log::transport::{shm, sim};
+    use rdma_log::{Lane, MIN_LANE, Nonce, RingConfig};
+
     use super::*;
+
+    const SMALL: RingConfig = RingConfig {
+        events: MIN_LANE,
+        inputs: MIN_LANE,
+    };
+
+    #[test]
+    fn an_input_that_is_late_is_waited_for_and_one_that_is_lost_is_known_to_be() {
+        let (mut writer, ring, card) = sim::pair(&SMALL, Nonce([7; 16]), 1).unwrap();
+        let (proof, mut fencer) = (Proof::default(), ring.fencer);
+        let mut source = RingSource::new(ring.events, ring.inputs, proof.clone());
+        let mut applies = |source: &mut RingSource| {
+            writer.events.append(b"applies", Marks::default()).unwrap();
+            card.deliver_all();
+            assert!(source.next().unwrap().is_some());
+            assert_eq!(source.inputs(1, 0).unwrap(), Inputs::Coming);
+            assert_eq!(source.inputs(0, 0).unwrap(), Inputs::Here);
+            let frame = [INPUT_FRAME, 9];
+            writer.inputs.append(&frame, Marks::default()).unwrap();
+        };
+        applies(&mut source);
+        card.deliver_all();
+        assert_eq!(source.inputs(1, 0).unwrap(), Inputs::Here);
+        assert_eq!(source.inputs(2, 0).unwrap(), Inputs::Coming);
+        assert_eq!(source.frame().unwrap(), [9]);
+        applies(&mut source);
+        // It is lost on its way.
+        let fenced = fencer.fence().unwrap();
+        assert_eq!(source.inputs(1, 0).unwrap(), Inputs::Coming);
+        proof.leave(fenced);
+        assert_eq!(source.inputs(1, 0).unwrap(), Inputs::Lost);
+    }
+
+    #[test]
+    fn where_the_lanes_are_in_step_an_input_that_is_not_there_is_a_fault() {
+        let (mut writer, ring) = shm::pair(&SMALL).unwrap();
+        let mut source = RingSource::new(ring.events, ring.inputs, Proof::default());
+        writer.events.append(b"applies", Marks::default()).unwrap();
+        assert!(source.next().unwrap().is_some());
+        assert_eq!(source.inputs(1, 0).unwrap(), Inputs::Here);
+        let error = source.frame().unwrap_err().to_string();
+        assert!(error.contains("not there"), "{error}");
+    }
+
+    /// In shared memory nobody looks at these numbers but the window.
+    #[test]
+    fn a_reader_that_says_to_have_replayed_what_was_not_posted_is_of_no_use() {
+        let (writer, ring) = shm::pair(&SMALL).unwrap();
+        let (replayed, in_step) = (Arc::default(), Arc::new(AtomicBool::new(true)));
+        let window = Window::new(Duration::ZERO, writer.progress, replayed, in_step);
+        let sink = RingSink::new(writer.events, Epoch(1), Arc::default());
+        let mut sink = sink.to_backup().with_window(window);
+        sink.post(b"one").unwrap();
+        assert!(sink.is_behind());
+        ring.acks.replayed(Lane::Events, Seq(1));
+        assert!(!sink.is_behind());
+        sink.post(b"two").unwrap();
+        ring.acks.replayed(Lane::Events, Seq(1000));
+        assert!(!sink.is_behind(), "nobody replays it");
+        let error = sink.post(b"three").unwrap_err();
+        assert!(
+            matches!(&error, SinkError::Unusable(why) if why.contains("replayed")),
+            "{error}"
+        );
+        sink.detach();
+        sink.post(b"alone").unwrap();
+    }
+
+    /// The thread that fences may be kept from its CPU at the very moment at which it has left the proof.
+    #[test]
+    fn the_proof_is_had_though_whoever_left_it_still_knows_the_place() {
+        let (_writer, ring) = shm::pair(&SMALL).unwrap();
+        let (proof, mut fencer) = (Proof::default(), ring.fencer);
+        let mut source = RingSource::new(ring.events, ring.inputs, proof.clone());
+        assert!(!source.is_over().unwrap());
+        proof.leave(fencer.fence().unwrap());
+        assert!(source.is_over().unwrap());
+        assert_eq!(source.leftover_frames().unwrap(), [] as [Vec<u8>; 0]);
+        assert!(source.into_proof().is_some());
+        assert!(!proof.is_there());
+    }
 
     /// A primary that sends one kind for ever, while the other is waited for, is refused before it has filled this side's memory.
     #[test]

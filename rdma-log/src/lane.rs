@@ -23,7 +23,7 @@ mod reader;
 mod writer;
 
 pub(crate) use reader::ReaderParts;
-pub use reader::{LaneReader, ReadError};
+pub use reader::{LaneReader, Missing, ReadError};
 pub(crate) use writer::WriterParts;
 pub use writer::{Counter, LaneWriter, Slot, WriteError};
 

@@ -25,7 +25,8 @@
 //! - The [`Fenced`] that it returns is the proof, one per connection. With it a reader asks whether the end has been
 //!   reached ([`LaneReader::at_end`]) and for what died with the writer ([`LaneReader::salvage`]).
 //! - The two lanes commit apart from each other. A writer whose entry in one lane relies on one in the other
-//!   publishes that first, and lets nothing out before both have committed.
+//!   publishes that first, and lets nothing out before both have committed. **Its reader may have the one before it has the
+//!   other**, or never get the other, where each lane has a way of its own (`rdma`): [`LaneReader::missing`] says which.
 //!
 //! What it does not promise: that the reader outlives the writer, that committed entries have been received or
 //! replayed (those are [`LaneProgress`]'s other counters), or who the writer is. The peer is a stranger to the code
@@ -99,7 +100,9 @@ pub mod verbs;
 pub use entry::{Entry, Epoch, Head, Lane, Marks, Nonce, Seq};
 pub use fence::{FenceError, Fenced};
 pub use file::{FileEntry, LogFileError, LogFileReader, LogFileWriter};
-pub use lane::{Counter, LaneReader, LaneWriter, MAX_LANE, MIN_LANE, ReadError, Slot, WriteError};
+pub use lane::{
+    Counter, LaneReader, LaneWriter, MAX_LANE, MIN_LANE, Missing, ReadError, Slot, WriteError,
+};
 #[cfg(not(loom))]
 pub use lend::{LendingMutex, Lent};
 pub use ring::{

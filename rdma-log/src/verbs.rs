@@ -370,6 +370,7 @@ impl Queue {
         self.limits
     }
 
+    #[inline]
     fn raw(&mut self) -> Result<*mut abi::Queue, RdmaError> {
         let destroyed = || RdmaError::of_status(5, 0);
         self.raw
@@ -378,11 +379,17 @@ impl Queue {
             .ok_or_else(destroyed)
     }
 
+    #[inline]
     fn done(&self, failure: Failure) -> Result<(), RdmaError> {
         if failure == Failure::NONE {
             return Ok(());
         }
-        Err(RdmaError::of(failure, &self.device.context()))
+        Err(self.failed(failure))
+    }
+
+    #[cold]
+    fn failed(&self, failure: Failure) -> RdmaError {
+        RdmaError::of(failure, &self.device.context())
     }
 
     pub(crate) fn connect(&mut self, path: &Path) -> Result<(), RdmaError> {
@@ -433,6 +440,7 @@ impl Queue {
     }
 
     /// Takes completions; how many there were.
+    #[inline]
     pub(crate) fn poll(&mut self, to: &mut [Completion]) -> Result<usize, RdmaError> {
         let raw = self.raw()?;
         let mut count = 0;

@@ -17,10 +17,11 @@ use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 6] = [
+const TASKS: [(&str, &str); 7] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
     ("busy", include_str!("linux_guest/tasks/busy")),
     ("disk", include_str!("linux_guest/tasks/disk")),
+    ("files", include_str!("linux_guest/tasks/files")),
     ("load", include_str!("linux_guest/tasks/load")),
     ("redis", include_str!("linux_guest/tasks/redis")),
     ("shell", include_str!("linux_guest/tasks/shell")),

@@ -44,6 +44,9 @@ pub struct AgentConfig {
     /// Directory below which kernels and other files of guests lie; none elsewhere is opened.
     #[serde(default = "images")]
     pub images: PathBuf,
+    /// Directory of the images of machines' disks, which are made and removed there; made when the first one is.
+    #[serde(default = "disks")]
+    pub disks: PathBuf,
     /// The bridge to which guests are cabled; none: guests with a network are not placed here.
     #[serde(default)]
     pub bridge: Option<String>,
@@ -72,6 +75,10 @@ fn run_dir() -> PathBuf {
 
 fn images() -> PathBuf {
     "/var/lib/doppel".into()
+}
+
+fn disks() -> PathBuf {
+    "/var/lib/doppel/disks".into()
 }
 
 fn lease_s() -> u64 {
@@ -208,6 +215,7 @@ impl AgentConfig {
             ("secret", Some(&self.secret)),
             ("run_dir", Some(&self.run_dir)),
             ("images", Some(&self.images)),
+            ("disks", Some(&self.disks)),
             ("log_dir", self.log_dir.as_ref()),
             ("roles", self.roles.as_ref()),
         ] {
@@ -215,6 +223,10 @@ impl AgentConfig {
                 let found = format!("{:?}", path.display().to_string());
                 return bad(field, found, "give an absolute path");
             }
+        }
+        if self.disks.to_string_lossy().contains(',') {
+            let found = format!("{:?}", self.disks.display().to_string());
+            return bad("disks", found, "choose a path without a comma");
         }
         Ok(())
     }
@@ -257,6 +269,8 @@ mod tests {
             ("console_port = 7700", "console_port"),
             ("poll_ms = 3000", "poll_ms"),
             ("run_dir = \"here\"", "absolute"),
+            ("disks = \"disks\"", "absolute"),
+            ("disks = \"/a,b\"", "comma"),
             ("colour = 1", "unknown field"),
         ] {
             let name = if line.starts_with("name") {

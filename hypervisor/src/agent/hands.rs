@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use super::config::AgentConfig;
+use super::disks::{self, DiskSpec, ImageReport};
+use super::images::{ImageError, Images};
+use super::placement::Unfit;
 use super::plan::{Ended, Start};
 use super::record::{Host, RoleReport, Site, Vm};
 use crate::backends::tap::{Tap, TapConfig, TapError};
@@ -60,6 +63,15 @@ pub enum HandsError {
     /// The guest's cable.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The image of its disk.
+    #[error("the image of its disk: {0}")]
+    Disk(#[from] ImageError),
+    /// What this host has of its disk is not what it is to start with.
+    #[error("this host cannot start it: {0}")]
+    Unfit(Unfit),
+    /// Nobody says how large its disk is.
+    #[error("the host that serves it does not tell of an image of its disk")]
+    NoSize,
     /// Both locks of the machine are taken.
     #[error("its processes are here already")]
     Held,
@@ -86,6 +98,7 @@ pub struct Hands {
     started: Vec<(String, Started)>,
     ended: BTreeMap<String, Ended>,
     told: BTreeSet<(u32, SocketAddr)>,
+    images: Images,
     /// Held for as long as the agent runs.
     _lock: File,
 }
@@ -124,6 +137,7 @@ impl Hands {
             started: Vec::new(),
             ended: BTreeMap::new(),
             told: BTreeSet::new(),
+            images: Images::new(&config.disks),
             _lock: lock,
         })
     }
@@ -226,7 +240,21 @@ impl Hands {
         self.config.run_dir.join(format!("{machine}.{slot}.lock"))
     }
 
-    /// Starts a role of this machine.
+    /// Images of machines' disks here.
+    #[must_use]
+    pub fn images(&self) -> Vec<ImageReport> {
+        self.images.look()
+    }
+
+    /// Removes the image of a machine that was deleted. False: not yet.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    pub fn remove_image(&mut self, machine: &str, instance: &str) -> Result<bool, HandsError> {
+        Ok(self.images.remove(machine, instance)?)
+    }
+
+    /// Starts a role of this machine. None: not yet, its disk is being made; this is to be asked again.
     ///
     /// # Errors
     /// See [`HandsError`]. Remembered besides as the end of this assignment.
@@ -237,7 +265,7 @@ impl Hands {
         vm: &Vm,
         what: Start,
         number: u64,
-    ) -> Result<u32, HandsError> {
+    ) -> Result<Option<u32>, HandsError> {
         let outcome = self.try_start(site, me, vm, what, number);
         if let Err(error) = &outcome {
             let why = error.to_string();
@@ -253,8 +281,11 @@ impl Hands {
         vm: &Vm,
         what: Start,
         number: u64,
-    ) -> Result<u32, HandsError> {
+    ) -> Result<Option<u32>, HandsError> {
         let lock = self.free_lock(&vm.name)?;
+        let Some(disk) = self.words_of_disk(site, me, vm, what)? else {
+            return Ok(None);
+        };
         let mut words = match what {
             Start::Primary { cold } => {
                 for file in vm.spec.files() {
@@ -271,6 +302,7 @@ impl Hands {
             }
         };
         words.extend(vm.spec.words_of_both());
+        words.extend(disk);
         words.extend(self.words_of_host(site, me, vm));
         let cable = vm.spec.network.then(|| self.cable(vm)).transpose()?;
         if let Some(cable) = &cable {
@@ -312,7 +344,7 @@ impl Hands {
         self.ended.remove(&vm.name);
         self.started
             .push((vm.name.clone(), Started { child, number }));
-        Ok(pid)
+        Ok(Some(pid))
     }
 
     /// A lock that no process of the machine has.
@@ -324,6 +356,60 @@ impl Hands {
             }
         }
         Err(HandsError::Held)
+    }
+
+    /// The option that names the machine's disk here, if it has one. None: its image is being made.
+    fn words_of_disk(
+        &mut self,
+        site: &Site,
+        me: &Host,
+        vm: &Vm,
+        what: Start,
+    ) -> Result<Option<Vec<String>>, HandsError> {
+        let image = match (&vm.spec.disk, what) {
+            (None, _) => return Ok(Some(Vec::new())),
+            (Some(DiskSpec::ReadOnly { file }), _) => {
+                self.check_image(file)?;
+                format!("{},read-only", file.display())
+            }
+            (Some(disk), Start::Primary { .. }) => match self.image_to_lead(site, me, vm, disk)? {
+                Some(image) => image.display().to_string(),
+                None => return Ok(None),
+            },
+            (Some(_), Start::Backup) => {
+                let (primary, _) = site.serving(&vm.name).ok_or(HandsError::NoSize)?;
+                let mut theirs =
+                    disks::images(site, vm).filter(|(host, _)| host.name == primary.name);
+                let (_, theirs) = theirs.next().ok_or(HandsError::NoSize)?;
+                let image = self.images.to_follow(vm, theirs.bytes)?;
+                image.display().to_string()
+            }
+        };
+        Ok(Some(vec!["--disk".to_owned(), image]))
+    }
+
+    /// The image with which a primary is to start here.
+    fn image_to_lead(
+        &mut self,
+        site: &Site,
+        me: &Host,
+        vm: &Vm,
+        disk: &DiskSpec,
+    ) -> Result<Option<PathBuf>, HandsError> {
+        // What there was when it was placed here may have changed.
+        if let Some(unfit) = disks::unfit(site, vm, me, true) {
+            return Err(HandsError::Unfit(unfit));
+        }
+        let Some(image) = self.images.of(vm)? else {
+            if let Some(file) = disk.file() {
+                self.check_image(file)?;
+            }
+            return Ok(self.images.make(vm, disk)?);
+        };
+        if vm.disk.as_ref().is_some_and(|life| life.of.is_some()) {
+            self.images.unmark(&image)?;
+        }
+        Ok(Some(image))
     }
 
     /// What is the host's: addresses, directories, the arbiter.
@@ -374,7 +460,7 @@ impl Hands {
             .map_err(failed("share the guest's cable"))
     }
 
-    /// A guest's file lies where the administrator of this host has put such files.
+    /// A guest's file lies where the administrator of this host has put such files, and is no other machine's disk.
     fn check_image(&self, file: &Path) -> Result<(), HandsError> {
         let wrong = |why: String| HandsError::Image {
             path: file.to_owned(),
@@ -389,6 +475,9 @@ impl Hands {
             return Err(wrong(format!(
                 "it is no file below {images} (`images` in the agent's configuration)"
             )));
+        }
+        if fs::canonicalize(&self.config.disks).is_ok_and(|disks| real.starts_with(disks)) {
+            return Err(wrong("it is the disk of a machine".to_owned()));
         }
         Ok(())
     }

@@ -33,7 +33,8 @@ pub struct Membership {
 
 /// Whether a record says something else than the one before it that others should know now.
 fn is_news(now: &Host, before: &Host) -> bool {
-    now.roles.len() != before.roles.len()
+    now.images != before.images
+        || now.roles.len() != before.roles.len()
         || now
             .roles
             .iter()
@@ -162,6 +163,10 @@ mod tests {
         now.roles[0].says.as_mut().unwrap().standing = Stands::Unprotected;
         assert!(is_news(&now, &before));
         now.roles.clear();
+        assert!(is_news(&now, &before));
+        // A machine is placed by what its hosts have of its disk.
+        let mut now = before.clone();
+        now.images = None;
         assert!(is_news(&now, &before));
     }
 

@@ -5,7 +5,7 @@
 //!                                            ▲                                    │ looks: control sockets, locks          │
 //!                                            └────────── the arbiter's records ───┼────────────────────────────────────────┘
 //!                                                                                 ▼
-//!                         membership   placement (pure)   plan (pure)   orders   hands (this host)
+//!                  membership   placement, disks (pure)   plan (pure)   orders   hands, images (this host)
 //! ```
 //! No consensus and no scheduler of our own: etcd orders the writes, a plain rule places, and whoever loses a swap looks again. Who lives is
 //! decided by the pair and its arbiter, with agents or without: an agent only brings processes to where they are needed.
@@ -15,8 +15,10 @@
 
 pub mod config;
 pub mod consoles;
+pub mod disks;
 #[allow(unsafe_code)]
 mod hands;
+mod images;
 mod membership;
 mod orders;
 pub mod placement;

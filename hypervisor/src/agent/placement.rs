@@ -2,12 +2,13 @@
 //!
 //! **Fit** is a host that has a KVM (for a backup: the CPU model of the primary's host), memory to spare, the machine's port, a network or
 //! an RDMA device if the machine needs one, no process of the machine and no role of it (anti-affinity; unless the machine may have both on
-//! one host), where no role of it has failed just now, and that is not being drained. **Of those the least loaded**: the smallest sum of the share of memory that is spoken
+//! one host), for a primary with a disk that has run the newest image of it ([`disks`](super::disks)), where no role of it has failed just now, and that is not being drained. **Of those the least loaded**: the smallest sum of the share of memory that is spoken
 //! for and of processes that want a CPU, for each CPU; of equal ones the first by name.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 
+use super::disks;
 use super::record::{Host, Site, Vm};
 use crate::config::Transport;
 use crate::kvm::CpuModel;
@@ -47,6 +48,14 @@ pub enum Unfit {
     Failed,
     /// It is to be empty.
     Drained,
+    /// Its agent knows no disks.
+    NoDisks,
+    /// It has no image of the machine's disk, which has run.
+    NoImage,
+    /// Its image is not the newest, or nobody knows whether it is.
+    Image(String),
+    /// The machine is to go on with this host's image.
+    NotChosen(String),
 }
 
 impl fmt::Display for Unfit {
@@ -67,6 +76,10 @@ impl fmt::Display for Unfit {
             Self::Has => f.write_str("it has a part of this machine already"),
             Self::Failed => f.write_str("a role of this machine failed there just now"),
             Self::Drained => f.write_str("it is being drained"),
+            Self::NoDisks => f.write_str("its agent is of a version without disks: upgrade it"),
+            Self::NoImage => f.write_str("it has no image of the disk"),
+            Self::Image(why) => write!(f, "its image of the disk: {why}"),
+            Self::NotChosen(of) => write!(f, "the machine is to go on with the image of {of}"),
         }
     }
 }
@@ -124,6 +137,9 @@ fn judge(site: &Site, vm: &Vm, role: Role<'_>, host: &Host, now_ms: u64) -> Opti
     let is_primarys = matches!(role, Role::Backup(primary) if primary.name == host.name);
     if (has > 0 || is_primarys) && !(vm.spec.same_host && is_primarys) {
         return Some(Unfit::Has);
+    }
+    if let Some(why) = disks::unfit(site, vm, host, matches!(role, Role::Primary)) {
+        return Some(why);
     }
     let free = host.memory_mib.saturating_sub(site.committed_mib(host));
     let needed = vm.takes_mib();

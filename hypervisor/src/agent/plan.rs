@@ -22,6 +22,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use super::disks;
 use super::placement::{self, Role as Wanted};
 use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use crate::control::status::{Role, Standing};
@@ -318,8 +319,9 @@ impl Planner<'_> {
                 });
             }
             Err(unfit) => self.note(format!(
-                "no host can run it: {}",
-                placement::explain(&unfit)
+                "no host can run it: {}{}",
+                placement::explain(&unfit),
+                disks::advice(self.site, vm, &unfit)
             )),
         }
     }
@@ -332,6 +334,9 @@ impl Planner<'_> {
                 self.write(false, |vm| {
                     vm.phase = Phase::Running;
                     vm.note = None;
+                    if let Some(disk) = &mut vm.disk {
+                        disk.of = None;
+                    }
                 });
             }
             return;

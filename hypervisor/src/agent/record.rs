@@ -7,6 +7,7 @@
 //!  doppel/site/drains/HOST      Drain    while the host is to be empty
 //!  doppel/site/orders/NAME      Order    under the lease of whoever gave it
 //!  doppel/site/answers/ID       Answer   under a lease of the agent that took the order
+//!  doppel/site/deleted/INSTANCE Deleted  until the last host has removed its image of the machine's disk
 //!  doppel/site/placements       a word that every placement rewrites, so that no two are made from one picture
 //!  doppel/machines/NAME         the arbiter's record: read here, written by the pair alone
 //! ```
@@ -17,6 +18,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::disks::{Deleted, DiskLife, ImageReport};
 use super::spec::Spec;
 use crate::control::find::Found;
 use crate::control::status::{Role, Standing};
@@ -82,6 +84,9 @@ pub struct Host {
     pub boot: String,
     /// What runs here.
     pub roles: Vec<RoleReport>,
+    /// Images of machines' disks; none if its agent knows none.
+    #[serde(default)]
+    pub images: Option<Vec<ImageReport>>,
 }
 
 /// A host that is to be empty: machines that it serves are switched over, their backups are moved, and it is given nothing.
@@ -290,12 +295,18 @@ pub struct Vm {
     pub failures: Vec<Failure>,
     /// What there is to say about it.
     pub note: Option<String>,
+    /// Its disk, if hosts have images of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskLife>,
 }
 
 impl Vm {
     /// The next assignment, to this host.
     pub fn assign(&mut self, host: &str, now_ms: u64) -> Assigned {
         self.number += 1;
+        if let Some(disk) = &mut self.disk {
+            disk.hosts.insert(host.to_owned());
+        }
         Assigned {
             host: host.to_owned(),
             number: self.number,
@@ -397,6 +408,8 @@ pub struct Site {
     pub orders: BTreeMap<String, Kept<Order>>,
     /// Answers, by order.
     pub answers: BTreeMap<String, Answer>,
+    /// Machines that are deleted, and whose images are not all removed, by instance.
+    pub deleted: BTreeMap<String, Kept<Deleted>>,
     /// The arbiter's records.
     pub records: BTreeMap<String, Record>,
     /// The revision of the last placement; 0 if there was none.

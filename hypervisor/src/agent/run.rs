@@ -15,7 +15,7 @@ use super::hands::Hands;
 use super::membership::{self, Membership, Standing};
 use super::orders::Desk;
 use super::plan::{Act, Local, Start, plan};
-use super::record::{Host, Kept, RoleReport, Site};
+use super::record::{Host, Kept, RoleReport, Site, Vm};
 use super::store::{Change, Key, Store};
 use super::{AgentError, unix_ms};
 use crate::arbiter::EtcdError;
@@ -71,6 +71,7 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         console: (config.console_port != 0).then_some(config.console_port),
         boot: membership::boot(),
         roles: Vec::new(),
+        images: None,
     };
     tracing::info!("agent of host {}, etcd at {}", host.name, config.etcd);
     let mut agent = Agent {
@@ -81,6 +82,7 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         away: false,
         taken: false,
         foreign: BTreeSet::new(),
+        unremoved: BTreeSet::new(),
         ordered_at: Vec::new(),
         hands,
         store,
@@ -105,6 +107,8 @@ struct Agent {
     taken: bool,
     /// Keys of which it was said that nobody of the site wrote them.
     foreign: BTreeSet<String>,
+    /// Deleted machines of which it was said that an image cannot be removed, by instance.
+    unremoved: BTreeSet<String>,
     /// Processes that were ordered something, and when.
     ordered_at: Vec<(u32, Ask, Instant)>,
 }
@@ -183,6 +187,7 @@ impl Agent {
             told: self.hands.told().clone(),
         };
         self.end_drain(&site)?;
+        self.remove_images(&site)?;
         for act in plan(&site, &local) {
             self.act(&site, act)?;
         }
@@ -206,8 +211,47 @@ impl Agent {
         Ok(())
     }
 
+    /// Images of machines that were deleted go, and with the last of them the record that says so.
+    fn remove_images(&mut self, site: &Site) -> Result<(), AgentError> {
+        for kept in site.deleted.values() {
+            let deleted = &kept.value;
+            // One that is there all the same was put back from an older copy of the records.
+            let is_there = |vm: &Kept<Vm>| vm.value.instance == deleted.instance;
+            if !deleted.hosts.contains(&self.host.name) || site.vms.values().any(is_there) {
+                continue;
+            }
+            match self.hands.remove_image(&deleted.machine, &deleted.instance) {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    if self.unremoved.insert(deleted.instance.clone()) {
+                        tracing::warn!("machine {} was deleted: {error}", deleted.machine);
+                    }
+                    continue;
+                }
+            }
+            let mut left = deleted.clone();
+            left.hosts.remove(&self.host.name);
+            let key = Key::Deleted(&deleted.instance);
+            let change = Change::new().only_if(&key, kept.revision);
+            let change = match left.hosts.is_empty() {
+                true => change.delete(&key),
+                false => change.put(&self.store, &key, &left, None),
+            };
+            // Another host's may have come between: the next look tells.
+            if self.store.change(&change)? {
+                tracing::info!(
+                    "machine {} was deleted: its disk is not here any more",
+                    deleted.machine
+                );
+            }
+        }
+        Ok(())
+    }
+
     fn describe(&mut self, roles: Vec<RoleReport>) {
         self.host.roles = roles;
+        self.host.images = Some(self.hands.images());
         self.host.load = membership::load();
         self.host.rdma = membership::rdma(std::path::Path::new("/sys/class/infiniband"));
         self.host.written_ms = unix_ms();
@@ -230,11 +274,9 @@ impl Agent {
                 revision,
                 places,
             } => {
-                let key = Key::Vm(&vm.name);
-                let mut change =
-                    Change::new()
-                        .only_if(&key, revision)
-                        .put(&self.store, &key, &*vm, None);
+                let mut change = Change::new()
+                    .only_if(&Key::Vm(&vm.name), revision)
+                    .put_vm(&self.store, &vm);
                 if places {
                     // Not from a picture that is older than somebody else's placement: memory is given once.
                     change = change.only_if(&Key::Placements, site.placements).put(
@@ -267,7 +309,10 @@ impl Agent {
                     Start::Backup => "backup",
                 };
                 match self.hands.start(site, &self.host, &vm.value, what, number) {
-                    Ok(pid) => tracing::info!("machine {machine}: {role} started, process {pid}"),
+                    Ok(Some(pid)) => {
+                        tracing::info!("machine {machine}: {role} started, process {pid}");
+                    }
+                    Ok(None) => tracing::debug!("machine {machine}: its disk is being made"),
                     Err(error) => {
                         tracing::warn!("machine {machine}: no {role} was started: {error}")
                     }

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::config::{AgentConfig, AgentConfigError};
+use super::disks::{self, Deleted, DiskLife};
 use super::placement::{self, Role as Wanted};
 use super::record::{Answer, Drain, Host, Order, Phase, Ports, Site, Verb, Vm};
 use super::spec::{Spec, SpecError};
@@ -64,6 +65,19 @@ pub enum SiteError {
         phase: &'static str,
         /// What to do first.
         advice: String,
+    },
+    /// A machine that has no image to go on with.
+    #[error("machine {0} has no disk with an image on each host: leave out --disk-of")]
+    NoDisk(String),
+    /// A host that has no image of it.
+    #[error(
+        "host {host} tells of no image of machine {name}'s disk, or its agent is away: doppel vm show {name} names those that do"
+    )]
+    NoImage {
+        /// The machine.
+        name: String,
+        /// The host.
+        host: String,
     },
     /// Others kept changing the record.
     #[error("the record of machine {0} kept changing: try again")]
@@ -151,6 +165,8 @@ impl Access {
                 };
             }
             let port = free_port(&site).ok_or(SiteError::NoPort)?;
+            let born = site.records.get(name).map_or(0, |found| found.epoch.0);
+            let has_images = spec.disk.as_ref().is_some_and(|disk| disk.has_images());
             let vm = Vm {
                 name: name.to_owned(),
                 instance: instance.clone(),
@@ -168,12 +184,16 @@ impl Access {
                 number: 0,
                 failures: Vec::new(),
                 note: None,
+                disk: has_images.then(|| DiskLife {
+                    born,
+                    ..DiskLife::default()
+                }),
             };
             let (key, taken) = (Key::Vm(name), Key::Port(port));
             let change = Change::new()
                 .only_if(&key, 0)
                 .only_if(&taken, 0)
-                .put(&self.store, &key, &vm, None)
+                .put_vm(&self.store, &vm)
                 .put(&self.store, &taken, &name, None);
             if self.store.change(&change)? {
                 return Ok(vm);
@@ -200,11 +220,9 @@ impl Access {
             if vm == found.value {
                 return Ok(vm);
             }
-            let key = Key::Vm(name);
-            let write =
-                Change::new()
-                    .only_if(&key, found.revision)
-                    .put(&self.store, &key, &vm, None);
+            let write = Change::new()
+                .only_if(&Key::Vm(name), found.revision)
+                .put_vm(&self.store, &vm);
             if self.store.change(&write)? {
                 return Ok(vm);
             }
@@ -212,23 +230,29 @@ impl Access {
         Err(SiteError::Busy(name.to_owned()))
     }
 
-    /// Takes a machine's record away, and gives its port back.
+    /// Takes a machine's record away, gives its port back, and has its hosts remove their images of its disk: which machine it was, if any
+    /// may have one.
     ///
     /// # Errors
     /// If it is not off.
-    pub fn delete(&self, name: &str) -> Result<(), SiteError> {
+    pub fn delete(&self, name: &str) -> Result<Option<Deleted>, SiteError> {
         for _ in 0..TRIES {
             let site = self.read()?;
             let found = site.vms.get(name);
             let found = found.ok_or_else(|| SiteError::Unknown(name.to_owned()))?;
             deletable(&site, &found.value)?;
             let key = Key::Vm(name);
-            let change = Change::new()
+            let mut change = Change::new()
                 .only_if(&key, found.revision)
                 .delete(&key)
                 .delete(&Key::Port(found.value.port));
+            let deleted = deleted(&found.value);
+            if let Some(deleted) = &deleted {
+                let key = Key::Deleted(&deleted.instance);
+                change = change.put(&self.store, &key, deleted, None);
+            }
             if self.store.change(&change)? {
-                return Ok(());
+                return Ok(deleted);
             }
         }
         Err(SiteError::Busy(name.to_owned()))
@@ -382,9 +406,21 @@ fn in_phase(vm: &Vm, advice: String) -> SiteError {
 /// Has a machine started.
 ///
 /// # Errors
-/// If it runs, or may run for all that is known and `cold` does not say that it does not.
-pub fn start(site: &Site, vm: &mut Vm, cold: bool) -> Result<(), SiteError> {
+/// If it runs, or may run for all that is known and `cold` does not say that it does not; if it is to go on with the image of a host, `of`, that
+/// has none.
+pub fn start(site: &Site, vm: &mut Vm, cold: bool, of: Option<&str>) -> Result<(), SiteError> {
     let name = &vm.name;
+    if let Some(of) = of {
+        if vm.disk.is_none() {
+            return Err(SiteError::NoDisk(name.clone()));
+        }
+        if disks::images(site, vm).all(|(host, _)| host.name != of) {
+            return Err(SiteError::NoImage {
+                name: name.clone(),
+                host: of.to_owned(),
+            });
+        }
+    }
     if site.is_anywhere(name) {
         return Err(in_phase(
             vm,
@@ -400,6 +436,9 @@ pub fn start(site: &Site, vm: &mut Vm, cold: bool) -> Result<(), SiteError> {
         ));
     }
     vm.phase = Phase::Starting { on: None, cold };
+    if let Some(disk) = &mut vm.disk {
+        disk.of = of.map(str::to_owned);
+    }
     vm.backup = None;
     vm.failures.clear();
     vm.note = None;
@@ -485,6 +524,16 @@ pub fn left(site: &Site, host: &Host, now_ms: u64) -> Result<Left, SiteError> {
     Ok(left)
 }
 
+/// What is left of a machine when its record is gone.
+fn deleted(vm: &Vm) -> Option<Deleted> {
+    let life = vm.disk.as_ref().filter(|life| !life.hosts.is_empty())?;
+    Some(Deleted {
+        machine: vm.name.clone(),
+        instance: vm.instance.clone(),
+        hosts: life.hosts.clone(),
+    })
+}
+
 fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
     if !vm.phase.is_off() {
         let advice = format!("turn it off first (doppel vm stop {})", vm.name);
@@ -500,6 +549,7 @@ fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::disks::ImageReport;
     use crate::agent::record::Kept;
     use crate::agent::tests::{put, role_of, site, vm};
     use crate::control::status::Role;
@@ -528,9 +578,11 @@ mod tests {
             phase: Phase::Running,
             ..vm("kv")
         };
-        let why = start(&site, &mut lost, false).unwrap_err().to_string();
+        let why = start(&site, &mut lost, false, None)
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("--cold-start"), "{why}");
-        start(&site, &mut lost, true).unwrap();
+        start(&site, &mut lost, true, None).unwrap();
         assert!(matches!(
             lost.phase,
             Phase::Starting {
@@ -540,8 +592,42 @@ mod tests {
         ));
         let role = role_of("kv", Role::Primary, Standing::Unprotected);
         site.hosts.get_mut("a").unwrap().value.roles.push(role);
-        let why = start(&site, &mut lost, true).unwrap_err().to_string();
+        let why = start(&site, &mut lost, true, None).unwrap_err().to_string();
         assert!(why.contains("has a process"), "{why}");
+    }
+
+    #[test]
+    fn a_machine_goes_on_with_an_image_that_is_there() {
+        let mut site = site(&["a", "b"]);
+        let mut db = Vm {
+            phase: Phase::Stopped,
+            ..vm("db")
+        };
+        let refused = |site: &Site, db: &Vm, of| {
+            let said = start(site, &mut db.clone(), false, Some(of));
+            said.unwrap_err().to_string()
+        };
+        assert!(refused(&site, &db, "a").contains("leave out --disk-of"));
+        db.disk = Some(DiskLife::default());
+        assert_eq!(deleted(&db), None, "it was never placed");
+        db.assign("a", 0);
+        db.assign("b", 0);
+        db.assign("a", 0);
+        assert!(refused(&site, &db, "a").contains("tells of no image"));
+        let image = ImageReport {
+            machine: "db".into(),
+            instance: db.instance.clone(),
+            bytes: 512,
+            mark: None,
+        };
+        site.hosts.get_mut("a").unwrap().value.images = Some(vec![image]);
+        assert!(refused(&site, &db, "b").contains("tells of no image"));
+        start(&site, &mut db, false, Some("a")).unwrap();
+        assert_eq!(db.disk.as_ref().unwrap().of.as_deref(), Some("a"));
+        // The next one is without.
+        start(&site, &mut db, false, None).unwrap();
+        assert_eq!(db.disk.as_ref().unwrap().of, None);
+        assert!(deleted(&db).unwrap().hosts.iter().eq(["a", "b"]));
     }
 
     #[test]

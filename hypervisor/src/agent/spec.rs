@@ -5,6 +5,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::disks::DiskSpec;
 use crate::boot::is_built_in;
 use crate::config::{Config, ConfigError, GuestCpu, Transport};
 use crate::control::is_name;
@@ -44,6 +45,9 @@ pub struct Spec {
     pub clock: Option<ClockSource>,
     /// Its backup may be on the host of its primary.
     pub same_host: bool,
+    /// Its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskSpec>,
 }
 
 impl Default for Spec {
@@ -62,6 +66,7 @@ impl Default for Spec {
             preempt: Strategy::default(),
             clock: None,
             same_host: false,
+            disk: None,
         }
     }
 }
@@ -91,6 +96,14 @@ pub enum SpecError {
         /// How many.
         bytes: usize,
     },
+    /// The disk.
+    #[error("{0}")]
+    Disk(String),
+    /// Two images of one disk in one place.
+    #[error(
+        "each host has one image of a machine's disk, so its sides are on two hosts: leave out --same-host"
+    )]
+    SameHost,
     /// As for a machine of one host.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -110,7 +123,14 @@ impl Spec {
         {
             return Err(SpecError::Guest);
         }
-        for path in self.files() {
+        if let Some(disk) = &self.disk {
+            disk.check().map_err(SpecError::Disk)?;
+            if disk.has_images() && self.same_host {
+                return Err(SpecError::SameHost);
+            }
+        }
+        let of_disk = self.disk.iter().filter_map(DiskSpec::file);
+        for path in self.files().into_iter().chain(of_disk.map(Path::to_owned)) {
             let plain = path
                 .components()
                 .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -128,7 +148,7 @@ impl Spec {
         Ok(self.config(name).check()?)
     }
 
-    /// The files that a host must have to start it.
+    /// The files that a host must have to start it, whatever its disk is.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
         let guest = self.guest.as_deref().filter(|guest| !is_built_in(guest));
@@ -159,6 +179,11 @@ impl Spec {
         config.pair.transport = self.transport;
         config.preempt.strategy = self.preempt;
         config.replicate.mode = self.replicate;
+        if let Some(disk) = &self.disk {
+            // Wherever its image is.
+            config.disk.image = Some("image".into());
+            config.disk.read_only = !disk.has_images();
+        }
         config
     }
 
@@ -252,6 +277,27 @@ mod tests {
             ("kv", |spec| spec.command_line = "a\nb".into(), "control"),
             ("kv", |spec| spec.command_line = "x".repeat(2049), "2049"),
             ("kv", |spec| spec.clock = Some(ClockSource::Page), "clock"),
+            (
+                "kv",
+                |spec| spec.disk = Some(DiskSpec::Empty { bytes: 1 }),
+                "whole sectors",
+            ),
+            (
+                "kv",
+                |spec| {
+                    spec.disk = Some(DiskSpec::Empty { bytes: 512 });
+                    spec.same_host = true;
+                },
+                "leave out --same-host",
+            ),
+            (
+                "kv",
+                |spec| {
+                    let file = "/images/../etc/shadow".into();
+                    spec.disk = Some(DiskSpec::CopyOf { file });
+                },
+                "absolute",
+            ),
         ] {
             let why = refused(name, change);
             assert!(why.contains(word), "{word}: {why}");
@@ -274,5 +320,13 @@ mod tests {
     fn survives_being_written() {
         let text = serde_json::to_string(&kv()).unwrap();
         assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), kv());
+        assert!(!text.contains("disk"), "{text}");
+        let db = Spec {
+            disk: Some(DiskSpec::Empty { bytes: 512 }),
+            ..kv()
+        };
+        db.check("db").unwrap();
+        let text = serde_json::to_string(&db).unwrap();
+        assert_eq!(serde_json::from_str::<Spec>(&text).unwrap(), db);
     }
 }

@@ -7,9 +7,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::disks::Deleted;
 use super::record::{Answer, Drain, Host, Kept, Order, Site, Vm};
-use super::seal;
+use super::seal::{self, Form};
 use crate::arbiter::{Client, Cluster, EtcdError, Header, base64, parse, record_of};
+use crate::control::is_name;
 use crate::handshake::Secret;
 
 const RANGE: &str = "/v3/kv/range";
@@ -28,6 +30,7 @@ const PORTS: &str = "doppel/site/ports/";
 const DRAINS: &str = "doppel/site/drains/";
 const ORDERS: &str = "doppel/site/orders/";
 const ANSWERS: &str = "doppel/site/answers/";
+const DELETED: &str = "doppel/site/deleted/";
 const PLACEMENTS: &str = "doppel/site/placements";
 const RECORDS: &str = "doppel/machines/";
 
@@ -50,6 +53,8 @@ pub enum Key<'a> {
     Order(&'a str),
     /// An order's answer.
     Answer(&'a str),
+    /// That of a machine that is deleted, by its instance.
+    Deleted(&'a str),
     /// The last placement.
     Placements,
 }
@@ -63,6 +68,7 @@ impl Key<'_> {
             Self::Drain(host) => format!("{DRAINS}{host}"),
             Self::Order(machine) => format!("{ORDERS}{machine}"),
             Self::Answer(id) => format!("{ANSWERS}{id}"),
+            Self::Deleted(instance) => format!("{DELETED}{instance}"),
             Self::Placements => PLACEMENTS.to_owned(),
         }
     }
@@ -95,7 +101,28 @@ impl Change {
     /// This key gets this value.
     #[must_use]
     pub fn put(
+        self,
+        store: &Store,
+        key: &Key<'_>,
+        value: &impl Serialize,
+        lease: Option<Lease>,
+    ) -> Self {
+        self.put_for(Form::Any, store, key, value, lease)
+    }
+
+    /// This machine's record. An agent that knows no disks would write one without its disk.
+    #[must_use]
+    pub fn put_vm(self, store: &Store, vm: &Vm) -> Self {
+        let form = match vm.spec.disk {
+            Some(_) => Form::WithDisks,
+            None => Form::Any,
+        };
+        self.put_for(form, store, &Key::Vm(&vm.name), vm, None)
+    }
+
+    fn put_for(
         mut self,
+        form: Form,
         store: &Store,
         key: &Key<'_>,
         value: &impl Serialize,
@@ -103,7 +130,7 @@ impl Change {
     ) -> Self {
         let (key, text) = (key.text(), serde_json::to_string(value));
         let text = text.expect("plain fields always encode");
-        let value = seal::seal(&store.secret, &key, &text);
+        let value = seal::seal(&store.secret, form, &key, &text);
         let mut put = json!({
             "key": base64::encode(key.as_bytes()), "value": base64::encode(value.as_bytes()),
         });
@@ -220,7 +247,7 @@ impl Store {
                 let host = json_of::<Host>(text).filter(|host| host.name == name)?;
                 site.hosts.insert(name.to_owned(), kept(host, revision));
             } else if let Some(name) = key.strip_prefix(VMS) {
-                let vm = json_of::<Vm>(text).filter(|vm| vm.name == name)?;
+                let vm = json_of::<Vm>(text).filter(|vm| vm.name == name && is_name(name))?;
                 site.vms.insert(name.to_owned(), kept(vm, revision));
             } else if let Some(port) = key.strip_prefix(PORTS) {
                 site.ports.insert(port.parse().ok()?, json_of(text)?);
@@ -233,6 +260,11 @@ impl Store {
                     .insert(machine.to_owned(), kept(order, revision));
             } else if let Some(id) = key.strip_prefix(ANSWERS) {
                 site.answers.insert(id.to_owned(), json_of(text)?);
+            } else if let Some(instance) = key.strip_prefix(DELETED) {
+                let of_it = |deleted: &Deleted| deleted.instance == instance;
+                let deleted = json_of::<Deleted>(text).filter(of_it)?;
+                site.deleted
+                    .insert(instance.to_owned(), kept(deleted, revision));
             } else if key == PLACEMENTS {
                 site.placements = revision;
             }
@@ -304,7 +336,10 @@ fn kept<T>(value: T, revision: i64) -> Kept<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::agent::disks::{DiskLife, DiskSpec};
     use crate::agent::tests::{host, vm};
     use crate::arbiter::Endpoint;
 
@@ -333,7 +368,7 @@ mod tests {
         let store = store();
         let change = Change::new()
             .put(&store, &Key::Host("a"), &host("a"), Some(Lease(5)))
-            .put(&store, &Key::Vm("kv"), &vm("kv"), None)
+            .put_vm(&store, &vm("kv"))
             .put(&store, &Key::Port(7700), &"kv", None)
             .put(&store, &Key::Answer("1"), &Answer::Done("so".into()), None)
             .put(&store, &Key::Placements, &"a", None);
@@ -348,6 +383,12 @@ mod tests {
         assert_eq!(site.answers["1"], Answer::Done("so".into()));
         assert!(site.foreign.is_empty());
 
+        // No file's name is made of a name that is none.
+        let astray = Change::new().put(&store, &Key::Vm("../kv"), &vm("../kv"), None);
+        let mut nobody = Site::default();
+        store.take_in(&mut nobody, &returned(&astray)[0]);
+        assert!(nobody.vms.is_empty() && nobody.foreign == ["doppel/site/vms/../kv"]);
+
         // One that was moved, or that others wrote, is shown to nobody.
         let mut moved = returned(&change);
         moved[0].key = Some(base64::encode(b"doppel/site/hosts/b"));
@@ -358,6 +399,36 @@ mod tests {
         }
         assert!(site.hosts.is_empty() && site.vms.is_empty());
         assert_eq!(site.foreign.len(), 2);
+    }
+
+    #[test]
+    fn a_machine_with_a_disk_is_for_agents_that_know_disks() {
+        let store = store();
+        let of = |change: &Change| {
+            let value = returned(change)[0].value.clone().unwrap();
+            String::from_utf8(base64::decode(&value).unwrap()).unwrap()
+        };
+        let mut db = vm("db");
+        let without = of(&Change::new().put_vm(&store, &db));
+        assert!(without.starts_with("doppel-site-1 ") && !without.contains("disk"));
+        db.spec.disk = Some(DiskSpec::Empty { bytes: 512 });
+        db.disk = Some(DiskLife::default());
+        let deleted = Deleted {
+            machine: "db".into(),
+            instance: "1".into(),
+            hosts: BTreeSet::from(["a".into()]),
+        };
+        let change =
+            Change::new()
+                .put_vm(&store, &db)
+                .put(&store, &Key::Deleted("1"), &deleted, None);
+        assert!(of(&change).starts_with("doppel-site-2 "));
+        let mut site = Site::default();
+        for pair in returned(&change) {
+            store.take_in(&mut site, &pair);
+        }
+        assert_eq!(site.vms["db"].value, db);
+        assert_eq!(site.deleted["1"].value, deleted);
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub fn host(name: &str) -> Host {
         console: Some(7699),
         boot: "first".into(),
         roles: Vec::new(),
+        images: Some(Vec::new()),
     }
 }
 
@@ -48,6 +49,7 @@ pub fn vm(name: &str) -> Vm {
         number: 0,
         failures: Vec::new(),
         note: None,
+        disk: None,
     }
 }
 

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! **Durability.** A record that is in place outlives any process, since the kernel has it. [`Durability::PowerLoss`]
-//! syncs file and directory before a swap is reported, so that it outlives the host, too.
+//! syncs file and directory before a swap is reported, so that it outlives the host, too: a record that a host took with it would
+//! name the one that served before as the machine's owner, and its memory or image as the newer one.
 //!
 //! **Pruning** removes the oldest numbers and keeps the newest [`KEPT`]. A process that was frozen between reading
 //! and linking may then find its number free though it was taken long ago; therefore a swap looks again after its
@@ -45,9 +46,9 @@ const ASIDE: &str = ".aside-";
 /// What a swap outlives once it is reported. It outlives the death of every process in either case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// A crash of the host or its power: file and directory are synced. For a directory on a disk.
+    /// A crash of the host or its power: file and directory are synced. For two hosts, and for machines with a disk.
     PowerLoss,
-    /// Only processes. For a directory in memory, or a pair on one host, which a power loss ends as a whole.
+    /// Only processes. For a pair on one host, of which nothing outlives a loss of power: a swap then takes no longer than a file does.
     ProcessDeath,
 }
 

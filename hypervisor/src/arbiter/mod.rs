@@ -81,15 +81,25 @@ pub trait Arbiter: sealed::Sealed + Send {
     }
 }
 
-/// The arbiter of `machine` at this place.
+/// The arbiter of `machine` at this place, for those who only look.
 ///
 /// # Errors
 /// What the place's own arbiter says when it is opened.
 pub fn open(place: &Place, machine: &str) -> Result<Box<dyn Arbiter>, ArbiterError> {
+    open_for(place, machine, Durability::PowerLoss)
+}
+
+/// The arbiter of `machine` at this place, whose swaps are to outlive that. (etcd has a durability of its own.)
+///
+/// # Errors
+/// What the place's own arbiter says when it is opened.
+pub fn open_for(
+    place: &Place,
+    machine: &str,
+    durability: Durability,
+) -> Result<Box<dyn Arbiter>, ArbiterError> {
     Ok(match place {
-        Place::Directory(path) => {
-            Box::new(FileArbiter::open(path, machine, Durability::ProcessDeath)?)
-        }
+        Place::Directory(path) => Box::new(FileArbiter::open(path, machine, durability)?),
         Place::Etcd(cluster) => Box::new(EtcdArbiter::open(cluster, machine)?),
     })
 }

@@ -17,7 +17,8 @@ use super::Failure;
                   secret = \"/etc/doppel/site.secret\"    # doppel secret FILE makes it; the same on every host\n  \
                   address = \"192.0.2.1\"                 # this host's, for the other hosts\n  \
                   memory_mib = 65536                    # for machines\n  \
-                  bridge = \"br0\"                        # to which guests are cabled\n\n\
+                  bridge = \"br0\"                        # to which guests are cabled\n  \
+                  disks = \"/var/lib/doppel/disks\"       # images of machines' disks\n\n\
                   Examples:\n  doppel agent\n  doppel agent --config /etc/doppel/agent.toml --check"
 )]
 pub struct AgentArgs {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use hypervisor::agent::config::{AgentConfig, DEFAULT};
 use hypervisor::agent::consoles::AtSite;
+use hypervisor::agent::disks::DiskSpec;
 use hypervisor::agent::record::{Phase, Site, Verb};
 use hypervisor::agent::site::{self, Access, Left, SiteError};
 use hypervisor::agent::spec::{Spec, SpecError};
@@ -32,6 +33,7 @@ use super::pair::By;
                   Ends 0 if it was done, 1 if not (the message says why), 2 if it was said wrongly.\n\n\
                   Examples:\n  \
                   doppel vm create kv --guest kv --memory 64 --command-line \"ip=192.0.2.77/24\"\n  \
+                  doppel vm create db --guest disk --disk 10G --no-network\n  \
                   doppel vm list\n  \
                   doppel vm switch kv\n  \
                   doppel vm drain host-a                # before it is serviced; doppel vm undrain host-a after\n  \
@@ -68,7 +70,7 @@ enum VmVerb {
     Undrain(HostArgs),
     Start(StartArgs),
     Stop(StopArgs),
-    /// Forget a machine that is off, and free its port
+    /// Forget a machine that is off, remove its disk from all hosts, and free its port
     Delete(NameArgs),
 }
 
@@ -76,7 +78,12 @@ enum VmVerb {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Files are named by absolute paths below the agents' `images`, and are the same on every host that may start the machine.\n\
-                  Example:\n  doppel vm create web --kernel /var/lib/doppel/vmlinux --initrd /var/lib/doppel/web.img --memory 512"
+                  A disk has an image on each host that has a role of the machine, in the agents' `disks`: made by --disk 10G, or as a copy of the\n\
+                  file that --disk names, when the machine is started for the first time; kept until doppel vm delete. With read-only the file\n\
+                  itself is the disk, on every host.\n\
+                  Examples:\n  doppel vm create web --kernel /var/lib/doppel/vmlinux --initrd /var/lib/doppel/web.img --memory 512\n  \
+                  doppel vm create db --kernel /var/lib/doppel/vmlinux --initrd /var/lib/doppel/db.img --memory 512 --disk 10G\n  \
+                  doppel vm create db2 --guest disk --no-network --disk /var/lib/doppel/base.img"
 )]
 struct CreateArgs {
     /// Its name at the site, and at the arbiter
@@ -105,6 +112,9 @@ struct CreateArgs {
     /// Without a network
     #[arg(long)]
     no_network: bool,
+    /// Its disk: a size, such as 10G or 512M, or a file whose copy it is at first
+    #[arg(long, value_name = "SIZE|FILE[,replicated][,read-only]")]
+    disk: Option<DiskSpec>,
     /// What carries its log: tcp or rdma
     #[arg(long, value_name = "tcp|rdma", value_parser = carrier, default_value = "tcp")]
     transport: Transport,
@@ -195,7 +205,7 @@ struct HostArgs {
     host: Option<String>,
 }
 
-/// Start a machine that is off
+/// Start a machine that is off: one with a disk where the newest image of that is
 #[derive(Debug, Args)]
 struct StartArgs {
     /// The machine
@@ -203,6 +213,9 @@ struct StartArgs {
     /// Although the arbiter's record says that it may run: you know that no process of it does. What was in its memory is gone
     #[arg(long)]
     cold_start: bool,
+    /// On this host, with what it has of the disk: you know that no newer image will come back. What was written since is gone
+    #[arg(long, value_name = "HOST")]
+    disk_of: Option<String>,
 }
 
 /// Turn a machine off, on both sides
@@ -254,7 +267,7 @@ pub fn vm(args: &VmArgs) -> Result<(), Failure> {
             println!("host {host}: not drained");
             Ok(())
         }
-        VmVerb::Start(start) => site.start(&start.name, start.cold_start),
+        VmVerb::Start(start) => site.start(start),
         VmVerb::Stop(stop) => site.stop(&stop.name, stop.lost),
         VmVerb::Delete(of) => site.delete(&of.name),
     }
@@ -286,6 +299,7 @@ impl At {
             preempt: args.preempt,
             clock: args.clock,
             same_host: args.same_host,
+            disk: args.disk.clone(),
         };
         let name = &args.name;
         self.access
@@ -394,10 +408,12 @@ impl At {
         ))
     }
 
-    fn start(&self, name: &str, cold: bool) -> Result<(), Failure> {
-        self.access
-            .change(name, |site, vm| site::start(site, vm, cold))?;
-        self.until_it_runs(name)
+    fn start(&self, args: &StartArgs) -> Result<(), Failure> {
+        let of = args.disk_of.as_deref();
+        self.access.change(&args.name, |site, vm| {
+            site::start(site, vm, args.cold_start, of)
+        })?;
+        self.until_it_runs(&args.name)
     }
 
     fn stop(&self, name: &str, lost: bool) -> Result<(), Failure> {
@@ -415,8 +431,34 @@ impl At {
     }
 
     fn delete(&self, name: &str) -> Result<(), Failure> {
-        self.access.delete(name)?;
-        println!("{name}: deleted");
+        let deleted = self.access.delete(name)?;
+        let Some(deleted) = deleted.filter(|_| !self.within.is_zero()) else {
+            println!("{name}: deleted");
+            return Ok(());
+        };
+        let (mut there, mut away) = (Vec::new(), Vec::new());
+        self.access.until(self.within, |site| {
+            let left = site.deleted.get(&deleted.instance);
+            let hosts = left.into_iter().flat_map(|left| left.value.hosts.clone());
+            (there, away) = hosts.partition(|host| site.hosts.contains_key(host));
+            Ok(there.is_empty())
+        })?;
+        if !there.is_empty() {
+            let hosts = there.join(", ");
+            return Err(Failure::new(
+                Failure::ERROR,
+                format!(
+                    "machine {name} is deleted, and its disk is not yet removed on {hosts}: the agents there say why"
+                ),
+            ));
+        }
+        match &*away {
+            [] => println!("{name}: deleted"),
+            away => println!(
+                "{name}: deleted; its disk on {} is removed when that is back",
+                away.join(", ")
+            ),
+        }
         Ok(())
     }
 

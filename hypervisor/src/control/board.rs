@@ -41,6 +41,8 @@ pub struct State {
 pub(super) enum Update {
     /// The machine's figures are there from now on.
     Attach(Arc<Samples>, Arc<Orders>),
+    /// There is no machine any more, or not yet.
+    Detach,
     /// The role stands so.
     Stands(State),
     /// Where the peer's heartbeats come from, if there is a peer.
@@ -178,6 +180,16 @@ impl Board {
             now.stage = Some(Arc::clone(stage));
         }
         self.leave(Update::Attach(Arc::clone(samples), Arc::clone(orders)));
+    }
+
+    /// The machine came to nothing: nothing of it is held here any longer.
+    pub fn detach(&self) {
+        {
+            let mut now = self.now();
+            now.orders = None;
+            now.stage = None;
+        }
+        self.leave(Update::Detach);
     }
 
     /// What the guest's console has let out of late.

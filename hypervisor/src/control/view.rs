@@ -142,6 +142,7 @@ impl View {
     pub(super) fn take(&mut self, update: Update, now: Instant) -> Option<Change> {
         match update {
             Update::Attach(samples, orders) => self.figures = Some((samples, orders)),
+            Update::Detach => self.figures = None,
             Update::Peer(address) => self.peer = address,
             Update::Said(happened) => self.note(happened),
             Update::Ordered(ordered) => self.ordered = Some(ordered),
@@ -403,10 +404,12 @@ fn average(seconds: impl Iterator<Item = Totals>) -> Totals {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::board::Board;
     use super::*;
     use crate::backends::wait::Wake;
     use crate::position::Position;
     use crate::protocol::{Identity, Record};
+    use crate::stage::Stage;
 
     fn view(role: Role) -> View {
         let about = About {
@@ -550,6 +553,37 @@ pub(super) mod tests {
         view.take(Update::Attach(samples, orders), Instant::now());
         stands(&mut view, Role::Primary, Standing::Protected);
         view
+    }
+
+    /// A backup whose primary died while it joined waits for another, with what it held before.
+    #[test]
+    fn nothing_of_a_machine_that_came_to_nothing_is_held() {
+        let board = Board::new("kv", Role::Backup).unwrap();
+        let wake = Arc::new(Wake::new().unwrap());
+        let samples: Arc<Samples> = Arc::default();
+        let orders = Arc::new(Orders::new(Arc::clone(&wake)));
+        let stage = Arc::new(Stage::new(wake));
+        let mut view = view(Role::Backup);
+        let held = || {
+            [
+                Arc::strong_count(&samples),
+                Arc::strong_count(&orders),
+                Arc::strong_count(&stage),
+            ]
+        };
+        board.attach(&samples, &orders, &stage);
+        while let Some(update) = board.next() {
+            view.take(update, Instant::now());
+        }
+        assert_eq!(held(), [2, 3, 2]);
+        orders.working(Position(1000));
+        assert_eq!(view.status(Instant::now()).position, 1000);
+        board.detach();
+        while let Some(update) = board.next() {
+            view.take(update, Instant::now());
+        }
+        assert_eq!(held(), [1, 1, 1]);
+        assert_eq!(view.status(Instant::now()).position, 0);
     }
 
     #[test]

@@ -101,9 +101,16 @@ impl Errand {
             (Request::Swap { to, .. }, Answer::Swapped) => {
                 return (Some(Outcome::Swapped(to)), back);
             }
-            // A record that is still `from` was not lost to anybody: the arbiter's view was out of date.
-            (Request::Swap { from, .. }, Answer::Lost(Some(found))) if found != from => {
+            // A record that is still `from` was not lost to anybody, nor is one from before it: the arbiter's view was out of date.
+            (Request::Swap { from, .. }, Answer::Lost(Some(found)))
+                if found != from && found.rank() >= from.rank() =>
+            {
                 return (Some(Outcome::Lost(found)), back);
+            }
+            (Request::Swap { from, .. }, Answer::Lost(Some(found))) => {
+                format!(
+                    "it answers with what was before ({found}), and {from} was the machine's record"
+                )
             }
             (Request::Read, Answer::Read(Some(found))) => {
                 return (Some(Outcome::Read(found)), back);

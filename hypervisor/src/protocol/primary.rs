@@ -492,7 +492,9 @@ impl Primary {
         };
         let (outcome, notice) = errand.answer(now, answer, &self.timing);
         actions.extend(notice.map(Action::Say));
-        let Some(outcome) = outcome else { return };
+        let Some(outcome) = outcome else {
+            return self.lost_meanwhile(now, actions);
+        };
         self.errand = None;
         match outcome {
             Outcome::Read(found) if self.phase == Phase::Sounding => {

@@ -3,6 +3,7 @@
 mod candidate;
 mod replace;
 mod roles;
+mod stale;
 mod switch;
 
 use super::heartbeat::MachineId;

@@ -8,6 +8,17 @@ use rdma_log::{Marks, Seq};
 use crate::disk::Done;
 use crate::flight::Tape;
 
+/// Whether the staged inputs that an entry applies have come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inputs {
+    /// They have; or they must have, and whoever takes them is told what is wrong.
+    Here,
+    /// They may still come: over some networks the lanes are not in step.
+    Coming,
+    /// They never will: the log's writer met its end before they had committed, and so let nothing out that came of the entry.
+    Lost,
+}
+
 /// Where a replayer gets its log.
 pub trait LogSource {
     /// The next entry of the events lane, if it has come. The payload is valid until the next call.
@@ -16,7 +27,16 @@ pub trait LogSource {
     /// [`LogError`]: the log is unusable from here on.
     fn next(&mut self) -> Result<Option<Arrived<'_>>, LogError>;
 
-    /// The next staged frame. An entry that applies it committed after it, so it must be there.
+    /// Whether so many staged inputs of either kind, which an entry that has come applies, are there to be taken.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    fn inputs(&mut self, frames: u32, dones: u32) -> Result<Inputs, LogError> {
+        let _ = (frames, dones);
+        Ok(Inputs::Here)
+    }
+
+    /// The next staged frame. An entry that applies it is replayed after [`inputs`](Self::inputs) said that it is there.
     ///
     /// # Errors
     /// [`LogError`], also if it is not there.
@@ -57,6 +77,11 @@ pub trait LogSource {
 
     /// Waits until something may have come.
     fn wait(&mut self, longest: Duration);
+
+    /// The same for staged inputs.
+    fn wait_for_inputs(&mut self, longest: Duration) {
+        self.wait(longest);
+    }
 }
 
 /// An entry that has come.

@@ -1,8 +1,9 @@
 //! The replayer's part of the flight recorder: what comes goes onto its tape before it is run, so that what a machine died of is there.
 #![forbid(unsafe_code)]
 
+use super::late::applied;
 use super::{LogSource, ReplayError, Replayer};
-use crate::entry::{Base, Body, Entry, LoggedInput};
+use crate::entry::{Base, Entry};
 use crate::flight::Tape;
 
 /// A tape, and the entry that came last.
@@ -17,21 +18,6 @@ impl Taping {
         self.payload.clear();
         self.payload.extend_from_slice(payload);
     }
-}
-
-/// Staged inputs that an entry applies: frames, answers of the disk.
-fn applied(entry: &Entry) -> (u32, u32) {
-    let (mut frames, mut dones) = (0, 0);
-    if let Body::Step(step) = &entry.body {
-        for input in &step.inputs {
-            match input {
-                LoggedInput::Frames { count, .. } => frames += count,
-                LoggedInput::Disk { count, .. } => dones += count,
-                _ => {}
-            }
-        }
-    }
-    (frames, dones)
 }
 
 impl<L: LogSource> Replayer<L> {

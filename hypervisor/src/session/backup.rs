@@ -5,11 +5,11 @@ mod follower;
 mod meeting;
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use rdma_log::{Fenced, Fencer};
+use rdma_log::Fencer;
 
 use super::bailiff::Bailiff;
 use super::host::Inherited;
@@ -33,6 +33,7 @@ use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Reason, Unfit};
 use crate::record::random_source;
 use crate::replay::ReplayError;
+use crate::ring_log::Proof;
 use follower::{Drained, Follower, Told};
 use meeting::Meeting;
 
@@ -110,6 +111,7 @@ fn wait_and_follow(
             Err(SessionError::Handshake(error)) => error,
             Err(error) => return Err(error),
         };
+        board.detach();
         common.reporter.say(&Said::Notice {
             text: format!("a primary was refused: {error}"),
             loud: true,
@@ -127,7 +129,7 @@ struct Following {
     protocol: Backup,
     follower: Follower,
     flight: Option<Flight>,
-    fencer: Option<(Fencer, Arc<OnceLock<Fenced>>)>,
+    fencer: (Fencer, Proof),
     claim: Option<Claim>,
     drained: Option<Drained>,
     /// Who keeps the old primary off a shared disk.
@@ -138,7 +140,19 @@ struct Following {
     handed: Option<(Duration, Instant)>,
     /// The guest's address on its link.
     mac: [u8; 6],
+    /// A signal to leave came while it took the machine over.
+    told_to_leave: bool,
 }
+
+/// Whether a backup in this phase leaves because of a signal, and not only of a second one. Whoever sent it meant a backup, without which its
+/// primary goes on; one that has won its claim may be all that there is of the machine.
+fn leaves(phase: Phase, told_before: bool) -> bool {
+    told_before || !matches!(phase, Phase::Draining | Phase::GoingLive)
+}
+
+/// What is said of one that does not.
+const STAYS: &str = "a signal to leave came while this side takes the machine over, and is not obeyed: nobody else may have the machine. Once \
+    it serves here a signal ends the machine";
 
 impl Following {
     /// For those who watch.
@@ -162,7 +176,7 @@ impl Following {
             let running = matches!(self.protocol.phase(), Phase::GoingLive | Phase::Live);
             let found = self.io.round(longest, running)?;
             let now = now();
-            while let Some(beat) = self.io.next_beat(false) {
+            for beat in self.io.new_beats(false) {
                 self.protocol
                     .handle(now, Event::Heartbeat(beat), &mut actions);
             }
@@ -175,7 +189,11 @@ impl Following {
                 self.protocol.handle(now, Event::PeerDied, &mut actions);
             }
             if found.signalled {
-                return self.leave();
+                if leaves(self.protocol.phase(), self.told_to_leave) {
+                    return self.leave();
+                }
+                self.told_to_leave = true;
+                self.say(STAYS.to_owned(), true);
             }
             while let Some((answer, claim)) = self.staff.clerk.answer() {
                 if claim.is_some() {
@@ -185,8 +203,8 @@ impl Following {
                 self.protocol
                     .handle(now, Event::Arbiter(answer), &mut actions);
             }
-            while let Ok(told) = self.follower.told.try_recv() {
-                if let Some(event) = self.hear(told) {
+            while let Some(told) = self.follower.hear() {
+                if let Some(event) = self.hear(told)? {
                     self.protocol.handle(now, event, &mut actions);
                 }
             }
@@ -235,7 +253,7 @@ impl Following {
                         self.staff.clerk.ask(request);
                     }
                     Action::Fence => {
-                        let event = self.fence();
+                        let event = self.fence()?;
                         self.protocol.handle(now, event, &mut actions);
                     }
                     // The replayer goes on to the end by itself once the proof of the fence is there.
@@ -329,18 +347,19 @@ impl Following {
     }
 
     /// What the vCPU thread says; nothing that is still to be waited for.
-    fn hear(&mut self, told: Told) -> Option<Event> {
-        Some(match told {
+    fn hear(&mut self, told: Told) -> Result<Option<Event>, SessionError> {
+        Ok(Some(match told {
             Told::Drained(drained) => {
                 self.at.drained = Timeline::now();
                 self.drained = Some(drained);
                 if self.bailiff.is_some() {
-                    return None;
+                    return Ok(None);
                 }
                 Event::Drained
             }
+            Told::Gone => Event::Unfit(Unfit::Failed(follower::GONE.into())),
             Told::Failed(ReplayError::Diverged(divergence)) => {
-                let what = self.name(*divergence).to_string();
+                let what = self.name(*divergence)?.to_string();
                 self.io.reporter.say(&Said::Diverged { what: what.clone() });
                 Event::Unfit(Unfit::Diverged(what))
             }
@@ -351,39 +370,29 @@ impl Following {
                 Event::Unfit(Unfit::Failed(error.to_string()))
             }
             Told::Failed(error) => Event::Unfit(Unfit::Corrupt(error.to_string())),
-        })
+        }))
     }
 
     /// Fences at once, so that the primary freezes with its recent exits at hand, and compares them with ours.
-    fn name(&mut self, divergence: Divergence) -> Divergence {
-        let fenced = self.fence();
-        match (&self.io.control, fenced) {
-            (Some(control), Event::Fenced) => match handshake::ask_exits(control) {
-                Ok(recorded) => divergence.narrowed(&recorded),
-                Err(_) => divergence,
-            },
+    fn name(&mut self, divergence: Divergence) -> Result<Divergence, SessionError> {
+        self.fence()?;
+        let recorded = self.io.control.as_ref().map(handshake::ask_exits);
+        Ok(match recorded {
+            Some(Ok(recorded)) => divergence.narrowed(&recorded),
             _ => divergence,
-        }
+        })
     }
 
-    fn fence(&mut self) -> Event {
-        if self.at.fenced != 0 {
-            return Event::Fenced;
+    /// Fences, once. A log that cannot be fenced can be written to for as long as this process lives, so it ends by the error: its primary
+    /// goes on alone, and a claim that it has made is taken back.
+    fn fence(&mut self) -> Result<Event, SessionError> {
+        if self.at.fenced == 0 {
+            let (fencer, proof) = &mut self.fencer;
+            let fenced = fencer.fence()?;
+            self.at.fenced = Timeline::now();
+            proof.leave(fenced);
         }
-        let Some((mut fencer, proof)) = self.fencer.take() else {
-            return Event::Unfit(Unfit::Failed("the log could not be fenced".into()));
-        };
-        match fencer.fence() {
-            Ok(fenced) => {
-                self.at.fenced = Timeline::now();
-                // The replayer takes the last reference with it, so this one goes now.
-                let _ = proof.set(fenced);
-                Event::Fenced
-            }
-            Err(error) => Event::Unfit(Unfit::Failed(format!(
-                "the log could not be fenced: {error}"
-            ))),
-        }
+        Ok(Event::Fenced)
     }
 
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.
@@ -437,10 +446,28 @@ impl Following {
         self.io.control = None;
         self.io.link = None;
         self.io.death = None;
+        // With the old ring's memory; it may wait for a thread that says good-bye.
+        drop(self.fencer);
         let protocol = self
             .protocol
             .into_primary(now())
             .expect("the gate opens only in phase live");
         serve::serve(self.io, self.staff, protocol, self.follower.thread)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backup_that_takes_over_is_not_ended_by_whoever_took_it_for_a_backup() {
+        for phase in [Phase::Following, Phase::Suspecting, Phase::Claiming] {
+            assert!(leaves(phase, false), "{phase:?}");
+        }
+        for phase in [Phase::Draining, Phase::GoingLive] {
+            assert!(!leaves(phase, false), "{phase:?}");
+            assert!(leaves(phase, true), "somebody insists");
+        }
     }
 }

@@ -13,7 +13,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -60,6 +60,7 @@ pub(super) struct Bailiff {
     claims: Sender<Record>,
     told: Receiver<Result<(), String>>,
     begun: bool,
+    over: bool,
 }
 
 /// The process that runs the fence command, if there is one. A confined thread can start none.
@@ -99,20 +100,32 @@ impl Bailiff {
             claims,
             told,
             begun: false,
+            over: false,
         })
     }
 
     /// Has it begin, once, in the name of this claim.
     pub(super) fn begin(&mut self, claim: &Record) {
         if !std::mem::replace(&mut self.begun, true) {
-            // A thread that is gone tells nothing, and this side never goes live.
+            // That of a thread that is gone shows as its outcome.
             let _ = self.claims.send(*claim);
         }
     }
 
     /// What came of it, told once.
-    pub(super) fn outcome(&self) -> Option<Result<(), String>> {
-        self.told.try_recv().ok()
+    pub(super) fn outcome(&mut self) -> Option<Result<(), String>> {
+        if !self.begun || self.over {
+            return None;
+        }
+        let outcome = match self.told.try_recv() {
+            Ok(outcome) => outcome,
+            Err(TryRecvError::Empty) => return None,
+            Err(TryRecvError::Disconnected) => {
+                Err("the thread for it is gone; this is a bug".into())
+            }
+        };
+        self.over = true;
+        Some(outcome)
     }
 }
 
@@ -217,6 +230,22 @@ mod tests {
             owner: Identity::from_bytes([owner; 16]),
             entitled: None,
         }
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_has_fenced_nothing() {
+        let ((claims, claimed), (tell, told)) = (channel(), channel());
+        let mut bailiff = Bailiff {
+            claims,
+            told,
+            begun: false,
+            over: false,
+        };
+        drop((claimed, tell));
+        assert_eq!(bailiff.outcome(), None, "nobody asked for it");
+        bailiff.begin(&record(2, 2, State::Claimed));
+        assert!(bailiff.outcome().is_some_and(|outcome| outcome.is_err()));
+        assert_eq!(bailiff.outcome(), None);
     }
 
     /// A process that has connected, and stands still: killed, it is gone when that is said.

@@ -41,6 +41,9 @@ const STARVED: Duration = Duration::from_secs(20);
 /// Datagrams of no use that are read at once: more may come than can be read, and the thread has other things to do.
 const STRAYS: usize = 64;
 
+/// Heartbeats that are read at once, for the same reason: one that was sent before is one of the pair's, whoever sends it again.
+const AT_ONCE: usize = 64;
+
 /// The socket of one pair.
 #[derive(Debug)]
 pub(super) struct Beats {
@@ -141,8 +144,13 @@ impl Beats {
         self.shared.send(&mut last, *beat, now);
     }
 
-    /// The next heartbeat of this pair that has come. Behind many strays it comes with a later call.
-    pub(super) fn receive(&self) -> Option<Heartbeat> {
+    /// The heartbeats of this pair that have come. What is behind many comes with a later call.
+    pub(super) fn come(&self) -> impl Iterator<Item = Heartbeat> + '_ {
+        std::iter::from_fn(|| self.receive()).take(AT_ONCE)
+    }
+
+    /// The next one. Behind many strays it comes with a later call.
+    fn receive(&self) -> Option<Heartbeat> {
         let mut datagram = [0; SIZE + 1];
         for _ in 0..STRAYS {
             // An error is either "nothing there" or the peer's port being closed, which is no news of ours to act on.
@@ -362,6 +370,18 @@ mod tests {
         heard(&theirs);
         std::thread::sleep(4 * EVERY);
         assert_eq!(heard(&theirs), []);
+    }
+
+    /// Whoever has heard a pair can repeat what it said, as fast as it can be read.
+    #[test]
+    fn a_flood_of_heartbeats_leaves_time_for_other_things() {
+        let [ours, theirs] = pair();
+        for _ in 0..2 * AT_ONCE {
+            ours.send(&beat());
+        }
+        assert_eq!(theirs.come().count(), AT_ONCE);
+        assert_eq!(theirs.come().count(), AT_ONCE);
+        assert_eq!(theirs.come().count(), 0);
     }
 
     #[test]

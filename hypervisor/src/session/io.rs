@@ -334,12 +334,14 @@ impl Io {
         self.beats = beats;
     }
 
-    /// The next heartbeat of the peer, which is the backup or the primary.
-    pub(super) fn next_beat(&self, peer_is_backup: bool) -> Option<Heartbeat> {
-        let beat = self.beats.as_ref()?.receive()?;
-        let position = beat.progress.position.0;
-        self.samples.meter().peer_is_at(position, peer_is_backup);
-        Some(beat)
+    /// The heartbeats of the peer, which is the backup or the primary, that have come.
+    pub(super) fn new_beats(&self, peer_is_backup: bool) -> Vec<Heartbeat> {
+        let beats: Vec<_> = self.beats.iter().flat_map(Beats::come).collect();
+        if let Some(last) = beats.last() {
+            let position = last.progress.position.0;
+            self.samples.meter().peer_is_at(position, peer_is_backup);
+        }
+        beats
     }
 
     /// From now on the guest is here: its link is told, a few times.

@@ -35,12 +35,13 @@ pub mod solo;
 mod stager;
 mod world;
 
+use crate::arbiter::{self, Arbiter, ArbiterError, Durability};
 use crate::backends::PortError;
 use crate::backends::console::ConsoleError;
 use crate::backends::disk::DiskError;
 use crate::backends::link::LinkError;
 use crate::backends::tap::{BadNetwork, TapError};
-use crate::config::Config;
+use crate::config::{Config, Transport};
 use crate::courier::Courier;
 use crate::debug::DebugError;
 use crate::file_log::FileLogError;
@@ -132,7 +133,7 @@ pub enum SessionError {
     Trust(#[from] TrustError),
     /// The arbiter.
     #[error(transparent)]
-    Arbiter(#[from] crate::arbiter::ArbiterError),
+    Arbiter(#[from] ArbiterError),
     /// The machine's record says that it runs elsewhere, or ended.
     #[error("the arbiter's record of this machine does not let it start: {0}")]
     NotOurs(String),
@@ -157,6 +158,9 @@ pub enum SessionError {
     /// The machine that runs could not be copied to a new backup.
     #[error("no copy of the running machine could be made: {0}")]
     NoCopy(String),
+    /// The log cannot be kept from being written.
+    #[error("the log cannot be fenced, so this side cannot take the machine over and ends: {0}")]
+    Fence(#[from] rdma_log::FenceError),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] crate::sandbox::SandboxError),
@@ -206,6 +210,20 @@ fn protocol_timing(config: &Config) -> Timing {
         },
         ..timing
     }
+}
+
+/// What a swap of the pair's record has to outlive: the record says which host has the machine, and which image is the newer one. Where
+/// one host has both sides, and nothing on a disk, its loss of power leaves nobody who would ask.
+fn durability(config: &Config) -> Durability {
+    match config.pair.transport {
+        Transport::Shm if config.disk.image.is_none() => Durability::ProcessDeath,
+        _ => Durability::PowerLoss,
+    }
+}
+
+/// The pair's arbiter.
+fn open_arbiter(config: &Config) -> Result<Box<dyn Arbiter>, ArbiterError> {
+    arbiter::open_for(&config.pair.arbiter, &config.name, durability(config))
 }
 
 /// How a machine of a pair is recorded, from its start or from its go-live.
@@ -272,4 +290,19 @@ fn why_it_ended(outcome: &Result<serve::Served, SessionError>) -> String {
 /// A reign as the ring's entries carry it.
 fn ring_epoch(epoch: Epoch) -> rdma_log::Epoch {
     rdma_log::Epoch(u32::try_from(epoch.0).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_somebody_asks_for_after_a_loss_of_power_outlives_it() {
+        let durability = |text: &str| durability(&Config::parse(text).unwrap());
+        assert_eq!(durability(""), Durability::ProcessDeath);
+        let tcp = "[pair]\ntransport = \"tcp\"\n";
+        assert_eq!(durability(tcp), Durability::PowerLoss);
+        let disk = "[disk]\nimage = \"a.img\"\n";
+        assert_eq!(durability(disk), Durability::PowerLoss);
+    }
 }

@@ -12,7 +12,7 @@ use super::recruit::{Recruiter, log_to};
 use super::report::Event as Said;
 use super::serve::{self, Served, Staff, Vcpu};
 use super::{SessionError, protocol_timing, record_options, why_it_ended};
-use crate::arbiter::{self, Arbiter, Swap, random_identity};
+use crate::arbiter::{Arbiter, Swap, random_identity};
 use crate::clock::GuestClock;
 use crate::config::{Config, Transport};
 use crate::control::Operator;
@@ -70,7 +70,7 @@ fn lead(
     let image = disk::open(config, true)?;
     let spec = &disk::described(spec, image.as_ref());
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
-    let arbiter = arbiter::open(&config.pair.arbiter, &config.name)?;
+    let arbiter = super::open_arbiter(config)?;
     let found = arbiter.read()?;
     if !Record::lets_start(found.as_ref(), start.cold) {
         let found = found.map_or_else(String::new, |record| record.to_string());

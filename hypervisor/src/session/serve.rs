@@ -151,7 +151,7 @@ impl Serving {
                 self.protocol.handle(now, Event::NewcomerLost, &mut actions);
             }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
-            while let Some(beat) = self.io.next_beat(true) {
+            for beat in self.io.new_beats(true) {
                 handle(Event::Heartbeat(beat));
             }
             if found.log_traffic {

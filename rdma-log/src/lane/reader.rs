@@ -71,6 +71,17 @@ pub enum ReadError {
     },
 }
 
+/// What it means that an entry is not there which was published before one of the other lane that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// It has to be there: this transport keeps the order of the lanes, and the next look says what is wrong with it.
+    Damaged,
+    /// It may still come: each lane has a way of its own.
+    Coming,
+    /// It does not come any more: its writer's end came first, and neither of the two has had an effect.
+    Lost,
+}
+
 /// What a transport puts together for the reader of a lane.
 pub(crate) struct ReaderParts {
     pub(crate) lane: Lane,
@@ -294,6 +305,18 @@ impl LaneReader {
     /// A failure of the transport.
     pub fn notify(&mut self) -> Result<(), ReadError> {
         self.port.push()
+    }
+
+    /// What it means if [`next`](LaneReader::next), called after this, has nothing that an entry of the other lane relies on.
+    ///
+    /// # Errors
+    /// A failure of the transport.
+    pub fn missing(&mut self) -> Result<Missing, ReadError> {
+        Ok(match self.port.limit()? {
+            Limit::Tail { .. } => Missing::Damaged,
+            Limit::Unknown { fenced: false } => Missing::Coming,
+            Limit::Unknown { fenced: true } => Missing::Lost,
+        })
     }
 
     /// Tells the writer that all up to `seq` was received.

@@ -386,12 +386,7 @@ fn connect_with(
     })?);
     let watch = writer.watch();
     let views = lanes.write_views(0, [ring.events, ring.inputs]);
-    let port = |lane| -> Box<dyn WritePort> {
-        Box::new(RdmaWriter {
-            lane,
-            writer: writer.clone(),
-        })
-    };
+    let port = |lane| -> Box<dyn WritePort> { Box::new(RdmaWriter::new(lane, writer.clone())) };
     let progress = Box::new(RdmaProgress(writer.clone()));
     let ring = RingWriter::assemble(there.nonce, geometries, views, port, progress);
     Ok((ring, watch))

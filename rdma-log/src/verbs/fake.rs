@@ -80,6 +80,7 @@ struct Span {
 struct Card {
     stopped: AtomicBool,
     cut: AtomicBool,
+    keeps: AtomicBool,
 }
 
 static WORLD: LazyLock<Mutex<World>> = LazyLock::new(Mutex::default);
@@ -111,6 +112,11 @@ pub fn cut(name: &str) {
     card(name).cut.store(true, Ordering::SeqCst);
 }
 
+/// The devices of this name take no registration back and destroy no queue pair from now on, or do so again.
+pub fn keep(name: &str, keeps: bool) {
+    card(name).keeps.store(keeps, Ordering::SeqCst);
+}
+
 struct Device {
     card: Arc<Card>,
     name: String,
@@ -120,6 +126,7 @@ struct Device {
 
 struct Memory {
     key: u32,
+    card: Arc<Card>,
 }
 
 /// A queue pair.
@@ -232,7 +239,7 @@ unsafe extern "C" fn register(
     keys: *mut Keys,
 ) -> Failure {
     // SAFETY: an open device.
-    let name = &unsafe { &*device.cast::<Device>() }.name;
+    let Device { name, card, .. } = unsafe { &*device.cast::<Device>() };
     for (part, errno) in [("-memlock", libc::ENOMEM), ("-gone", libc::ENODEV)] {
         if name.contains(part) {
             return refused(Step::Register, errno);
@@ -253,14 +260,22 @@ unsafe extern "C" fn register(
             local: key,
             remote: key,
         });
-        memory.write(Box::into_raw(Box::new(Memory { key })).cast());
+        let card = card.clone();
+        memory.write(Box::into_raw(Box::new(Memory { key, card })).cast());
     }
     Failure::NONE
 }
 
 unsafe extern "C" fn deregister(memory: *mut abi::Memory) -> Failure {
-    // SAFETY: made by `register`, given back once, as this never fails.
-    let memory = unsafe { Box::from_raw(memory.cast::<Memory>()) };
+    // SAFETY: made by `register`, and given back until that succeeds.
+    let memory = unsafe {
+        let memory = memory.cast::<Memory>();
+        let Memory { card, .. } = &*memory;
+        if card.keeps.load(Ordering::SeqCst) {
+            return refused(Step::Deregister, libc::EBUSY);
+        }
+        Box::from_raw(memory)
+    };
     let entry = lock(&WORLD)
         .memories
         .remove(&memory.key)
@@ -397,8 +412,15 @@ unsafe extern "C" fn quiet(device: *mut abi::Device, count: *mut u32) -> Failure
 }
 
 unsafe extern "C" fn destroy(queue: *mut abi::Queue) -> Failure {
-    // SAFETY: made by `create`, given back once, as this never fails.
-    let mut queue = unsafe { Box::from_raw(queue.cast::<Queue>()) };
+    // SAFETY: made by `create`, and given back until that succeeds.
+    let mut queue = unsafe {
+        let queue = queue.cast::<Queue>();
+        let Queue { pair, .. } = &*queue;
+        if pair.card.keeps.load(Ordering::SeqCst) {
+            return refused(Step::Destroy, libc::EBUSY);
+        }
+        Box::from_raw(queue)
+    };
     lock(&WORLD).queues.remove(&queue.number);
     lock(&queue.pair.state).destroyed = true;
     queue.pair.changed.notify_all();

@@ -11,7 +11,12 @@ use super::role::Role;
 /// The last round of which a console said that it was flushed.
 #[must_use]
 pub fn flushed(console: &Path) -> u64 {
-    let text = std::fs::read_to_string(console).unwrap_or_default();
+    flushed_in(&std::fs::read_to_string(console).unwrap_or_default())
+}
+
+/// The same of what a console has shown.
+#[must_use]
+pub fn flushed_in(text: &str) -> u64 {
     // A line that is being written says nothing yet.
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let rounds = whole

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,9 +15,9 @@ use hypervisor::kvm::KvmSource;
 use hypervisor::machine::{Machine, MachineSpec};
 use hypervisor::orders::Orders;
 use hypervisor::replay::{Arrived, LogError, LogSource, ReplayEnd, Replayer};
-use hypervisor::ring_log::RingSource;
+use hypervisor::ring_log::{Proof, RingSource};
 use rdma_log::transport::shm;
-use rdma_log::{Fenced, Fencer, Seq};
+use rdma_log::{Fencer, Seq};
 
 use super::hostile::RING;
 
@@ -86,7 +86,7 @@ impl LogSource for Watched {
 /// A backup that follows a victim.
 pub struct Follower {
     fencer: Fencer,
-    proof: Arc<OnceLock<Fenced>>,
+    proof: Proof,
     thread: JoinHandle<Result<Drained>>,
 }
 
@@ -108,9 +108,9 @@ impl Follower {
     pub fn start(stream: &UnixStream, spec: &MachineSpec) -> Result<Self> {
         let machine = Machine::new(&KvmSource::default(), spec)?;
         let ring = shm::accept(stream, &RING)?;
-        let proof = Arc::new(OnceLock::new());
+        let proof = Proof::default();
         let log = Watched {
-            ring: RingSource::new(ring.events, ring.inputs, Arc::clone(&proof)),
+            ring: RingSource::new(ring.events, ring.inputs, proof.clone()),
             decoder: Decoder::default(),
             told: Told::default(),
         };
@@ -134,7 +134,7 @@ impl Follower {
     /// If the log cannot be fenced or replayed.
     pub fn drain(mut self) -> Result<Drained> {
         let fenced = self.fencer.fence()?;
-        ensure!(self.proof.set(fenced).is_ok(), "the log was fenced twice");
+        self.proof.leave(fenced);
         match self.thread.join() {
             Ok(drained) => drained,
             Err(_) => bail!("the backup's thread panicked"),

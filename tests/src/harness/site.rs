@@ -11,53 +11,36 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hypervisor::backends::tap::set_link;
 use hypervisor::demo::namespace::{Namespace, enter_bare};
 use hypervisor::handshake::Secret;
-use serde_json::Value;
 use tempfile::TempDir;
 
 use super::etcd::{Etcd, Tls};
-use super::linear_clients::LinearClients;
 use super::program;
-use super::random::Random;
 use super::role::Role;
 use super::signal::{Signal, send};
 use super::stage::alone;
 use super::two_hosts::{CABLES, host_between, inside, two_networks};
 
-/// How many hosts there are.
-pub const HOSTS: usize = 3;
+pub mod ground;
 
-/// Their names.
-pub const NAMES: [&str; HOSTS] = ["a", "b", "c"];
-
-/// Every host.
-pub const ALL: [usize; HOSTS] = [0, 1, 2];
-
-/// The machines that promises have, and where their guests answer.
-pub const MACHINES: [(&str, SocketAddrV4); 2] = [
-    ("one", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379)),
-    ("two", SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 3), 6379)),
-];
-
-/// Connections to each: as many operations can be under way at once.
-const CLIENTS: u32 = 4;
-
-/// Answers that show that a machine serves.
-pub const ANSWERS: u64 = 100;
+pub use ground::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, SiteGround};
 
 /// How long a host is taken for a member after its agent's last word, in seconds.
-pub const LEASE: Duration = Duration::from_secs(3);
+const LEASE: Duration = Duration::from_secs(3);
 
 /// A bound for what takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a client may wait for an answer, far longer than any failover takes.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// One host.
 #[derive(Debug)]
@@ -74,8 +57,7 @@ struct Host {
 #[derive(Debug)]
 pub struct Site {
     hosts: Vec<Host>,
-    /// The records' place, and the arbiter.
-    pub etcd: Etcd,
+    etcd: Etcd,
     directory: TempDir,
     _world: Namespace,
 }
@@ -141,70 +123,34 @@ impl Site {
         .context("write a configuration of roles")?;
         let text = format!(
             "name = \"{}\"\netcd = \"{}\"\nsecret = \"{}\"\naddress = \"{}\"\nmemory_mib = 1024\nbridge = \"guests\"\n\
-             run_dir = \"{directory}/run\"\nlog_dir = \"{directory}/log\"\nimages = \"{directory}\"\nroles = \"{directory}/role.toml\"\nlease_s = {}\npoll_ms = 200\n",
+             run_dir = \"{directory}/run\"\nlog_dir = \"{directory}/log\"\nimages = \"{}\"\ndisks = \"{directory}/disks\"\nroles = \"{directory}/role.toml\"\nlease_s = {}\npoll_ms = 200\n",
             host.name,
             self.etcd.place(),
             self.directory.path().join("site.secret").display(),
             address(at),
+            self.directory.path().display(),
             LEASE.as_secs(),
         );
         fs::write(self.config(at), text).context("write an agent's configuration")
     }
 
-    /// A host's configuration.
+    /// A directory that all hosts see, below which their guests' files lie.
     #[must_use]
-    pub fn config(&self, at: usize) -> PathBuf {
-        self.hosts[at].directory.join("agent.toml")
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
-    /// Starts a host's agent: of a program that was installed in the place of the one before, whose roles run on without a file.
+    /// What lies in a host's directory of disks.
     ///
     /// # Errors
-    /// If it does not start.
-    pub fn start_agent(&mut self, at: usize) -> Result<()> {
-        let config = self.config(at);
-        let config = config.to_str().context("a path of this machine")?;
-        let host = &mut self.hosts[at];
-        host.agents += 1;
-        let name = format!("agent-{}", host.agents);
-        let directory = host.directory.clone();
-        let program = directory.join("doppel");
-        let fresh = directory.join("doppel.new");
-        fs::copy(program::doppel()?, &fresh).context("install doppel")?;
-        fs::rename(&fresh, &program).context("replace doppel")?;
-        let started = inside(&host.namespace, || {
-            Role::start_program(&program, &directory, &name, &["agent", "--config", config])
-        })?;
-        host.agent = Some(started);
-        Ok(())
-    }
-
-    /// SIGKILL to a host's agent: what it has started runs on.
-    pub fn kill_agent(&mut self, at: usize) {
-        // Killed and reaped when it is dropped.
-        self.hosts[at].agent = None;
-    }
-
-    /// Ends an agent well.
-    ///
-    /// # Errors
-    /// If it does not end, or not well.
-    pub fn stop_agent(&mut self, at: usize) -> Result<()> {
-        match self.hosts[at].agent.take() {
-            Some(mut agent) => agent.stop(PATIENCE),
-            None => Ok(()),
+    /// If it cannot be read.
+    pub fn disks(&self, at: usize) -> Result<Vec<PathBuf>> {
+        match fs::read_dir(self.hosts[at].directory.join("disks")) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed
+                .and_then(|files| files.map(|file| Ok(file?.path())).collect())
+                .context("list disks"),
         }
-    }
-
-    /// Waits until a host's agent, the one that runs now, has said this.
-    ///
-    /// # Errors
-    /// If it does not.
-    pub fn agent_says(&mut self, at: usize, word: &str) -> Result<()> {
-        let agent = self.hosts[at].agent.as_mut();
-        agent
-            .context("its agent does not run")?
-            .until(word, PATIENCE)
     }
 
     /// The processes of a host: its agent, and the roles that this or an earlier one started. They name the host's directory.
@@ -230,12 +176,72 @@ impl Site {
         found.sort_unstable();
         Ok(found)
     }
+}
 
-    /// The host is lost, silently: its cables are cut, and its processes are killed.
-    ///
-    /// # Errors
-    /// If the kernel does not do it.
-    pub fn lose(&mut self, at: usize) -> Result<()> {
+impl SiteGround for Site {
+    fn etcd(&self) -> &Etcd {
+        &self.etcd
+    }
+
+    fn lease(&self) -> Duration {
+        LEASE
+    }
+
+    fn patience(&self) -> Duration {
+        PATIENCE
+    }
+
+    fn answer_within(&self) -> Duration {
+        ANSWER_WITHIN
+    }
+
+    fn config(&self, at: usize) -> PathBuf {
+        self.hosts[at].directory.join("agent.toml")
+    }
+
+    fn start_agent(&mut self, at: usize) -> Result<()> {
+        let config = self.config(at);
+        let config = config.to_str().context("a path of this machine")?;
+        let host = &mut self.hosts[at];
+        host.agents += 1;
+        let name = format!("agent-{}", host.agents);
+        let directory = host.directory.clone();
+        let program = directory.join("doppel");
+        let fresh = directory.join("doppel.new");
+        fs::copy(program::doppel()?, &fresh).context("install doppel")?;
+        fs::rename(&fresh, &program).context("replace doppel")?;
+        let started = inside(&host.namespace, || {
+            Role::start_program(&program, &directory, &name, &["agent", "--config", config])
+        })?;
+        host.agent = Some(started);
+        Ok(())
+    }
+
+    fn kill_agent(&mut self, at: usize) -> Result<()> {
+        // Killed and reaped when it is dropped.
+        self.hosts[at].agent = None;
+        Ok(())
+    }
+
+    fn stop_agent(&mut self, at: usize) -> Result<()> {
+        match self.hosts[at].agent.take() {
+            Some(mut agent) => agent.stop(PATIENCE),
+            None => Ok(()),
+        }
+    }
+
+    fn agent_says(&mut self, at: usize, word: &str) -> Result<()> {
+        let agent = self.hosts[at].agent.as_mut();
+        agent
+            .context("its agent does not run")?
+            .until(word, PATIENCE)
+    }
+
+    fn running(&self, at: usize) -> Result<usize> {
+        Ok(self.processes(at)?.len())
+    }
+
+    fn lose(&mut self, at: usize) -> Result<()> {
         let processes = self.processes(at)?;
         inside(&self.hosts[at].namespace, || {
             CABLES
@@ -246,7 +252,7 @@ impl Site {
             // One that has ended meanwhile needs no signal.
             let _ = send(pid, Signal::Kill);
         }
-        self.kill_agent(at);
+        self.kill_agent(at)?;
         let until = Instant::now() + PATIENCE;
         while !self.processes(at)?.is_empty() {
             ensure!(Instant::now() < until, "processes of a dead host stay");
@@ -255,11 +261,7 @@ impl Site {
         Ok(())
     }
 
-    /// It comes back, as a host that has booted: its agent runs, and nothing else.
-    ///
-    /// # Errors
-    /// If it does not.
-    pub fn mend(&mut self, at: usize) -> Result<()> {
+    fn mend(&mut self, at: usize) -> Result<()> {
         inside(&self.hosts[at].namespace, || {
             CABLES
                 .iter()
@@ -268,134 +270,7 @@ impl Site {
         self.start_agent(at)
     }
 
-    /// Waits until a host is a member again.
-    ///
-    /// # Errors
-    /// If it is not in time.
-    pub fn until_member(&self, at: usize) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let hosts: Value = serde_json::from_str(&self.vm(0, &["hosts", "--json"])?)?;
-            let hosts = hosts.as_array().context("no hosts")?;
-            if hosts.iter().any(|host| host["name"] == NAMES[at]) {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < until,
-                "host {} is no member again",
-                NAMES[at]
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    /// `doppel vm` with these words, said on this host; what it printed.
-    ///
-    /// # Errors
-    /// If it does not end well.
-    pub fn vm(&self, at: usize, words: &[&str]) -> Result<String> {
-        let output = Command::new(program::doppel()?)
-            .arg("vm")
-            .args(words)
-            .arg("--config")
-            .arg(self.config(at))
-            .output()
-            .context("start doppel vm")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            output.status.success(),
-            "doppel vm {}: {}: {said}",
-            words.join(" "),
-            output.status
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    /// A machine, as `doppel vm show --json` has it.
-    ///
-    /// # Errors
-    /// If there is none.
-    pub fn show(&self, machine: &str) -> Result<Value> {
-        let text = self.vm(0, &["show", machine, "--json"])?;
-        serde_json::from_str(&text).context("read a machine's JSON")
-    }
-
-    /// Waits until a machine is protected, with its sides on two hosts that are no others than these; what it is then.
-    ///
-    /// # Errors
-    /// If it is not in time.
-    pub fn until_protected(&self, machine: &str, on: &[usize]) -> Result<Value> {
-        let until = Instant::now() + PATIENCE;
-        loop {
-            let now = self.show(machine)?;
-            let place = |side: &str| on.iter().copied().find(|at| now[side] == NAMES[*at]);
-            if now["protected"] == true
-                && let (Some(serves), Some(follows)) = (place("served_by"), place("followed_by"))
-            {
-                ensure!(serves != follows, "both sides of {machine} are on one host");
-                return Ok(now);
-            }
-            if Instant::now() >= until {
-                bail!("{machine} is not protected: {now:#}\n{}", self.said());
-            }
-            std::thread::sleep(Duration::from_millis(150));
-        }
-    }
-
-    /// Makes both machines, from different hosts, and has clients talk to them.
-    ///
-    /// # Errors
-    /// If they are not protected in time.
-    pub fn create_machines(&self, random: &mut Random) -> Result<Vec<LinearClients>> {
-        for (from, (name, address)) in MACHINES.iter().enumerate() {
-            let words = format!("--command-line=ip={}/24", address.ip());
-            let create = ["create", name, "--guest", "kv", "--memory", "32", &words];
-            let said = self.vm(from, &create)?;
-            ensure!(
-                said == format!("{name}: protected\n"),
-                "create said {said:?}"
-            );
-            self.until_protected(name, &ALL)?;
-        }
-        let refused = self.vm(2, &["create", "one", "--guest", "kv"]);
-        ensure!(refused.is_err(), "one name was given twice");
-        MACHINES
-            .iter()
-            .map(|(_, address)| LinearClients::start(*address, CLIENTS, random.next()))
-            .collect()
-    }
-
-    /// Everything ends by command, and nothing is left.
-    ///
-    /// # Errors
-    /// If something is.
-    pub fn turn_off(&mut self) -> Result<()> {
-        for (name, _) in MACHINES {
-            ensure!(
-                self.vm(1, &["delete", name]).is_err(),
-                "a machine that runs was deleted"
-            );
-            let said = self.vm(1, &["stop", name])?;
-            ensure!(said == format!("{name}: off\n"), "{said:?}");
-            let off = self.show(name)?;
-            ensure!(off["state"] == "stopped", "{off:#}");
-            self.vm(0, &["delete", name])?;
-        }
-        for at in ALL {
-            self.stop_agent(at)?;
-            let left = self.processes(at)?;
-            ensure!(
-                left.is_empty(),
-                "host {} still has processes {left:?}",
-                NAMES[at]
-            );
-        }
-        Ok(())
-    }
-
-    /// What everybody has said: for a failure's report.
-    #[must_use]
-    pub fn said(&self) -> String {
+    fn said(&self) -> String {
         let mut text = String::new();
         for host in &self.hosts {
             let logs = [host.directory.clone(), host.directory.join("log")];
@@ -420,7 +295,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         for at in 0..HOSTS {
             // Agents go with their `Role`; what they started is nobody's child any more.
-            self.kill_agent(at);
+            self.hosts[at].agent = None;
             for pid in self.processes(at).unwrap_or_default() {
                 let _ = send(pid, Signal::Kill);
             }

@@ -19,6 +19,10 @@ use super::tsc;
 /// The emulator.
 const QEMU: &str = "qemu-system-x86_64";
 
+/// All that the emulator can do, but the promise that a string instruction is the quickest copy: it does those byte by byte, and kernel
+/// and C library believe it. Without, 64 KiB are copied in a seventh of the time, and a host boots in two thirds.
+const CPU: &str = "max,-erms";
+
 /// How long the monitor may take to answer. It is a thread of the emulator's that does nothing else for long.
 const MONITOR_WITHIN: Duration = Duration::from_secs(10);
 
@@ -63,7 +67,7 @@ pub fn command(spec: &HostSpec, image: &Image, directory: &Path) -> Command {
         .current_dir(directory)
         .args(["-name", &format!("doppel-lab-{name}")])
         // Several threads: one for each virtual CPU.
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max"])
+        .args(["-accel", "tcg,thread=multi", "-cpu", CPU])
         .args(["-machine", "pc,usb=off,graphics=off"])
         .args(["-smp", &spec.cpus.to_string()])
         .args(["-m", &spec.memory_mib.to_string()])

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{ALL, ANSWERS, HOSTS, LEASE, MACHINES, NAMES, Site, with_site};
+use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, SiteGround, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -22,20 +22,38 @@ pub const PROMISE: Promise = Promise {
     show,
 };
 
-fn show(run: &Run) -> Result<Figures> {
-    with_site(|site| keep(run, site))
+/// What is done to a site.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Course {
+    /// Hosts that are lost.
+    pub(super) losses: u64,
+    /// How long etcd stands still; longer if a lease is.
+    pub(super) outage: Duration,
+    /// From one loss to the next, at least.
+    pub(super) every: Duration,
 }
 
-fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
+fn show(run: &Run) -> Result<Figures> {
+    let course = Course {
+        losses: run.form.pick(2, 20),
+        outage: Duration::from_secs(run.form.pick(4, 60)),
+        every: Duration::ZERO,
+    };
+    with_site(|site| keep(run, site, &course))
+}
+
+/// Two machines with clients outlive all of it.
+pub(super) fn keep<G: SiteGround>(run: &Run, site: &mut G, course: &Course) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut random = Random::new(run.seed);
-    let losses = run.form.pick(2, 20);
+    let losses = course.losses;
     let mut clients = site.create_machines(&mut random)?;
     run.say("two machines run, protected");
-    outage(run, site, &mut clients, run.form.pick(4, 60))?;
+    outage(run, site, &mut clients, course.outage)?;
     let mut again = Vec::new();
     for loss in 1..=losses {
         let at = random.below(HOSTS as u64) as usize;
+        let began = Instant::now();
         let took = lose(site, at, &mut clients, &mut random)
             .with_context(|| format!("loss {loss}, of host {}", NAMES[at]))?;
         run.say(format!(
@@ -43,6 +61,11 @@ fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
             NAMES[at]
         ));
         again.push(took);
+        while loss < losses && began.elapsed() < course.every {
+            for clients in &mut clients {
+                clients.await_answers(ANSWERS)?;
+            }
+        }
     }
     verbs(site, &mut clients)?;
     run.say("unprotected, protected, switched, by command");
@@ -71,7 +94,7 @@ fn keep(run: &Run, site: &mut Site) -> Result<Figures> {
 }
 
 /// The processes of all roles, which nothing here may have replaced.
-fn roles(site: &Site) -> Result<Vec<Value>> {
+fn roles(site: &impl SiteGround) -> Result<Vec<Value>> {
     let of = |name: &str| -> Result<Vec<Value>> {
         let shown = site.show(name)?;
         let roles = shown["roles"].as_array().context("no roles")?;
@@ -88,10 +111,15 @@ fn roles(site: &Site) -> Result<Vec<Value>> {
 }
 
 /// etcd stands still, for longer than any lease: machines run on, nobody changes role, agents say so, and go on when it is back.
-fn outage(run: &Run, site: &mut Site, clients: &mut [LinearClients], seconds: u64) -> Result<()> {
-    let length = Duration::from_secs(seconds).max(LEASE + Duration::from_secs(1));
+fn outage<G: SiteGround>(
+    run: &Run,
+    site: &mut G,
+    clients: &mut [LinearClients],
+    length: Duration,
+) -> Result<()> {
+    let length = length.max(site.lease() + Duration::from_secs(1));
     let before = roles(site)?;
-    site.etcd.freeze()?;
+    site.etcd().freeze()?;
     let since = Instant::now();
     let answered: u64 = clients.iter().map(LinearClients::answered).sum();
     for at in ALL {
@@ -105,7 +133,7 @@ fn outage(run: &Run, site: &mut Site, clients: &mut [LinearClients], seconds: u6
         }
     }
     let served = clients.iter().map(LinearClients::answered).sum::<u64>() - answered;
-    site.etcd.thaw()?;
+    site.etcd().thaw()?;
     for at in ALL {
         site.agent_says(at, "etcd is back")?;
     }
@@ -126,8 +154,8 @@ fn outage(run: &Run, site: &mut Site, clients: &mut [LinearClients], seconds: u6
 
 /// A host is lost, an agent of another one besides; both machines serve on, and are protected on the two others by themselves; it comes back.
 /// How long that took.
-fn lose(
-    site: &mut Site,
+fn lose<G: SiteGround>(
+    site: &mut G,
     at: usize,
     clients: &mut [LinearClients],
     random: &mut Random,
@@ -137,10 +165,12 @@ fn lose(
     }
     let others: Vec<usize> = ALL.into_iter().filter(|other| *other != at).collect();
     let bereft = others[random.below(others.len() as u64) as usize];
-    let running = |site: &Site| -> Result<usize> { Ok(site.processes(bereft)?.len()) };
-    let before = running(site)?;
-    site.kill_agent(bereft);
-    ensure!(running(site)? + 1 == before, "an agent took roles with it");
+    let before = site.running(bereft)?;
+    site.kill_agent(bereft)?;
+    ensure!(
+        site.running(bereft)? + 1 == before,
+        "an agent took roles with it"
+    );
     site.lose(at)?;
     let lost = Instant::now();
     for clients in &mut *clients {
@@ -159,7 +189,7 @@ fn lose(
 }
 
 /// What `doppel vm` can do to a machine that serves.
-fn verbs(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
+fn verbs<G: SiteGround>(site: &mut G, clients: &mut [LinearClients]) -> Result<()> {
     let (name, _) = MACHINES[0];
     let before = site.until_protected(name, &ALL)?;
     let said = site.vm(0, &["unprotect", name])?;
@@ -194,8 +224,8 @@ fn verbs(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
 
 /// Has a machine switched over. On a busy host its backup may be too far behind just then, or too slow to take it, and is told to be so: an
 /// operator tries again.
-fn switched(site: &Site, name: &str) -> Result<String> {
-    let until = Instant::now() + Duration::from_secs(60);
+fn switched(site: &impl SiteGround, name: &str) -> Result<String> {
+    let until = Instant::now() + site.patience();
     loop {
         match site.vm(2, &["switch", name]) {
             Err(error)

@@ -11,7 +11,7 @@ use crate::harness::console::{Viewer, check_lines};
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
 use crate::harness::random::Random;
-use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site, with_site};
+use crate::harness::site::{ALL, ANSWERS, HOSTS, MACHINES, NAMES, Site, SiteGround, with_site};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -43,7 +43,7 @@ fn drains(run: &Run, site: &mut Site) -> Result<Figures> {
     for round in 1..=rounds {
         // Whoever serves the first machine, and then anybody.
         let at = match round {
-            1 => serves(site, MACHINES[0].0)?,
+            1 => site.serves(MACHINES[0].0)?,
             _ => random.below(HOSTS as u64) as usize,
         };
         let span = serviced(site, at, &mut clients)
@@ -104,7 +104,7 @@ fn talker(site: &Site) -> Result<Viewer> {
 /// Its host is lost while it talks: whoever looks is shown each byte once all the same, and told where it goes on. How many lines there were.
 fn console_lost(site: &mut Site, viewer: &mut Viewer) -> Result<u64> {
     site.until_protected(TALKER, &ALL)?;
-    let at = serves(site, TALKER)?;
+    let at = site.serves(TALKER)?;
     let before = viewer.shown().len();
     viewer.type_in("say 400\n")?;
     viewer.until_behind(before, "line 3\n", PATIENCE)?;
@@ -131,13 +131,6 @@ fn console_lost(site: &mut Site, viewer: &mut Viewer) -> Result<u64> {
         site.until_protected(name, &ALL)?;
     }
     Ok(lines)
-}
-
-/// The host that serves a machine.
-fn serves(site: &Site, name: &str) -> Result<usize> {
-    let shown = site.show(name)?;
-    let at = NAMES.iter().position(|host| shown["served_by"] == *host);
-    at.with_context(|| format!("nobody serves {name}: {shown:#}"))
 }
 
 /// The sides of a machine on other hosts than this one: host and process of each.
@@ -199,7 +192,7 @@ fn one_is_left(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
     site.vm(0, &["unprotect", second])?;
     let mut left: Vec<usize> = ALL.to_vec();
     for _ in 0..2 {
-        let at = serves(site, second)?;
+        let at = site.serves(second)?;
         let said = site.vm(at, &["drain"])?;
         ensure!(
             said.ends_with(&format!("host {}: drained\n", NAMES[at])),
@@ -207,7 +200,7 @@ fn one_is_left(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
         );
         left.retain(|other| *other != at);
         for name in [first, second] {
-            let to = serves(site, name)?;
+            let to = site.serves(name)?;
             ensure!(left.contains(&to), "host {} serves {name}", NAMES[to]);
         }
         for clients in &mut *clients {
@@ -222,7 +215,7 @@ fn one_is_left(site: &mut Site, clients: &mut [LinearClients]) -> Result<()> {
         .to_string();
     ensure!(why.contains("no other host that takes machines"), "{why}");
     for name in [first, second] {
-        ensure!(serves(site, name)? == last, "{name} has left the last host");
+        ensure!(site.serves(name)? == last, "{name} has left the last host");
     }
     for at in ALL {
         site.vm(last, &["undrain", NAMES[at]])?;

@@ -2,6 +2,8 @@
 
 use crate::promise::Promise;
 
+pub mod agents_disks;
+pub mod agents_in_lab;
 pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
@@ -32,6 +34,7 @@ pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
 pub mod linux_debugged;
+pub mod linux_disk;
 pub mod linux_pair;
 pub mod linux_replays;
 pub mod live_join;
@@ -80,6 +83,7 @@ pub const ALL: &[Promise] = &[
     etcd_arbiter::PROMISE,
     etcd_tls::PROMISE,
     agents_keep::PROMISE,
+    agents_disks::PROMISE,
     host_drained::PROMISE,
     slurm_job::PROMISE,
     redis_clients::PROMISE,
@@ -115,10 +119,12 @@ pub const ALL: &[Promise] = &[
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     chaos_in_lab::PROMISE,
+    agents_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,
     linux_pair::PROMISE,
+    linux_disk::PROMISE,
     linux_busy::PROMISE,
     prepare_exact::PROMISE,
 ];

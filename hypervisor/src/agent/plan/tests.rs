@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::agent::disks::{DiskLife, DiskSpec, ImageReport};
 use crate::agent::record::{Assigned, Drain, Says};
 use crate::agent::tests::{host, put, role_of, site, vm};
 use crate::protocol::record::{Identity, Record};
@@ -293,6 +294,49 @@ fn whoever_serves_is_told_of_every_other_host() {
     let mut told = local("a");
     told.told.insert((100, place));
     assert_eq!(plan(&site, &told), []);
+}
+
+#[test]
+fn a_machine_whose_newest_image_is_away_waits_and_says_for_what() {
+    let mut site = site(&["a", "b"]);
+    let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+    site.records.insert("kv".into(), live.ended());
+    let mut db = vm("kv");
+    db.spec.disk = Some(DiskSpec::Empty { bytes: 512 });
+    db.disk = Some(DiskLife {
+        hosts: ["c".to_owned()].into(),
+        ..DiskLife::default()
+    });
+    put(&mut site, db);
+    let mut waits = written(&plan(&site, &local("a"))).unwrap().clone();
+    let note = waits.note.clone().unwrap();
+    assert!(note.contains("c, whose agent is away"), "{note}");
+    put(&mut site, waits.clone());
+    assert_eq!(plan(&site, &local("b")), [], "it is said once");
+
+    // An operator's word: with what b has.
+    let image = ImageReport {
+        machine: "kv".into(),
+        instance: waits.instance.clone(),
+        bytes: 512,
+        mark: None,
+    };
+    site.hosts.get_mut("b").unwrap().value.images = Some(vec![image]);
+    waits.disk.as_mut().unwrap().of = Some("b".into());
+    put(&mut site, waits);
+    let placed = written(&plan(&site, &local("a"))).unwrap().clone();
+    assert!(matches!(&placed.phase, Phase::Starting { on: Some(on), .. } if on.host == "b"));
+    let life = placed.disk.as_ref().unwrap();
+    assert!(
+        life.hosts.iter().eq(["b", "c"]),
+        "who may have an image is known before it is made"
+    );
+    put(&mut site, placed);
+    assert_eq!(starts(&plan(&site, &local("b"))).len(), 1);
+    // Once it runs, the next start is by marks again.
+    add(&mut site, "b", Role::Primary, Standing::Unprotected);
+    let runs = written(&plan(&site, &local("b"))).unwrap().clone();
+    assert_eq!((runs.phase, runs.disk.unwrap().of), (Phase::Running, None));
 }
 
 fn drain(site: &mut Site, host: &str) {

@@ -456,18 +456,36 @@ impl OpenImage {
     }
 }
 
+/// Where the mark of an image is that is a file.
+#[must_use]
+pub fn mark_file(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(SUFFIX);
+    name.into()
+}
+
+/// The mark of an image that is a file, which another process may have: as it is now.
+///
+/// # Errors
+/// See [`BadMark`].
+pub fn mark_beside(image: &Path) -> Result<Option<Mark>, BadMark> {
+    match File::open(mark_file(image)) {
+        Ok(file) => Ok(Marks::open(file, 0)?.1),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn marks(path: &Path, image: &File, behind: Option<u64>) -> Result<(Marks, Option<Mark>), BadMark> {
     if let Some(at) = behind {
         return Marks::open(image.try_clone()?, at);
     }
-    let mut name = path.as_os_str().to_owned();
-    name.push(SUFFIX);
     let beside = OpenOptions::new()
         .read(true)
         .write(true)
         .create(true)
         .truncate(false)
-        .open(&name)?;
+        .open(mark_file(path))?;
     // The mark is of no use if its file's name is lost.
     let directory = path.canonicalize()?;
     if let Some(directory) = directory.parent() {

@@ -156,7 +156,9 @@ impl Mark {
         }
     }
 
-    fn encode(&self, number: u64) -> Vec<u8> {
+    /// As text, with its version: what a place has, and what others are told of it.
+    #[must_use]
+    pub fn text(&self) -> String {
         let stamp = |stamp: Stamp| (stamp.epoch, stamp.configuration, stamp.owner.to_string());
         let (epoch, configuration, owner) = stamp(self.stamp);
         let written = Written {
@@ -169,10 +171,48 @@ impl Mark {
             sure: self.sure,
             before: self.before.map(stamp),
         };
-        let text = serde_json::to_vec(&written).expect("plain fields always encode");
+        serde_json::to_string(&written).expect("plain fields always encode")
+    }
+
+    /// Reads what [`Mark::text`] writes.
+    ///
+    /// # Errors
+    /// [`BadMark::Version`], [`BadMark::Malformed`].
+    pub fn parse(text: &str) -> Result<Self, BadMark> {
+        let malformed = |why: String| BadMark::Malformed { why };
+        let written: Written =
+            serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?;
+        if written.version != VERSION {
+            return Err(BadMark::Version {
+                found: written.version,
+            });
+        }
+        if written.machine.len() > NAME_MAX {
+            return Err(malformed("no machine has so long a name".to_owned()));
+        }
+        let stamp = |(epoch, configuration, owner): (u64, u64, String)| {
+            let owner = Identity::parse(&owner)
+                .ok_or_else(|| malformed(format!("{owner:?} is no identity")))?;
+            Ok::<_, BadMark>(Stamp {
+                epoch,
+                configuration,
+                owner,
+            })
+        };
+        Ok(Self {
+            machine: written.machine,
+            stamp: stamp((written.epoch, written.configuration, written.owner))?,
+            in_use: written.in_use,
+            sure: written.sure,
+            before: written.before.map(stamp).transpose()?,
+        })
+    }
+
+    fn encode(&self, number: u64) -> Vec<u8> {
+        let text = self.text();
         let mut place = vec![0; PLACE];
         // A machine's name has so few bytes that a text has a few hundred.
-        place[HEADER..HEADER + text.len()].copy_from_slice(&text);
+        place[HEADER..HEADER + text.len()].copy_from_slice(text.as_bytes());
         place[16..24].copy_from_slice(&number.to_le_bytes());
         let checksum = crc32c::crc32c(&place[16..HEADER + text.len()]);
         place[..8].copy_from_slice(&MAGIC);
@@ -196,36 +236,11 @@ impl Mark {
         let Some(text) = text else { return Ok(None) };
         let number = u64::from_le_bytes(place[16..24].try_into().expect("eight bytes"));
         let malformed = |why: String| BadMark::Malformed { why };
-        let written: Written =
-            serde_json::from_slice(text).map_err(|error| malformed(error.to_string()))?;
-        if written.version != VERSION {
-            return Err(BadMark::Version {
-                found: written.version,
-            });
-        }
-        if written.machine.len() > NAME_MAX {
-            return Err(malformed("no machine has so long a name".to_owned()));
-        }
+        let text = std::str::from_utf8(text).map_err(|error| malformed(error.to_string()))?;
         if number == u64::MAX {
             return Err(malformed("none was written so often".to_owned()));
         }
-        let stamp = |(epoch, configuration, owner): (u64, u64, String)| {
-            let owner = Identity::parse(&owner)
-                .ok_or_else(|| malformed(format!("{owner:?} is no identity")))?;
-            Ok::<_, BadMark>(Stamp {
-                epoch,
-                configuration,
-                owner,
-            })
-        };
-        let mark = Self {
-            machine: written.machine,
-            stamp: stamp((written.epoch, written.configuration, written.owner))?,
-            in_use: written.in_use,
-            sure: written.sure,
-            before: written.before.map(stamp).transpose()?,
-        };
-        Ok(Some((number, mark)))
+        Ok(Some((number, Self::parse(text)?)))
     }
 }
 

@@ -17,5 +17,5 @@ pub mod mark;
 mod shared;
 mod worker;
 
-pub use image::{DiskError, Image, OpenImage, Opening};
+pub use image::{DiskError, Image, OpenImage, Opening, mark_beside, mark_file};
 pub use worker::{CopyRead, Disk, DiskFailure, FOLLOW_BYTES, Outcome};

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use hypervisor::agent::disks::{self, Bytes, ImageReport};
 use hypervisor::agent::record::{Host, Phase, Site, Vm};
 use hypervisor::control::status::Standing;
 use serde_json::{Value, json};
@@ -191,6 +192,17 @@ pub fn machine(site: &Site, vm: &Vm, paint: Paint) -> String {
             }
         ),
     );
+    if let Some(disk) = &spec.disk {
+        row("disk", disk.to_string());
+    }
+    for (host, image) in disks::images(site, vm) {
+        let of = format!(
+            "image of {}, {}",
+            Bytes(image.bytes),
+            image_state(site, vm, (host, image))
+        );
+        row(&host.name, of);
+    }
     for (host, role) in roles(site, vm) {
         let what = role.says.map_or_else(
             || "says nothing: it is frozen, or being set up".to_owned(),
@@ -225,6 +237,20 @@ pub fn machine(site: &Site, vm: &Vm, paint: Paint) -> String {
     text
 }
 
+/// How an image of a machine's disk stands to it.
+fn image_state(site: &Site, vm: &Vm, (host, image): (&Host, &ImageReport)) -> String {
+    let following = site.following(&vm.name);
+    if following.is_some_and(|following| following.name == host.name) {
+        return "follows".to_owned();
+    }
+    let fault = image.fault(site.records.get(&vm.name));
+    match (&vm.disk, fault) {
+        (Some(life), _) if disks::is_new(site, vm, life) => "new".to_owned(),
+        (_, None) => "the newest".to_owned(),
+        (_, Some(why)) => why,
+    }
+}
+
 fn roles<'a>(
     site: &'a Site,
     vm: &'a Vm,
@@ -257,6 +283,10 @@ pub fn machine_json(site: &Site, vm: &Vm) -> Value {
         })
         .collect();
     value["roles"] = Value::Array(roles);
+    let images = disks::images(site, vm).map(|(host, image)| {
+        json!({ "host": host.name, "bytes": image.bytes, "state": image_state(site, vm, (host, image)) })
+    });
+    value["images"] = images.collect();
     value
 }
 

@@ -18,7 +18,7 @@ impl Primary {
                 self.own = entitled;
             }
         }
-        if found == self.own {
+        if found == self.own || found.rank() < self.own.rank() {
             // It has been replaced, or we would not be here: the arbiter's view is out of date. Look again.
             self.phase = Phase::Frozen;
             self.reread_at = now + self.timing.reread;

@@ -28,6 +28,8 @@ impl Primary {
         match self.phase {
             Phase::Joining => {
                 self.phase = Phase::Entitling;
+                // It may be one that was cut off before.
+                self.gone = None;
                 self.backup = Some(Peer::new(pair, &self.timing, now));
             }
             Phase::Standing => {
@@ -38,6 +40,19 @@ impl Primary {
         }
         self.lost = None;
         self.swap(now, self.own, self.own.entitling(pair.peer), actions);
+    }
+
+    /// The arbiter could not be asked. A backup that was lost while it was is entitled to nothing, if that is certain.
+    pub(super) fn lost_meanwhile(&mut self, now: Moment, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Entitling
+            && let Some(evidence) = self.lost
+            && self.errand.as_ref().is_some_and(Errand::can_be_dropped)
+        {
+            self.lost = None;
+            self.errand = None;
+            self.backup = None;
+            self.goes_on_alone(now, evidence, actions);
+        }
     }
 
     /// The new backup may claim from now on.

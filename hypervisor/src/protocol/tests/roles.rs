@@ -806,6 +806,41 @@ fn a_backup_that_is_lost_while_the_arbiter_is_out_of_reach_costs_nothing() {
     assert_eq!(p.tick(60), [], "it is not asked again");
 }
 
+/// The same, the other way round: it is lost first.
+#[test]
+fn a_backup_that_was_lost_before_the_arbiter_proved_out_of_reach_costs_nothing_either() {
+    for may_have_landed in [false, true] {
+        let (mut p, own, _) = entitling();
+        assert_eq!(p.on(4, primary::Event::PeerDied), [primary::Action::Freeze]);
+        let actions = p.answer(5, failed(may_have_landed));
+        if may_have_landed {
+            assert_eq!(actions, [], "it may be entitled");
+            assert_eq!(p.machine.phase(), P_::Entitling);
+        } else {
+            assert_eq!(actions, [primary::Action::RunUnprotected(own)]);
+            assert_eq!(p.machine.phase(), P_::Unprotected);
+            assert_eq!(p.tick(60), [], "it is not asked again");
+        }
+    }
+}
+
+/// A connection's end is taken for its process's. The process may join again, and what it claims then is waited with as ever.
+#[test]
+fn a_backup_that_was_cut_off_and_joins_again_is_not_one_that_is_gone() {
+    let (mut p, own, to) = entitling();
+    p.answer(4, failed(false));
+    p.on(5, primary::Event::PeerDied);
+    assert_eq!(p.machine.phase(), P_::Unprotected);
+    p.on(6, primary::Event::Joining);
+    p.on(7, primary::Event::Joined(pair(A, C)));
+    assert_eq!(p.answer(8, Answer::Swapped), [primary::Action::Protect(to)]);
+    p.on(9, primary::Event::LogFenced);
+    let claim = to.claimed_by(C).unwrap();
+    assert_eq!(p.answer(10, Answer::Lost(Some(claim))), []);
+    assert_eq!(p.machine.phase(), P_::Frozen);
+    assert_eq!(own.epoch.next(), claim.epoch);
+}
+
 #[test]
 fn an_end_that_waited_for_a_backup_which_is_lost_comes_all_the_same() {
     let (mut p, own, _) = entitling();

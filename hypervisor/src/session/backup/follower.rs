@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
 use rdma_log::Fenced;
@@ -32,7 +32,12 @@ pub(super) enum Told {
     Drained(Drained),
     /// This copy is of no use.
     Failed(ReplayError),
+    /// The thread has ended without a word.
+    Gone,
 }
+
+/// What is said of a thread that has.
+pub(super) const GONE: &str = "the thread that replays has ended without a word; this is a bug";
 
 /// Facts about a drained log.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +53,9 @@ pub(super) struct Drained {
 /// The vCPU thread of a backup: replays, and goes live when it is handed the claim.
 pub(super) struct Follower {
     pub(super) thread: JoinHandle<Result<Ended, RecordError>>,
-    pub(super) told: Receiver<Told>,
+    told: Receiver<Told>,
+    /// It has said what its replay came to.
+    said: bool,
     pub(super) claims: Sender<Claim>,
     /// The number of the last entry that came.
     pub(super) arrived: Arc<AtomicU64>,
@@ -70,6 +77,22 @@ struct Live {
 }
 
 impl Follower {
+    /// What the thread says, if there is something new.
+    pub(super) fn hear(&mut self) -> Option<Told> {
+        match self.told.try_recv() {
+            Ok(told) => {
+                self.said = true;
+                Some(told)
+            }
+            // Without it this side would go on to beat, and be no backup.
+            Err(TryRecvError::Disconnected) if !self.said => {
+                self.said = true;
+                Some(Told::Gone)
+            }
+            Err(_) => None,
+        }
+    }
+
     /// Waits for the thread, which was ordered to stop.
     pub(super) fn end(self) {
         drop(self.claims);
@@ -115,6 +138,7 @@ impl Follower {
         Ok(Self {
             thread,
             told,
+            said: false,
             claims,
             arrived,
             off,
@@ -228,4 +252,44 @@ fn go_live(remains: Remains, _claim: Claim, _fenced: Fenced, live: Live) -> Reco
         intervals: live.intervals,
     })
     .with_disk(live.disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn follower(thread: impl FnOnce(Sender<Told>) + Send + 'static) -> Follower {
+        let (tell, told) = channel();
+        let (claims, _) = channel();
+        Follower {
+            thread: std::thread::spawn(move || {
+                thread(tell);
+                Ok(Ended::Stopped)
+            }),
+            told,
+            said: false,
+            claims,
+            arrived: Arc::default(),
+            off: Arc::default(),
+        }
+    }
+
+    fn heard(mut follower: Follower) -> Vec<Told> {
+        while !follower.thread.is_finished() {
+            std::thread::yield_now();
+        }
+        // Told once, however often it is asked.
+        (0..3).filter_map(|_| follower.hear()).collect()
+    }
+
+    #[test]
+    fn a_thread_that_ends_without_a_word_is_told_of_and_one_that_said_something_is_not() {
+        let gone = heard(follower(drop));
+        assert!(matches!(gone[..], [Told::Gone]));
+        let failed = heard(follower(|tell| {
+            let error = crate::replay::LogError("of no use".into());
+            tell.send(Told::Failed(error.into())).unwrap();
+        }));
+        assert!(matches!(failed[..], [Told::Failed(_)]));
+    }
 }

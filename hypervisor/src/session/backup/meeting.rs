@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 
 use rdma_log::LaneReader;
 
 use super::Following;
-use super::follower::{Follower, Told};
+use super::follower::{Follower, GONE, Told};
 use crate::arbiter::{self, Arbiter};
 use crate::backends::NetPort;
 use crate::backends::disk::OpenImage;
@@ -33,7 +33,7 @@ use crate::protocol::candidate::{Action, Event, Refusal};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::{Backup, Candidate, Identity, Pair, Record};
 use crate::replay::Replayer;
-use crate::ring_log::RingSource;
+use crate::ring_log::{Proof, RingSource};
 use crate::session::bailiff::{self, Bailiff, Means};
 use crate::session::beats::Beats;
 use crate::session::clerk::Clerk;
@@ -47,7 +47,7 @@ use crate::session::mourner::Mourner;
 use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
-use crate::session::{SessionError, protocol_timing};
+use crate::session::{SessionError, open_arbiter, protocol_timing};
 
 /// What it takes to meet a primary.
 pub(super) struct Meeting<'a> {
@@ -136,7 +136,7 @@ impl Meeting<'_> {
             .map(|watch| Mourner::start(watch, &io.wake, &io.sandbox, config.cpus.urgent))
             .transpose()?;
         let recruiter = Recruiter::start_if_useful(config, &io, introduction, &machine)?;
-        let fenced = Arc::new(OnceLock::new());
+        let fenced = Proof::default();
         let written = spec.disk.is_some_and(|disk| !disk.read_only);
         let own = disk::own(image);
         let mut overwritten = own.filter(|_| hello.running && written).cloned();
@@ -155,7 +155,7 @@ impl Meeting<'_> {
         if let Some(image) = &overwritten {
             image.settle()?;
         }
-        let mut log = RingSource::new(ring.events, ring.inputs, Arc::clone(&fenced))
+        let mut log = RingSource::new(ring.events, ring.inputs, fenced.clone())
             .counted(Arc::clone(&io.samples));
         let mut base = None;
         if let Some(restored) = restored {
@@ -185,13 +185,13 @@ impl Meeting<'_> {
             replayer = replayer.of_intervals();
         }
         let desk = recruiter.as_ref().map(|r| Arc::clone(&r.desk));
-        let follower = Follower::start(config, &io, replayer, desk)?;
+        let mut follower = Follower::start(config, &io, replayer, desk)?;
         let pair = Pair {
             machine: MachineId::of(&config.name),
             me: self.me,
             peer,
         };
-        let record = match self.entitled(&io, &control, pair, &follower) {
+        let record = match self.entitled(&io, &control, pair, &mut follower) {
             Ok(record) => record,
             Err(error) => {
                 io.order(Order::Stop);
@@ -255,7 +255,7 @@ impl Meeting<'_> {
             protocol,
             follower,
             flight,
-            fencer: Some((ring.fencer, fenced)),
+            fencer: (ring.fencer, fenced),
             claim: None,
             drained: None,
             bailiff,
@@ -263,6 +263,7 @@ impl Meeting<'_> {
             at: Timeline::default(),
             handed: None,
             mac: spec.mac,
+            told_to_leave: false,
         })
     }
 
@@ -276,7 +277,7 @@ impl Meeting<'_> {
     }
 
     fn arbiter(&self) -> Result<Box<dyn Arbiter>, SessionError> {
-        Ok(arbiter::open(&self.config.pair.arbiter, &self.config.name)?)
+        Ok(open_arbiter(self.config)?)
     }
 
     /// Says that the copy is whole, and waits until it is entitled. Meanwhile the log is followed.
@@ -285,7 +286,7 @@ impl Meeting<'_> {
         io: &Io,
         control: &Channel,
         pair: Pair,
-        follower: &Follower,
+        follower: &mut Follower,
     ) -> Result<Record, SessionError> {
         let arbiter = self.arbiter()?;
         handshake::ready(control)?;
@@ -298,8 +299,13 @@ impl Meeting<'_> {
             let longest = protocol.deadline().map(|deadline| deadline.since(now()));
             let listening = ended.is_none().then_some(control);
             let word = io.await_word(listening, longest)?;
-            if let Ok(Told::Failed(error)) = follower.told.try_recv() {
-                return Err(HandshakeError::Unfit(error.to_string()).into());
+            match follower.hear() {
+                Some(Told::Failed(error)) => {
+                    return Err(HandshakeError::Unfit(error.to_string()).into());
+                }
+                Some(Told::Gone) => return Err(HandshakeError::Unfit(GONE.into()).into()),
+                // Not before the fence, which is not asked for yet.
+                Some(Told::Drained(_)) | None => {}
             }
             let mut handle = |event| {
                 let mut new = Vec::new();
@@ -317,7 +323,7 @@ impl Meeting<'_> {
                     }
                 },
             }
-            while let Some(beat) = io.beats.as_ref().and_then(Beats::receive) {
+            for beat in io.beats.iter().flat_map(Beats::come) {
                 actions.extend(handle(Event::Heartbeat(beat)));
             }
             let now_arrived = follower.arrived.load(Ordering::Relaxed);

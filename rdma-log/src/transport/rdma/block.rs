@@ -15,6 +15,7 @@
 //! every new number ([`Alarm`]).
 #![forbid(unsafe_code)]
 
+use crate::crc;
 use crate::entry::Nonce;
 
 /// Bytes of a block.
@@ -47,8 +48,7 @@ pub(super) struct Block {
 }
 
 fn checksum(nonce: &Nonce, from: From, words: &[u8]) -> u64 {
-    let seed = crc32c::crc32c_append(crc32c::crc32c(&nonce.0), &[from as u8]);
-    let crc = crc32c::crc32c_append(seed, words);
+    let crc = crc::append(crc::append(crc::append(0, &nonce.0), &[from as u8]), words);
     u64::from(!crc) << 32 | u64::from(crc)
 }
 

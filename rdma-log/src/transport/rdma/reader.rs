@@ -47,6 +47,8 @@ const FAREWELL: Duration = Duration::from_millis(20);
 /// Looks for entries between two at everything else, while the thread looks without sleeping: the device's queues and the writer's
 /// block cost several times as much, and a commit waits for the entry.
 const LOOKS: usize = 8;
+/// Turns without sleep between two looks at the clock: some tens of microseconds.
+const UNTIMED: u32 = 16;
 /// Entries that are found at once before what was found is said.
 const FOUND: usize = 64;
 
@@ -185,6 +187,7 @@ pub(super) fn start(
         shared: shared.clone(),
         ring: parts.ring,
         thread: Some(thread),
+        left: Vec::new(),
     };
     Ok((shared, fence))
 }
@@ -224,20 +227,26 @@ impl Attendant {
 
     fn attend(&mut self) -> Result<(), RdmaError> {
         let mut came = Instant::now();
+        let mut turns = 0u32;
         while !self.shared.reading.retired.load(Ordering::Acquire) {
             // What is found is said before anything else is looked at.
             let found = self.find_soon();
-            if found {
-                self.say_if_due()?;
+            if found && self.is_awaited() {
+                self.say(false)?;
             }
+            turns = turns.wrapping_add(1);
+            // A look at the clock takes as long as several for entries.
+            let timed = self.spin.is_zero() || turns.is_multiple_of(UNTIMED);
             if self.look()? || found {
                 came = Instant::now();
-            } else if came.elapsed() < self.spin {
+            } else if !timed || came.elapsed() < self.spin {
                 std::hint::spin_loop();
             } else {
                 self.rest()?;
             }
-            self.say_if_due()?;
+            if self.is_awaited() || (timed && self.is_due()) {
+                self.say(false)?;
+            }
         }
         Ok(())
     }
@@ -273,8 +282,12 @@ impl Attendant {
                 self.alarm.rang();
             }
         }
-        // A block that was on its way when the writer set its alarm may have come before it, unrung: so once more.
-        self.due |= any && self.writer_alarm > self.rung;
+        if any {
+            // A block that was on its way when the writer set its alarm may have come before it, unrung: so once more. An alarm that was set
+            // before this block came is in the memory here by now.
+            self.hear();
+            self.due |= self.writer_alarm > self.rung;
+        }
         Ok(any)
     }
 
@@ -334,9 +347,9 @@ impl Attendant {
         self.due || self.shared.words() != self.said
     }
 
-    fn say_if_due(&mut self) -> Result<(), RdmaError> {
+    /// Whether somebody waits for what there is to say.
+    fn is_awaited(&self) -> bool {
         let now = self.shared.words();
-        let since = self.said_at.elapsed();
         let events = Lane::Events.index();
         let starved = (0..2)
             .any(|i| now[i].consumed - self.said[i].consumed >= self.shared.reading.sizes[i] / 2);
@@ -345,15 +358,13 @@ impl Attendant {
             // By a writer that sleeps for want of room.
             Mode::Nic => self.writer_alarm > self.rung && now != self.said,
         };
-        if self.due
-            || awaited
-            || starved
-            || since >= BEAT
-            || (now != self.said && since >= ANSWER_WITHIN)
-        {
-            self.say(false)?;
-        }
-        Ok(())
+        self.due || awaited || starved
+    }
+
+    /// Whether it is time to say what there is, or that this side lives.
+    fn is_due(&self) -> bool {
+        let since = self.said_at.elapsed();
+        since >= BEAT || (since >= ANSWER_WITHIN && self.shared.words() != self.said)
     }
 
     /// Sends the block, and rings with it if the writer set an alarm; false if that must wait for a completion.
@@ -364,7 +375,6 @@ impl Attendant {
             alarm: self.alarm.number(),
             fenced,
         };
-        self.hear();
         let news = lanes != self.said || fenced || self.due;
         let ring = news && self.writer_alarm > self.rung;
         let pipe = &mut self.pipes[Lane::Events.index()];

@@ -198,6 +198,24 @@ fn writes_in_flight_when_the_fence_comes_do_not_commit() {
 }
 
 /// A writer with nothing to say learns of the fence as well.
+/// A device that takes nothing back proves nothing, however often it is asked.
+#[test]
+fn a_fence_that_was_refused_is_refused_again_until_it_is_made() {
+    if real() {
+        return;
+    }
+    let names = [name("writer"), name("reader")];
+    let (_writer, mut reader, _link) = over(SMALL, Mode::Nic, [&names[0], &names[1]]);
+    fake::keep(&names[1], true);
+    for _ in 0..3 {
+        let refused = reader.fencer.fence().unwrap_err();
+        assert!(matches!(refused, FenceError::Transport { .. }), "{refused}");
+    }
+    fake::keep(&names[1], false);
+    let proof = reader.fencer.fence().unwrap();
+    assert!(reader.events.at_end(&proof).unwrap());
+}
+
 #[test]
 fn an_idle_writer_notices_the_fence() {
     let names = [name("writer"), name("reader")];

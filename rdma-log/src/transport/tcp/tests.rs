@@ -428,6 +428,21 @@ fn answers_that_cannot_be_break_the_writer() {
     }
 }
 
+/// Nobody holds the watch, so that the connection's own thread has to see it.
+#[test]
+fn a_reader_that_answers_nothing_is_given_up_though_the_stream_is_open() {
+    let (mut writer, _stream, _) = hostile_reader();
+    let until = Instant::now() + LONG;
+    let error = loop {
+        match writer.events.notify() {
+            Ok(()) => thread::sleep(Duration::from_millis(50)),
+            Err(error) => break error.to_string(),
+        }
+        assert!(Instant::now() < until, "it is not given up");
+    };
+    assert!(error.contains("has not answered"), "{error}");
+}
+
 #[test]
 fn every_flipped_byte_of_an_answer_breaks_the_writer() {
     for at in 0..ANSWER {

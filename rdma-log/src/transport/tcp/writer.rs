@@ -452,7 +452,8 @@ impl Drop for Writer {
 fn drive(watch: &Watch) {
     while watch.shared.end.get().is_none() {
         let socket = (watch.as_fd(), watch.wants_write());
-        if let Err(error) = wait([socket], None) {
+        // A stream that is held up has nothing to wake for, so somebody has to look.
+        if let Err(error) = wait([socket], Some(ABSENT / 2)) {
             watch.shared.end(End::Stream(error.into()));
         }
         // What is wrong, the lanes say.

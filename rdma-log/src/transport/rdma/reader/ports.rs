@@ -123,20 +123,21 @@ pub(in crate::transport::rdma) struct RdmaFence {
     pub(super) shared: Arc<Shared>,
     pub(super) ring: Registered,
     pub(super) thread: Option<JoinHandle<[Pipe<()>; 2]>>,
+    /// What the thread left, and could not be destroyed yet: until it is, what it leads to may be written to.
+    pub(super) left: Vec<Pipe<()>>,
 }
 
 impl RdmaFence {
     /// The other way: without its queue pairs nothing arrives either.
     fn destroy(&mut self) -> Result<(), RdmaError> {
         self.shared.reading.retire();
-        let Some(thread) = self.thread.take() else {
-            return Ok(());
-        };
         // A thread that panicked has dropped them.
-        if let Ok(pipes) = thread.join() {
-            for mut pipe in pipes {
-                pipe.queue.destroy()?;
-            }
+        if let Some(Ok(pipes)) = self.thread.take().map(JoinHandle::join) {
+            self.left.extend(pipes);
+        }
+        while let Some(pipe) = self.left.last_mut() {
+            pipe.queue.destroy()?;
+            self.left.pop();
         }
         Ok(())
     }

@@ -28,7 +28,7 @@ impl Shared {
     }
 
     /// Sends what gathered in either lane: what was posted first is sent first, so an entry seldom overtakes an input that
-    /// it applies.
+    /// it applies. Where it does, its reader waits for the input.
     pub(super) fn flush(&self) {
         for lane in [Lane::Inputs, Lane::Events] {
             if self.lane(lane).pending.load(Ordering::Acquire) {

@@ -16,12 +16,14 @@ use crate::transport::writing::take_over;
 
 impl Shared {
     /// Takes in what was completed of a lane, unless somebody else is about it.
+    #[inline]
     pub(super) fn take(&self, lane: Lane) {
         if let Ok(mut pipe) = self.pipes[lane.index()].try_lock() {
             self.take_from(lane, &mut pipe);
         }
     }
 
+    #[inline]
     pub(super) fn take_from(&self, lane: Lane, pipe: &mut LanePipe) {
         let state = self.lane(lane);
         let taken = pipe.pipe.take(|sent| match sent {
@@ -33,20 +35,20 @@ impl Shared {
                 self.blocks_done.fetch_add(1, Ordering::Release);
             }
         });
-        let Taken { any, rung } = taken.unwrap_or_else(|error| {
-            // What the reader said last tells a fence from a death.
-            self.hear();
-            self.failed(error);
-            Taken {
-                any: true,
-                rung: false,
+        match taken {
+            Ok(Taken { any: false, .. }) => {}
+            Ok(Taken { rung, .. }) => {
+                state.fired.store(true, Ordering::Release);
+                if rung {
+                    self.was_rung.store(true, Ordering::Release);
+                }
             }
-        });
-        if any {
-            state.fired.store(true, Ordering::Release);
-        }
-        if rung {
-            self.was_rung.store(true, Ordering::Release);
+            Err(error) => {
+                // What the reader said last tells a fence from a death.
+                self.hear();
+                self.failed(error);
+                state.fired.store(true, Ordering::Release);
+            }
         }
     }
 
