@@ -27,6 +27,8 @@ pub fn gdb(
         "set confirm off",
         "set pagination off",
         "set tcp auto-retry off",
+        // Otherwise that of whatever the guest is doing: in the middle of Rust's own library gdb takes no C.
+        "set language c",
         &target,
     ]
     .iter()
