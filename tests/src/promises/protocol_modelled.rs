@@ -15,7 +15,7 @@ pub const PROMISE: Promise = Promise {
     name: "protocol-modelled",
     line: "in every order of events of small configurations at most one machine releases output, and nothing released is lost",
     short: Duration::from_secs(45),
-    full: Duration::from_secs(900),
+    full: Duration::from_secs(180),
     show,
 };
 
@@ -133,7 +133,7 @@ const LARGE: &[(&str, Scope)] = &[
             switches: 1,
             deaths: 1,
             outputs: 1,
-            depth: 18,
+            depth: 22,
             ..PAIR
         },
     ),
