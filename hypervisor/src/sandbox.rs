@@ -155,6 +155,7 @@ impl Sandbox {
                 with_device: false,
             });
         }
+        settle_allocator();
         let list = |thread| allow(thread, config.strict).map_err(SandboxError::Filter);
         Ok(Self {
             filters: Some(Arc::new(Filters {
@@ -246,6 +247,23 @@ pub fn shed(config: &config::Sandbox) -> Result<(), SandboxError> {
 pub fn keep_files_private() {
     // SAFETY: umask touches no memory and cannot fail.
     unsafe { libc::umask(0o077) };
+}
+
+/// When a thread first gives much memory back, the C library reads how the host counts memory (`overcommit_memory`), once for the process:
+/// before it is confined. A thread that comes first to it later would open a file, which ends a process that is strictly confined.
+fn settle_allocator() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // A thread, as the first one's memory is another matter. If there is none to be had, what follows says so.
+        let thread = std::thread::Builder::new().spawn(give_back);
+        let _ = thread.map(std::thread::JoinHandle::join);
+    });
+}
+
+/// Takes memory in parts that are too small to be mappings of their own, and gives all of it back.
+fn give_back() {
+    let parts: Vec<Vec<u8>> = (0..16).map(|_| vec![1; 100 << 10]).collect();
+    drop(std::hint::black_box(parts));
 }
 
 fn no_core_dumps() -> Result<(), SandboxError> {

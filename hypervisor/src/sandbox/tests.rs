@@ -55,6 +55,7 @@ fn confined() {
         "execute" => executable_memory(),
         "memory" => {
             drop(vec![1u8; 64 << 20]);
+            give_back();
             Ok(())
         }
         _ => panic!("{action:?}"),
