@@ -197,7 +197,6 @@ fn writes_in_flight_when_the_fence_comes_do_not_commit() {
     }
 }
 
-/// A writer with nothing to say learns of the fence as well.
 /// A device that takes nothing back proves nothing, however often it is asked.
 #[test]
 fn a_fence_that_was_refused_is_refused_again_until_it_is_made() {
@@ -216,6 +215,7 @@ fn a_fence_that_was_refused_is_refused_again_until_it_is_made() {
     assert!(reader.events.at_end(&proof).unwrap());
 }
 
+/// A writer with nothing to say learns of the fence as well.
 #[test]
 fn an_idle_writer_notices_the_fence() {
     let names = [name("writer"), name("reader")];
