@@ -371,6 +371,9 @@ pub enum ConfigError {
     },
 }
 
+const STANDING_CLOCK: &str = "prepare the kernel with this release (doppel prepare), or choose preemption or replication by checkpoint with it (--preempt, \
+                              --replicate): a guest that makes no exit to read the time would see it stand still";
+
 impl Config {
     /// Reads a file.
     ///
@@ -412,14 +415,25 @@ impl Config {
         self.timing.silence_ms.unwrap_or(by_transport.max(least))
     }
 
-    /// Where a Linux guest reads the time. Where the log is one of its steps, each read is an exit, and so a place for what is due; by
-    /// checkpoints a guest is stopped anywhere, so that its reads need cost nothing.
-    #[must_use]
-    pub fn clock_source(&self) -> ClockSource {
-        self.clock.unwrap_or(match self.replicate.mode {
-            Replication::Replay => ClockSource::Timer,
-            Replication::Checkpoint => ClockSource::Page,
-        })
+    /// Where a Linux guest reads the time. A page costs it least, if it sees time go on: its kernel counts its reads (`counts`), or the guest is stopped
+    /// by checkpoints. Else each read is an exit, and so a place for what is due.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] if a page is wanted that would stand still.
+    pub fn clock_source(&self, counts: bool) -> Result<ClockSource, ConfigError> {
+        let by_checkpoints = self.replicate.mode == Replication::Checkpoint;
+        let goes_on =
+            counts || by_checkpoints || self.preempt.by_checkpoint() || self.crew().is_some();
+        match self.clock {
+            Some(ClockSource::Page) if !goes_on => Err(ConfigError::Value {
+                field: "clock",
+                found: "page".into(),
+                expected: STANDING_CLOCK,
+            }),
+            Some(clock) => Ok(clock),
+            None if counts || by_checkpoints => Ok(ClockSource::Page),
+            None => Ok(ClockSource::Timer),
+        }
     }
 
     /// How many vCPUs the guest has with the host's CPU and KVM's own interrupt controller; none: it has one that can be replayed.
@@ -530,15 +544,9 @@ impl Config {
                 "choose 1 to 1000",
             );
         }
-        let preempts =
-            self.preempt.by_checkpoint() || self.replicate.mode == Replication::Checkpoint;
-        if self.clock_source() == ClockSource::Page && !preempts {
-            return bad(
-                "clock",
-                "page".into(),
-                "choose preemption or replication by checkpoint with it (--preempt, --replicate): a guest that makes no exit to read the time would \
-                 see it stand still",
-            );
+        // A kernel is looked at when it is loaded.
+        if self.kernel.is_none() {
+            self.clock_source(false)?;
         }
         for (field, kib) in [
             ("ring.events_kib", self.ring.events_kib),
@@ -667,6 +675,24 @@ mod tests {
         ] {
             Config::parse(text).unwrap().check().unwrap();
         }
+    }
+
+    #[test]
+    fn a_clock_page_is_chosen_where_it_goes_on() {
+        let of = |text: &str, counts| {
+            let config = Config::parse(&format!("kernel = \"vmlinux\"\n{text}")).unwrap();
+            config.check().unwrap();
+            config.clock_source(counts).ok()
+        };
+        let (page, timer) = (Some(ClockSource::Page), Some(ClockSource::Timer));
+        assert_eq!((of("", true), of("", false)), (page, timer));
+        let wanted = "clock = \"page\"\n";
+        assert_eq!((of(wanted, true), of(wanted, false)), (page, None));
+        let preempted = "[preempt]\nstrategy = \"checkpoint\"";
+        assert_eq!(of(preempted, false), timer);
+        assert_eq!(of(&format!("{wanted}{preempted}"), false), page);
+        assert_eq!(of("[replicate]\nmode = \"checkpoint\"", false), page);
+        assert_eq!(of("clock = \"timer\"", true), timer);
     }
 
     #[test]

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 pub struct Count(AtomicU64);
 
 impl Count {
-    fn add(&self, more: u64) {
+    /// Adds, by its one writer.
+    pub(crate) fn add(&self, more: u64) {
         // One writer at a time: a plain addition, which costs no locked instruction.
         let now = self.0.load(Ordering::Relaxed);
         self.0.store(now.wrapping_add(more), Ordering::Relaxed);

@@ -13,7 +13,7 @@ use hypervisor::entry::Base;
 use hypervisor::event::{GuestTime, Output};
 use hypervisor::gate::{Gate, Sent};
 use hypervisor::kvm::{Capabilities, KvmSource};
-use hypervisor::machine::{ClockSource, Company, Machine, MachineSpec, Phase};
+use hypervisor::machine::{ClockSource, Company, Machine, MachineSpec, OnReset, Phase, Stepped};
 use hypervisor::orders::{Order, Orders, Samples};
 use hypervisor::outlet::Outlet;
 use hypervisor::record::{Ended, Parts, RecordOptions, Recorder, random_source};
@@ -118,13 +118,16 @@ fn kernel(code: &[u8]) -> Vec<u8> {
     file
 }
 
-fn machine(vcpus: u8, code: &[u8]) -> Machine {
+fn spec(code: &[u8]) -> MachineSpec {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vmlinux");
     std::fs::write(&path, kernel(code)).unwrap();
-    let (clock, seed) = (ClockSource::Page, [0; SEED_BYTES]);
-    let spec = MachineSpec::linux(&path, None, 128, "", 0, (clock, seed)).unwrap();
-    let spec = spec.with_vcpus(Some(vcpus));
+    let spec = MachineSpec::linux(&path, None, 128, "", 0, [0; SEED_BYTES]).unwrap();
+    spec.with_clock(ClockSource::Page)
+}
+
+fn machine(vcpus: u8, code: &[u8]) -> Machine {
+    let spec = spec(code).with_vcpus(Some(vcpus));
     let mut machine = Machine::new(&KvmSource::default(), &spec).unwrap();
     machine.track_changes().unwrap();
     machine.man(|| ()).unwrap();
@@ -325,15 +328,12 @@ impl World for Nowhere {
     }
 }
 
-/// What was found in a ring may be another thing when it is worked: vCPUs run on meanwhile. That loses their frames and ends nothing, and
-/// whoever gives a guest what it asks for looks up now and then.
-#[test]
-fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
-    const FRAMES: usize = 1_000;
+/// What a recorder of this machine needs, which logs nothing.
+fn parts(machine: Machine) -> (Parts<NoLog>, Arc<Stage>, Arc<Orders>) {
     let wake = || Arc::new(Wake::new().unwrap());
     let (stage, orders) = (Arc::new(Stage::new(wake())), Arc::new(Orders::new(wake())));
     let parts = Parts {
-        machine: machine(1, RINGS),
+        machine,
         sink: NoLog::default(),
         base: Base::default(),
         outlet: Outlet::new(Gate::new(), Box::new(Nowhere)),
@@ -346,6 +346,34 @@ fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
         desk: None,
         intervals: None,
     };
+    (parts, stage, orders)
+}
+
+/// `ud2`, before there is a table of interrupts.
+const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b];
+
+/// A kernel that faults three times has crashed, wherever nothing starts anew: nobody is to take that for a power-off.
+#[test]
+fn a_triple_fault_is_a_crash_where_nothing_starts_anew() {
+    let (crew, ..) = parts(machine(1, TRIPLE_FAULT));
+    assert_eq!(Recorder::new(crew).run().unwrap(), Ended::Crashed);
+    let alone = |what| {
+        let spec = spec(TRIPLE_FAULT).on_reset(what);
+        Machine::new(&KvmSource::default(), &spec).unwrap()
+    };
+    let (ends, ..) = parts(alone(OnReset::End));
+    assert_eq!(Recorder::new(ends).run().unwrap(), Ended::Crashed);
+    let mut anew = alone(OnReset::Reboot);
+    assert_eq!(anew.step().unwrap(), Stepped::SyncPoint);
+    assert_eq!(anew.phase(), Phase::Reset);
+}
+
+/// What was found in a ring may be another thing when it is worked: vCPUs run on meanwhile. That loses their frames and ends nothing, and
+/// whoever gives a guest what it asks for looks up now and then.
+#[test]
+fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
+    const FRAMES: usize = 1_000;
+    let (parts, stage, orders) = parts(machine(1, RINGS));
     let recorder = std::thread::spawn(move || Recorder::new(parts).run());
     let end = Instant::now() + PATIENCE;
     let mut given = 0;

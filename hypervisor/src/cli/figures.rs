@@ -1,5 +1,15 @@
 //! Figures as people read them.
 
+use hypervisor::devices::Purpose;
+use hypervisor::machine::Exits;
+use serde_json::{Map, Value};
+
+/// How many exits were for what, for programs.
+pub fn exits(exits: &Exits) -> Map<String, Value> {
+    let named = |(purpose, count): (Purpose, u64)| (purpose.name().to_owned(), count.into());
+    exits.kinds().map(named).collect()
+}
+
 /// `1,234,567`.
 pub fn count(number: f64) -> String {
     let digits = format!("{:.0}", number.max(0.0));

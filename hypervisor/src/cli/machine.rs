@@ -10,11 +10,12 @@ use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
 use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
 use hypervisor::preempt::Strategy;
+use hypervisor::prepare::counts_clock_reads;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
 use hypervisor::session::solo;
 
-use super::Failure;
+use super::{Failure, figures};
 
 /// The machine.
 #[derive(Debug, Args)]
@@ -31,8 +32,8 @@ pub struct MachineArgs {
     /// The kernel's initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs
-    /// --preempt checkpoint or --replicate checkpoint, and is the default with that
+    /// Where a Linux guest reads the time: at a port, each read an exit, or in a page of its memory, which needs a kernel that
+    /// this release has prepared, --preempt checkpoint or --replicate checkpoint [default: page with the first and the last]
     #[arg(long, value_name = "timer|page", value_parser = clock)]
     clock: Option<ClockSource>,
     /// A Linux guest's CPU: one that can be replayed, or the host's with KVM's own interrupt controller [default: host with
@@ -238,10 +239,16 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
         config.memory_mib,
         &config.command_line,
         now,
-        (config.clock_source(), seed),
-    );
-    spec.map(|spec| spec.with_vcpus(config.crew()).on_reset(on_reset))
-        .map_err(usage)
+        seed,
+    )
+    .map_err(usage)?;
+    let clock = config
+        .clock_source(counts_clock_reads(&spec.image))
+        .map_err(|error| Failure::new(Failure::USAGE, error))?;
+    Ok(spec
+        .with_clock(clock)
+        .with_vcpus(config.crew())
+        .on_reset(on_reset))
 }
 
 /// Run a machine unprotected, for comparison
@@ -256,11 +263,17 @@ pub struct RunArgs {
 
 pub fn run(args: &RunArgs) -> Result<(), Failure> {
     let config = args.machine.config(|_| ())?;
-    let ended = solo::run(
+    let (ended, exits) = solo::run(
         &config,
         &args.machine.inherited(),
         &spec(&config)?,
         args.machine.json,
     )?;
+    if args.machine.json {
+        println!(
+            "{}",
+            serde_json::json!({"event": "exits", "exits": figures::exits(&exits)})
+        );
+    }
     super::guest_ended(ended)
 }

@@ -8,8 +8,8 @@ use clap::Args;
 use hypervisor::config::{FlightRecorder, duration};
 use hypervisor::session::solo::{self, RecordFor};
 
-use super::Failure;
 use super::machine::{MachineArgs, spec};
+use super::{Failure, figures};
 
 /// Run a machine and record it into a log file, which `doppel replay` runs again
 #[derive(Debug, Args)]
@@ -69,6 +69,7 @@ pub fn record(args: &RecordArgs) -> Result<(), Failure> {
                 "sync_points": sync_points,
                 "memory_hash": hash.map(|hash| format!("{hash:016x}")),
                 "bytes": recorded.bytes,
+                "exits": figures::exits(&recorded.exits),
             })
         );
     } else {

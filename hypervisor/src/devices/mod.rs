@@ -28,6 +28,7 @@ mod pit;
 mod place;
 mod platform;
 pub mod power;
+mod purpose;
 pub mod pvclock;
 mod receiving;
 mod reset;
@@ -57,6 +58,7 @@ use virtio::rng::{self, Rng};
 
 pub use pit::TickPlan;
 pub use place::{CONSOLE, DISK_WINDOW, IRQ_CONSOLE, WINDOW_LEN, WINDOWS};
+pub use purpose::Purpose;
 pub use saved::BadDevices;
 pub use virtio::blk::{BYTES_MAX as DISK_BYTES_MAX, DEPTH as DISK_DEPTH, DiskConfig, ID_BYTES};
 pub use virtio::mmio::DeviceFault;
@@ -337,9 +339,10 @@ impl Devices {
         self.board.clock_page.shown()
     }
 
-    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given.
-    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime) {
-        self.board.clock_page.show(ram, now);
+    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given. `counts`: with how many reads
+    /// there are to be until its kernel makes an exit.
+    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime, counts: bool) {
+        self.board.clock_page.show(ram, now, counts);
     }
 
     /// The guest is off: by its power-off port, by its reset register, because it can never run again, or because its

@@ -5,6 +5,11 @@
 //! is to add the time-stamp counter's distance to a stamp in the page, scaled; the scale given here makes nothing of any distance,
 //! so whatever its (rewritten) RDTSC reads, the time is the page's. Between two inputs the clock stands still; it never goes
 //! back.
+//!
+//! A prepared kernel counts its reads down in the page's first padding, and makes an exit, at which the page is renewed, with the one that goes below
+//! zero (`prepare/clock_reader.rs`). How many it may do is a power of two in the page's other padding: doubled when they were used up within
+//! half a millisecond, and made less when they took more than two, so that who reads often makes an exit about each millisecond, and who reads
+//! seldom makes one with each read, as with a timer at a port. All of it is a function of the page and of logged times.
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +25,17 @@ pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
 /// `tsc_shift`: a distance is shifted right by 63 bits first, and multiplied by 2^-32 then.
 const SHIFT: i8 = -63;
 const MULTIPLIER: u32 = 1;
+
+/// Where the reads that are left stand, a signed word; and the power of two that they began with, a byte.
+const LEFT: usize = 4;
+const POWER: usize = 30;
+/// A guest that has read often and does so no longer is to come to its next exit soon, all the same: 64 reads. They are most of what can be
+/// won, 63 of 64 exits.
+const POWER_MOST: u8 = 6;
+/// Reads that were used up within the first are too few (an exit takes some microseconds, a hundred where it is emulated), in
+/// more than the second too many: so late what is due may be.
+const TOO_SOON_NS: u64 = 500_000;
+const TOO_LATE_NS: u64 = 2_000_000;
 
 /// The clock page.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -49,11 +65,13 @@ impl PvClock {
         self.address = usable.then_some(address);
     }
 
-    /// Shows `now`, if there is a page. Nobody sees a half: the vCPU stands, and the version says that it is whole.
-    pub fn show(&mut self, ram: &GuestRam, now: GuestTime) {
+    /// Shows `now`, if there is a page. Nobody sees a half: the vCPU stands, and the version says that it is whole. `counts`: reads are
+    /// counted; otherwise the padding is zero, as it was in machines of model 1.
+    pub fn show(&mut self, ram: &GuestRam, now: GuestTime, counts: bool) {
         let Some(address) = self.address else {
             return;
         };
+        let power = counts.then(|| self.next_power(ram, address, now));
         self.version = self.version.wrapping_add(2);
         self.shown = now.0;
         // struct pvclock_vcpu_time_info; the stamp is 0, and no flag is set: other CPUs' pages may differ.
@@ -62,8 +80,38 @@ impl PvClock {
         page[16..24].copy_from_slice(&now.0.to_le_bytes());
         page[24..28].copy_from_slice(&MULTIPLIER.to_le_bytes());
         page[28] = SHIFT.to_le_bytes()[0];
+        if let Some(power) = power {
+            page[LEFT..LEFT + 4].copy_from_slice(&((1_i32 << power) - 1).to_le_bytes());
+            page[POWER] = power;
+        }
         let written = ram.write(address, &page);
         debug_assert!(written.is_ok(), "the page was checked when it was placed");
+    }
+}
+
+impl PvClock {
+    /// How many reads there are to be next, as a power of two. What the guest writes there itself is its own affair: it is bounded.
+    fn next_power(&self, ram: &GuestRam, address: u64, now: GuestTime) -> u8 {
+        let mut page = [0; 32];
+        if ram.read(address, &mut page).is_err() {
+            return 0;
+        }
+        let power = page[POWER].min(POWER_MOST);
+        let left = page[LEFT..]
+            .first_chunk()
+            .map_or(0, |word| i32::from_le_bytes(*word));
+        if left >= 0 {
+            return power;
+        }
+        match now.0.saturating_sub(self.shown) {
+            took if took < TOO_SOON_NS => (power + 1).min(POWER_MOST),
+            took if took > TOO_LATE_NS => {
+                // At that pace so many fit in.
+                let fit = (TOO_LATE_NS << power) / took;
+                fit.checked_ilog2().map_or(0, |fit| fit as u8)
+            }
+            _ => power,
+        }
     }
 }
 
@@ -102,10 +150,10 @@ mod tests {
     fn whatever_the_counter_reads_the_time_is_the_pages() {
         let ram = GuestRam::new(2).unwrap();
         let mut clock = PvClock::default();
-        clock.show(&ram, GuestTime(1));
+        clock.show(&ram, GuestTime(1), false);
         assert!(!clock.is_on());
         clock.place(&ram, 0x5001);
-        clock.show(&ram, GuestTime(123_456_789));
+        clock.show(&ram, GuestTime(123_456_789), true);
         let mut page = [0; 32];
         ram.read(0x5000, &mut page).unwrap();
         for stamp in [0, 1, u64::MAX / 2, u64::MAX] {
@@ -114,6 +162,56 @@ mod tests {
         assert_eq!(page[0], 2, "an even version: nothing is being written");
         clock.place(&ram, 0x5000);
         assert!(!clock.is_on(), "bit 0 turns it off");
+    }
+
+    /// As a prepared kernel reads it: whether that is an exit.
+    fn exits(ram: &GuestRam) -> bool {
+        let mut word = [0; 4];
+        ram.read(0x5004, &mut word).unwrap();
+        let left = i32::from_le_bytes(word) - 1;
+        ram.write(0x5004, &left.to_le_bytes()).unwrap();
+        left < 0
+    }
+
+    #[test]
+    fn who_reads_often_exits_each_64th_time_and_who_reads_seldom_each_time() {
+        let ram = GuestRam::new(2).unwrap();
+        let mut clock = PvClock::default();
+        clock.place(&ram, 0x5001);
+        clock.show(&ram, GuestTime(0), true);
+        let mut run = |from: u64, apart: u64, reads: u64| {
+            let mut made = 0;
+            for read in 1..=reads {
+                if exits(&ram) {
+                    made += 1;
+                    clock.show(&ram, GuestTime(from + read * apart), true);
+                }
+            }
+            made
+        };
+        // Each microsecond: twice as many each time, up to the most.
+        assert_eq!(run(0, 1_000, 127), 7);
+        assert_eq!(run(127_000, 1_000, 6_400), 100);
+        // Each 100 us: so many that it is two milliseconds at the most, from the second time on.
+        let made = run(6_527_000, 100_000, 64 + 160);
+        assert_eq!(made, 1 + 160 / 16);
+        // Each 50 ms.
+        assert_eq!(run(28_927_000, 50_000_000, 16 + 10), 11);
+    }
+
+    #[test]
+    fn what_a_guest_writes_into_the_counts_is_bounded() {
+        let ram = GuestRam::new(2).unwrap();
+        let mut clock = PvClock::default();
+        clock.place(&ram, 0x5001);
+        for power in [7, 31, 32, 255] {
+            ram.write(0x5000 + POWER as u64, &[power]).unwrap();
+            ram.write(0x5004, &i32::MIN.to_le_bytes()).unwrap();
+            clock.show(&ram, GuestTime(1), true);
+            let mut page = [0; 32];
+            ram.read(0x5000, &mut page).unwrap();
+            assert_eq!((page[POWER], page[LEFT]), (POWER_MOST, 63));
+        }
     }
 
     #[test]

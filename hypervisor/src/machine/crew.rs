@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{MachineError, touch};
+use super::{MachineError, Phase, Tally, touch};
 use crate::devices::Devices;
 use crate::event::{Effect, GuestTime, Input, Need};
 use crate::kvm::{CrewState, Exit, Kick, KvmError, Shape, Vcpu, Vm};
@@ -46,6 +46,7 @@ pub trait Company: Send + Sync {
 #[derive(Debug)]
 enum End {
     Off(u8),
+    Crashed,
     Failed(KvmError),
 }
 
@@ -78,6 +79,8 @@ struct Shared {
     /// Looked at between two runs: what `turn` wants is not to run.
     stop: AtomicBool,
     exits: AtomicU64,
+    /// Under the devices' lock.
+    tally: Arc<Tally>,
     ended: AtomicBool,
     end: Mutex<Option<End>>,
 }
@@ -103,6 +106,7 @@ impl Crew {
         devices: &Arc<Mutex<Devices>>,
         ram: &Arc<GuestRam>,
         vm: &Arc<Vm>,
+        tally: &Arc<Tally>,
     ) -> Self {
         let seats = vcpus
             .into_iter()
@@ -125,6 +129,7 @@ impl Crew {
                 turned: Condvar::new(),
                 stop: AtomicBool::new(true),
                 exits: AtomicU64::new(0),
+                tally: Arc::clone(tally),
                 ended: AtomicBool::new(false),
                 end: Mutex::new(None),
             }),
@@ -230,14 +235,15 @@ impl Crew {
         self.shared.ended.load(Ordering::Acquire)
     }
 
-    /// The status with which the guest turned itself off.
-    pub(super) fn off(&self) -> Option<u8> {
+    /// How the guest went, if it did: off, or crashed.
+    pub(super) fn gone(&self) -> Option<Phase> {
         if !self.shared.ended.load(Ordering::Acquire) {
             return None;
         }
         match *lock(&self.shared.end) {
-            Some(End::Off(status)) => Some(status),
-            _ => None,
+            Some(End::Off(status)) => Some(Phase::Off(status)),
+            Some(End::Crashed) => Some(Phase::Crashed),
+            Some(End::Failed(_)) | None => None,
         }
     }
 
@@ -355,12 +361,13 @@ impl Shared {
             });
         };
         let mut devices = lock(&self.devices);
+        self.tally.count(exit);
         let effect = match exit {
             Exit::Port { .. } | Exit::Mmio { .. } => {
                 touch(&mut devices, &self.ram, exit, vcpu.data())
             }
-            // A triple fault is how some kernels reset.
-            Exit::Shutdown => Effect::Reset,
+            // A triple fault is how some kernels reset, and none starts anew here.
+            Exit::Shutdown => Effect::Crash,
             // KVM waits by itself, and answers registers by itself.
             other => {
                 return Err(KvmError::Stopped {
@@ -381,9 +388,13 @@ impl Shared {
                 None
             }
             // It is not started anew: KVM's own controllers would have to be, too.
-            Effect::Reset | Effect::Crash => {
+            Effect::Reset => {
                 devices.turn_off(0);
                 self.end(End::Off(0));
+                None
+            }
+            Effect::Crash => {
+                self.end(End::Crashed);
                 None
             }
         };

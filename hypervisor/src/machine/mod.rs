@@ -18,11 +18,13 @@ mod reset;
 mod spec;
 mod state;
 mod stops;
+mod tally;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
 pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
 pub use state::{BadProcessors, Processors, Swept};
 pub(crate) use stops::StopAt;
+pub use tally::{Exits, Tally};
 
 use crate::boot::BootError;
 use crate::devices::{Bus, DeviceError, Devices};
@@ -56,7 +58,7 @@ pub enum Phase {
     Reset,
     /// The guest turned itself off with this status.
     Off(u8),
-    /// Triple fault, or HLT with interrupts off: the guest is beyond help.
+    /// Triple fault that starts nothing anew, or HLT with interrupts off: the guest is beyond help.
     Crashed,
 }
 
@@ -154,9 +156,12 @@ pub struct Machine {
     position: Position,
     digest: Digest,
     history: History,
+    tally: Arc<Tally>,
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
+    /// Reads of the clock page are counted in it.
+    keeps_counts: bool,
     /// What it takes to start anew; none where vCPUs have threads of their own.
     again: Option<Reset>,
     /// Of the guest's disk; 0 without one.
@@ -182,11 +187,12 @@ impl Machine {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let kvm = source.open()?;
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
+        let tally = Arc::<Tally>::default();
         let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
             let (vcpus, shape, model) = vm.create_crew(count)?;
             reset::load(spec, spec.seed, &ram, &vcpus[0])?;
-            let crew = Crew::new(vcpus, shape, &devices, &ram, &vm);
+            let crew = Crew::new(vcpus, shape, &devices, &ram, &vm, &tally);
             (vm, Cpus::Crew(crew), model)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
@@ -208,10 +214,12 @@ impl Machine {
             position: Position(0),
             digest: Digest(0),
             history: History::default(),
+            tally,
             phase: Phase::Ready,
             again,
             disk_sectors: spec.disk.map_or(0, |disk| disk.sectors),
             halts_for_good: spec.boot == BootProtocol::Linux,
+            keeps_counts: spec.keeps_counts(),
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
@@ -248,13 +256,16 @@ impl Machine {
         &self.history
     }
 
+    /// What its exits are for, counted on while it runs.
+    #[must_use]
+    pub fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
+    }
+
     /// What the machine waits for.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        match self.cpus.crew().and_then(Crew::off) {
-            Some(status) => Phase::Off(status),
-            None => self.phase,
-        }
+        self.cpus.crew().and_then(Crew::gone).unwrap_or(self.phase)
     }
 
     /// Whether inputs that nobody asked for may be handed in here.
@@ -388,6 +399,7 @@ impl Machine {
             });
         }
         self.position = self.position.next();
+        self.tally.count(exit);
         self.injectable = exit.may_inject();
         let regs = self.cpus.one().regs();
         let written: &[u8] = match exit {
@@ -438,9 +450,10 @@ impl Machine {
                 self.cpus.one().answer_msr(value, false);
                 lock(&self.devices).write_msr(&self.ram, index, value)
             }
-            // How Linux resets a machine that knows no other way.
-            Exit::Shutdown if self.halts_for_good => Effect::Reset,
-            Exit::Shutdown => self.end_of_guest(),
+            // How Linux resets a machine that knows no other way. Where a reset ends the machine it is told as what it mostly is: the board
+            // has two ways to ask for one.
+            Exit::Shutdown if self.halts_for_good && self.starts_anew() => Effect::Reset,
+            Exit::Shutdown => Effect::Crash,
             Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
@@ -448,13 +461,18 @@ impl Machine {
             Effect::Needs(need) => Phase::Needs(need),
             Effect::Halt => Phase::Halted,
             Effect::PowerOff(status) => Phase::Off(status),
-            Effect::Reset if self.again.as_ref().is_some_and(Reset::wanted) => Phase::Reset,
+            Effect::Reset if self.starts_anew() => Phase::Reset,
             Effect::Reset => {
                 lock(&self.devices).turn_off(0);
                 Phase::Off(0)
             }
             Effect::Crash => Phase::Crashed,
         }
+    }
+
+    /// Whether a guest that resets the machine starts anew.
+    fn starts_anew(&self) -> bool {
+        self.again.as_ref().is_some_and(Reset::wanted)
     }
 
     /// What it means that the guest can never run again.
@@ -485,7 +503,7 @@ impl Machine {
                 self.cpus.one().set_rdx(rdx);
             }
             if let Input::Clock(now) = input {
-                lock(&self.devices).show_time(&self.ram, *now);
+                lock(&self.devices).show_time(&self.ram, *now, self.keeps_counts);
             }
             self.phase = Phase::Ready;
             return Ok(());
@@ -505,7 +523,7 @@ impl Machine {
             });
         }
         if let Input::Clock(now) = input {
-            lock(&self.devices).show_time(&self.ram, *now);
+            lock(&self.devices).show_time(&self.ram, *now, self.keeps_counts);
             return Ok(());
         }
         let mut devices = lock(&self.devices);

@@ -1,6 +1,6 @@
 //! The kernel's own file.
 
-use super::alternatives::{self, REPLACEMENTS, TABLE, target};
+use super::alternatives::{self, Alternative, REPLACEMENTS, TABLE, target};
 use super::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf, is_elf};
 use super::error::PrepareError;
 use super::program;
@@ -92,7 +92,19 @@ fn look(bytes: &[u8], system_map: Option<&str>) -> Result<(Report, Vec<Patch>), 
             why: format!("instructions do not begin where {doubtful} of its {known} functions do"),
         });
     }
-    replacements(&elf, &functions, &mut look)?;
+    let alternatives = alternatives_of(&elf)?;
+    if let Some((_, section)) = elf.named(REPLACEMENTS) {
+        look.replacements(section, &alternatives, &functions);
+    }
+    let patched: Vec<_> = alternatives
+        .iter()
+        .map(|alternative| alternative.original)
+        .collect();
+    for (number, section) in elf.sections.iter().enumerate() {
+        if section.is_code() && section.name != REPLACEMENTS {
+            look.clock_readers((number, section), &functions[number], &patched);
+        }
+    }
     let mut report = Report::default();
     let mut patches = look.patches;
     report.add(look.report);
@@ -156,13 +168,9 @@ fn symbols_of(elf: &Elf<'_>, system_map: Option<&str>) -> Result<Vec<Functions>,
         .ok_or(PrepareError::NoSymbols)
 }
 
-fn replacements(
-    elf: &Elf<'_>,
-    functions: &[Functions],
-    look: &mut Look<'_>,
-) -> Result<(), PrepareError> {
+fn alternatives_of(elf: &Elf<'_>) -> Result<Vec<Alternative>, PrepareError> {
     let Some((number, replacements)) = elf.named(REPLACEMENTS) else {
-        return Ok(());
+        return Ok(Vec::new());
     };
     let Some((_, table)) = elf.named(TABLE) else {
         return Err(PrepareError::Alternatives {
@@ -170,15 +178,13 @@ fn replacements(
         });
     };
     let bytes = elf.bytes_of(table);
-    let alternatives = alternatives::read(bytes, (number, replacements.size), |at| {
+    alternatives::read(bytes, (number, replacements.size), |at| {
         let address = target(bytes, table.address, at)?;
         // What nothing is put in place of may point right behind the last replacement, into no section.
         let (number, section) = elf.section_at(address)?;
         Some((number, section.within(address)?))
     })
-    .map_err(|why| PrepareError::Alternatives { why })?;
-    look.replacements(replacements, alternatives, functions);
-    Ok(())
+    .map_err(|why| PrepareError::Alternatives { why })
 }
 
 /// The libraries that the kernel maps into programs: whole ELF files that lie in its data, each at a page's start.

@@ -10,7 +10,7 @@
 //! Stock KVM cannot trap RDTSC, and an x86-64 Linux executes it however much CPUID hides it. So the kernel's and its modules' sites
 //! become `IN EAX, TSC_PORT`, which is as long and exits, and is logged as any input is. A program may not use ports: its sites
 //! become `MOV EAX, EDX`, as long, which changes no flag and yields what registers hold. So do the kernel's own in the reader of KVM's
-//! clock page, which must not exit: the page's scale makes nothing of what they read (`devices/pvclock.rs`). What else is of the family needs a CPU that
+//! clock page, which gets another body that counts its reads (`clock_reader`, `devices/pvclock.rs`). What else is of the family needs a CPU that
 //! has it by CPUID, which the template of replay hides; it is reported and left.
 //!
 //! Nothing is searched for by its bytes (`code`): functions start where symbols, the kernel's own table of them and the tables for
@@ -19,6 +19,7 @@
 
 mod alternatives;
 mod bzimage;
+mod clock_reader;
 mod code;
 mod cpio;
 mod eh_frame;
@@ -40,13 +41,29 @@ pub use initramfs::initramfs;
 pub use kernel::{kernel, system_map, vmlinux};
 pub use module::module;
 pub use program::program;
-pub use report::{Count, FileReport, Gap, Instruction, Kind, Outcome, Report, Site};
+pub use report::{Change, Count, FileReport, Gap, Instruction, Kind, Outcome, Report, Site};
 pub use tree::{modules, root};
 
 /// The port whose four-byte read stands for RDTSC in a prepared kernel: the machine answers EAX with the counter's lower half and
 /// sets RDX to its upper half. No PC has anything at 0xe4 to 0xe7, and no read of it by this form of IN is in Debian's kernel
 /// ([`FileReport::prepared`] counts them).
 pub const TSC_PORT: u8 = crate::devices::tsc::PORT as u8;
+
+/// Whether this kernel's reads of KVM's clock page are counted, so that it needs no preemption to see time go on: it was prepared, by a
+/// release that does so.
+#[must_use]
+pub fn counts_clock_reads(vmlinux: &[u8]) -> bool {
+    const BODY: &[u8] = &clock_reader::BODY;
+    let Ok(elf) = elf::Elf::parse(vmlinux) else {
+        return false;
+    };
+    let mut code = elf.sections.iter().filter(|section| section.is_code());
+    code.any(|section| {
+        let mut places = elf.bytes_of(section).windows(BODY.len());
+        // The first word decides nearly always, and quickly: a kernel has 14 MB of code.
+        places.any(|at| at[..4] == BODY[..4] && at == BODY)
+    })
+}
 
 /// How much a preparation takes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

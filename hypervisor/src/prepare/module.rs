@@ -83,7 +83,7 @@ fn look(bytes: &[u8], path: &str) -> (FileReport, Vec<Patch>) {
                 ));
             }
         };
-        look.replacements(replacements, alternatives, &functions);
+        look.replacements(replacements, &alternatives, &functions);
     }
     (look.report, look.patches)
 }

@@ -86,6 +86,23 @@ pub struct Site {
     pub outcome: Outcome,
 }
 
+/// Code that was put in place of other code.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// The section it lies in.
+    pub section: String,
+    /// Symbol and distance.
+    pub place: String,
+    /// Its address.
+    pub address: u64,
+    /// Where it is in the file.
+    pub offset: usize,
+    /// The bytes that were found, in hexadecimal.
+    pub old: String,
+    /// The bytes that stand there now.
+    pub new: String,
+}
+
 /// Bytes of a code section that could not be decoded and hold the bytes of RDTSC or RDTSCP.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Gap {
@@ -108,6 +125,8 @@ pub struct FileReport {
     pub kind: Kind,
     /// Every site, by section and address.
     pub sites: Vec<Site>,
+    /// The reader of KVM's clock page, which counts its reads now.
+    pub changes: Vec<Change>,
     /// What could not be decoded and may hold more.
     pub suspicious: Vec<Gap>,
     /// Bytes of code that could not be decoded: tables between functions, mostly.
@@ -126,6 +145,7 @@ impl FileReport {
             path: path.to_owned(),
             kind,
             sites: Vec::new(),
+            changes: Vec::new(),
             suspicious: Vec::new(),
             undecoded: 0,
             prepared: 0,
@@ -317,6 +337,13 @@ impl Report {
                     Outcome::Rewritten(new) => writeln!(text, " -> {new}"),
                     Outcome::Left(why) => writeln!(text, " left: {why}"),
                 };
+            }
+            for change in &file.changes {
+                let _ = writeln!(
+                    text,
+                    "  {} {:#x} {} {} -> {}: its reads are counted",
+                    change.section, change.address, change.place, change.old, change.new
+                );
             }
             for gap in &file.suspicious {
                 let _ = writeln!(

@@ -1,12 +1,14 @@
 //! From what was decoded to sites with their names, and to new bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use super::TSC_PORT;
-use super::alternatives::Alternative;
+use super::alternatives::{Alternative, Place};
+use super::clock_reader::{self, Plan};
 use super::code::{Found, is_suspicious, sweep};
 use super::elf::{Elf, Section};
-use super::report::{FileReport, Gap, Instruction, Outcome, Site};
+use super::report::{Change, FileReport, Gap, Instruction, Outcome, Site};
 
 /// Who executes the code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,10 +20,10 @@ pub(super) enum Ring {
 }
 
 /// New bytes for a place in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Patch {
     offset: usize,
-    new: [u8; 2],
+    new: Vec<u8>,
 }
 
 /// Writes them. They come from sites in these very bytes, so they fit.
@@ -51,6 +53,17 @@ impl Functions {
 
     pub(super) fn len(&self) -> usize {
         self.0.len()
+    }
+
+    /// Those whose names begin so: from where to where, up to the next one's start or the section's end at `size`.
+    fn named(&self, name: &str, size: usize) -> Vec<Range<usize>> {
+        let ends = self.0.keys().skip(1).chain([&size]);
+        self.0
+            .iter()
+            .zip(ends)
+            .filter(|((_, own), _)| own.starts_with(name))
+            .map(|((&start, _), &end)| start..end)
+            .collect()
     }
 
     /// Symbol and distance.
@@ -130,7 +143,7 @@ impl Look<'_> {
     pub(super) fn replacements(
         &mut self,
         section: &Section,
-        alternatives: Vec<Alternative>,
+        alternatives: &[Alternative],
         functions: &[Functions],
     ) {
         let mut seen = BTreeSet::new();
@@ -138,13 +151,53 @@ impl Look<'_> {
             let (original, into) = alternative.original;
             if seen.insert(alternative.replacement.start) {
                 let place = functions[original].place(into);
-                self.replacement(section, alternative.replacement, &place);
+                self.replacement(section, alternative.replacement.clone(), &place);
+            }
+        }
+    }
+
+    /// Has the reader of the clock page count its reads (`clock_reader`), if it is in section `number`. `patched` is where the kernel puts
+    /// alternatives.
+    pub(super) fn clock_readers(
+        &mut self,
+        (number, section): (usize, &Section),
+        functions: &Functions,
+        patched: &[Place],
+    ) {
+        let code = self.elf.bytes_of(section);
+        for function in functions.named(clock_reader::NAME, code.len()) {
+            let Some(plan) = code.get(function.clone()).and_then(Plan::of) else {
+                continue;
+            };
+            let changes = plan
+                .changes()
+                .map(|(range, new)| (function.start + range.start, new));
+            let is_patched = |(into, new): &(usize, Vec<u8>)| {
+                let range = *into..into + new.len();
+                let mut patched = patched.iter();
+                patched.any(|(other, at)| *other == number && range.contains(at))
+            };
+            if changes.iter().any(is_patched) {
+                continue;
+            }
+            for (into, new) in changes {
+                let old = &code[into..into + new.len()];
+                let offset = self.base + section.offset + into;
+                self.report.changes.push(Change {
+                    section: section.name.clone(),
+                    place: functions.place(into),
+                    address: section.address.wrapping_add(into as u64),
+                    offset,
+                    old: hex(old),
+                    new: hex(&new),
+                });
+                self.patches.push(Patch { offset, new });
             }
         }
     }
 
     /// Decodes one alternative's replacement, `range` of this section; `place` is what it replaces.
-    fn replacement(&mut self, section: &Section, range: std::ops::Range<usize>, place: &str) {
+    fn replacement(&mut self, section: &Section, range: Range<usize>, place: &str) {
         let bytes = &self.elf.bytes_of(section)[range.clone()];
         let address = section.address.wrapping_add(range.start as u64);
         let swept = sweep(bytes, address, self.elf.bitness(), &[]);
@@ -178,7 +231,10 @@ impl Look<'_> {
                     Ring::Kernel if !reads_clock_page(&place) => [IN_EAX_IMM8, TSC_PORT],
                     Ring::Kernel | Ring::User => MOV_EAX_EDX,
                 };
-                self.patches.push(Patch { offset, new });
+                self.patches.push(Patch {
+                    offset,
+                    new: new.to_vec(),
+                });
                 Outcome::Rewritten(hex(&new))
             }
             (Instruction::Rdtsc, _) => Outcome::Left(PREFIXED),
@@ -199,7 +255,7 @@ impl Look<'_> {
 /// Whether a site lies in the function that reads KVM's clock page, or in what may replace a part of it.
 fn reads_clock_page(place: &str) -> bool {
     let place = place.strip_prefix("for ").unwrap_or(place);
-    place.starts_with("pvclock_clocksource_read")
+    place.starts_with(clock_reader::NAME)
 }
 
 /// `IN EAX, imm8` (Intel SDM volume 2A).

@@ -75,16 +75,29 @@ impl<S: Sink> Recorder<S> {
                 self.gather()?;
             }
             self.take_made()?;
-            if let Phase::Off(status) = self.machine.phase() {
-                self.machine.stand()?;
-                self.take_made()?;
-                return self.wait_for_power_off(status);
+            match self.machine.phase() {
+                Phase::Off(status) => {
+                    self.stand_crew()?;
+                    return self.wait_for_power_off(status);
+                }
+                Phase::Crashed => {
+                    self.stand_crew()?;
+                    return Ok(self.see_off()?.unwrap_or(Ended::Crashed));
+                }
+                _ => {}
             }
             if let Some(ended) = self.end_crew_interval()? {
                 return Ok(ended);
             }
             self.wait_for_crew();
         }
+    }
+
+    /// Has them stand, and takes what they made until they did. False if the guest has crashed: of that nothing can be saved.
+    fn stand_crew(&mut self) -> Result<bool, RecordError> {
+        self.machine.stand()?;
+        self.take_made()?;
+        Ok(self.machine.phase() != Phase::Crashed)
     }
 
     /// What was given and made since the last look goes where it belongs.
@@ -105,22 +118,25 @@ impl<S: Sink> Recorder<S> {
             self.attend();
         }
         if self.orders.waiting() {
-            self.machine.stand()?;
-            self.take_made()?;
+            if !self.stand_crew()? {
+                return Ok(None);
+            }
             if let Some(ended) = self.obey()? {
                 return Ok(Some(ended));
             }
         }
         if !self.deeds.is_empty() {
-            self.machine.stand()?;
-            self.take_made()?;
+            if !self.stand_crew()? {
+                return Ok(None);
+            }
             if let Some(ended) = self.do_deeds()? {
                 return Ok(Some(ended));
             }
         }
         if self.cut.is_some() {
-            self.machine.stand()?;
-            self.take_made()?;
+            if !self.stand_crew()? {
+                return Ok(None);
+            }
             self.cut_if_wanted()?;
         }
         Ok(None)
@@ -134,10 +150,8 @@ impl<S: Sink> Recorder<S> {
             Some(intervals) if intervals.wants_end(now) => {}
             _ => return Ok(None),
         }
-        self.machine.stand()?;
         // What they sent before they stood is of this interval.
-        self.take_made()?;
-        if matches!(self.machine.phase(), Phase::Off(_)) {
+        if !self.stand_crew()? || matches!(self.machine.phase(), Phase::Off(_)) {
             return Ok(None);
         }
         self.keep_intervals()

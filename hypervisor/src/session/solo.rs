@@ -26,7 +26,7 @@ use crate::entry::Base;
 use crate::file_log::FileRecorder;
 use crate::flight::TapeSink;
 use crate::gate::Gate;
-use crate::machine::{Machine, MachineSpec};
+use crate::machine::{Exits, Machine, MachineSpec};
 use crate::orders::Order;
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::ring_log::RingSink;
@@ -56,9 +56,11 @@ pub struct Recorded {
     pub finished: Option<Finished>,
     /// Length of the log in bytes; none for a flight recorder, which keeps its end only.
     pub bytes: Option<u64>,
+    /// What its exits were for.
+    pub exits: Exits,
 }
 
-/// Runs a machine unprotected, until its guest is gone or a signal comes.
+/// Runs a machine unprotected, until its guest is gone or a signal comes: how it ended, and what its exits were for.
 ///
 /// # Errors
 /// See [`SessionError`].
@@ -67,7 +69,7 @@ pub fn run(
     inherited: &Inherited,
     spec: &MachineSpec,
     json: bool,
-) -> Result<Ended, SessionError> {
+) -> Result<(Ended, Exits), SessionError> {
     let operator = Operator::start(config, Role::Solo, json)?;
     let image = disk::open_alone(config)?;
     let spec = &disk::described(spec, image.as_ref());
@@ -79,9 +81,10 @@ pub fn run(
         ..RecordOptions::default()
     };
     let clock = GuestClock::since(spec.wall_clock_ns);
+    let tally = machine.tally();
     let vcpu = solo.start(config, machine, clock, NoLog::default(), options)?;
     let (ended, _) = solo.serve(vcpu, None, None)?;
-    Ok(ended)
+    Ok((ended, tally.read()))
 }
 
 /// Records a machine into a log file.
@@ -120,7 +123,7 @@ pub fn record(
     let (writer, reader) = shm::pair(&ring).map_err(crate::handshake::HandshakeError::from)?;
     let sandbox = Sandbox::prepare(&config.sandbox)?;
     let file = FileRecorder::start(out, spec, reader, sandbox)?;
-    let committed = Arc::new(AtomicU64::new(0));
+    let (committed, tally) = (Arc::new(AtomicU64::new(0)), machine.tally());
     let epoch = Epoch(1);
     let lane = Some((writer.inputs, epoch, Some(Arc::clone(&committed))));
     let mut solo = Solo::new(config, inherited, json, lane, operator.board())?;
@@ -140,6 +143,7 @@ pub fn record(
         ended,
         finished,
         bytes: Some(bytes),
+        exits: tally.read(),
     })
 }
 
@@ -189,7 +193,7 @@ impl Solo {
             field: "recorder",
             needed: "recording without a log file",
         })?);
-        let clock = GuestClock::since(spec.wall_clock_ns);
+        let (clock, tally) = (GuestClock::since(spec.wall_clock_ns), machine.tally());
         let vcpu = self.start(config, machine, clock, sink, options)?;
         let served = self.serve(vcpu, length, None);
         // Waits for what is still to be written.
@@ -199,6 +203,7 @@ impl Solo {
             ended,
             finished,
             bytes: None,
+            exits: tally.read(),
         })
     }
 
