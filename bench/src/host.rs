@@ -21,6 +21,9 @@ pub struct Machine {
     pub load: String,
 }
 
+/// The variable that says of which commit this program is where no working tree is, as in a host of the lab.
+const COMMIT: &str = "DOPPEL_COMMIT";
+
 /// A measurement's origin.
 #[derive(Clone, Debug, Serialize)]
 pub struct Origin {
@@ -28,7 +31,7 @@ pub struct Origin {
     pub command: String,
     /// UTC.
     pub date: String,
-    /// The commit of the working tree, with `+` when something in it was changed.
+    /// The commit of the working tree, with `+` when something in it was changed; or what [`COMMIT`] says.
     pub commit: String,
     /// This program's version.
     pub version: &'static str,
@@ -43,7 +46,7 @@ impl Origin {
         Self {
             command: command(std::env::args().skip(1)),
             date: said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
-            commit: commit(),
+            commit: std::env::var(COMMIT).unwrap_or_else(|_| commit()),
             version: env!("CARGO_PKG_VERSION"),
             machine: Machine::this(),
         }

@@ -8,6 +8,7 @@ mod draw;
 mod failover;
 mod host;
 mod link;
+mod linux;
 mod log;
 mod paper;
 mod quote;
@@ -61,9 +62,16 @@ enum What {
     Paper(PaperForm),
     /// Replicated by checkpoints: a request by what it has the guest write, against the bare link; how long the guest stands
     Checkpoint(Form),
+    /// One Linux guest alone, protected both ways, and under QEMU: on a host whose KVM runs Linux, as a host of the lab is
+    Linux {
+        #[command(flatten)]
+        form: Form,
+        #[command(flatten)]
+        files: linux::Files,
+    },
     /// One run of `doppel demo`, as it prints it
     Demo(Form),
-    /// All of them but `rdma`, one after the other, and the report; with --full also what the documents quote
+    /// All of them but `rdma` and `linux`, one after the other, and the report; with --full also what the documents quote
     All(Form),
     /// One self-contained page, and the pictures anew, from the results that are there
     Report {
@@ -124,7 +132,7 @@ const RESULTS: &str = "results";
 
 /// All results that there can be.
 fn names() -> Vec<&'static str> {
-    ALL.into_iter().chain(["rdma"]).collect()
+    ALL.into_iter().chain(["rdma", "linux"]).collect()
 }
 
 /// What `all` runs.
@@ -268,6 +276,7 @@ fn run(what: &What) -> Result<()> {
         What::Alternatives(form) => finish(&form.alternatives()?, &form.out),
         What::Paper(paper) => finish(&paper.measure()?, &paper.form.out),
         What::Checkpoint(form) => finish(&form.checkpoint()?, &form.out),
+        What::Linux { form, files } => finish(&linux::measure(files, form.pick(1, 5))?, &form.out),
         What::Peer(peer) => link::serve(peer),
         What::Demo(form) => finish(&demo::measure(form.seed)?, &form.out),
         What::All(form) => form.all(),

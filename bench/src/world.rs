@@ -106,6 +106,12 @@ impl Network {
         })
     }
 
+    /// The guest's end of it.
+    #[must_use]
+    pub fn port(&self) -> &NetPort {
+        &self.port
+    }
+
     /// Where the guest serves.
     #[must_use]
     pub fn address(&self) -> SocketAddrV4 {

@@ -17,19 +17,22 @@ use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 7] = [
+const TASKS: [(&str, &str); 8] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
     ("busy", include_str!("linux_guest/tasks/busy")),
     ("disk", include_str!("linux_guest/tasks/disk")),
     ("files", include_str!("linux_guest/tasks/files")),
     ("load", include_str!("linux_guest/tasks/load")),
+    ("measure", include_str!("linux_guest/tasks/measure")),
     ("redis", include_str!("linux_guest/tasks/redis")),
     ("shell", include_str!("linux_guest/tasks/shell")),
 ];
 
 /// The modules of what Doppel's board has, in the order in which they can be loaded. The first bring the others along.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "virtio_mmio",
+    // Where QEMU runs it.
+    "virtio_pci",
     "virtio_net",
     "virtio_rng",
     "virtio_blk",

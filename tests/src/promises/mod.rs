@@ -36,6 +36,7 @@ pub mod linux_debugged;
 pub mod linux_disk;
 pub mod linux_pair;
 pub mod linux_replays;
+pub mod linux_side_by_side;
 pub mod live_join;
 pub mod monitored;
 pub mod newcomer;
@@ -124,5 +125,6 @@ pub const ALL: &[Promise] = &[
     linux_pair::PROMISE,
     linux_disk::PROMISE,
     linux_busy::PROMISE,
+    linux_side_by_side::PROMISE,
     prepare_exact::PROMISE,
 ];
