@@ -9,7 +9,7 @@
 //!   RUN-DIRECTORY/NAME.0.lock       a role's process of machine NAME, and NAME.1.lock, another one
 //!   RUN-DIRECTORY/NAME.PID.sock     a role's control socket (control/place.rs)
 //! ```
-//! Unsafe: `setsid` between fork and exec, and `kill`, which the standard library does not have.
+//! Unsafe: `setsid` between fork and exec, which the standard library does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -482,22 +482,6 @@ impl Hands {
         Ok(())
     }
 
-    /// SIGTERM to a backup: it leaves its primary.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn end_backup(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGTERM).map_err(failed("end a backup"))
-    }
-
-    /// SIGKILL to a primary: its backup takes the machine over.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn fail(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGKILL).map_err(failed("have a primary taken over"))
-    }
-
     /// Gives an order to a role here: its number.
     ///
     /// # Errors
@@ -522,17 +506,6 @@ impl Hands {
         self.order(machine, pid, Ask::Standby(place))?;
         self.told.insert((pid, place));
         Ok(())
-    }
-}
-
-/// Sends a signal to a role, which has just answered at its control socket.
-fn signal(pid: u32, signal: libc::c_int) -> io::Result<()> {
-    let process = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1);
-    let process = process.ok_or(io::ErrorKind::InvalidInput)?;
-    // SAFETY: kill touches no memory. The process has just answered, so its number is its own.
-    match unsafe { libc::kill(process, signal) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

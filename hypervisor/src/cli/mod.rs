@@ -137,7 +137,7 @@ impl Failure {
 impl From<SessionError> for Failure {
     fn from(error: SessionError) -> Self {
         match &error {
-            SessionError::Interrupted => Self::new(0, error),
+            SessionError::Interrupted | SessionError::Dismissed => Self::new(0, error),
             SessionError::Replay(
                 ReplayError::Diverged(_) | ReplayError::Log(_) | ReplayError::Entry { .. },
             ) => Self::new(Self::DIVERGED, error),
@@ -228,9 +228,7 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) | (Reason::HandedOver { .. } | Reason::Relieved { .. }, _) => {
-            Ok(())
-        }
+        (reason, _) if reason.is_clean() => Ok(()),
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

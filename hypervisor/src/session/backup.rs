@@ -22,7 +22,7 @@ use crate::arbiter::{self, Claim, random_identity};
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::Config;
 use crate::control::Operator;
-use crate::control::board::{Board, State};
+use crate::control::board::{Board, Command, State};
 use crate::control::status::{Role, Standing};
 use crate::divergence::Divergence;
 use crate::flight::Flight;
@@ -208,6 +208,10 @@ impl Following {
                     self.protocol.handle(now, event, &mut actions);
                 }
             }
+            while let Some((number, command)) = self.io.reporter.board().take_command() {
+                let event = self.dismissed(number, command);
+                self.protocol.handle(now, event, &mut actions);
+            }
             if let Some(event) = self.fence_disk() {
                 self.protocol.handle(now, event, &mut actions);
             }
@@ -279,9 +283,11 @@ impl Following {
                     Action::Die(reason) => {
                         let off = reason == Reason::PoweredOff;
                         let complete = off && self.follows_to_the_end();
-                        if let Reason::Relieved { .. } = reason {
+                        if let Reason::Relieved { .. } | Reason::Dismissed = reason {
                             self.say(reason.to_string(), false);
                         }
+                        // First of all, as in leaving: a dismissed one's primary is well.
+                        self.io.control = None;
                         self.io.order(Order::Stop);
                         self.follower.end();
                         if complete {
@@ -393,6 +399,17 @@ impl Following {
             proof.leave(fenced);
         }
         Ok(Event::Fenced)
+    }
+
+    /// It is told to leave: by an order, which unlike a signal is no end of the machine if this process serves it by the time it is taken. The
+    /// heartbeats that had come by then have been read: the next one is of a primary that has outlived the order.
+    fn dismissed(&self, number: u64, command: Command) -> Event {
+        let outcome = leaves(self.protocol.phase(), false)
+            .then(|| "as soon as its primary is heard again".to_owned())
+            .ok_or_else(|| STAYS.to_owned());
+        let board = self.io.reporter.board();
+        board.ordered(number, command, Some(outcome));
+        Event::Dismissed
     }
 
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.

@@ -138,6 +138,8 @@ impl Listener {
     ) -> Result<(Option<Stream>, bool), SessionError> {
         let mut waiter = Waiter::new();
         let signals = waiter.add(&common.signals, true, false);
+        let board = common.reporter.board();
+        let dismissal = waiter.add(board.dismissal(), true, false);
         let door = waiter.add(self, true, false);
         let primary = primary.map(|primary| waiter.add(primary, true, false));
         porch.watch(&mut waiter);
@@ -147,6 +149,9 @@ impl Listener {
             .map_err(SessionError::host("wait for events"))?;
         if waiter.ready(signals).read {
             return Err(SessionError::Interrupted);
+        }
+        if waiter.ready(dismissal).read {
+            return Err(SessionError::Dismissed);
         }
         let spoke = primary.is_some_and(|primary| waiter.ready(primary).read);
         if !waiter.ready(door).read {

@@ -39,6 +39,9 @@ const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their l
 const SHARED: &str = "its disk is shared, and whoever takes that over has this process killed or cut off first, which is no orderly hand-over: end \
     this process instead (SIGKILL), and the backup takes over";
 
+/// Why a process that serves does not leave.
+const SERVES: &str = "this process has become the primary, and serves the machine";
+
 /// Why a machine is not reset.
 pub(super) const NO_RESET: &str = "a machine with the host's CPU cannot be started anew where it stands: power it off, and start it again";
 
@@ -104,6 +107,7 @@ pub(super) fn serve(
         in_step: None,
         switch: None,
         replacement: None,
+        fails: false,
     }
     .serve()
 }
@@ -124,6 +128,8 @@ struct Serving {
     switch: Option<u64>,
     /// The backup that is to take the old one's place.
     replacement: Option<Replacement>,
+    /// It is told to end as one that failed, once its backup is heard.
+    fails: bool,
 }
 
 impl Serving {
@@ -150,8 +156,14 @@ impl Serving {
             if self.stands_for_nobody() {
                 self.protocol.handle(now, Event::NewcomerLost, &mut actions);
             }
+            let beats = self.io.new_beats(true);
+            if self.fails && !beats.is_empty() && self.protocol.phase() == Phase::Protected {
+                // Its backup has outlived the order, and takes the machine as from a process that is killed.
+                self.io.order(Order::Stop);
+                return Err(SessionError::Failed);
+            }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
-            for beat in self.io.new_beats(true) {
+            for beat in beats {
                 handle(Event::Heartbeat(beat));
             }
             if found.log_traffic {
@@ -264,11 +276,24 @@ impl Serving {
                 let why = "there is no backup any more that could take the machine".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
             }
+            Command::Fail if self.protocol.phase() == Phase::Protected => {
+                self.fails = true;
+                let done = Some(Ok("as soon as the backup is heard again".to_owned()));
+                return self.tell_ordered(number, command, done);
+            }
+            Command::Fail => {
+                let why = "there is no backup that could take the machine".to_owned();
+                return self.tell_ordered(number, command, Some(Err(why)));
+            }
             Command::Share(_) if self.staff.replication == Replication::Checkpoint => {
                 return self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
             }
             Command::Reset if !self.staff.starts_anew => {
                 return self.tell_ordered(number, command, Some(Err(NO_RESET.to_owned())));
+            }
+            // It was a backup when that was ordered.
+            Command::Leave => {
+                return self.tell_ordered(number, command, Some(Err(SERVES.to_owned())));
             }
             // One that comes between the guest's last exit here and its first one there would be lost.
             _ if !self.protocol.phase().is_settled() => {
@@ -441,6 +466,8 @@ impl Serving {
                 );
             }
             Action::RunUnprotected(record) => {
+                // The next backup is another one.
+                self.fails = false;
                 let joins = self.newcomer_joins();
                 self.switch_failed(
                     "the backup was lost meanwhile; the machine runs on here, UNPROTECTED",

@@ -373,7 +373,8 @@ fn copied(
     image: Option<&mut OpenImage>,
 ) -> Result<Restored, SessionError> {
     let seal = Parcels::take(control)?;
-    let mut from = Consignee::new(lane, io.link.as_ref(), control, &io.signals, seal);
+    let is_told = || io.is_told_to_stop().is_some();
+    let mut from = Consignee::new(lane, io.link.as_ref(), control, &is_told, seal);
     let image = image.map(|image| image as &mut dyn Incoming);
     match clone::receive(&mut from, machine, image) {
         // What stands behind the end in the same piece, nobody who copies a machine says.
@@ -383,7 +384,8 @@ fn copied(
         }
         .into()),
         Ok((restored, _)) => Ok(restored),
-        Err(_) if io.is_told_to_stop() => Err(SessionError::Interrupted),
-        Err(error) => Err(HandshakeError::Copy(error).into()),
+        Err(error) => Err(io
+            .is_told_to_stop()
+            .unwrap_or_else(|| HandshakeError::Copy(error).into())),
     }
 }
