@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use std::sync::LazyLock;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use hypervisor::backends::outflow::{self, Standard};
 use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
@@ -200,13 +201,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
         Command::HookHelper(args) => hook::help(&args),
         Command::PackageFiles(args) => package::write(&args, command()),
     };
-    match outcome {
+    let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("doppel: {}", failure.message);
+            // A terminal that is stopped takes nothing; the process ends all the same.
+            let _ = Standard::Error.say(format!("doppel: {}\n", failure.message).as_bytes());
             ExitCode::from(failure.code)
         }
-    }
+    };
+    outflow::settle();
+    code
 }
 
 /// How a guest's end is told.

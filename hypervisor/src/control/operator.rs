@@ -17,6 +17,7 @@ use super::status::{Role, Standing};
 use super::view::{About, View};
 use super::viewers::{self, Viewers};
 use super::wire::{Answer, Ask, Outcome, Request};
+use crate::backends::outflow;
 use crate::backends::wait::Waiter;
 use crate::config::Config;
 use crate::entry::Control;
@@ -50,6 +51,18 @@ impl Operator {
         let board = Board::new(&config.name, role).map_err(host("make an event descriptor"))?;
         let board = Arc::new(board);
         crate::journal::speak_of(&board);
+        let sandbox = Sandbox::prepare(&config.sandbox)?;
+        let own = sandbox.clone();
+        let told = Arc::downgrade(&board);
+        outflow::begin(
+            move || own.confine(Thread::Outflow).expect(NOT_CONFINED),
+            move |text| {
+                if let Some(board) = told.upgrade() {
+                    Reporter::new(json, board).say(&Event::Notice { text, loud: true });
+                }
+            },
+        )
+        .map_err(host("start the threads of standard output and error"))?;
         let helper = config.hook.as_deref().map(Helper::start).transpose();
         let helper = helper.map_err(ControlError::Hook)?;
         let metrics = config.metrics.map(|address| {
@@ -74,7 +87,6 @@ impl Operator {
             metrics: at,
             hook: helper.is_some(),
         };
-        let sandbox = Sandbox::prepare(&config.sandbox)?;
         let desk = Desk {
             board: Arc::clone(&board),
             view: View::new(about, role, Instant::now()),
@@ -119,6 +131,7 @@ impl Drop for Operator {
             // If it panicked, that was told; the role has ended all the same.
             let _ = thread.join();
         }
+        outflow::settle();
     }
 }
 

@@ -43,6 +43,7 @@ pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
+pub mod output_unread;
 pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
@@ -74,6 +75,7 @@ pub const ALL: &[Promise] = &[
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,
+    output_unread::PROMISE,
     zombie::PROMISE,
     failover_fast::PROMISE,
     protocol_simulated::PROMISE,
