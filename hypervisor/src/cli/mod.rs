@@ -173,6 +173,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
             | Command::Record(_)
     ) {
         hypervisor::sandbox::keep_files_private();
+        hypervisor::panics::watch();
     }
     let outcome = match cli.command {
         Command::Agent(args) => agent::agent(&args),

@@ -29,6 +29,7 @@ use crate::flight::Flight;
 use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
+use crate::panics::{self, Need};
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Reason, Unfit};
 use crate::record::random_source;
@@ -207,6 +208,24 @@ impl Following {
                 if let Some(event) = self.hear(told)? {
                     self.protocol.handle(now, event, &mut actions);
                 }
+            }
+            while let Some(thread) = panics::take() {
+                let event = match Need::of(&thread) {
+                    Need::Nothing => {
+                        self.say(panics::goes_on_without(&thread), true);
+                        continue;
+                    }
+                    Need::Guest => {
+                        Event::Unfit(Unfit::Failed(format!("its thread {thread} panicked")))
+                    }
+                    // Nothing can be asked, or taken in, any more.
+                    Need::Pair | Need::Log => {
+                        self.io.control = None;
+                        self.io.order(Order::Stop);
+                        return Err(SessionError::Fell { thread });
+                    }
+                };
+                self.protocol.handle(now, event, &mut actions);
             }
             while let Some((number, command)) = self.io.reporter.board().take_command() {
                 let event = self.dismissed(number, command);
@@ -404,9 +423,12 @@ impl Following {
     /// It is told to leave: by an order, which unlike a signal is no end of the machine if this process serves it by the time it is taken. The
     /// heartbeats that had come by then have been read: the next one is of a primary that has outlived the order.
     fn dismissed(&self, number: u64, command: Command) -> Event {
-        let outcome = leaves(self.protocol.phase(), false)
-            .then(|| "as soon as its primary is heard again".to_owned())
-            .ok_or_else(|| STAYS.to_owned());
+        let outcome = match self.protocol.phase() {
+            Phase::Following | Phase::Suspecting => {
+                Ok("as soon as its primary is heard again".to_owned())
+            }
+            _ => Err("it takes the machine over, and nobody else may have it".to_owned()),
+        };
         let board = self.io.reporter.board();
         board.ordered(number, command, Some(outcome));
         Event::Dismissed

@@ -179,6 +179,14 @@ pub enum SessionError {
     /// The vCPU thread panicked.
     #[error("the vCPU thread panicked; this is a bug")]
     Panicked,
+    /// Another thread did, without which this side is of no use.
+    #[error(
+        "the thread {thread} panicked, and this side ends: whoever has the machine besides goes on with it. This is a bug"
+    )]
+    Fell {
+        /// Which one.
+        thread: String,
+    },
     /// The host refused something.
     #[error("cannot {what}: {source}")]
     Host {

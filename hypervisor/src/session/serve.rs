@@ -22,6 +22,7 @@ use crate::desk::Ask;
 use crate::handshake;
 use crate::intervals::Replication;
 use crate::orders::Order;
+use crate::panics::{self, Need};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
 use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
@@ -108,6 +109,7 @@ pub(super) fn serve(
         switch: None,
         replacement: None,
         fails: false,
+        alone_without: None,
     }
     .serve()
 }
@@ -130,6 +132,8 @@ struct Serving {
     replacement: Option<Replacement>,
     /// It is told to end as one that failed, once its backup is heard.
     fails: bool,
+    /// The thread whose loss keeps this machine from ever being one of a pair again.
+    alone_without: Option<String>,
 }
 
 impl Serving {
@@ -153,6 +157,16 @@ impl Serving {
             let found = self.io.round(longest, true)?;
             let now = now();
             self.judge_disk()?;
+            while let Some(thread) = panics::take() {
+                self.judge_panic(thread, now, &mut actions)?;
+            }
+            if let Some(thread) = self.alone_without.take_if(|_| {
+                // Its end would be the arbiter's to hear.
+                found.signalled || self.vcpu.as_ref().is_none_or(JoinHandle::is_finished)
+            }) {
+                self.io.order(Order::Stop);
+                return Err(SessionError::Fell { thread });
+            }
             if self.stands_for_nobody() {
                 self.protocol.handle(now, Event::NewcomerLost, &mut actions);
             }
@@ -323,6 +337,46 @@ impl Serving {
         if let Some(number) = self.switch.take() {
             self.tell_ordered(number, Command::Switch, Some(Err(why.to_owned())));
         }
+    }
+
+    /// What follows from a thread's panic. An error: this process ends by it, as one that failed; a backup takes the machine over.
+    fn judge_panic(
+        &mut self,
+        thread: String,
+        now: Moment,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), SessionError> {
+        let text = match (Need::of(&thread), self.protocol.phase()) {
+            (Need::Nothing, _) | (Need::Log, Phase::Unprotected) => {
+                panics::goes_on_without(&thread)
+            }
+            (Need::Log, _) => {
+                self.protocol.handle(now, Event::LogUnusable, actions);
+                format!(
+                    "the backup is given up: the thread {thread}, by which its log went, is gone by a bug"
+                )
+            }
+            (Need::Pair, phase @ (Phase::Unprotected | Phase::Joining)) => {
+                // Nobody else could have it. Who was about to join is no backup yet.
+                self.staff.recruiter = None;
+                self.looking = true;
+                if phase == Phase::Joining {
+                    self.protocol.handle(now, Event::PeerDied, actions);
+                }
+                let text = format!(
+                    "the thread {thread} is gone by a bug, which the log names: the machine serves on here, and CANNOT BE PROTECTED any more; when it is to \
+                     end, end this process by a signal, and start the machine with --cold-start"
+                );
+                self.alone_without = Some(thread);
+                text
+            }
+            _ => {
+                self.io.order(Order::Stop);
+                return Err(SessionError::Fell { thread });
+            }
+        };
+        self.io.reporter.say(&Said::Notice { text, loud: true });
+        Ok(())
     }
 
     /// What becomes of a request that this side's image could not do.
