@@ -106,6 +106,14 @@ enum DataAt {
     Mmio { len: usize },
 }
 
+/// What the state of several is read from and written to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VcpuParts<'a> {
+    pub(super) fd: &'a VcpuFd,
+    pub(super) msrs: &'a [u32],
+    pub(super) quiet: &'a [u32],
+}
+
 /// A vCPU of a machine.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -115,8 +123,9 @@ pub struct Vcpu {
     unfinished: bool,
     /// The exit that completing the one before led to: the next run ends in it.
     ahead: Option<Exit>,
-    /// The MSRs of the state.
+    /// The MSRs of the state, and those that are in it where they are not 0.
     msrs: Vec<u32>,
+    quiet: Vec<u32>,
     /// Of two of them only the lower half.
     halves_sysenter: bool,
 }
@@ -138,12 +147,14 @@ impl Vcpu {
     fn with(fd: VcpuFd, more: &[u32]) -> Result<Self, KvmError> {
         install_kick_handler();
         let msrs = state::supported_msrs(&fd, more)?;
+        let quiet = state::quiet_msrs(&fd, &msrs)?;
         Ok(Self {
             fd,
             data_at: DataAt::Nothing,
             unfinished: false,
             ahead: None,
             msrs,
+            quiet,
             halves_sysenter: false,
         })
     }
@@ -397,8 +408,12 @@ impl Vcpu {
     }
 
     /// For the state of all.
-    pub(super) fn parts(&self) -> (&VcpuFd, &[u32]) {
-        (&self.fd, &self.msrs)
+    pub(super) fn parts(&self) -> VcpuParts<'_> {
+        VcpuParts {
+            fd: &self.fd,
+            msrs: &self.msrs,
+            quiet: &self.quiet,
+        }
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole. Does nothing if that was
@@ -436,7 +451,7 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`], [`KvmError::Msr`].
     pub fn state(&self) -> Result<CpuState, KvmError> {
-        let mut state = state::read(&self.fd, &self.msrs)?;
+        let mut state = state::read(&self.fd, &self.msrs, &self.quiet)?;
         if self.halves_sysenter {
             state.halve_sysenter();
         }
@@ -450,7 +465,7 @@ impl Vcpu {
     /// [`KvmError::Call`], [`KvmError::Msr`]; the vCPU is then of no further use.
     pub fn restore(&mut self, state: &CpuState) -> Result<(), KvmError> {
         self.abandon()?;
-        state::write(&self.fd, state)?;
+        state::write(&self.fd, state, &self.quiet)?;
         // KVM takes it from here at each run.
         self.fd.get_kvm_run().cr8 = state.sregs.cr8;
         // Brings what KVM says of the state in the run page (registers, whether an interrupt fits) up to date.

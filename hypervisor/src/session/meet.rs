@@ -27,7 +27,7 @@ use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
 use crate::credentials::is_left_behind;
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
-use crate::kvm::CpuModel;
+use crate::kvm::{self, CpuModel};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
@@ -333,6 +333,8 @@ pub(super) struct Introduction {
     pub(super) name: String,
     pub(super) me: Identity,
     pub(super) cpu: CpuModel,
+    /// What its guest is told of it.
+    pub(super) told: kvm::Told,
     /// The machine's description.
     pub(super) spec: Vec<u8>,
     /// The network port, which both sides share where both are on one host.
@@ -359,6 +361,7 @@ impl Introduction {
             name: config.name.clone(),
             me,
             cpu: machine.cpu_model().clone(),
+            told: machine.told().clone(),
             spec: spec.encode(),
             disk,
             port: port.map_err(SessionError::host("share the network port"))?,
@@ -394,6 +397,7 @@ pub(super) fn introduce(
     let hello = Hello {
         version: control.version().0,
         cpu: who.cpu.clone(),
+        told: who.told.clone(),
         name: who.name.clone(),
         transport: config.pair.transport.name().to_owned(),
         replication: config.replicate.mode.name().to_owned(),

@@ -108,6 +108,7 @@ fn hello(spec_bytes: usize) -> Hello {
     Hello {
         version: handshake::VERSION,
         cpu: cpu(),
+        told: Default::default(),
         name: NAME.into(),
         transport: "shm".into(),
         replication: "replay".into(),

@@ -100,6 +100,7 @@ impl Meeting<'_> {
                 let ours = (&*config.name, content);
                 disk::fits(&spec, (&hello, peer), image, ours)?;
                 let machine = self.build(&spec)?;
+                handshake::compare_cpus(&hello, machine.told())?;
                 Ok((hello, peer, spec, machine))
             })
             .inspect_err(|error| handshake::refuse(&control, error))?;
