@@ -95,6 +95,9 @@ pub struct Hello {
     pub key: [u8; 16],
     /// The machine runs already: a copy of it follows.
     pub running: bool,
+    /// What its log says has left had committed with all that led to it, also where it was asked of its own disk. Releases before did not see to that.
+    #[serde(default)]
+    pub sure_of_disks: bool,
     /// Hash of what is on its disk, if it has one; of a machine that runs, when it was started.
     pub disk: Option<u64>,
     /// Bytes of the machine's description, which follows.

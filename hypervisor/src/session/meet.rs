@@ -407,6 +407,7 @@ pub(super) fn introduce(
             .map_err(SessionError::host("read the heartbeat socket's address"))?,
         key,
         running,
+        sure_of_disks: true,
         disk: who.disk,
         spec_bytes: who.spec.len() as u32,
     };

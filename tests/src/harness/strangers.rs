@@ -91,6 +91,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
         key: [7; 16],
         disk: None,
         running: false,
+        sure_of_disks: true,
         spec_bytes: u32::try_from(spec_bytes)?,
     })
 }

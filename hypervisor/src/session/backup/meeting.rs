@@ -176,6 +176,7 @@ impl Meeting<'_> {
         io.tell_versions(&control);
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
             .speaking(control.version())
+            .sure_of_disks(hello.sure_of_disks)
             .with_disk(disk.clone().filter(|disk| !disk.is_shared()))
             .with_spool(Arc::clone(io.reporter.board().spool()))
             .taped(tape);
