@@ -29,6 +29,7 @@ use super::plan::{Ended, Start};
 use super::record::{Host, RoleReport, Site, Vm};
 use crate::backends::tap::{Tap, TapConfig, TapError};
 use crate::control::find;
+use crate::control::status::{Role, Standing};
 use crate::control::wire::Ask;
 use crate::session::host::MTU;
 
@@ -72,6 +73,9 @@ pub enum HandsError {
     /// Nobody says how large its disk is.
     #[error("the host that serves it does not tell of an image of its disk")]
     NoSize,
+    /// One that is to be taken over has nobody to do that.
+    #[error("its primary has no backup now that could take it over: it is left alone")]
+    Alone,
     /// Both locks of the machine are taken.
     #[error("its processes are here already")]
     Held,
@@ -490,12 +494,19 @@ impl Hands {
         signal(pid, libc::SIGTERM).map_err(failed("end a backup"))
     }
 
-    /// SIGKILL to a primary: its backup takes the machine over.
+    /// SIGKILL to a primary: its backup takes the machine over. It is asked once more whether it has one: what was seen of it is as old as etcd's
+    /// answer took, and without a backup the machine would end with it.
     ///
     /// # Errors
-    /// If the kernel refuses.
-    pub fn fail(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGKILL).map_err(failed("have a primary taken over"))
+    /// [`HandsError::Alone`], or if the kernel refuses.
+    pub fn fail(&self, machine: &str, pid: u32) -> Result<(), HandsError> {
+        let ended = || failed("have a primary taken over");
+        let held = find::hold(&self.config.run_dir, machine, pid);
+        let (status, process) = held.map_err(ended())?;
+        if (status.role, status.standing) != (Role::Primary, Standing::Protected) {
+            return Err(HandsError::Alone);
+        }
+        process.kill().map_err(ended())
     }
 
     /// Gives an order to a role here: its number.
@@ -546,4 +557,48 @@ fn lock_file(path: &Path) -> Result<File, HandsError> {
         .mode(0o600)
         .open(path)
         .map_err(failed(format!("open {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::control::Operator;
+
+    fn hands(directory: &Path) -> Hands {
+        let path = directory.join("agent.toml");
+        let text = format!(
+            "name = \"a\"\netcd = \"etcd://10.0.0.9\"\nsecret = \"/secret\"\naddress = \"10.0.0.1\"\nmemory_mib = 1024\nrun_dir = \"{}\"\n",
+            directory.join("run").display()
+        );
+        fs::write(&path, text).unwrap();
+        Hands::new(&AgentConfig::read(&path).unwrap()).unwrap()
+    }
+
+    /// It had one when it was last looked at. This very process is the role, and would be no more.
+    #[test]
+    fn a_primary_without_a_backup_is_not_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let hands = hands(directory.path());
+        let mut config = Config {
+            name: "kv".into(),
+            run_dir: Some(directory.path().join("run")),
+            ..Config::default()
+        };
+        config.sandbox.enabled = false;
+        let operator = Operator::start(&config, Role::Primary, false).unwrap();
+        for standing in [
+            Standing::Starting,
+            Standing::Unprotected,
+            Standing::Joining,
+            Standing::Deciding,
+        ] {
+            operator.board().stands_as(standing);
+            let error = hands.fail("kv", std::process::id()).unwrap_err();
+            assert!(matches!(error, HandsError::Alone), "{standing:?}: {error}");
+        }
+        drop(operator);
+        let error = hands.fail("kv", std::process::id()).unwrap_err();
+        assert!(matches!(error, HandsError::Io { .. }), "{error}");
+    }
 }

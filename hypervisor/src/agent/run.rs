@@ -330,7 +330,7 @@ impl Agent {
             Act::Switch { machine, pid } => {
                 self.order(&machine, pid, Ask::Switch, "leaves: it is switched over");
             }
-            Act::Fail { machine, pid } => match self.hands.fail(pid) {
+            Act::Fail { machine, pid } => match self.hands.fail(&machine, pid) {
                 Ok(()) => tracing::info!("machine {machine} leaves: its backup takes it over"),
                 Err(error) => tracing::warn!("machine {machine}: {error}"),
             },
