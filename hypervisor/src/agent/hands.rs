@@ -318,22 +318,16 @@ impl Hands {
         }
         let mut command = Command::new(&self.program);
         command.args(&words).current_dir("/").stdin(lock);
-        match self.log_of(&vm.name) {
-            Some(path) => {
-                let log = || {
-                    OpenOptions::new()
-                        .append(true)
-                        .create(true)
-                        .mode(0o600)
-                        .open(&path)
-                };
-                let what = || format!("write {}", path.display());
-                command.stdout(log().map_err(failed(what()))?);
-                command.stderr(log().map_err(failed(what()))?);
-            }
-            None => {
-                command.stdout(Stdio::null());
-            }
+        // What a role says goes to standard error. The other one is its guest's console, which has no bound, and is to be looked at otherwise.
+        command.stdout(Stdio::null());
+        if let Some(path) = self.log_of(&vm.name) {
+            let log = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(&path);
+            let what = format!("write {}", path.display());
+            command.stderr(log.map_err(failed(what))?);
         }
         // SAFETY: setsid is async-signal-safe, takes no memory, and fails only for a leader of a group, which a child that was just forked
         // is not.
