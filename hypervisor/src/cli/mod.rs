@@ -170,6 +170,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
             | Command::Primary(_)
             | Command::Backup(_)
             | Command::Record(_)
+            // gdb's socket.
+            | Command::Replay(_)
     ) {
         hypervisor::sandbox::keep_files_private();
     }
