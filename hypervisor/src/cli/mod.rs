@@ -221,7 +221,7 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
         )),
         Ended::Crashed => Err(Failure::new(
             Failure::GUEST,
-            "the guest crashed: a triple fault, or a halt with interrupts off",
+            "the guest crashed: a triple fault, or a halt with interrupts off (the log says which)",
         )),
     }
 }
