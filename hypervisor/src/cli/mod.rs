@@ -171,6 +171,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
             | Command::Primary(_)
             | Command::Backup(_)
             | Command::Record(_)
+            // gdb's socket.
+            | Command::Replay(_)
     ) {
         hypervisor::sandbox::keep_files_private();
         hypervisor::panics::watch();
@@ -224,7 +226,7 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
         )),
         Ended::Crashed => Err(Failure::new(
             Failure::GUEST,
-            "the guest crashed: a triple fault, or a halt with interrupts off",
+            "the guest crashed: a triple fault, or a halt with interrupts off (the log says which)",
         )),
     }
 }

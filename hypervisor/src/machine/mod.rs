@@ -435,7 +435,7 @@ impl Machine {
                 if self.cpus.one().ready_for_interrupt() {
                     return Phase::HltInstruction;
                 }
-                self.end_of_guest()
+                self.end_of_guest("a halt with interrupts off")
             }
             // A guest that asks for time this way is told 0.
             Exit::ReadMsr { .. } => {
@@ -448,7 +448,7 @@ impl Machine {
             }
             // How Linux resets a machine that knows no other way.
             Exit::Shutdown if self.halts_for_good => Effect::Reset,
-            Exit::Shutdown => self.end_of_guest(),
+            Exit::Shutdown => self.end_of_guest("a triple fault"),
             Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
@@ -466,10 +466,19 @@ impl Machine {
     }
 
     /// What it means that the guest can never run again.
-    fn end_of_guest(&mut self) -> Effect {
+    fn end_of_guest(&mut self, why: &str) -> Effect {
         if self.halts_for_good {
             lock(&self.devices).turn_off(0)
         } else {
+            // After a triple fault they are a reset CPU's.
+            let regs = self.cpus.one().regs();
+            tracing::error!(
+                position = self.position.0,
+                rip = format_args!("{:#x}", regs.rip),
+                rsp = format_args!("{:#x}", regs.rsp),
+                rflags = format_args!("{:#x}", regs.rflags),
+                "the guest crashed: {why}"
+            );
             Effect::Crash
         }
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use crate::arbiter::random_bytes;
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
-use crate::credentials::is_left_behind;
+use crate::credentials::{self, is_left_behind};
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
 use crate::kvm::{self, CpuModel};
@@ -452,7 +452,7 @@ fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
 
 fn call(pair: &Pair) -> Result<io::Result<Stream>, SessionError> {
     Ok(match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix),
+        Transport::Shm => credentials::call(&pair.socket).map(Stream::Unix),
         Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, FIND_BACKUP),
     })
 }
@@ -466,7 +466,7 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
 /// that answers.
 pub(super) fn call_any(pair: &Pair, told: &[SocketAddr], first: usize) -> Option<Stream> {
     match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix).ok(),
+        Transport::Shm => credentials::call(&pair.socket).map(Stream::Unix).ok(),
         Transport::Tcp | Transport::Rdma => {
             let mut places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
             // One that was both configured and told would be called twice a round.
@@ -495,7 +495,8 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
             Err(error)
                 if matches!(
                     error.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                    // The last: it is frozen, and takes no more callers in.
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock
                 ) =>
             {
                 if Instant::now() >= until {
@@ -531,6 +532,8 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::handshake::proof;
 

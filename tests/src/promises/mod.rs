@@ -3,6 +3,7 @@
 use crate::promise::Promise;
 
 pub mod agents_disks;
+pub mod agents_in_lab;
 pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
@@ -120,6 +121,7 @@ pub const ALL: &[Promise] = &[
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     chaos_in_lab::PROMISE,
+    agents_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,
