@@ -61,6 +61,7 @@ pub mod resets;
 pub mod rolling_upgrade;
 pub mod shared_disk;
 pub mod side_by_side;
+pub mod slurm_in_lab;
 pub mod slurm_job;
 pub mod switch_over;
 pub mod zombie;
@@ -122,6 +123,7 @@ pub const ALL: &[Promise] = &[
     rdma_pair::PROMISE,
     chaos_in_lab::PROMISE,
     agents_in_lab::PROMISE,
+    slurm_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,
