@@ -23,6 +23,9 @@
 //! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
 //! files of its user's, and open none.
 //!
+//! **Other processes** of the user, those of other machines among them, get no signal from any of these threads: neither by name nor by a descriptor
+//! that tells of events. (The one that takes a shared disk over has a descriptor of the process that it ends, and of no other.)
+//!
 //! Memory that both sides or the guest can write is left out of core dumps where it is mapped; the limit here covers the
 //! rest of the process, which holds copies of it.
 //!
@@ -88,6 +91,8 @@ pub enum Thread {
     Disk,
     /// Keeps an old primary off a shared disk: ends the process that it has a descriptor of, and takes the image.
     Bailiff,
+    /// Writes what others leave to what is open: nobody waits for it.
+    Outflow,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -141,6 +146,7 @@ struct Filters {
     mourner: BpfProgram,
     disk: BpfProgram,
     bailiff: BpfProgram,
+    outflow: BpfProgram,
 }
 
 impl Sandbox {
@@ -174,6 +180,7 @@ impl Sandbox {
                 mourner: list(Thread::Mourner)?,
                 disk: list(Thread::Disk)?,
                 bailiff: list(Thread::Bailiff)?,
+                outflow: list(Thread::Outflow)?,
             })),
             with_device: false,
         })
@@ -219,6 +226,7 @@ impl Sandbox {
             Thread::Mourner => &filters.mourner,
             Thread::Disk => &filters.disk,
             Thread::Bailiff => &filters.bailiff,
+            Thread::Outflow => &filters.outflow,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -365,7 +373,6 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_lseek,
     libc::SYS_close,
     libc::SYS_dup,
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -390,7 +397,6 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_getrandom,
     libc::SYS_getpid,
     libc::SYS_gettid,
-    libc::SYS_tgkill,
     libc::SYS_sched_getaffinity,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
@@ -402,6 +408,18 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_set_robust_list,
     libc::SYS_exit,
     libc::SYS_exit_group,
+];
+
+/// What is done to descriptors. Not who gets a signal for one: that could be a process of another machine's, which has the same user.
+const DESCRIPTORS: &[libc::c_int] = &[
+    libc::F_DUPFD,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_ADD_SEALS,
+    libc::F_GET_SEALS,
 ];
 
 /// Sockets that are open.
@@ -482,7 +500,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Arbiter => &[FILES],
         Thread::Flight => &[FILES, NAMING],
         Thread::Recruiter => &[SOCKETS, CALLS],
-        Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
+        Thread::LogFile | Thread::Replay | Thread::Mourner | Thread::Outflow => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
         Thread::Disk => &[SYNCING],
@@ -493,6 +511,13 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         .chain(more.iter().copied().flatten())
         .map(|call| (*call, Vec::new()))
         .collect();
+    // A vCPU thread is kicked by a signal; no other process is anybody's to signal.
+    let own = argument(0, u64::from(u32::MAX), std::process::id().into())?;
+    rules.insert(libc::SYS_tgkill, vec![own]);
+    let done = |what: &libc::c_int| argument(1, u64::from(u32::MAX), *what as u64);
+    let descriptors: Result<Vec<_>, seccompiler::BackendError> =
+        DESCRIPTORS.iter().map(done).collect();
+    rules.insert(libc::SYS_fcntl, descriptors?);
     // Memory, but none that can be executed.
     let executable = libc::PROT_EXEC as u64;
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -517,6 +542,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         | Thread::Landing
         | Thread::LogFile
         | Thread::Mourner
+        | Thread::Outflow
         | Thread::Disk => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {

@@ -2,24 +2,19 @@
 //! not gone back.
 #![forbid(unsafe_code)]
 
+mod common;
+
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use hypervisor::backends::wait::Wake;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::checkpoint::Pages;
-use hypervisor::clock::GuestClock;
 use hypervisor::entry::Base;
 use hypervisor::event::{GuestTime, Output};
-use hypervisor::gate::{Gate, Sent};
 use hypervisor::kvm::{Capabilities, KvmSource};
 use hypervisor::machine::{ClockSource, Company, Machine, MachineSpec, OnReset, Phase, Stepped};
-use hypervisor::orders::{Order, Orders, Samples};
-use hypervisor::outlet::Outlet;
-use hypervisor::record::{Ended, Parts, RecordOptions, Recorder, random_source};
-use hypervisor::sink::NoLog;
-use hypervisor::stage::Stage;
-use hypervisor::world::World;
+use hypervisor::orders::Order;
+use hypervisor::record::{Ended, Recorder};
 
 /// A kernel of sorts: the first vCPU starts the others, reads its time stamp again and again, and prints x; the second counts, and prints
 /// y. Its source, for `as`:
@@ -320,48 +315,19 @@ fn the_timer_is_kvms() {
     assert_eq!((machine.next_tick(), machine.ticks_due(later)), (None, 0));
 }
 
-struct Nowhere;
-
-impl World for Nowhere {
-    fn send(&mut self, _: &Output) -> Sent {
-        Sent::Done
-    }
-}
-
-/// What a recorder of this machine needs, which logs nothing.
-fn parts(machine: Machine) -> (Parts<NoLog>, Arc<Stage>, Arc<Orders>) {
-    let wake = || Arc::new(Wake::new().unwrap());
-    let (stage, orders) = (Arc::new(Stage::new(wake())), Arc::new(Orders::new(wake())));
-    let parts = Parts {
-        machine,
-        sink: NoLog::default(),
-        base: Base::default(),
-        outlet: Outlet::new(Gate::new(), Box::new(Nowhere)),
-        stage: Arc::clone(&stage),
-        orders: Arc::clone(&orders),
-        samples: Arc::new(Samples::default()),
-        clock: GuestClock::starting(GuestTime(0), Instant::now()),
-        options: RecordOptions::default(),
-        random: random_source().unwrap(),
-        desk: None,
-        intervals: None,
-    };
-    (parts, stage, orders)
-}
-
 /// `ud2`, before there is a table of interrupts.
 const TRIPLE_FAULT: &[u8] = &[0x0f, 0x0b];
 
 /// A kernel that faults three times has crashed, wherever nothing starts anew: nobody is to take that for a power-off.
 #[test]
 fn a_triple_fault_is_a_crash_where_nothing_starts_anew() {
-    let (crew, ..) = parts(machine(1, TRIPLE_FAULT));
+    let crew = common::parts(machine(1, TRIPLE_FAULT));
     assert_eq!(Recorder::new(crew).run().unwrap(), Ended::Crashed);
     let alone = |what| {
         let spec = spec(TRIPLE_FAULT).on_reset(what);
         Machine::new(&KvmSource::default(), &spec).unwrap()
     };
-    let (ends, ..) = parts(alone(OnReset::End));
+    let ends = common::parts(alone(OnReset::End));
     assert_eq!(Recorder::new(ends).run().unwrap(), Ended::Crashed);
     let mut anew = alone(OnReset::Reboot);
     assert_eq!(anew.step().unwrap(), Stepped::SyncPoint);
@@ -373,7 +339,8 @@ fn a_triple_fault_is_a_crash_where_nothing_starts_anew() {
 #[test]
 fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
     const FRAMES: usize = 1_000;
-    let (parts, stage, orders) = parts(machine(1, RINGS));
+    let parts = common::parts(machine(1, RINGS));
+    let (stage, orders) = (Arc::clone(&parts.stage), Arc::clone(&parts.orders));
     let recorder = std::thread::spawn(move || Recorder::new(parts).run());
     let end = Instant::now() + PATIENCE;
     let mut given = 0;

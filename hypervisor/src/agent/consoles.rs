@@ -51,6 +51,29 @@ const TYPED: usize = 4096;
 /// The most that a record brings.
 const RECORD: usize = 64 << 10;
 
+/// Between two lines of the log about visitors that were turned away: anybody on the network can be one as often as he likes.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// What is said of them.
+#[derive(Debug, Default)]
+struct Told {
+    last: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Told {
+    /// Whether one more is told of now: then how many were not.
+    fn another(&mut self, now: Instant) -> Option<u64> {
+        let said = |last| now.saturating_duration_since(last) < TELL_EVERY;
+        if self.last.is_some_and(said) {
+            self.unsaid += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
+
 /// What is wanted.
 #[derive(Debug, Serialize, Deserialize)]
 struct Wanted {
@@ -78,6 +101,7 @@ enum Given {
 pub fn show(listener: TcpListener, run_dir: &Path, secret: &Secret) -> io::Result<()> {
     let trust = Trust::holders(seal::derived(secret, LABEL));
     let (run_dir, inside) = (run_dir.to_owned(), Arc::new(AtomicUsize::new(0)));
+    let told = Arc::new(Mutex::new(Told::default()));
     let receive = move || {
         loop {
             let Ok((stream, from)) = listener.accept() else {
@@ -90,10 +114,17 @@ pub fn show(listener: TcpListener, run_dir: &Path, secret: &Secret) -> io::Resul
                 continue;
             }
             let (trust, run_dir, count) = (trust.clone(), run_dir.clone(), Arc::clone(&inside));
+            let told = Arc::clone(&told);
             let visit = move || {
-                match receive_one(stream, &trust, &run_dir) {
-                    Ok(()) => {}
-                    Err(error) => tracing::info!("a visitor from {from}: {error}"),
+                if let Err(error) = receive_one(stream, &trust, &run_dir) {
+                    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                    match told.another(Instant::now()) {
+                        None => {}
+                        Some(0) => tracing::info!("a visitor from {from}: {error}"),
+                        Some(others) => tracing::info!(
+                            "a visitor from {from}: {error} (and {others} others before)"
+                        ),
+                    }
                 }
                 count.fetch_sub(1, Ordering::Relaxed);
             };
@@ -364,6 +395,18 @@ mod tests {
         let channel = call(&holder).unwrap();
         (&channel).write_all(b"what?").unwrap();
         assert!(hear::<Given>(&channel).is_err());
+    }
+
+    #[test]
+    fn who_is_turned_away_over_and_over_fills_no_log() {
+        let (mut told, now) = (Told::default(), Instant::now());
+        assert_eq!(told.another(now), Some(0));
+        for _ in 0..1000 {
+            assert_eq!(told.another(now + TELL_EVERY / 2), None);
+        }
+        assert_eq!(told.another(now + TELL_EVERY), Some(1000));
+        assert_eq!(told.another(now + TELL_EVERY), None);
+        assert_eq!(told.another(now + 3 * TELL_EVERY), Some(1));
     }
 
     #[test]

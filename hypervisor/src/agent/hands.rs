@@ -9,7 +9,7 @@
 //!   RUN-DIRECTORY/NAME.0.lock       a role's process of machine NAME, and NAME.1.lock, another one
 //!   RUN-DIRECTORY/NAME.PID.sock     a role's control socket (control/place.rs)
 //! ```
-//! Unsafe: `setsid` between fork and exec, and `kill`, which the standard library does not have.
+//! Unsafe: `setsid` between fork and exec, which the standard library does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -314,22 +314,16 @@ impl Hands {
         }
         let mut command = Command::new(&self.program);
         command.args(&words).current_dir("/").stdin(lock);
-        match self.log_of(&vm.name) {
-            Some(path) => {
-                let log = || {
-                    OpenOptions::new()
-                        .append(true)
-                        .create(true)
-                        .mode(0o600)
-                        .open(&path)
-                };
-                let what = || format!("write {}", path.display());
-                command.stdout(log().map_err(failed(what()))?);
-                command.stderr(log().map_err(failed(what()))?);
-            }
-            None => {
-                command.stdout(Stdio::null());
-            }
+        // What a role says goes to standard error. The other one is its guest's console, which has no bound, and is to be looked at otherwise.
+        command.stdout(Stdio::null());
+        if let Some(path) = self.log_of(&vm.name) {
+            let log = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(&path);
+            let what = format!("write {}", path.display());
+            command.stderr(log.map_err(failed(what))?);
         }
         // SAFETY: setsid is async-signal-safe, takes no memory, and fails only for a leader of a group, which a child that was just forked
         // is not.
@@ -482,22 +476,6 @@ impl Hands {
         Ok(())
     }
 
-    /// SIGTERM to a backup: it leaves its primary.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn end_backup(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGTERM).map_err(failed("end a backup"))
-    }
-
-    /// SIGKILL to a primary: its backup takes the machine over.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn fail(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGKILL).map_err(failed("have a primary taken over"))
-    }
-
     /// Gives an order to a role here: its number.
     ///
     /// # Errors
@@ -525,17 +503,6 @@ impl Hands {
     }
 }
 
-/// Sends a signal to a role, which has just answered at its control socket.
-fn signal(pid: u32, signal: libc::c_int) -> io::Result<()> {
-    let process = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1);
-    let process = process.ok_or(io::ErrorKind::InvalidInput)?;
-    // SAFETY: kill touches no memory. The process has just answered, so its number is its own.
-    match unsafe { libc::kill(process, signal) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// A file for a lock.
 fn lock_file(path: &Path) -> Result<File, HandsError> {
     OpenOptions::new()
@@ -546,4 +513,48 @@ fn lock_file(path: &Path) -> Result<File, HandsError> {
         .mode(0o600)
         .open(path)
         .map_err(failed(format!("open {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::control::Operator;
+    use crate::control::status::{Role, Standing};
+
+    fn hands(directory: &Path) -> Hands {
+        let path = directory.join("agent.toml");
+        let text = format!(
+            "name = \"a\"\netcd = \"etcd://10.0.0.9\"\nsecret = \"/secret\"\naddress = \"10.0.0.1\"\nmemory_mib = 1024\nrun_dir = \"{}\"\n",
+            directory.join("run").display()
+        );
+        fs::write(&path, text).unwrap();
+        Hands::new(&AgentConfig::read(&path).unwrap()).unwrap()
+    }
+
+    /// It had one when it was last looked at. This very process is the role, and would be no more.
+    #[test]
+    fn a_primary_without_a_backup_is_not_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let hands = hands(directory.path());
+        let mut config = Config {
+            name: "kv".into(),
+            run_dir: Some(directory.path().join("run")),
+            ..Config::default()
+        };
+        config.sandbox.enabled = false;
+        let operator = Operator::start(&config, Role::Primary, false).unwrap();
+        for standing in [
+            Standing::Starting,
+            Standing::Unprotected,
+            Standing::Joining,
+            Standing::Deciding,
+        ] {
+            operator.board().stands_as(standing);
+            let refused = hands.order("kv", std::process::id(), Ask::Fail);
+            assert!(refused.is_err(), "{standing:?}: {refused:?}");
+        }
+        drop(operator);
+        assert!(hands.order("kv", std::process::id(), Ask::Fail).is_err());
+    }
 }

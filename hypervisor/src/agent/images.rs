@@ -169,10 +169,7 @@ impl Images {
                 let directory = self.directory.clone();
                 let thread = thread::Builder::new()
                     .name("image".to_owned())
-                    .spawn(move || {
-                        copy(&from, &to, &over)?;
-                        name_in(&directory, &to)
-                    })
+                    .spawn(move || make_copy(&from, &to, &directory, &over))
                     .map_err(failed("start a thread that makes", &path))?;
                 self.making.insert(path, Making { thread, abandoned });
                 Ok(None)
@@ -233,15 +230,16 @@ impl Images {
             // That it was abandoned, or whatever else became of it.
             let _ = making.thread.join();
         }
-        match File::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // Nobody else has it until it is gone.
+        let _locked = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(failed("open", &path)(error)),
             Ok(file) => match file.try_lock() {
-                Ok(()) => {}
+                Ok(()) => Some(file),
                 Err(TryLockError::WouldBlock) => return Ok(false),
                 Err(TryLockError::Error(error)) => return Err(failed("lock", &path)(error)),
             },
-        }
+        };
         let new = making_of(&path);
         for path in [&path, &mark_file(&path), &new, &mark_file(&new)] {
             remove(path)?;
@@ -298,6 +296,21 @@ fn fresh(path: &Path, bytes: u64) -> Result<PathBuf, ImageError> {
         .and_then(|()| file.sync_all())
         .map_err(failed("make", &new))?;
     Ok(new)
+}
+
+/// A copy under its name; or nothing at all: what is left of one for which there was no room would leave none to the images of others.
+fn make_copy(
+    from: &Path,
+    to: &Path,
+    directory: &Path,
+    abandoned: &AtomicBool,
+) -> Result<(), ImageError> {
+    let made = copy(from, to, abandoned).and_then(|()| name_in(directory, to));
+    if made.is_err() {
+        // Why there is no copy is what matters.
+        let _ = remove(&making_of(to));
+    }
+    made
 }
 
 fn copy(from: &Path, to: &Path, abandoned: &AtomicBool) -> Result<(), ImageError> {
@@ -451,6 +464,24 @@ mod tests {
             assert!(Instant::now() < until, "it is never removed");
         }
         assert_eq!(fs::read_dir(&place).unwrap().count(), 0);
+    }
+
+    /// A file system that is full ends the machines whose images are on it.
+    #[test]
+    fn a_copy_that_fails_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let images = Images::new(directory.path());
+        let base = directory.path().join("base");
+        fs::write(&base, vec![7; 4096]).unwrap();
+        let path = images.path(&machine().name, &machine().instance).unwrap();
+        let copied = |stopped| {
+            let stopped = AtomicBool::new(stopped);
+            make_copy(&base, &path, directory.path(), &stopped)
+        };
+        assert!(matches!(copied(true), Err(ImageError::Abandoned)));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        copied(false).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), vec![7; 4096]);
     }
 
     #[test]

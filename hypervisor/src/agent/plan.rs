@@ -362,7 +362,13 @@ impl Planner<'_> {
                     self.give_up_start(host, &why);
                 }
             }
-            _ if self.processes_here() == 0 => {
+            _ if self.processes_here() > 0 => {}
+            // Whoever ordered it knew of no process. One that is seen after all may be about to serve, and a cold start would not be stopped by that.
+            _ if cold && self.site.is_anywhere(name) => self.note(
+                "a process of it was found: it is not started anew, doppel vm show names the host"
+                    .to_owned(),
+            ),
+            _ => {
                 let machine = name.clone();
                 self.acts.push(Act::Start {
                     machine,
@@ -370,7 +376,6 @@ impl Planner<'_> {
                     number,
                 });
             }
-            _ => {}
         }
     }
 
@@ -397,7 +402,7 @@ impl Planner<'_> {
         let Some((host, role)) = site.serving(name) else {
             // Nobody serves it. A guest that turned itself off is over; anything else is an operator's to judge.
             if self.local.settled
-                && site.is_ended(name)
+                && site.was_turned_off(name)
                 && !site.is_anywhere(name)
                 && self.processes_here() == 0
             {

@@ -13,7 +13,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
@@ -412,6 +412,8 @@ pub struct Site {
     pub deleted: BTreeMap<String, Kept<Deleted>>,
     /// The arbiter's records.
     pub records: BTreeMap<String, Record>,
+    /// Machines whose record this version cannot read: nobody knows whether they may run.
+    pub unreadable: BTreeSet<String>,
     /// The revision of the last placement; 0 if there was none.
     pub placements: i64,
     /// Keys whose values nobody who knows the site's secret has written.
@@ -456,9 +458,16 @@ impl Site {
     /// Whether nobody can claim this machine: it never ran, or it was turned off.
     #[must_use]
     pub fn is_ended(&self, machine: &str) -> bool {
-        self.records
-            .get(machine)
-            .is_none_or(|record| record.state == State::Ended)
+        match self.records.get(machine) {
+            Some(record) => record.state == State::Ended,
+            None => !self.unreadable.contains(machine),
+        }
+    }
+
+    /// Whether it ran and was turned off. One that is known to have run, and has no record, is not: the record was lost, not the machine.
+    #[must_use]
+    pub fn was_turned_off(&self, machine: &str) -> bool {
+        self.records.contains_key(machine) && self.is_ended(machine)
     }
 
     /// Memory of a host that is spoken for, in MiB: by what runs there, and by what is to.

@@ -305,6 +305,9 @@ impl Agent {
                     return Ok(());
                 };
                 let role = match what {
+                    Start::Primary { cold } if !self.is_still_to_start(&machine, vm, cold)? => {
+                        return Ok(());
+                    }
                     Start::Primary { .. } => "primary",
                     Start::Backup => "backup",
                 };
@@ -318,22 +321,19 @@ impl Agent {
                     }
                 }
             }
-            Act::EndBackup { machine, pid } => match self.hands.end_backup(pid) {
-                Ok(()) => {
-                    tracing::info!("machine {machine}: its backup, process {pid}, is not needed")
-                }
-                Err(error) => tracing::warn!("machine {machine}: {error}"),
-            },
+            Act::EndBackup { machine, pid } => {
+                let what = format!("needs no backup here, and process {pid} leaves");
+                self.order(&machine, pid, Ask::Leave, &what);
+            }
             Act::PowerOff { machine, pid } => {
                 self.order(&machine, pid, Ask::PowerOff, "is turned off")
             }
             Act::Switch { machine, pid } => {
                 self.order(&machine, pid, Ask::Switch, "leaves: it is switched over");
             }
-            Act::Fail { machine, pid } => match self.hands.fail(pid) {
-                Ok(()) => tracing::info!("machine {machine} leaves: its backup takes it over"),
-                Err(error) => tracing::warn!("machine {machine}: {error}"),
-            },
+            Act::Fail { machine, pid } => {
+                self.order(&machine, pid, Ask::Fail, "leaves: its backup takes it over");
+            }
             Act::Migrate {
                 machine,
                 pid,
@@ -354,6 +354,20 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// Whether a machine is to be started for all that is known now: what was seen may be as old as etcd's answers to what was done since, and
+    /// an operator may have thought better of it.
+    fn is_still_to_start(
+        &self,
+        machine: &str,
+        seen: &Kept<Vm>,
+        cold: bool,
+    ) -> Result<bool, AgentError> {
+        let site = self.store.read()?;
+        let vm = site.vms.get(machine);
+        Ok(vm.is_some_and(|vm| vm.revision == seen.revision)
+            && !(cold && site.is_anywhere(machine)))
     }
 
     /// Gives an order to a role here, unless it was given just now.

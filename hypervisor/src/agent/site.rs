@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use super::config::{AgentConfig, AgentConfigError};
 use super::disks::{self, Deleted, DiskLife};
 use super::placement::{self, Role as Wanted};
-use super::record::{Answer, Drain, Host, Order, Phase, Ports, Site, Verb, Vm};
+use super::record::{Answer, Drain, Host, Order, Phase, Ports, RoleReport, Site, Verb, Vm};
 use super::spec::{Spec, SpecError};
 use super::store::{Change, Key, Store};
 use crate::arbiter::{EtcdError, random_identity};
-use crate::control::status::Standing;
+use crate::control::status::{Role, Standing};
 use crate::handshake::{Secret, SecretError};
 
 /// How often a change is tried that others keep overtaking.
@@ -326,7 +326,7 @@ impl Access {
         let change = Change::new()
             .only_if(&key, 0)
             .put(&self.store, &key, &order, Some(lease));
-        if !self.store.change(&change)? {
+        if !self.store.change(&change)? && !is_given(&self.read()?, name, &id) {
             return Err(SiteError::Ordered(name.to_owned()));
         }
         let until = Instant::now() + within;
@@ -379,6 +379,15 @@ impl Access {
     }
 }
 
+/// Whether this order is there all the same, or was taken already: an attempt to give it whose answer got lost.
+fn is_given(site: &Site, name: &str, id: &str) -> bool {
+    let waits = site
+        .orders
+        .get(name)
+        .is_some_and(|order| order.value.id == id);
+    waits || site.answers.contains_key(id)
+}
+
 /// The first port that every host has and no machine; if no host is there, of the usual ones.
 fn free_port(site: &Site) -> Option<u16> {
     let usual = Ports {
@@ -427,10 +436,31 @@ pub fn start(site: &Site, vm: &mut Vm, cold: bool, of: Option<&str>) -> Result<(
             format!("a host has a process of it (doppel vm show {name})"),
         ));
     }
-    if !cold && !site.is_ended(name) {
+    if let Phase::Starting {
+        on: Some(on),
+        cold: before,
+    } = &vm.phase
+    {
+        let again = !cold && !before && of.is_none();
+        if again {
+            return Ok(());
+        }
+        // Its process may be there and not be told of yet: a second cold start would take the machine from under it, and both would serve.
+        let host = on.host.clone();
         return Err(in_phase(
             vm,
-            "the arbiter's record says that a process of it may serve the world, and no agent sees one. If you know that none does (its hosts \
+            format!(
+                "host {host} is just starting it: wait for that (doppel vm show {name}), or take it back first (doppel vm stop {name}; with --lost, if \
+                 you know that no process of it runs there)"
+            ),
+        ));
+    }
+    // One that ran and has no record: that was lost, and says nothing.
+    let unknown = vm.phase == Phase::Running && !site.was_turned_off(name);
+    if !cold && (unknown || !site.is_ended(name)) {
+        return Err(in_phase(
+            vm,
+            "for all that the arbiter's record says a process of it may serve the world, and no agent sees one. If you know that none does (its hosts \
              are off, or came back without it), say --cold-start: what was in its memory is gone"
                 .to_owned(),
         ));
@@ -445,20 +475,18 @@ pub fn start(site: &Site, vm: &mut Vm, cold: bool, of: Option<&str>) -> Result<(
     Ok(())
 }
 
-/// Has a machine turned off.
-///
-/// # Errors
-/// None so far; a machine that is off stays off.
-pub fn stop(site: &Site, vm: &mut Vm) -> Result<(), SiteError> {
+/// Has a machine turned off; one that is off stays off. One that was only noted to be off, and of which a process has turned up, is turned off as any
+/// that runs.
+pub fn stop(site: &Site, vm: &mut Vm) {
+    let is_anywhere = site.is_anywhere(&vm.name);
     let never_ran = matches!(vm.phase, Phase::Starting { on: None, .. })
         && site.is_ended(&vm.name)
-        && !site.is_anywhere(&vm.name);
+        && !is_anywhere;
     if never_ran {
         vm.phase = Phase::Stopped;
-    } else if !vm.phase.is_off() {
+    } else if !vm.phase.is_off() || is_anywhere {
         vm.phase = Phase::Stopping;
     }
-    Ok(())
 }
 
 /// What is left on a host that is drained.
@@ -480,16 +508,39 @@ impl Left {
     }
 }
 
+/// Whether a process may be the one that serves its machine: whoever turns its host off turns that off, too. One that says nothing (its host is
+/// too busy to answer, or it is frozen) is that as long as nobody else is.
+fn may_serve(site: &Site, role: &RoleReport) -> bool {
+    match role.says {
+        Some(says) => match says.role {
+            Role::Primary => says.standing != Standing::Ended,
+            Role::Backup => says.standing == Standing::TakingOver,
+            Role::Solo => false,
+        },
+        None => site.serving(&role.machine).is_none(),
+    }
+}
+
 /// What is left on a host that is drained.
 ///
 /// # Errors
 /// [`SiteError::Alone`] if it serves a machine, and no other host takes any.
 pub fn left(site: &Site, host: &Host, now_ms: u64) -> Result<Left, SiteError> {
     let mut left = Left::default();
+    for vm in site.vms.values().map(|vm| &vm.value) {
+        // Its primary is not there yet, and will be.
+        if let Phase::Starting { on: Some(on), .. } = &vm.phase
+            && on.host == host.name
+        {
+            left.served.push(vm.name.clone());
+        }
+    }
     for role in &host.roles {
         let (machine, vm) = (&role.machine, site.vms.get(&role.machine));
-        if role.serves() {
-            left.served.push(machine.clone());
+        if may_serve(site, role) {
+            if !left.served.contains(machine) {
+                left.served.push(machine.clone());
+            }
             continue;
         }
         let (Some(vm), Some((primary, _)), true) = (
@@ -550,10 +601,10 @@ fn deletable(site: &Site, vm: &Vm) -> Result<(), SiteError> {
 mod tests {
     use super::*;
     use crate::agent::disks::ImageReport;
+    use crate::agent::record::Assigned;
     use crate::agent::record::Kept;
     use crate::agent::tests::{put, role_of, site, vm};
-    use crate::control::status::Role;
-    use crate::protocol::record::{Identity, Record};
+    use crate::protocol::record::{Identity, Record, State};
 
     #[test]
     fn ports_are_those_that_every_host_has() {
@@ -594,6 +645,96 @@ mod tests {
         site.hosts.get_mut("a").unwrap().value.roles.push(role);
         let why = start(&site, &mut lost, true, None).unwrap_err().to_string();
         assert!(why.contains("has a process"), "{why}");
+    }
+
+    /// A process that was just started is not told of at once. Who tries again then would start a second one, and a cold start heeds no record.
+    #[test]
+    fn a_machine_that_is_being_started_is_not_started_again() {
+        let mut site = site(&["a", "b"]);
+        let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+        site.records.insert("kv".into(), live);
+        let starting = |cold| {
+            let on = Some(Assigned {
+                host: "a".into(),
+                number: 1,
+                since_ms: 0,
+            });
+            let phase = Phase::Starting { on, cold };
+            Vm { phase, ..vm("kv") }
+        };
+        for (before, cold) in [(true, true), (true, false), (false, true)] {
+            let mut vm = starting(before);
+            let why = start(&site, &mut vm, cold, None).unwrap_err().to_string();
+            assert!(why.contains("host a is just starting it"), "{why}");
+            assert_eq!(vm, starting(before));
+        }
+        // Nothing is lost by saying it twice where the arbiter decides.
+        let mut vm = starting(false);
+        start(&site, &mut vm, false, None).unwrap();
+        assert_eq!(vm, starting(false));
+        // Its way out.
+        let mut vm = starting(true);
+        stop(&site, &mut vm);
+        assert_eq!(vm.phase, Phase::Stopping);
+        start(&site, &mut vm, true, None).unwrap();
+    }
+
+    #[test]
+    fn a_record_that_is_lost_or_cannot_be_read_lets_nobody_start_what_may_run() {
+        let mut site = site(&["a"]);
+        let running = Vm {
+            phase: Phase::Running,
+            ..vm("kv")
+        };
+        let start_it = |site: &Site, vm: &Vm, cold| start(site, &mut vm.clone(), cold, None);
+        let why = start_it(&site, &running, false).unwrap_err().to_string();
+        assert!(why.contains("--cold-start"), "{why}");
+        start_it(&site, &running, true).unwrap();
+        start_it(&site, &vm("kv"), false).unwrap();
+        site.unreadable.insert("kv".into());
+        start_it(&site, &vm("kv"), false).unwrap_err();
+        let mut ended = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+        ended.state = State::Ended;
+        site.records.insert("kv".into(), ended);
+        start_it(&site, &running, false).unwrap();
+    }
+
+    /// It was out of sight, and somebody noted that it is off.
+    #[test]
+    fn a_machine_that_was_noted_to_be_off_and_turns_up_is_turned_off() {
+        let mut site = site(&["a"]);
+        let mut noted = Vm {
+            phase: Phase::Stopped,
+            ..vm("kv")
+        };
+        stop(&site, &mut noted);
+        assert_eq!(noted.phase, Phase::Stopped);
+        let role = role_of("kv", Role::Primary, Standing::Unprotected);
+        site.hosts.get_mut("a").unwrap().value.roles.push(role);
+        stop(&site, &mut noted);
+        assert_eq!(noted.phase, Phase::Stopping);
+    }
+
+    #[test]
+    fn an_order_whose_first_attempt_was_not_answered_is_no_other_one() {
+        let mut site = site(&["a"]);
+        assert!(!is_given(&site, "kv", "1"));
+        let order = Order {
+            id: "1".into(),
+            machine: "kv".into(),
+            verb: Verb::Switch,
+        };
+        site.orders.insert(
+            "kv".into(),
+            Kept {
+                value: order,
+                revision: 1,
+            },
+        );
+        assert!(is_given(&site, "kv", "1") && !is_given(&site, "kv", "2"));
+        site.orders.clear();
+        site.answers.insert("1".into(), Answer::Taken("a".into()));
+        assert!(is_given(&site, "kv", "1"));
     }
 
     #[test]
@@ -682,17 +823,56 @@ mod tests {
         assert_eq!(of(&site).unwrap().followed, ["kv"]);
     }
 
+    /// Whoever turns a host off turns off what serves there, be it silent or undecided, and what is about to.
+    #[test]
+    fn a_drained_host_is_not_done_while_something_may_serve_there() {
+        let mut site = site(&["a", "b"]);
+        let mut machine = vm("kv");
+        machine.phase = Phase::Running;
+        put(&mut site, machine.clone());
+        let here = |site: &mut Site, role: RoleReport| {
+            site.hosts.get_mut("a").unwrap().value.roles = vec![role];
+        };
+        let done = |site: &Site| left(site, &site.hosts["a"].value, 0).unwrap().is_done();
+        let silent = RoleReport {
+            says: None,
+            ..role_of("kv", Role::Primary, Standing::Protected)
+        };
+        here(&mut site, silent.clone());
+        assert!(!done(&site), "a process that says nothing");
+        for standing in [Standing::Starting, Standing::Deciding, Standing::Frozen] {
+            here(&mut site, role_of("kv", Role::Primary, standing));
+            assert!(!done(&site), "{standing:?}");
+        }
+        here(&mut site, role_of("kv", Role::Backup, Standing::TakingOver));
+        assert!(!done(&site), "one that takes it over");
+        here(&mut site, role_of("kv", Role::Primary, Standing::Ended));
+        assert!(done(&site));
+        // Somebody else serves: a silent one is what is left of before.
+        here(&mut site, silent);
+        let serves = role_of("kv", Role::Primary, Standing::Unprotected);
+        site.hosts.get_mut("b").unwrap().value.roles = vec![serves];
+        assert!(done(&site));
+        site.hosts.get_mut("a").unwrap().value.roles.clear();
+        machine.phase = Phase::Starting {
+            on: Some(machine.assign("a", 0)),
+            cold: false,
+        };
+        put(&mut site, machine);
+        assert!(!done(&site), "one that is just being started");
+    }
+
     #[test]
     fn what_has_not_been_placed_is_stopped_at_once() {
         let site = site(&["a"]);
         let mut young = vm("kv");
-        stop(&site, &mut young).unwrap();
+        stop(&site, &mut young);
         assert_eq!(young.phase, Phase::Stopped);
         let mut running = Vm {
             phase: Phase::Running,
             ..vm("kv")
         };
-        stop(&site, &mut running).unwrap();
+        stop(&site, &mut running);
         assert_eq!(running.phase, Phase::Stopping);
     }
 }

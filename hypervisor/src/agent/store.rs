@@ -236,9 +236,10 @@ impl Store {
         let revision = pair.mod_revision.as_deref().unwrap_or_default();
         let revision: i64 = revision.parse().unwrap_or(0);
         if let Some(machine) = key.strip_prefix(RECORDS) {
-            // The pair says what is wrong with a record that is none.
-            if let Ok(record) = record_of(machine, &value) {
-                site.records.insert(machine.to_owned(), record);
+            match record_of(machine, &value) {
+                Ok(record) => drop(site.records.insert(machine.to_owned(), record)),
+                // The pair says what is wrong with it.
+                Err(_) => drop(site.unreadable.insert(machine.to_owned())),
             }
             return;
         }
@@ -429,6 +430,20 @@ mod tests {
         }
         assert_eq!(site.vms["db"].value, db);
         assert_eq!(site.deleted["1"].value, deleted);
+    }
+
+    #[test]
+    fn a_record_of_the_arbiters_that_cannot_be_read_is_no_missing_one() {
+        let store = store();
+        let pair = KeyValue {
+            key: Some(base64::encode(b"doppel/machines/kv")),
+            value: Some(base64::encode(b"doppel-machine-99 of a later version")),
+            mod_revision: Some("7".into()),
+        };
+        let mut site = Site::default();
+        store.take_in(&mut site, &pair);
+        assert!(site.records.is_empty() && !site.is_ended("kv") && site.is_ended("db"));
+        assert!(!site.was_turned_off("kv") && !site.was_turned_off("db"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
-use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
+use hypervisor::machine::{ClockSource, MachineSpec, OnReset, exact_line};
 use hypervisor::preempt::Strategy;
 use hypervisor::prepare::counts_clock_reads;
 use hypervisor::record::{RecordError, random_source};
@@ -233,7 +233,7 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     random_source()
         .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
         .map_err(|error| Failure::new(Failure::ERROR, error))?;
-    let spec = MachineSpec::linux(
+    let mut spec = MachineSpec::linux(
         kernel,
         config.initrd.as_deref(),
         config.memory_mib,
@@ -245,6 +245,7 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     let clock = config
         .clock_source(counts_clock_reads(&spec.image))
         .map_err(|error| Failure::new(Failure::USAGE, error))?;
+    spec.command_line = exact_line(&spec.command_line, clock, config.crew());
     Ok(spec
         .with_clock(clock)
         .with_vcpus(config.crew())

@@ -218,7 +218,7 @@ fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
             );
             return Err(Failure::new(Failure::ERROR, why));
         }
-        if matches!(what, Ask::MigrateBackup(_)) {
+        if what != Ask::PowerOff {
             let why = format!(
                 "the process that served machine {} has ended: doppel status {} tells, on this host or another, who serves it",
                 of.name, of.name

@@ -423,7 +423,8 @@ impl At {
                 vm.backup = None;
                 return Ok(());
             }
-            site::stop(site, vm)
+            site::stop(site, vm);
+            Ok(())
         })?;
         self.until(name, "off", |site| {
             Ok(site.vms.get(name).is_none_or(|vm| vm.value.phase.is_off()))

@@ -11,6 +11,7 @@ use super::place::{self, whose};
 use super::status::{Role, Status};
 use super::wire::{ANSWER_MAX, Answer, Ask, Outcome, Request, VERSION};
 use super::{ControlError, is_name};
+use crate::credentials::call;
 
 /// How long a role may take to answer. One that is frozen does not; a busy host takes a tenth of this.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -158,7 +159,7 @@ fn exchange(path: &Path, ask: Ask) -> io::Result<Outcome> {
 }
 
 fn request(path: &Path, ask: Ask) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(path)?;
+    let mut stream = call(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let request = Request {
@@ -185,4 +186,28 @@ fn answer(from: &mut BufReader<UnixStream>) -> io::Result<Outcome> {
         )
     })?;
     Ok(answer.outcome)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A process that is frozen, and was asked more often than its kernel lets callers wait: an agent, which looks twice a second, gets there.
+    #[test]
+    fn one_that_is_frozen_for_long_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = place::path(directory.path(), "kv", 7);
+        let frozen = UnixListener::bind(&place).unwrap();
+        while call(&place).is_ok() {}
+        let found = roles(directory.path(), None).unwrap();
+        assert_eq!((found.len(), found[0].pid), (1, 7));
+        let why = found[0].outcome.as_ref().unwrap_err();
+        assert!(why.contains("frozen"), "{why}");
+        assert!(place.exists(), "it is not dead");
+        drop(frozen);
+        assert!(roles(directory.path(), None).unwrap().is_empty());
+        assert!(!place.exists());
+    }
 }

@@ -16,7 +16,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use super::{ControlError, is_name};
-use crate::credentials::{is_believed, is_left_behind, own_user, peer_user};
+use crate::credentials::{call, is_believed, is_left_behind, own_user, peer_user};
 
 /// How a control socket's name ends.
 const SUFFIX: &str = ".sock";
@@ -70,8 +70,9 @@ impl ControlSocket {
             source,
         };
         // A process of this id that is not this one: of another namespace that shares the directory.
-        if UnixStream::connect(&path).is_ok() {
-            return Err(ControlError::Busy { path });
+        match call(&path) {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => {}
+            _ => return Err(ControlError::Busy { path }),
         }
         let aside = directory.join(format!(".{name}.{process}.new"));
         match fs::remove_file(&aside) {

@@ -21,7 +21,9 @@ mod stops;
 mod tally;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
-pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
+pub use spec::{
+    BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError, exact_line,
+};
 pub use state::{BadProcessors, Processors, Swept};
 pub(crate) use stops::StopAt;
 pub use tally::{Exits, Tally};
@@ -31,7 +33,7 @@ use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
-use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
+use crate::kvm::{Cpu, CpuModel, Exit, Kick, KvmError, KvmSource, Told, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
 
@@ -152,7 +154,7 @@ pub struct Machine {
     ram: Arc<GuestRam>,
     /// Shared with the vCPUs where they run by themselves; nobody else ever waits for it.
     devices: Arc<Mutex<Devices>>,
-    cpu_model: CpuModel,
+    cpu: Cpu,
     position: Position,
     digest: Digest,
     history: History,
@@ -188,17 +190,17 @@ impl Machine {
         let kvm = source.open()?;
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
         let tally = Arc::<Tally>::default();
-        let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
+        let (vm, cpus, cpu) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (vcpus, shape, model) = vm.create_crew(count)?;
+            let (vcpus, shape, cpu) = vm.create_crew(count)?;
             reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm, &tally);
-            (vm, Cpus::Crew(crew), model)
+            (vm, Cpus::Crew(crew), cpu)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
             reset::load(spec, spec.seed, &ram, &vcpu)?;
-            (vm, Cpus::One(vcpu), model)
+            (vm, Cpus::One(vcpu), cpu)
         };
         let again = match &cpus {
             Cpus::One(vcpu) => Some(Reset::of(spec, vcpu)?),
@@ -210,7 +212,7 @@ impl Machine {
             vm,
             ram,
             devices,
-            cpu_model,
+            cpu,
             position: Position(0),
             digest: Digest(0),
             history: History::default(),
@@ -231,7 +233,13 @@ impl Machine {
     /// The host CPU's model.
     #[must_use]
     pub fn cpu_model(&self) -> &CpuModel {
-        &self.cpu_model
+        &self.cpu.model
+    }
+
+    /// What its guest is told of it.
+    #[must_use]
+    pub fn told(&self) -> &Told {
+        &self.cpu.told
     }
 
     /// The sync point the machine stands at.
@@ -439,7 +447,7 @@ impl Machine {
                 if self.cpus.one().ready_for_interrupt() {
                     return Phase::HltInstruction;
                 }
-                self.end_of_guest()
+                self.end_of_guest("a halt with interrupts off")
             }
             // A guest that asks for time this way is told 0.
             Exit::ReadMsr { .. } => {
@@ -453,7 +461,7 @@ impl Machine {
             // How Linux resets a machine that knows no other way. Where a reset ends the machine it is told as what it mostly is: the board
             // has two ways to ask for one.
             Exit::Shutdown if self.halts_for_good && self.starts_anew() => Effect::Reset,
-            Exit::Shutdown => Effect::Crash,
+            Exit::Shutdown => self.crashed("a triple fault"),
             Exit::Interrupted | Exit::Debug => Effect::Done,
         };
         match effect {
@@ -476,12 +484,25 @@ impl Machine {
     }
 
     /// What it means that the guest can never run again.
-    fn end_of_guest(&mut self) -> Effect {
+    fn end_of_guest(&mut self, why: &str) -> Effect {
         if self.halts_for_good {
             lock(&self.devices).turn_off(0)
         } else {
-            Effect::Crash
+            self.crashed(why)
         }
+    }
+
+    fn crashed(&mut self, why: &str) -> Effect {
+        // After a triple fault they are a reset CPU's.
+        let regs = self.cpus.one().regs();
+        tracing::error!(
+            position = self.position.0,
+            rip = format_args!("{:#x}", regs.rip),
+            rsp = format_args!("{:#x}", regs.rsp),
+            rflags = format_args!("{:#x}", regs.rflags),
+            "the guest crashed: {why}"
+        );
+        Effect::Crash
     }
 
     /// Hands one input to the machine at its sync point.

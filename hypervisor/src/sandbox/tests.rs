@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
@@ -33,6 +34,7 @@ fn confined() {
         "operator" => Thread::Operator,
         "disk" => Thread::Disk,
         "bailiff" => Thread::Bailiff,
+        "outflow" => Thread::Outflow,
         _ => Thread::Arbiter,
     };
     let enabled = true;
@@ -44,6 +46,8 @@ fn confined() {
     let listener: SocketAddr = listening.local_addr().unwrap();
     // For one that takes it in.
     let _caller = TcpStream::connect(listener).unwrap();
+    // The one that has started this one: a process of the same user.
+    let other = std::os::unix::process::parent_id();
     sandbox.confine(thread).unwrap();
     let outcome = match action {
         "accept" => listening.accept().map(drop),
@@ -55,6 +59,10 @@ fn confined() {
         "exec" => Command::new("/bin/true").status().map(drop),
         "thread" => std::thread::Builder::new().spawn(|| {}).map(drop),
         "execute" => executable_memory(),
+        "signal-itself" => may_signal(std::process::id()),
+        "signal-another" => may_signal(other),
+        "events-for-another" => events_go_to(&listening, other),
+        "descriptors" => listening.try_clone().map(drop),
         "memory" => {
             drop(vec![1u8; 64 << 20]);
             give_back();
@@ -67,6 +75,24 @@ fn confined() {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => 11,
         Err(_) => 12,
     });
+}
+
+/// Whether a process's first thread could be sent a signal; none is.
+fn may_signal(process: u32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    match unsafe { libc::syscall(libc::SYS_tgkill, process, process, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A process is to get a signal for what happens at a descriptor.
+fn events_go_to(descriptor: &TcpListener, process: u32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    match unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_SETOWN, process) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn executable_memory() -> io::Result<()> {
@@ -135,6 +161,34 @@ fn what_a_thread_needs_stays() {
     ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");
+    }
+}
+
+/// Whoever broke into one machine's process has not the means to end another's, which has the same user.
+#[test]
+fn no_thread_signals_another_process() {
+    for thread in [
+        "vcpu",
+        "io",
+        "arbiter",
+        "remote-arbiter",
+        "recruiter",
+        "rdma-recruiter",
+        "landing",
+        "log-file",
+        "replay",
+        "operator",
+        "disk",
+        "bailiff",
+    ] {
+        for action in ["signal-another", "events-for-another"] {
+            let status = try_it(thread, "lenient", action);
+            assert_eq!(status.code(), Some(11), "{thread} {action}: {status}");
+        }
+        for action in ["signal-itself", "descriptors"] {
+            let status = try_it(thread, "strict", action);
+            assert_eq!(status.code(), Some(10), "{thread} {action}: {status}");
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,10 +24,10 @@ use crate::arbiter::random_bytes;
 use crate::backends::NetPort;
 use crate::backends::wait::Waiter;
 use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
-use crate::credentials::is_left_behind;
+use crate::credentials::{self, is_left_behind};
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
-use crate::kvm::CpuModel;
+use crate::kvm::{self, CpuModel};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
@@ -138,6 +138,8 @@ impl Listener {
     ) -> Result<(Option<Stream>, bool), SessionError> {
         let mut waiter = Waiter::new();
         let signals = waiter.add(&common.signals, true, false);
+        let board = common.reporter.board();
+        let dismissal = waiter.add(board.dismissal(), true, false);
         let door = waiter.add(self, true, false);
         let primary = primary.map(|primary| waiter.add(primary, true, false));
         porch.watch(&mut waiter);
@@ -147,6 +149,9 @@ impl Listener {
             .map_err(SessionError::host("wait for events"))?;
         if waiter.ready(signals).read {
             return Err(SessionError::Interrupted);
+        }
+        if waiter.ready(dismissal).read {
+            return Err(SessionError::Dismissed);
         }
         let spoke = primary.is_some_and(|primary| waiter.ready(primary).read);
         if !waiter.ready(door).read {
@@ -328,6 +333,8 @@ pub(super) struct Introduction {
     pub(super) name: String,
     pub(super) me: Identity,
     pub(super) cpu: CpuModel,
+    /// What its guest is told of it.
+    pub(super) told: kvm::Told,
     /// The machine's description.
     pub(super) spec: Vec<u8>,
     /// The network port, which both sides share where both are on one host.
@@ -354,6 +361,7 @@ impl Introduction {
             name: config.name.clone(),
             me,
             cpu: machine.cpu_model().clone(),
+            told: machine.told().clone(),
             spec: spec.encode(),
             disk,
             port: port.map_err(SessionError::host("share the network port"))?,
@@ -389,6 +397,7 @@ pub(super) fn introduce(
     let hello = Hello {
         version: control.version().0,
         cpu: who.cpu.clone(),
+        told: who.told.clone(),
         name: who.name.clone(),
         transport: config.pair.transport.name().to_owned(),
         replication: config.replicate.mode.name().to_owned(),
@@ -398,6 +407,7 @@ pub(super) fn introduce(
             .map_err(SessionError::host("read the heartbeat socket's address"))?,
         key,
         running,
+        sure_of_disks: true,
         disk: who.disk,
         spec_bytes: who.spec.len() as u32,
     };
@@ -442,7 +452,7 @@ fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
 
 fn call(pair: &Pair) -> Result<io::Result<Stream>, SessionError> {
     Ok(match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix),
+        Transport::Shm => credentials::call(&pair.socket).map(Stream::Unix),
         Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, FIND_BACKUP),
     })
 }
@@ -456,7 +466,7 @@ pub(super) fn can_recruit(pair: &Pair) -> bool {
 /// that answers.
 pub(super) fn call_any(pair: &Pair, told: &[SocketAddr], first: usize) -> Option<Stream> {
     match pair.transport {
-        Transport::Shm => UnixStream::connect(&pair.socket).map(Stream::Unix).ok(),
+        Transport::Shm => credentials::call(&pair.socket).map(Stream::Unix).ok(),
         Transport::Tcp | Transport::Rdma => {
             let mut places: Vec<_> = pair.connect.iter().chain(&pair.standbys).collect();
             // One that was both configured and told would be called twice a round.
@@ -485,7 +495,8 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
             Err(error)
                 if matches!(
                     error.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                    // The last: it is frozen, and takes no more callers in.
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock
                 ) =>
             {
                 if Instant::now() >= until {
@@ -521,6 +532,8 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::handshake::proof;
 

@@ -128,6 +128,56 @@ fn a_start_that_fails_is_tried_elsewhere_but_a_cold_one_is_not() {
     assert_eq!(plan(&site, &local("b")), []);
 }
 
+/// Two operators, or one that tries again: the first one's process is seen only now.
+#[test]
+fn a_cold_start_is_not_carried_out_while_another_host_has_a_process() {
+    let mut site = site(&["a", "b"]);
+    let mut placed = vm("kv");
+    placed.phase = Phase::Starting {
+        on: Some(on("b", 2)),
+        cold: true,
+    };
+    put(&mut site, placed.clone());
+    assert_eq!(
+        starts(&plan(&site, &local("b"))),
+        [Start::Primary { cold: true }]
+    );
+    add(&mut site, "a", Role::Primary, Standing::Starting);
+    let acts = plan(&site, &local("b"));
+    assert_eq!(starts(&acts), []);
+    let after = written(&acts).unwrap().clone();
+    assert!(after.note.as_ref().unwrap().contains("a process of it"));
+    // Where the arbiter decides it may come to nothing by itself.
+    placed.phase = Phase::Starting {
+        on: Some(on("b", 2)),
+        cold: false,
+    };
+    put(&mut site, placed);
+    assert_eq!(
+        starts(&plan(&site, &local("b"))),
+        [Start::Primary { cold: false }]
+    );
+}
+
+/// The record of a machine that runs out of every agent's sight was lost, or was written by a newer version: nobody has turned it off.
+#[test]
+fn a_machine_whose_record_is_gone_is_not_taken_for_one_that_is_off() {
+    let mut site = site(&["a"]);
+    put(&mut site, running(None));
+    assert_eq!(plan(&site, &local("a")), []);
+    site.unreadable.insert("kv".into());
+    assert_eq!(plan(&site, &local("a")), []);
+    let stopping = Vm {
+        phase: Phase::Stopping,
+        ..vm("kv")
+    };
+    put(&mut site, stopping);
+    assert_eq!(plan(&site, &local("a")), []);
+    site.unreadable.clear();
+    let after = plan(&site, &local("a"));
+    assert_eq!(written(&after).unwrap().phase, Phase::Stopped);
+}
+
 #[test]
 fn a_survivor_gets_a_backup_on_another_host() {
     let mut site = site(&["a", "b", "c"]);

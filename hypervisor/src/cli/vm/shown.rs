@@ -58,6 +58,10 @@ fn state(site: &Site, vm: &Vm) -> (String, bool) {
         }
         // Lost with both its hosts, or served out of every agent's sight.
         (Phase::Running, None) => ("NOT SEEN".to_owned(), true),
+        // It was out of sight, and somebody noted that it is off.
+        (phase, Some(_)) if phase.is_off() => {
+            (format!("{}, YET SERVED", phase.word().to_uppercase()), true)
+        }
         (phase @ Phase::Failed { .. }, _) => (phase.word().to_uppercase(), true),
         (phase, _) => (phase.word().to_owned(), false),
     }
