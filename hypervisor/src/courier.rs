@@ -75,6 +75,8 @@ struct Shared<S> {
     busy: AtomicBool,
     /// The log takes nothing more.
     failed: AtomicBool,
+    /// Its thread is gone.
+    gone: AtomicBool,
     /// The vCPU thread waits for the courier to leave the log.
     recalled: AtomicBool,
     /// The vCPU thread is inside the guest, and wants to know when the courier is free.
@@ -120,6 +122,7 @@ impl<S> Courier<S> {
             changed: Condvar::new(),
             busy: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             recalled: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             spare: Mutex::default(),
@@ -173,11 +176,15 @@ impl<S> Courier<S> {
     }
 
     /// Leaves the log. The outputs of a parcel that was not carried are in the gate when this returns, and wait for nothing.
+    ///
+    /// # Panics
+    /// If the courier's thread has: with it went the outputs of its parcel.
     pub fn leave(&self) {
         self.0.recalled.store(true, Ordering::SeqCst);
         self.0.leave_job(Job::Leave);
         let mut jobs = self.0.lock();
         while self.0.recalled.load(Ordering::SeqCst) {
+            assert!(!self.0.gone.load(Ordering::SeqCst), "the courier is gone");
             jobs = self
                 .0
                 .changed
@@ -201,6 +208,21 @@ pub struct Work<S> {
     samples: Arc<Samples>,
 }
 
+/// Its thread ends, however it does.
+struct Last<S>(Arc<Shared<S>>);
+
+impl<S> Drop for Last<S> {
+    fn drop(&mut self) {
+        self.0.failed.store(true, Ordering::Release);
+        // Under the lock, or the one who waits could miss it.
+        let jobs = self.0.lock();
+        self.0.gone.store(true, Ordering::SeqCst);
+        drop(jobs);
+        self.0.changed.notify_all();
+        self.0.call();
+    }
+}
+
 /// Why a parcel stays where it is.
 enum Undelivered {
     /// The vCPU thread wants the log to be left.
@@ -217,6 +239,7 @@ struct Log<S> {
 impl<S: Sink> Work<S> {
     /// Carries parcels until the vCPU thread's end is gone.
     pub fn run(self) {
+        let _last = Last(Arc::clone(&self.shared));
         let mut log: Option<Log<S>> = None;
         let mut held: Option<Parcel> = None;
         loop {
@@ -386,5 +409,77 @@ impl<S: Sink> Work<S> {
                 return Err(Undelivered::Recalled);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backends::wait::Wake;
+    use crate::gate::{Committed, Gate, Sent};
+    use crate::version::Version;
+    use crate::world::World;
+
+    /// A log that a bug has.
+    struct Buggy;
+
+    impl Sink for Buggy {
+        fn post(&mut self, _: &[u8]) -> Result<Seq, SinkError> {
+            Err(SinkError::Closed)
+        }
+
+        fn committed(&mut self) -> Committed {
+            Committed::EVERYTHING
+        }
+
+        fn released(&mut self, _: Seq) {}
+
+        fn notify(&mut self, _: bool) {}
+
+        fn is_behind(&mut self) -> bool {
+            false
+        }
+
+        fn wait_for_room(&mut self, _: Duration) {}
+
+        fn version(&self) -> Version {
+            panic!("a bug")
+        }
+
+        fn detach(&mut self) {}
+    }
+
+    struct Nowhere;
+
+    impl World for Nowhere {
+        fn send(&mut self, _: &Output) -> Sent {
+            Sent::Done
+        }
+    }
+
+    /// Whoever waits for a courier that is gone waits no longer, whether he began before or after.
+    #[test]
+    fn nobody_waits_for_a_courier_that_a_bug_has_ended() {
+        let wake = Arc::new(Wake::new().unwrap());
+        let stage = Arc::new(Stage::new(Arc::clone(&wake)));
+        let orders = Arc::new(Orders::new(wake));
+        let outlet = Outlet::new(Gate::new(), Box::new(Nowhere));
+        let (courier, work) = Courier::<Buggy>::new(&stage, &orders, &outlet, &Arc::default());
+        courier.begin(Buggy, Base::default());
+        let (tell, told) = std::sync::mpsc::channel();
+        let leaving = std::thread::spawn(move || {
+            for _ in 0..2 {
+                let leaves = std::panic::AssertUnwindSafe(|| courier.leave());
+                tell.send(std::panic::catch_unwind(leaves).is_err())
+                    .unwrap();
+            }
+            courier.has_failed()
+        });
+        assert!(std::thread::spawn(move || work.run()).join().is_err());
+        for _ in 0..2 {
+            let failed = told.recv_timeout(Duration::from_secs(30));
+            assert_eq!(failed, Ok(true), "its outputs are not in the gate");
+        }
+        assert!(leaving.join().unwrap());
     }
 }

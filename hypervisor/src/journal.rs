@@ -14,6 +14,7 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::backends::outflow::Standard;
 use crate::control::board::{Board, Context};
 
 /// How lines look.
@@ -46,7 +47,7 @@ pub fn start(format: Format) {
         .with_env_filter(
             EnvFilter::try_from_env("DOPPEL_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
         )
-        .with_writer(std::io::stderr)
+        .with_writer(|| Standard::Error)
         .event_format(Lines { format, ansi })
         .init();
 }

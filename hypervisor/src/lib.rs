@@ -46,6 +46,7 @@ pub mod memory;
 pub mod meter;
 pub mod orders;
 pub mod outlet;
+pub mod panics;
 pub mod position;
 pub mod preempt;
 pub mod prepare;

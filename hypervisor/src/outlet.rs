@@ -44,6 +44,8 @@ struct OutletState {
     committed: Committed,
     /// Entries with outputs that have not committed yet, and when those were made.
     made: VecDeque<(Committed, Instant)>,
+    /// Entries with outputs of which none waits, as all are asked of a disk of this side's own, until they have committed with what they apply.
+    asked: VecDeque<Committed>,
     samples: Option<Arc<Samples>>,
 }
 
@@ -59,6 +61,22 @@ impl OutletState {
                 samples.commit(made.elapsed());
             }
             self.made.pop_front();
+        }
+        while let Some(needs) = self.asked.front()
+            && needs.events <= self.committed.events
+            && needs.inputs <= self.committed.inputs
+        {
+            self.asked.pop_front();
+        }
+    }
+
+    /// The highest entry whose outputs have all left: none whose staged inputs have not committed, so that a backup that lacks one of those knows it
+    /// for damaged.
+    fn released(&self) -> Seq {
+        let released = self.gate.released(self.committed.events);
+        match self.asked.front() {
+            Some(needs) => released.min(Seq(needs.events.0.saturating_sub(1))),
+            None => released,
         }
     }
 }
@@ -101,6 +119,7 @@ impl Outlet {
                     inputs: Seq::ZERO,
                 },
                 made: VecDeque::with_capacity(256),
+                asked: VecDeque::new(),
                 samples: None,
             })),
         }
@@ -158,7 +177,7 @@ impl Outlet {
             }
             Sent::Done
         });
-        gate.released(committed.events)
+        state.released()
     }
 
     /// A new log begins, and nothing of it has committed.
@@ -167,6 +186,7 @@ impl Outlet {
         state.gate.begin_log();
         state.requests.begin_log();
         state.made.clear();
+        state.asked.clear();
         state.committed = Committed {
             events: Seq::ZERO,
             inputs: Seq::ZERO,
@@ -213,10 +233,15 @@ impl Outlet {
         self.lock().made.push_back((needs, at));
     }
 
+    /// An entry of which nothing waits, as all that came of it was asked of a disk of this side's own, commits with these.
+    pub(crate) fn asked(&self, events: Seq, inputs: Seq) {
+        let mut state = self.lock();
+        state.asked.push_back(Committed { events, inputs });
+    }
+
     /// The highest entry whose outputs have all left, by what is known of commits.
     pub(crate) fn released(&self) -> Seq {
-        let state = self.lock();
-        state.gate.released(state.committed.events)
+        self.lock().released()
     }
 
     /// Lets nothing out.
@@ -308,6 +333,20 @@ mod tests {
         outlet.release(Committed::EVERYTHING);
         outlet.hold(Seq(102), Seq::ZERO, frame());
         assert_eq!((outlet.waiting(), outlet.lock().full_since), (1, None));
+    }
+
+    /// A backup over RDMA that lacks an input asks this number whether the input had committed.
+    #[test]
+    fn what_a_disk_was_asked_counts_as_left_only_with_the_inputs_that_led_to_it() {
+        let outlet = Outlet::new(Gate::new(), Box::new(Count(Arc::default())));
+        outlet.asked(Seq(3), Seq(7));
+        // The entry has committed, and the frame that it applies has not.
+        assert_eq!(outlet.release(committed(5, 6)), Seq(2));
+        assert_eq!(outlet.released(), Seq(2));
+        assert_eq!(outlet.release(committed(5, 7)), Seq(5));
+        outlet.asked(Seq(6), Seq(8));
+        outlet.begin_log();
+        assert_eq!(outlet.release(committed(1, 0)), Seq(1), "a log of its own");
     }
 
     /// An image that tells what was written, in order.

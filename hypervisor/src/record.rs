@@ -527,9 +527,12 @@ impl<S: Sink> Recorder<S> {
             step.inputs.clear();
             self.step.inputs = step.inputs;
         }
+        let any = !self.taken.is_empty();
         let had_outputs = self.hand_out(seq);
         if had_outputs {
             self.outlet.made(seq, self.applied, made);
+        } else if any {
+            self.outlet.asked(seq, self.applied);
         }
         self.release();
         let halted = matches!(self.machine.phase(), Phase::Halted | Phase::HltInstruction);

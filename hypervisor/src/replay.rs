@@ -132,6 +132,8 @@ pub struct Replayer<L> {
     /// Where it ends, if the log does not end before.
     to: Option<Position>,
     debugger: Option<Box<dyn Debugger + Send>>,
+    /// What its primary says has left had committed with all that led to it, also where it was asked of a disk.
+    sure_of_disks: bool,
 }
 
 impl<L: LogSource> Replayer<L> {
@@ -162,6 +164,7 @@ impl<L: LogSource> Replayer<L> {
             taping: None,
             to: None,
             debugger: None,
+            sure_of_disks: false,
         }
     }
 
@@ -169,6 +172,13 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn speaking(mut self, version: Version) -> Self {
         self.decoder = std::mem::take(&mut self.decoder).speaking(version);
+        self
+    }
+
+    /// Of a primary that counts what it asks of its own disk as left only once all has committed that led to it.
+    #[must_use]
+    pub fn sure_of_disks(mut self, sure: bool) -> Self {
+        self.sure_of_disks = sure;
         self
     }
 

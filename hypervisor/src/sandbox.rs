@@ -91,6 +91,8 @@ pub enum Thread {
     Disk,
     /// Keeps an old primary off a shared disk: ends the process that it has a descriptor of, and takes the image.
     Bailiff,
+    /// Writes what others leave to what is open: nobody waits for it.
+    Outflow,
 }
 
 /// A thread that cannot be confined must not run: the panic ends it, and what needs it with it.
@@ -144,6 +146,7 @@ struct Filters {
     mourner: BpfProgram,
     disk: BpfProgram,
     bailiff: BpfProgram,
+    outflow: BpfProgram,
 }
 
 impl Sandbox {
@@ -177,6 +180,7 @@ impl Sandbox {
                 mourner: list(Thread::Mourner)?,
                 disk: list(Thread::Disk)?,
                 bailiff: list(Thread::Bailiff)?,
+                outflow: list(Thread::Outflow)?,
             })),
             with_device: false,
         })
@@ -222,6 +226,7 @@ impl Sandbox {
             Thread::Mourner => &filters.mourner,
             Thread::Disk => &filters.disk,
             Thread::Bailiff => &filters.bailiff,
+            Thread::Outflow => &filters.outflow,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
         for filter in [&filters.foreign, list] {
@@ -495,7 +500,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Arbiter => &[FILES],
         Thread::Flight => &[FILES, NAMING],
         Thread::Recruiter => &[SOCKETS, CALLS],
-        Thread::LogFile | Thread::Replay | Thread::Mourner => &[],
+        Thread::LogFile | Thread::Replay | Thread::Mourner | Thread::Outflow => &[],
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
         Thread::Disk => &[SYNCING],
@@ -537,6 +542,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         | Thread::Landing
         | Thread::LogFile
         | Thread::Mourner
+        | Thread::Outflow
         | Thread::Disk => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {

@@ -2,24 +2,19 @@
 //! not gone back.
 #![forbid(unsafe_code)]
 
+mod common;
+
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use hypervisor::backends::wait::Wake;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::checkpoint::Pages;
-use hypervisor::clock::GuestClock;
 use hypervisor::entry::Base;
 use hypervisor::event::{GuestTime, Output};
-use hypervisor::gate::{Gate, Sent};
 use hypervisor::kvm::{Capabilities, KvmSource};
 use hypervisor::machine::{ClockSource, Company, Machine, MachineSpec, Phase};
-use hypervisor::orders::{Order, Orders, Samples};
-use hypervisor::outlet::Outlet;
-use hypervisor::record::{Ended, Parts, RecordOptions, Recorder, random_source};
-use hypervisor::sink::NoLog;
-use hypervisor::stage::Stage;
-use hypervisor::world::World;
+use hypervisor::orders::Order;
+use hypervisor::record::{Ended, Recorder};
 
 /// A kernel of sorts: the first vCPU starts the others, reads its time stamp again and again, and prints x; the second counts, and prints
 /// y. Its source, for `as`:
@@ -317,35 +312,13 @@ fn the_timer_is_kvms() {
     assert_eq!((machine.next_tick(), machine.ticks_due(later)), (None, 0));
 }
 
-struct Nowhere;
-
-impl World for Nowhere {
-    fn send(&mut self, _: &Output) -> Sent {
-        Sent::Done
-    }
-}
-
 /// What was found in a ring may be another thing when it is worked: vCPUs run on meanwhile. That loses their frames and ends nothing, and
 /// whoever gives a guest what it asks for looks up now and then.
 #[test]
 fn a_guest_that_changes_its_rings_meanwhile_harms_itself_alone() {
     const FRAMES: usize = 1_000;
-    let wake = || Arc::new(Wake::new().unwrap());
-    let (stage, orders) = (Arc::new(Stage::new(wake())), Arc::new(Orders::new(wake())));
-    let parts = Parts {
-        machine: machine(1, RINGS),
-        sink: NoLog::default(),
-        base: Base::default(),
-        outlet: Outlet::new(Gate::new(), Box::new(Nowhere)),
-        stage: Arc::clone(&stage),
-        orders: Arc::clone(&orders),
-        samples: Arc::new(Samples::default()),
-        clock: GuestClock::starting(GuestTime(0), Instant::now()),
-        options: RecordOptions::default(),
-        random: random_source().unwrap(),
-        desk: None,
-        intervals: None,
-    };
+    let parts = common::parts(machine(1, RINGS));
+    let (stage, orders) = (Arc::clone(&parts.stage), Arc::clone(&parts.orders));
     let recorder = std::thread::spawn(move || Recorder::new(parts).run());
     let end = Instant::now() + PATIENCE;
     let mut given = 0;

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hypervisor::backends::wait::Wake;
+use hypervisor::devices::DiskConfig;
 use hypervisor::digest::Digest;
 use hypervisor::entry::{Body, Encoder, Entry, LoggedInput, OutputsDigest, Step};
 use hypervisor::event::{GuestTime, Input, Need};
@@ -19,8 +20,9 @@ use hypervisor::ring_log::{INPUT_FRAME, Proof, RingSource};
 use rdma_log::transport::sim::{self, Card};
 use rdma_log::{Fencer, Marks, Nonce, RingConfig, RingReader, RingWriter, Seq};
 
-fn machine() -> Machine {
-    let spec = MachineSpec::new("kv", 64, "ip=10.0.0.2/24", 7).unwrap();
+fn machine(disk: bool) -> Machine {
+    let mut spec = MachineSpec::new("kv", 64, "ip=10.0.0.2/24", 7).unwrap();
+    spec.disk = disk.then(|| DiskConfig::new(8, false, false));
     Machine::new(&KvmSource::default(), &spec).unwrap()
 }
 
@@ -49,14 +51,14 @@ struct Primary {
 }
 
 impl Primary {
-    fn new() -> (Self, RingReader) {
+    fn new(disk: bool) -> (Self, RingReader) {
         let config = RingConfig {
             events: 1 << 20,
             inputs: 1 << 16,
         };
         let (ring, reader, card) = sim::pair(&config, Nonce([5; 16]), 3).unwrap();
         let primary = Self {
-            machine: machine(),
+            machine: machine(disk),
             ring,
             card,
             encoder: Encoder::default(),
@@ -179,11 +181,12 @@ struct Backup {
 }
 
 impl Backup {
-    fn start(ring: RingReader) -> Self {
+    fn start(ring: RingReader, disk: bool) -> Self {
         let proof = Proof::default();
         let source = RingSource::new(ring.events, ring.inputs, proof.clone());
         let orders = Arc::new(Orders::new(Arc::new(Wake::new().unwrap())));
-        let mut replayer = Replayer::new(machine(), source, orders, Duration::ZERO);
+        let mut replayer =
+            Replayer::new(machine(disk), source, orders, Duration::ZERO).sure_of_disks(disk);
         let arrived = replayer.source().arrivals();
         let thread = std::thread::spawn(move || (replayer.run(), replayer));
         Self {
@@ -211,8 +214,8 @@ impl Backup {
 
 #[test]
 fn an_entry_that_is_quicker_than_its_frame_is_waited_with() {
-    let (mut primary, ring) = Primary::new();
-    let backup = Backup::start(ring);
+    let (mut primary, ring) = Primary::new(false);
+    let backup = Backup::start(ring, false);
     primary.until_it_can_receive();
     let frame = question();
     let (seq, _) = primary.give(Some(&frame));
@@ -241,8 +244,8 @@ fn an_entry_that_is_quicker_than_its_frame_is_waited_with() {
 /// The primary died with a frame on its way. What it made of it has not left, so that the heir goes on from before it.
 #[test]
 fn a_log_ends_before_an_entry_whose_frame_was_lost() {
-    let (mut primary, ring) = Primary::new();
-    let backup = Backup::start(ring);
+    let (mut primary, ring) = Primary::new(false);
+    let backup = Backup::start(ring, false);
     let before = primary.until_it_can_receive();
     let frame = question();
     let (seq, _) = primary.give(Some(&frame));
@@ -270,8 +273,18 @@ fn a_log_ends_before_an_entry_whose_frame_was_lost() {
 /// A frame that is missing though something that came of it has left is no frame that was on its way.
 #[test]
 fn a_frame_whose_effects_were_seen_is_not_one_that_was_lost() {
-    let (mut primary, ring) = Primary::new();
-    let backup = Backup::start(ring);
+    seen_and_lost(false);
+}
+
+/// Nor where the machine has a disk, of which things are asked that wait for nothing.
+#[test]
+fn nor_is_it_one_on_a_machine_with_a_disk() {
+    seen_and_lost(true);
+}
+
+fn seen_and_lost(disk: bool) {
+    let (mut primary, ring) = Primary::new(disk);
+    let backup = Backup::start(ring, disk);
     primary.until_it_can_receive();
     let frame = question();
     let (seq, _) = primary.give(Some(&frame));

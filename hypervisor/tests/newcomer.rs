@@ -1,39 +1,25 @@
 //! What a machine does for a backup that is to take another one's place, on real KVM.
 #![forbid(unsafe_code)]
 
+mod common;
+
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hypervisor::backends::disk::{Disk, OpenImage, Opening};
-use hypervisor::backends::wait::Wake;
-use hypervisor::clock::GuestClock;
 use hypervisor::config;
 use hypervisor::desk::{Answer, Ask, Desk};
-use hypervisor::entry::Base;
-use hypervisor::event::{GuestTime, Output};
-use hypervisor::gate::{Gate, Sent};
 use hypervisor::kvm::KvmSource;
 use hypervisor::machine::{Machine, MachineSpec};
-use hypervisor::orders::{Order, Orders, Samples};
-use hypervisor::outlet::Outlet;
-use hypervisor::record::{Ended, Parts, RecordOptions, Recorder, random_source};
+use hypervisor::orders::Order;
+use hypervisor::record::{Ended, Recorder};
 use hypervisor::sandbox::Sandbox;
 use hypervisor::sink::NoLog;
-use hypervisor::stage::Stage;
-use hypervisor::world::World;
 use rdma_log::Seq;
 
 /// Long enough for a host with much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-struct Nowhere;
-
-impl World for Nowhere {
-    fn send(&mut self, _: &Output) -> Sent {
-        Sent::Done
-    }
-}
 
 fn answer(answers: &Receiver<(u64, Answer)>) -> Answer {
     answers
@@ -47,7 +33,6 @@ fn answer(answers: &Receiver<(u64, Answer)>) -> Answer {
 #[test]
 fn a_newcomer_gets_the_rest_of_the_disk_while_the_guest_stands() {
     const SECTORS: u64 = 64;
-    let wake = || Arc::new(Wake::new().unwrap());
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image");
     std::fs::write(&path, vec![7; SECTORS as usize * 512]).unwrap();
@@ -59,26 +44,14 @@ fn a_newcomer_gets_the_rest_of_the_disk_while_the_guest_stands() {
         strict: false,
     };
     let sandbox = Sandbox::prepare(&off).unwrap();
-    let disk = Arc::new(Disk::start(image, "m", wake(), sandbox).unwrap());
+    let disk = Arc::new(Disk::start(image, "m", common::wake(), sandbox).unwrap());
     let rest = disk.begin_copy(SECTORS);
 
-    let (stage, orders) = (Arc::new(Stage::new(wake())), Arc::new(Orders::new(wake())));
     let (desk, answers) = Desk::new();
     let desk = Arc::new(desk);
-    let parts = Parts {
-        machine: Machine::new(&KvmSource::default(), &spec).unwrap(),
-        sink: NoLog::default(),
-        base: Base::default(),
-        outlet: Outlet::new(Gate::new(), Box::new(Nowhere)),
-        stage: Arc::clone(&stage),
-        orders: Arc::clone(&orders),
-        samples: Arc::new(Samples::default()),
-        clock: GuestClock::starting(GuestTime(0), Instant::now()),
-        options: RecordOptions::default(),
-        random: random_source().unwrap(),
-        desk: Some(Arc::clone(&desk)),
-        intervals: None,
-    };
+    let mut parts = common::parts(Machine::new(&KvmSource::default(), &spec).unwrap());
+    parts.desk = Some(Arc::clone(&desk));
+    let (stage, orders) = (Arc::clone(&parts.stage), Arc::clone(&parts.orders));
     let disk_of_guest = Arc::clone(&disk);
     let recorder = std::thread::spawn(move || {
         let recorder = Recorder::new(parts);

@@ -13,7 +13,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
-use crc::{CRC_32_ISCSI, Crc, Digest, Table};
+use crc::{CRC_32_ISCSI, Crc, Table};
 
 static TABLE: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
 
@@ -39,11 +39,7 @@ pub(crate) fn checksum(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
 pub(crate) fn append(seed: u32, bytes: &[u8]) -> u32 {
     match Way::of_this_machine() {
         Way::Instruction => crc32c::crc32c_append(seed, bytes),
-        Way::Table => {
-            let mut digest = continued(seed);
-            digest.update(bytes);
-            digest.finalize()
-        }
+        Way::Table => append_by_table(seed, bytes),
     }
 }
 
@@ -101,29 +97,33 @@ impl Way {
 
 /// By the crate, which takes this machine's instruction.
 fn by_crate(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
-    let head = header.iter().fold(seed, |crc, word| {
-        crc32c::crc32c_append(crc, &word.to_le_bytes())
-    });
-    payload
-        .iter()
-        .fold(head, |crc, piece| crc32c::crc32c_append(crc, piece))
-}
-
-/// After bytes with this checksum. The crate takes a start in the polynomial's bit order.
-fn continued(seed: u32) -> Digest<'static, u32, Table<16>> {
-    TABLE.digest_with_initial((!seed).reverse_bits())
+    folded(crc32c::crc32c_append, seed, header, payload)
 }
 
 fn by_table(seed: u32, header: [u64; 4], payload: &[&[u8]]) -> u32 {
-    let mut digest = continued(seed);
+    folded(append_by_table, seed, header, payload)
+}
+
+/// The header's words as bytes, then the pieces, each appended to what was before.
+fn folded(
+    append: impl Fn(u32, &[u8]) -> u32,
+    seed: u32,
+    header: [u64; 4],
+    payload: &[&[u8]],
+) -> u32 {
     let mut head = [0; 32];
     for (to, word) in head.as_chunks_mut::<8>().0.iter_mut().zip(header) {
         *to = word.to_le_bytes();
     }
-    digest.update(&head);
-    for piece in payload {
-        digest.update(piece);
-    }
+    payload
+        .iter()
+        .fold(append(seed, &head), |crc, piece| append(crc, piece))
+}
+
+/// The crate takes a start in the polynomial's bit order.
+fn append_by_table(seed: u32, bytes: &[u8]) -> u32 {
+    let mut digest = TABLE.digest_with_initial((!seed).reverse_bits());
+    digest.update(bytes);
     digest.finalize()
 }
 

@@ -60,7 +60,7 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// What sides are told of their times. A virtual CPU of an emulated host stands still whenever this machine has something else to
 /// do, for tenths of a second where it is busy, so nobody is given up before two seconds; and the primary does not wait
 /// for a backup that is late within what the design allows.
-const TIMES: &str =
+pub(crate) const TIMES: &str =
     "[timing]\nheartbeat_ms = 50\nsilence_ms = 2000\nlag_ms = 100\nmemory_check_ms = 500\n";
 
 /// Two hosts with what a pair needs, and the way from this machine to its guest.
@@ -71,18 +71,24 @@ pub struct Site {
     _carrier: Carrier,
 }
 
-/// A host's part of the guest's network: a TAP of the same name as on every host, which outlives its process as a network card does.
-const BRIDGE: &str = "set -e
+/// What a host has: the programs, and a bridge to the guests' network.
+pub(crate) const EQUIPPED: &str = "set -e
 cp /shared/bin/* /usr/bin/
-cp /shared/pair.secret /etc/pair.secret
-chmod 600 /etc/pair.secret
 modprobe bridge
 ip link add br0 type bridge forward_delay 0
 ip address flush dev eth1
 ip link set eth1 master br0
-ip tuntap add dev doppel0 mode tap
-ip link set doppel0 master br0 up
 ip link set br0 up";
+
+/// What the sides of a pair, and a site's agents, have in common.
+pub(crate) const SECRET: &str = "
+cp /shared/pair.secret /etc/pair.secret
+chmod 600 /etc/pair.secret";
+
+/// A host's part of the guest's network: a TAP of the same name as on every host, which outlives its process as a network card does.
+pub(crate) const PLUGGED: &str = "
+ip tuntap add dev doppel0 mode tap
+ip link set doppel0 master br0 up";
 
 impl Site {
     /// Boots it, with hosts of so much memory.
@@ -134,7 +140,8 @@ impl Site {
     /// # Errors
     /// What the host says.
     pub fn equip(&self, host: &str) -> Result<()> {
-        self.lab.host(host).sh(BRIDGE, PATIENCE).map(drop)
+        let line = [EQUIPPED, SECRET, PLUGGED].concat();
+        self.lab.host(host).sh(&line, PATIENCE).map(drop)
     }
 
     /// Boots a host that was killed, and equips it.

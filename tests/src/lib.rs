@@ -6,6 +6,8 @@
 pub mod harness;
 pub mod lab;
 pub mod lab_pair;
+pub mod lab_site;
+pub mod lab_slurm;
 pub mod linux_guest;
 pub mod promise;
 pub mod promises;

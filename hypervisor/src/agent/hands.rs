@@ -9,7 +9,7 @@
 //!   RUN-DIRECTORY/NAME.0.lock       a role's process of machine NAME, and NAME.1.lock, another one
 //!   RUN-DIRECTORY/NAME.PID.sock     a role's control socket (control/place.rs)
 //! ```
-//! Unsafe: `setsid` between fork and exec, and `kill`, which the standard library does not have.
+//! Unsafe: `setsid` between fork and exec, which the standard library does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -29,7 +29,6 @@ use super::plan::{Ended, Start};
 use super::record::{Host, RoleReport, Site, Vm};
 use crate::backends::tap::{Tap, TapConfig, TapError};
 use crate::control::find;
-use crate::control::status::{Role, Standing};
 use crate::control::wire::Ask;
 use crate::session::host::MTU;
 
@@ -73,9 +72,6 @@ pub enum HandsError {
     /// Nobody says how large its disk is.
     #[error("the host that serves it does not tell of an image of its disk")]
     NoSize,
-    /// One that is to be taken over has nobody to do that.
-    #[error("its primary has no backup now that could take it over: it is left alone")]
-    Alone,
     /// Both locks of the machine are taken.
     #[error("its processes are here already")]
     Held,
@@ -480,29 +476,6 @@ impl Hands {
         Ok(())
     }
 
-    /// SIGTERM to a backup: it leaves its primary.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn end_backup(&self, pid: u32) -> Result<(), HandsError> {
-        signal(pid, libc::SIGTERM).map_err(failed("end a backup"))
-    }
-
-    /// SIGKILL to a primary: its backup takes the machine over. It is asked once more whether it has one: what was seen of it is as old as etcd's
-    /// answer took, and without a backup the machine would end with it.
-    ///
-    /// # Errors
-    /// [`HandsError::Alone`], or if the kernel refuses.
-    pub fn fail(&self, machine: &str, pid: u32) -> Result<(), HandsError> {
-        let ended = || failed("have a primary taken over");
-        let held = find::hold(&self.config.run_dir, machine, pid);
-        let (status, process) = held.map_err(ended())?;
-        if (status.role, status.standing) != (Role::Primary, Standing::Protected) {
-            return Err(HandsError::Alone);
-        }
-        process.kill().map_err(ended())
-    }
-
     /// Gives an order to a role here: its number.
     ///
     /// # Errors
@@ -530,17 +503,6 @@ impl Hands {
     }
 }
 
-/// Sends a signal to a role, which has just answered at its control socket.
-fn signal(pid: u32, signal: libc::c_int) -> io::Result<()> {
-    let process = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 1);
-    let process = process.ok_or(io::ErrorKind::InvalidInput)?;
-    // SAFETY: kill touches no memory. The process has just answered, so its number is its own.
-    match unsafe { libc::kill(process, signal) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// A file for a lock.
 fn lock_file(path: &Path) -> Result<File, HandsError> {
     OpenOptions::new()
@@ -558,6 +520,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::control::Operator;
+    use crate::control::status::{Role, Standing};
 
     fn hands(directory: &Path) -> Hands {
         let path = directory.join("agent.toml");
@@ -588,11 +551,10 @@ mod tests {
             Standing::Deciding,
         ] {
             operator.board().stands_as(standing);
-            let error = hands.fail("kv", std::process::id()).unwrap_err();
-            assert!(matches!(error, HandsError::Alone), "{standing:?}: {error}");
+            let refused = hands.order("kv", std::process::id(), Ask::Fail);
+            assert!(refused.is_err(), "{standing:?}: {refused:?}");
         }
         drop(operator);
-        let error = hands.fail("kv", std::process::id()).unwrap_err();
-        assert!(matches!(error, HandsError::Io { .. }), "{error}");
+        assert!(hands.order("kv", std::process::id(), Ask::Fail).is_err());
     }
 }

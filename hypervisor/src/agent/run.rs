@@ -321,22 +321,19 @@ impl Agent {
                     }
                 }
             }
-            Act::EndBackup { machine, pid } => match self.hands.end_backup(pid) {
-                Ok(()) => {
-                    tracing::info!("machine {machine}: its backup, process {pid}, is not needed")
-                }
-                Err(error) => tracing::warn!("machine {machine}: {error}"),
-            },
+            Act::EndBackup { machine, pid } => {
+                let what = format!("needs no backup here, and process {pid} leaves");
+                self.order(&machine, pid, Ask::Leave, &what);
+            }
             Act::PowerOff { machine, pid } => {
                 self.order(&machine, pid, Ask::PowerOff, "is turned off")
             }
             Act::Switch { machine, pid } => {
                 self.order(&machine, pid, Ask::Switch, "leaves: it is switched over");
             }
-            Act::Fail { machine, pid } => match self.hands.fail(&machine, pid) {
-                Ok(()) => tracing::info!("machine {machine} leaves: its backup takes it over"),
-                Err(error) => tracing::warn!("machine {machine}: {error}"),
-            },
+            Act::Fail { machine, pid } => {
+                self.order(&machine, pid, Ask::Fail, "leaves: its backup takes it over");
+            }
             Act::Migrate {
                 machine,
                 pid,

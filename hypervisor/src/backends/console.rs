@@ -5,9 +5,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Stdin, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::outflow::{Outflow, Standard, Trouble, is_file};
 use super::wait::Waiter;
 
 /// Why the console cannot be used.
@@ -40,36 +42,58 @@ pub enum ConsoleOutput {
     Stdout,
     /// To a file.
     File(File),
+    /// To a pipe, a terminal, or what else the file is.
+    Flow(Outflow),
 }
 
 impl ConsoleOutput {
     /// Appends to the file, which is made if there is none. Two processes may share it: each write is one
-    /// append.
-    pub fn file(path: &Path) -> Result<Self, ConsoleError> {
-        OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(path)
-            .map(Self::File)
-            .map_err(|source| ConsoleError::Open {
-                path: path.to_owned(),
-                source,
+    /// append. What is no regular file has a thread of its own, which begins with `confine`: nobody waits for whoever reads it.
+    pub fn file(
+        path: &Path,
+        confine: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, ConsoleError> {
+        let open = || {
+            // A named pipe that nobody has opened to read yet is opened all the same, if it is for both.
+            let is_pipe = std::fs::metadata(path).is_ok_and(|file| file.file_type().is_fifo());
+            let file = OpenOptions::new()
+                .read(is_pipe)
+                .append(true)
+                .create(true)
+                .open(path)?;
+            if is_file(&file)? {
+                return Ok(Self::File(file));
+            }
+            Outflow::start(file, confine, |trouble| match trouble {
+                Trouble::Lost(lost) => tracing::warn!(
+                    "nobody has read the guest's console for a while: {} bytes of it are lost there; doppel console has the last",
+                    lost.bytes
+                ),
+                Trouble::Failed(error) => {
+                    tracing::warn!("the guest's console cannot be written: {error}");
+                }
             })
+            .map(Self::Flow)
+        };
+        open().map_err(|source| ConsoleError::Open {
+            path: path.to_owned(),
+            source,
+        })
     }
 
-    /// Writes all the bytes and passes them on at once.
+    /// Writes all the bytes, or leaves them to be written where that could take long.
     ///
     /// # Errors
-    /// What the kernel says; some of the bytes may then have gone out.
+    /// What the kernel says of a file; some of the bytes may then have gone out.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Discard => Ok(()),
-            Self::Stdout => {
-                let mut out = io::stdout().lock();
-                out.write_all(bytes)?;
-                out.flush()
-            }
+            Self::Stdout => Standard::Output.say(bytes),
             Self::File(file) => file.write_all(bytes),
+            Self::Flow(flow) => {
+                flow.leave(bytes);
+                Ok(())
+            }
         }
     }
 }
@@ -162,8 +186,8 @@ mod tests {
     fn two_writers_share_a_console_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console.log");
-        let mut one = ConsoleOutput::file(&path).unwrap();
-        let mut other = ConsoleOutput::file(&path).unwrap();
+        let mut one = ConsoleOutput::file(&path, || {}).unwrap();
+        let mut other = ConsoleOutput::file(&path, || {}).unwrap();
         one.write(b"primary\n").unwrap();
         other.write(b"backup\n").unwrap();
         one.write(b"primary again\n").unwrap();
@@ -173,9 +197,28 @@ mod tests {
         );
     }
 
+    /// A reader that comes later, or never, keeps nobody.
+    #[test]
+    fn a_named_pipe_is_written_whether_anybody_reads_it_or_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let mut console = ConsoleOutput::file(&path, || {}).unwrap();
+        let line = [b'x'; 1024];
+        for _ in 0..4096 {
+            console.write(&line).unwrap();
+        }
+        let mut reader = File::open(&path).unwrap();
+        drop(console);
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert!(bytes.len() >= crate::backends::outflow::MOST && bytes.len() < 4 << 20);
+    }
+
     #[test]
     fn a_file_that_cannot_be_made_is_named() {
-        let error = ConsoleOutput::file(Path::new("/nonexistent/console.log")).unwrap_err();
+        let error = ConsoleOutput::file(Path::new("/nonexistent/console.log"), || {}).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/console.log"));
     }
 }

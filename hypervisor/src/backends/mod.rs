@@ -16,6 +16,7 @@ pub mod block;
 pub mod console;
 pub mod disk;
 pub mod link;
+pub mod outflow;
 pub mod tap;
 pub mod wait;
 

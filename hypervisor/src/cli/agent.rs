@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hypervisor::agent::config::{AgentConfig, DEFAULT};
+use hypervisor::backends::outflow;
 
 use super::Failure;
 
@@ -41,5 +42,8 @@ pub fn agent(args: &AgentArgs) -> Result<(), Failure> {
         );
         return Ok(());
     }
+    // An agent that its own log keeps is one that is lost.
+    outflow::begin(|| {}, |text| tracing::warn!("{text}"))
+        .map_err(|error| Failure::new(Failure::ERROR, error))?;
     hypervisor::agent::run(&config).map_err(|error| Failure::new(Failure::ERROR, error))
 }

@@ -16,11 +16,18 @@ pub struct HookArgs {
     /// How long it may take each time
     #[arg(long, value_name = "MS")]
     within_ms: u64,
+    /// Hand on what it prints: it is not to wait for whoever reads that
+    #[arg(long)]
+    relay: bool,
 }
 
 pub fn help(args: &HookArgs) -> Result<(), Failure> {
-    hook::help(&args.command, Duration::from_millis(args.within_ms))
-        .map_err(|error| Failure::new(Failure::ERROR, error))
+    hook::help(
+        &args.command,
+        Duration::from_millis(args.within_ms),
+        args.relay,
+    )
+    .map_err(|error| Failure::new(Failure::ERROR, error))
 }
 
 #[cfg(test)]

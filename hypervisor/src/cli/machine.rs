@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 use hypervisor::boot::linux::SEED_BYTES;
 use hypervisor::config::{Config, Disk, GuestCpu, Mac, MetricsAddress, NetBackend};
-use hypervisor::machine::{ClockSource, MachineSpec, OnReset};
+use hypervisor::machine::{ClockSource, MachineSpec, OnReset, exact_line};
 use hypervisor::preempt::Strategy;
 use hypervisor::record::{RecordError, random_source};
 use hypervisor::session::host::Inherited;
@@ -232,13 +232,14 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     random_source()
         .and_then(|mut source| source.read_exact(&mut seed).map_err(RecordError::Random))
         .map_err(|error| Failure::new(Failure::ERROR, error))?;
+    let clock = config.clock_source();
     let spec = MachineSpec::linux(
         kernel,
         config.initrd.as_deref(),
         config.memory_mib,
-        &config.command_line,
+        &exact_line(&config.command_line, clock, config.crew()),
         now,
-        (config.clock_source(), seed),
+        (clock, seed),
     );
     spec.map(|spec| spec.with_vcpus(config.crew()).on_reset(on_reset))
         .map_err(usage)

@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use std::sync::LazyLock;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use hypervisor::backends::outflow::{self, Standard};
 use hypervisor::journal::{self, Format};
 use hypervisor::protocol::Reason;
 use hypervisor::record::Ended;
@@ -137,7 +138,7 @@ impl Failure {
 impl From<SessionError> for Failure {
     fn from(error: SessionError) -> Self {
         match &error {
-            SessionError::Interrupted => Self::new(0, error),
+            SessionError::Interrupted | SessionError::Dismissed => Self::new(0, error),
             SessionError::Replay(
                 ReplayError::Diverged(_) | ReplayError::Log(_) | ReplayError::Entry { .. },
             ) => Self::new(Self::DIVERGED, error),
@@ -174,6 +175,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
             | Command::Replay(_)
     ) {
         hypervisor::sandbox::keep_files_private();
+        hypervisor::panics::watch();
     }
     let outcome = match cli.command {
         Command::Agent(args) => agent::agent(&args),
@@ -202,13 +204,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, versions: Versions) ->
         Command::HookHelper(args) => hook::help(&args),
         Command::PackageFiles(args) => package::write(&args, command()),
     };
-    match outcome {
+    let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("doppel: {}", failure.message);
+            // A terminal that is stopped takes nothing; the process ends all the same.
+            let _ = Standard::Error.say(format!("doppel: {}\n", failure.message).as_bytes());
             ExitCode::from(failure.code)
         }
-    }
+    };
+    outflow::settle();
+    code
 }
 
 /// How a guest's end is told.
@@ -230,9 +235,7 @@ fn guest_ended(ended: Ended) -> Result<(), Failure> {
 fn served(served: &Served) -> Result<(), Failure> {
     match (&served.reason, served.guest) {
         (Reason::PoweredOff, Some(ended)) => guest_ended(ended),
-        (Reason::PoweredOff, None) | (Reason::HandedOver { .. } | Reason::Relieved { .. }, _) => {
-            Ok(())
-        }
+        (reason, _) if reason.is_clean() => Ok(()),
         (reason, _) => Err(Failure::new(Failure::REPLACED, reason)),
     }
 }

@@ -68,6 +68,10 @@ pub enum Command {
     Reset,
     /// The guest may have so much of its time.
     Share(Pace),
+    /// The backup is to leave.
+    Leave,
+    /// The primary is to end as one that failed.
+    Fail,
 }
 
 impl Command {
@@ -83,6 +87,8 @@ impl Command {
             Self::Share(Pace::NONE) => "pause".to_owned(),
             Self::Share(Pace::FULL) => "resume".to_owned(),
             Self::Share(pace) => format!("a share of {} %", pace.percent()),
+            Self::Leave => "leave".to_owned(),
+            Self::Fail => "a failover".to_owned(),
         }
     }
 }
@@ -121,6 +127,10 @@ pub struct Board {
     updates: ArrayQueue<Update>,
     /// The other way: for the I/O thread, by number.
     commands: ArrayQueue<(u64, Command)>,
+    /// The number of the order that the backup is to leave by, until it is taken; 0: there is none.
+    leave: AtomicU64,
+    /// Rung for it: before there is a machine, a backup waits for this beside its callers.
+    dismissal: Wake,
     /// Where backups may listen, beside the places that the role was started with. For the recruiter, which serves nobody.
     places: Mutex<Vec<SocketAddr>>,
     /// Orders that were left there.
@@ -143,6 +153,8 @@ impl Board {
             name: name.to_owned(),
             updates: ArrayQueue::new(WAITING),
             commands: ArrayQueue::new(ORDERS),
+            leave: AtomicU64::new(0),
+            dismissal: Wake::new()?,
             places: Mutex::default(),
             given: AtomicU64::new(0),
             lost: AtomicU64::new(0),
@@ -248,7 +260,12 @@ impl Board {
     /// Leaves an order for the I/O thread: its number, or none if too many wait.
     pub(super) fn order(&self, command: Command) -> Option<u64> {
         let number = self.given.fetch_add(1, Ordering::Relaxed) + 1;
-        self.commands.push((number, command)).ok()?;
+        if command == Command::Leave {
+            self.leave.store(number, Ordering::SeqCst);
+            self.dismissal.ring();
+        } else {
+            self.commands.push((number, command)).ok()?;
+        }
         let orders = self.now().orders.clone();
         if let Some(orders) = orders {
             orders.ring_reports();
@@ -279,7 +296,22 @@ impl Board {
     /// The next order. By the I/O thread, in each of its rounds.
     #[must_use]
     pub fn take_command(&self) -> Option<(u64, Command)> {
-        self.commands.pop()
+        let leave = || match self.leave.swap(0, Ordering::SeqCst) {
+            0 => None,
+            number => Some((number, Command::Leave)),
+        };
+        self.commands.pop().or_else(leave)
+    }
+
+    /// Whether this backup is told to leave. By a thread that ends the process then; anybody else takes the order.
+    #[must_use]
+    pub fn is_dismissed(&self) -> bool {
+        self.leave.load(Ordering::SeqCst) != 0
+    }
+
+    /// Readable once it is.
+    pub(crate) fn dismissal(&self) -> &Wake {
+        &self.dismissal
     }
 
     /// An order is under way, or something has come of it: what, or why not.

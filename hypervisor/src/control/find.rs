@@ -11,7 +11,7 @@ use super::place::{self, whose};
 use super::status::{Role, Status};
 use super::wire::{ANSWER_MAX, Answer, Ask, Outcome, Request, VERSION};
 use super::{ControlError, is_name};
-use crate::credentials::{Process, call};
+use crate::credentials::call;
 
 /// How long a role may take to answer. One that is frozen does not; a busy host takes a tenth of this.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -126,21 +126,6 @@ pub fn order(directory: &Path, name: &str, pid: u32, what: Ask) -> io::Result<u6
 /// As [`ask`]; of the kind `NotFound` or `ConnectionRefused` if the process is no more.
 pub fn ask_process(directory: &Path, name: &str, pid: u32) -> io::Result<Status> {
     ask(&place::path(directory, name, pid))
-}
-
-/// The same, with a hold on the very process that answers.
-///
-/// # Errors
-/// What the kernel says; see [`ask_process`].
-pub(crate) fn hold(directory: &Path, name: &str, pid: u32) -> io::Result<(Status, Process)> {
-    let stream = request(&place::path(directory, name, pid), Ask::Status)?;
-    // Before it answers: a number is nobody else's as long as its process lives.
-    let process = Process::of_peer(&stream)?;
-    match answer(&mut BufReader::new(stream))? {
-        Outcome::Status(status) => Ok((*status, process)),
-        Outcome::Error(why) => Err(io::Error::other(why)),
-        Outcome::Ordered(_) | Outcome::Console(_) => Err(another()),
-    }
 }
 
 /// The console of the machine that this process serves: the number of the first byte to come, and the connection that carries them,

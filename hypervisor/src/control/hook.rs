@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::backends::outflow::{self, Standard};
+
 /// The hidden command of this program that is the helper.
 pub const HELPER: &str = "hook-helper";
 
@@ -101,19 +103,25 @@ impl Helper {
     /// # Errors
     /// What the kernel says.
     pub(super) fn start(command: &str) -> io::Result<Self> {
-        Self::start_within(command, WITHIN)
+        Self::start_with(command, WITHIN, &[])
     }
 
-    /// The same for a command that may take so long.
+    /// The same for a command that a machine waits for, which may take so long: what it prints keeps nobody, though it is lost for what it has left
+    /// running when this process ends.
     ///
     /// # Errors
     /// What the kernel says.
     pub(crate) fn start_within(command: &str, within: Duration) -> io::Result<Self> {
+        Self::start_with(command, within, &["--relay"])
+    }
+
+    fn start_with(command: &str, within: Duration, more: &[&str]) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut helper = Command::new("/proc/self/exe");
         helper
             .args([HELPER, "--command", command, "--within-ms"])
             .arg(within.as_millis().to_string())
+            .args(more)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             // What a command prints is for people, and standard output may be a program's.
             .stdout(io::stderr().as_fd().try_clone_to_owned()?)
@@ -184,11 +192,15 @@ impl AsFd for Helper {
     }
 }
 
-/// The helper itself: runs `command` for each change that its standard input tells, for so long at the most, until that ends.
+/// The helper itself: runs `command` for each change that its standard input tells, for so long at the most, until that ends. `relay`: what it
+/// prints goes through this process, which does not wait for whoever reads it.
 ///
 /// # Errors
 /// If its standard input is no connection to a role.
-pub fn help(command: &str, within: Duration) -> io::Result<()> {
+pub fn help(command: &str, within: Duration, relay: bool) -> io::Result<()> {
+    if relay {
+        outflow::begin(|| {}, |text| tracing::warn!("{text}"))?;
+    }
     // A signal to the role's whole group, as from a service manager, must not keep the role's end from being told.
     let ignored = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     for signal in [
@@ -212,7 +224,7 @@ pub fn help(command: &str, within: Duration) -> io::Result<()> {
                 "a line that tells no change of role",
             ));
         };
-        let failure = run(command, &change, within).err();
+        let failure = run(command, &change, within, relay).err();
         let ran = Ran {
             event: change.event,
             failure,
@@ -229,14 +241,26 @@ pub fn help(command: &str, within: Duration) -> io::Result<()> {
 }
 
 /// Runs the command once.
-fn run(command: &str, change: &Change, within: Duration) -> Result<(), String> {
-    let mut child = Command::new("sh")
+fn run(command: &str, change: &Change, within: Duration, relay: bool) -> Result<(), String> {
+    let mut shell = Command::new("sh");
+    shell
         .args(["-c", command])
         .envs(change.variables())
         .stdin(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .map_err(|error| format!("it cannot be started: {error}"))?;
+        .process_group(0);
+    let mut start = || {
+        if relay {
+            let (mut reading, writing) = io::pipe()?;
+            shell.stdout(writing.try_clone()?).stderr(writing);
+            // It ends when nobody has the other end any more.
+            std::thread::Builder::new()
+                .name("relay".into())
+                .spawn(move || io::copy(&mut reading, &mut Standard::Error))?;
+        }
+        shell.spawn()
+    };
+    let child: io::Result<Child> = start();
+    let mut child = child.map_err(|error| format!("it cannot be started: {error}"))?;
     let status = end_of(&mut child, within).map_err(|error| error.to_string())?;
     match status {
         Some(status) if status.success() => Ok(()),
@@ -296,7 +320,7 @@ mod tests {
             "echo $DOPPEL_EVENT $DOPPEL_NAME $DOPPEL_ROLE $DOPPEL_STANDING $DOPPEL_PROTECTED $DOPPEL_EPOCH $DOPPEL_POSITION > {}",
             to.display()
         );
-        run(&command, &change(), WITHIN).unwrap();
+        run(&command, &change(), WITHIN, false).unwrap();
         assert_eq!(
             std::fs::read_to_string(to).unwrap(),
             "live kv primary unprotected no 2 77\n"
@@ -305,10 +329,16 @@ mod tests {
 
     #[test]
     fn a_command_that_fails_or_hangs_is_only_told_of() {
-        let why = run("exit 3", &change(), WITHIN).unwrap_err();
+        let why = run("echo no; exit 3", &change(), WITHIN, true).unwrap_err();
         assert!(why.contains('3'), "{why}");
         let started = Instant::now();
-        let why = run("sleep 60 & sleep 60", &change(), Duration::from_millis(100)).unwrap_err();
+        let why = run(
+            "sleep 60 & sleep 60",
+            &change(),
+            Duration::from_millis(100),
+            false,
+        )
+        .unwrap_err();
         assert!(why.contains("0.1 s"), "{why}");
         assert!(started.elapsed() < Duration::from_secs(30));
     }

@@ -17,6 +17,7 @@ use super::status::{Role, Standing};
 use super::view::{About, View};
 use super::viewers::{self, Viewers};
 use super::wire::{Answer, Ask, Outcome, Request};
+use crate::backends::outflow;
 use crate::backends::wait::Waiter;
 use crate::config::Config;
 use crate::entry::Control;
@@ -50,6 +51,18 @@ impl Operator {
         let board = Board::new(&config.name, role).map_err(host("make an event descriptor"))?;
         let board = Arc::new(board);
         crate::journal::speak_of(&board);
+        let sandbox = Sandbox::prepare(&config.sandbox)?;
+        let own = sandbox.clone();
+        let told = Arc::downgrade(&board);
+        outflow::begin(
+            move || own.confine(Thread::Outflow).expect(NOT_CONFINED),
+            move |text| {
+                if let Some(board) = told.upgrade() {
+                    Reporter::new(json, board).say(&Event::Notice { text, loud: true });
+                }
+            },
+        )
+        .map_err(host("start the threads of standard output and error"))?;
         let helper = config.hook.as_deref().map(Helper::start).transpose();
         let helper = helper.map_err(ControlError::Hook)?;
         let metrics = config.metrics.map(|address| {
@@ -74,7 +87,6 @@ impl Operator {
             metrics: at,
             hook: helper.is_some(),
         };
-        let sandbox = Sandbox::prepare(&config.sandbox)?;
         let desk = Desk {
             board: Arc::clone(&board),
             view: View::new(about, role, Instant::now()),
@@ -119,6 +131,7 @@ impl Drop for Operator {
             // If it panicked, that was told; the role has ended all the same.
             let _ = thread.join();
         }
+        outflow::settle();
     }
 }
 
@@ -333,6 +346,16 @@ const LAGS: Duration = Duration::from_millis(50);
 /// Orders what can be ordered of this role as it stands.
 fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
     let (state, name) = (view.state(), view.name());
+    let too_many = || "too many orders wait already".to_owned();
+    if ask == Ask::Leave {
+        // What it is when it takes the order counts; this saves one that is plainly a mistake the way.
+        if state.role != Role::Backup {
+            return Err(format!(
+                "this process serves machine {name}, and only a backup leaves: doppel power-off {name} turns the machine off"
+            ));
+        }
+        return board.order(Command::Leave).ok_or_else(too_many);
+    }
     if state.role == Role::Backup {
         return Err(format!(
             "this process is the backup of machine {name}, and orders go to the one that serves it: its primary, on this host or \
@@ -345,7 +368,9 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
         ));
     }
     let command = match ask {
-        Ask::Status | Ask::Console { .. } => return Err("this is no order".to_owned()),
+        Ask::Status | Ask::Console { .. } | Ask::Leave => {
+            return Err("this is no order".to_owned());
+        }
         // It is done when it is known: the next look for a backup looks there, too.
         Ask::Standby(place) => {
             return match board.add_place(place) {
@@ -357,6 +382,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
         Ask::MigrateBackup(to) => Command::MigrateBackup(to),
         Ask::PowerOff => Command::PowerOff,
         Ask::Reset => Command::Reset,
+        Ask::Fail => Command::Fail,
         Ask::Share(share @ 0) => Command::Share(Pace::of(share)),
         Ask::Share(share) if Pace::LEAST <= Pace::of(share) && share <= Control::WHOLE => {
             Command::Share(Pace::of(share))
@@ -382,7 +408,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
         (_, Standing::SwitchingOver) => {
             return Err("a switch-over is under way: order it again when it is over".to_owned());
         }
-        (Command::Switch, Standing::Unprotected | Standing::Joining) => {
+        (Command::Switch | Command::Fail, Standing::Unprotected | Standing::Joining) => {
             return Err(format!(
                 "machine {name} has no backup that could take it: start one (doppel backup), wait until doppel status {name} says \
                  PROTECTED, and try again"
@@ -401,9 +427,7 @@ fn order(view: &View, board: &Board, ask: Ask) -> Result<u64, String> {
             ));
         }
     }
-    board
-        .order(command)
-        .ok_or_else(|| "too many orders wait already".to_owned())
+    board.order(command).ok_or_else(too_many)
 }
 
 /// What somebody is shown of what came before, who asks for nothing else: about a screen of it.
@@ -516,6 +540,24 @@ mod tests {
             ),
             (
                 Role::Primary,
+                Standing::Unprotected,
+                Ask::Fail,
+                "has no backup",
+            ),
+            (
+                Role::Primary,
+                Standing::Protected,
+                Ask::Leave,
+                "only a backup leaves",
+            ),
+            (
+                Role::Solo,
+                Standing::Unprotected,
+                Ask::Leave,
+                "only a backup leaves",
+            ),
+            (
+                Role::Primary,
                 Standing::Joining,
                 Ask::MigrateBackup(None),
                 "joins by itself",
@@ -536,7 +578,18 @@ mod tests {
             let why = refused(role, standing, ask);
             assert!(why.contains(word), "{why}");
         }
-        assert_eq!(board.take_command(), None);
+        assert_eq!((board.take_command(), board.is_dismissed()), (None, false));
+        // Whoever takes it decides: by then the backup may be one no more.
+        let state = State {
+            role: Role::Backup,
+            standing: Standing::Following,
+            record: None,
+        };
+        view.take(Update::Stands(state), now);
+        assert_eq!(order(&view, &board, Ask::Leave), Ok(3));
+        assert!(board.is_dismissed());
+        assert_eq!(board.take_command(), Some((3, Command::Leave)));
+        assert_eq!((board.take_command(), board.is_dismissed()), (None, false));
     }
 
     #[test]

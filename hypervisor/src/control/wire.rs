@@ -49,6 +49,10 @@ pub enum Ask {
     },
     /// That a backup may listen there, too, from now on.
     Standby(SocketAddr),
+    /// That the process leaves its primary. For a backup alone: one that has become the primary meanwhile does not obey.
+    Leave,
+    /// That the process ends as one that failed, so that its backup takes the machine over: one that serves, and has a backup which is well.
+    Fail,
 }
 
 /// An answer.
@@ -164,6 +168,8 @@ mod tests {
             Ask::Reset,
             Ask::Share(512),
             Ask::Standby(place),
+            Ask::Leave,
+            Ask::Fail,
         ] {
             let request = Request {
                 doppel: VERSION,

@@ -10,7 +10,7 @@ use super::PATIENCE;
 use crate::backends::PortError;
 use crate::checkpoint::clone::CloneError;
 use crate::config::Transport;
-use crate::kvm::CpuModel;
+use crate::kvm::{CpuModel, Difference};
 use crate::machine::SpecError;
 use crate::version::Versions;
 
@@ -106,6 +106,12 @@ pub enum HandshakeError {
         /// This one's.
         ours: CpuModel,
     },
+    /// The CPUs are of one model, and a guest finds different things on the two.
+    #[error(
+        "both hosts have the same CPU, and yet a guest is told different things of it: by CPUID {0}. Give both the same microcode, firmware settings and \
+         kernel, with the same options for its CPU"
+    )]
+    Told(Difference),
     /// The machine has another name.
     #[error(
         "the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name"

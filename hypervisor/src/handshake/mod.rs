@@ -50,7 +50,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Transport;
 use crate::digest::ExitRecord;
 use crate::intervals::Replication;
-use crate::kvm::CpuModel;
+use crate::kvm::{CpuModel, Told};
 use crate::machine::{ENCODED_MAX, MachineSpec};
 use crate::protocol::heartbeat::PairKey;
 use crate::protocol::{Configuration, Epoch, Identity, Record, State};
@@ -60,7 +60,7 @@ use proof::FIRST_WORDS;
 /// The newest version that this program speaks with a peer ([`crate::version`]).
 pub const VERSION: u32 = Version::NEWEST.0;
 
-/// Longest JSON message in bytes; the largest real one has some 500.
+/// Longest JSON message in bytes; the largest real one, with what a guest is told of its CPU, has some 3000.
 const MESSAGE_MAX: u32 = 64 << 10;
 
 /// How long one side waits for the other's next message: it covers a backup that loads a large image on a busy host.
@@ -77,6 +77,9 @@ pub struct Hello {
     pub version: u32,
     /// The host's CPU.
     pub cpu: CpuModel,
+    /// What the machine's guest is told of it; a release that did not compare it says nothing.
+    #[serde(default)]
+    pub told: Told,
     /// The machine's name.
     pub name: String,
     /// What carries its log.
@@ -92,6 +95,9 @@ pub struct Hello {
     pub key: [u8; 16],
     /// The machine runs already: a copy of it follows.
     pub running: bool,
+    /// What its log says has left had committed with all that led to it, also where it was asked of its own disk. Releases before did not see to that.
+    #[serde(default)]
+    pub sure_of_disks: bool,
     /// Hash of what is on its disk, if it has one; of a machine that runs, when it was started.
     pub disk: Option<u64>,
     /// Bytes of the machine's description, which follows.
@@ -319,6 +325,17 @@ pub fn listen_to(
         });
     }
     Ok((hello, MachineSpec::decode(&spec)?))
+}
+
+/// Whether this side tells the guest the same of its CPU as the primary does.
+///
+/// # Errors
+/// [`HandshakeError::Told`].
+pub fn compare_cpus(hello: &Hello, ours: &Told) -> Result<(), HandshakeError> {
+    match ours.difference(&hello.told) {
+        None => Ok(()),
+        Some(difference) => Err(HandshakeError::Told(difference)),
+    }
 }
 
 /// Tells the primary why there will be no pair. That the primary may be gone changes nothing.

@@ -8,6 +8,8 @@
 //!     a vCPU: distance of its time stamp from the first's (u64), MP state, registers, system registers, XSAVE area, XCRs, debug
 //!     registers, local APIC, MSRs: number (u32), value (u64), events
 //! ```
+//! Of the quiet MSRs (`state.rs`) those are in it, behind the others, that are not 0 in some vCPU.
+//!
 //! *Time.* A guest that is taken over goes on with the clock and the time stamp of its last state, and what has passed since that came:
 //! neither ever goes back. All time stamps are moved alike, so that those of two vCPUs stay as far from each other as they were.
 //!
@@ -26,6 +28,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::KvmError;
 use super::state::{self, MSR, Plain, entry, list, put, take};
+use super::vcpu::VcpuParts;
 
 const MAGIC: [u8; 8] = *b"DOPLCREW";
 /// Grows with every change of the layout.
@@ -96,6 +99,16 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Whether a state of this shape is one of a machine of that: it may have quiet registers besides.
+    fn fits(self, machine: Self) -> bool {
+        let most = machine.msrs + state::QUIET.len() as u32;
+        let as_many = Self {
+            msrs: machine.msrs,
+            ..self
+        };
+        as_many == machine && (machine.msrs..=most).contains(&self.msrs)
+    }
+
     fn bytes(self) -> usize {
         HEADER + self.vcpus as usize * (VCPU + self.msrs as usize * MSR) + SHARED
     }
@@ -173,15 +186,15 @@ impl CrewState {
             msrs: word(28),
             cpuid: u64::from_le_bytes(bytes[16..24].try_into().expect("eight")),
         };
-        if found != expected {
+        if !found.fits(expected) {
             return Err(BadCrewState::Shape { expected, found });
         }
-        if bytes.len() != expected.bytes() {
-            return Err(length(expected.bytes()));
+        if bytes.len() != found.bytes() {
+            return Err(length(found.bytes()));
         }
         Ok(Self {
             bytes: bytes.to_vec(),
-            shape: expected,
+            shape: found,
         })
     }
 }
@@ -223,11 +236,13 @@ fn time_stamp(fd: &VcpuFd) -> Result<u64, KvmError> {
 /// Reads everything; all vCPUs stand, and the instructions of their last exits are complete.
 pub(super) fn read(
     vm: &VmFd,
-    vcpus: &[(&VcpuFd, &[u32])],
-    shape: Shape,
+    vcpus: &[VcpuParts<'_>],
+    mut shape: Shape,
 ) -> Result<CrewState, KvmError> {
+    let first = vcpus[0].fd;
+    let used = used_of(vcpus)?;
+    shape.msrs += used.len() as u32;
     let mut bytes = Vec::with_capacity(shape.bytes());
-    let first = vcpus[0].0;
     let khz = first
         .get_tsc_khz()
         .map_err(KvmError::call("KVM_GET_TSC_KHZ"))?;
@@ -242,13 +257,13 @@ pub(super) fn read(
     bytes.extend_from_slice(&clock.clock.to_le_bytes());
     bytes.extend_from_slice(&stamp.to_le_bytes());
     let offset = offset_of(first);
-    for (fd, msrs) in vcpus {
+    for VcpuParts { fd, msrs, .. } in vcpus {
         let distance = match (offset_of(fd), offset) {
             (Some(own), Some(first)) => own.wrapping_sub(first),
             _ => 0,
         };
         bytes.extend_from_slice(&distance.to_le_bytes());
-        read_vcpu(&mut bytes, fd, msrs)?;
+        read_vcpu(&mut bytes, fd, &[msrs, &used[..]].concat())?;
     }
     for chip_id in 0..CHIPS {
         let mut chip = kvm_irqchip {
@@ -263,6 +278,19 @@ pub(super) fn read(
     put(&mut bytes, &pit);
     debug_assert_eq!(bytes.len(), shape.bytes());
     Ok(CrewState { bytes, shape })
+}
+
+/// The quiet registers that some vCPU uses.
+fn used_of(vcpus: &[VcpuParts<'_>]) -> Result<Vec<u32>, KvmError> {
+    let mut used = Vec::new();
+    for VcpuParts { fd, quiet, .. } in vcpus {
+        for (index, _) in state::read_both(fd, &[], quiet)? {
+            if !used.contains(&index) {
+                used.push(index);
+            }
+        }
+    }
+    Ok(used)
 }
 
 fn read_vcpu(bytes: &mut Vec<u8>, fd: &VcpuFd, msrs: &[u32]) -> Result<(), KvmError> {
@@ -337,7 +365,7 @@ impl<'a> One<'a> {
         }
     }
 
-    fn write(&self, fd: &VcpuFd) -> Result<(), KvmError> {
+    fn write(&self, VcpuParts { fd, quiet, .. }: VcpuParts<'_>) -> Result<(), KvmError> {
         fd.set_mp_state(self.mp)
             .map_err(KvmError::call("KVM_SET_MP_STATE"))?;
         state::set_sregs(fd, &self.sregs)?;
@@ -356,10 +384,7 @@ impl<'a> One<'a> {
             .map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
         fd.set_lapic(&self.lapic)
             .map_err(KvmError::call("KVM_SET_LAPIC"))?;
-        let msrs: Vec<_> = state::msrs_of(self.msrs)
-            .map(|(index, value)| entry(index, value))
-            .collect();
-        state::write_msrs(fd, &msrs)?;
+        state::write_both(fd, state::msrs_of(self.msrs), quiet)?;
         // Last: setting registers forgets pending exceptions.
         fd.set_vcpu_events(&self.events)
             .map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))
@@ -371,7 +396,7 @@ impl<'a> One<'a> {
 /// KVM's, which knows the rate.
 pub(super) fn write(
     vm: &VmFd,
-    vcpus: &[&VcpuFd],
+    vcpus: &[VcpuParts<'_>],
     state: &CrewState,
     passed: Duration,
     scales: bool,
@@ -385,16 +410,17 @@ pub(super) fn write(
         .iter()
         .map(|_| One::take(&mut rest, state.shape.msrs))
         .collect();
-    for fd in vcpus.iter().filter(|_| scales) {
+    for VcpuParts { fd, .. } in vcpus.iter().filter(|_| scales) {
         fd.set_tsc_khz(khz)
             .map_err(KvmError::call("KVM_SET_TSC_KHZ"))?;
     }
     // Before the deadlines, which count by them.
     let since = (u128::from(khz) * passed.as_nanos() / 1_000_000) as u64;
     let distances: Vec<u64> = parts.iter().map(|part| part.distance).collect();
-    set_time_stamps(vcpus, stamp.wrapping_add(since), &distances)?;
-    for (fd, part) in vcpus.iter().zip(&parts) {
-        part.write(fd)?;
+    let fds: Vec<_> = vcpus.iter().map(|vcpu| vcpu.fd).collect();
+    set_time_stamps(&fds, stamp.wrapping_add(since), &distances)?;
+    for (vcpu, part) in vcpus.iter().zip(&parts) {
+        part.write(*vcpu)?;
     }
     for _ in 0..CHIPS {
         vm.set_irqchip(&take(&mut rest))

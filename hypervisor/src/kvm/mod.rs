@@ -12,12 +12,12 @@ mod state;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
+pub use cpuid::{CpuModel, Difference, Told, deterministic as deterministic_cpuid};
 pub use crew::{BadCrewState, CrewState, Shape};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
 pub use vcpu::{Kick, STOPS_MAX, Stops, Vcpu};
-pub use vm::{Capabilities, KvmSource, Vm};
+pub use vm::{Capabilities, Cpu, KvmSource, Vm};
 
 /// What can go wrong between us and KVM.
 #[derive(Debug, thiserror::Error)]

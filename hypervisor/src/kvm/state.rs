@@ -55,6 +55,26 @@ const MSRS: &[u32] = &[
     0xc000_0102, // KERNEL_GS_BASE
 ];
 
+/// Further ones, that hold nothing but what a guest has written there, which few ever do. Only those that are not 0 are in a checkpoint, and one that is
+/// in none is 0: so nobody's checkpoint grows by them, and a KVM that lacks one takes the state of every guest that has not used it.
+///
+/// Of KVM_GET_MSR_INDEX_LIST (Linux 6.1 and 6.12) these are what is left when those are taken away that the CPU template or the filter keep from a guest,
+/// that it can only read, or that tell time. The banks of machine checks are in no such list: nothing is ever reported there, as nobody injects a
+/// machine check, and what a guest has written into their masks changes nothing.
+pub(super) const QUIET: &[u32] = &[
+    0x3a,        // FEAT_CTL: its lock
+    0x48,        // SPEC_CTRL
+    0x122,       // TSX_CTRL
+    0x140,       // MISC_FEATURES_ENABLES: CPUID faults in ring 3
+    0x17a,       // MCG_STATUS
+    0x17b,       // MCG_CTL
+    0x1fc,       // POWER_CTL
+    0xc001_0015, // HWCR
+    0xc001_0114, // VM_CR
+    0xc001_0117, // VM_HSAVE_PA
+    0xc001_011f, // VIRT_SPEC_CTRL
+];
+
 /// Everything of the vCPU that a guest can see.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CpuState {
@@ -68,7 +88,7 @@ pub struct CpuState {
     pub fpu: kvm_fpu,
     /// Debug registers.
     pub debug: kvm_debugregs,
-    /// Model-specific registers: number and value.
+    /// Model-specific registers: number and value. Of the quiet ones those that are not 0.
     pub msrs: Vec<(u32, u64)>,
 }
 
@@ -151,7 +171,8 @@ impl CpuState {
     /// [`BadCpuState`] for another number of bytes than such a state has.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, BadCpuState> {
         let msrs = bytes.len().saturating_sub(FIXED);
-        if bytes.len() < FIXED || !msrs.is_multiple_of(MSR) || msrs / MSR > MSRS.len() {
+        if bytes.len() < FIXED || !msrs.is_multiple_of(MSR) || msrs / MSR > MSRS.len() + QUIET.len()
+        {
             return Err(BadCpuState {
                 found: bytes.len(),
                 expected: FIXED + MSRS.len() * MSR,
@@ -207,6 +228,47 @@ pub(super) fn supported_msrs(fd: &VcpuFd, more: &[u32]) -> Result<Vec<u32>, KvmE
     Ok(found)
 }
 
+/// Which of [`QUIET`] this vCPU has, without those that `others` has already. Before the first run: they are 0.
+pub(super) fn quiet_msrs(fd: &VcpuFd, others: &[u32]) -> Result<Vec<u32>, KvmError> {
+    let mut found = Vec::new();
+    for &index in QUIET.iter().filter(|index| !others.contains(index)) {
+        // One that does not begin at 0, or that can be read and not be set back, is none of them.
+        let mut value = list(&[entry(index, 0)])?;
+        let begins_at_0 = matches!(fd.get_msrs(&mut value), Ok(1)) && value.as_slice()[0].data == 0;
+        if begins_at_0 && matches!(fd.set_msrs(&value), Ok(1)) {
+            found.push(index);
+        }
+    }
+    Ok(found)
+}
+
+/// The values of both kinds: all of the first, and those of the second that are not 0.
+pub(super) fn read_both(
+    fd: &VcpuFd,
+    msrs: &[u32],
+    quiet: &[u32],
+) -> Result<Vec<(u32, u64)>, KvmError> {
+    let mut values = read_msrs(fd, &[msrs, quiet].concat())?;
+    let mut number = 0;
+    values.retain(|(_, value)| {
+        number += 1;
+        number <= msrs.len() || *value != 0
+    });
+    Ok(values)
+}
+
+/// Sets these values, and those of `quiet` that are not among them to 0.
+pub(super) fn write_both(
+    fd: &VcpuFd,
+    values: impl Iterator<Item = (u32, u64)>,
+    quiet: &[u32],
+) -> Result<(), KvmError> {
+    let mut entries: Vec<_> = quiet.iter().map(|&index| entry(index, 0)).collect();
+    // One of them that is 0 by now is set a second time.
+    entries.extend(values.map(|(index, value)| entry(index, value)));
+    write_msrs(fd, &entries)
+}
+
 /// Where SYSENTER goes, and its stack.
 const SYSENTER: [u32; 2] = [0x175, 0x176];
 
@@ -236,7 +298,7 @@ impl CpuState {
 }
 
 /// Reads everything; the instruction of the last exit must be complete.
-pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
+pub(super) fn read(fd: &VcpuFd, msrs: &[u32], quiet: &[u32]) -> Result<CpuState, KvmError> {
     Ok(CpuState {
         regs: fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))?,
         sregs: system_registers(fd)?,
@@ -248,7 +310,7 @@ pub(super) fn read(fd: &VcpuFd, msrs: &[u32]) -> Result<CpuState, KvmError> {
         debug: fd
             .get_debug_regs()
             .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
-        msrs: read_msrs(fd, msrs)?,
+        msrs: read_both(fd, msrs, quiet)?,
     })
 }
 
@@ -396,19 +458,14 @@ pub(super) fn is_emulated() -> bool {
 }
 
 /// Sets everything. Events come last: setting registers forgets pending exceptions.
-pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), KvmError> {
+pub(super) fn write(fd: &VcpuFd, state: &CpuState, quiet: &[u32]) -> Result<(), KvmError> {
     set_sregs(fd, &state.sregs)?;
     fd.set_regs(&state.regs)
         .map_err(KvmError::call("KVM_SET_REGS"))?;
     set_fpu(fd, &state.fpu)?;
     fd.set_debug_regs(&state.debug)
         .map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
-    let msrs: Vec<_> = state
-        .msrs
-        .iter()
-        .map(|&(index, value)| entry(index, value))
-        .collect();
-    write_msrs(fd, &msrs)?;
+    write_both(fd, state.msrs.iter().copied(), quiet)?;
     fd.set_vcpu_events(&state.events)
         .map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))
 }
@@ -432,6 +489,38 @@ mod tests {
         assert_eq!(pending_only(over), over);
     }
 
+    /// What a guest has written into a register that few write goes with it, and is gone where there is nothing of it.
+    #[test]
+    fn quiet_registers_go_along_where_they_are_used() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else {
+            eprintln!("skipped: no KVM");
+            return;
+        };
+        let vm = [kvm.create_vm().unwrap(), kvm.create_vm().unwrap()];
+        let [one, other] = vm.each_ref().map(|vm| vm.create_vcpu(0).unwrap());
+        let msrs = supported_msrs(&one, &[]).unwrap();
+        let quiet = quiet_msrs(&one, &[]).unwrap();
+        println!("{quiet:x?}");
+        let state = || read(&one, &msrs, &quiet).unwrap();
+        let untouched = state();
+        assert_eq!(untouched.msrs.len(), msrs.len(), "nobody has used one");
+        // One that takes 1, as a guest would write it.
+        let used = quiet.iter().copied().find(|&index| {
+            let set = one.set_msrs(&list(&[entry(index, 1)]).unwrap());
+            matches!(set, Ok(1)) && read_msrs(&one, &[index]).unwrap() == [(index, 1)]
+        });
+        let Some(used) = used else {
+            eprintln!("skipped: this KVM has no such register");
+            return;
+        };
+        let touched = CpuState::from_bytes(&state().to_bytes()).unwrap();
+        assert_eq!(touched.msrs.last(), Some(&(used, 1)));
+        write(&other, &touched, &quiet).unwrap();
+        assert_eq!(read_msrs(&other, &[used]).unwrap(), [(used, 1)]);
+        write(&other, &untouched, &quiet).unwrap();
+        assert_eq!(read_msrs(&other, &[used]).unwrap(), [(used, 0)]);
+    }
+
     #[test]
     fn bytes_are_the_state() {
         let mut state = CpuState {
@@ -452,6 +541,8 @@ mod tests {
         for cut in [0, 1, FIXED - 1, bytes.len() - 1] {
             assert!(CpuState::from_bytes(&bytes[..cut]).is_err(), "{cut}");
         }
-        assert!(CpuState::from_bytes(&vec![0; FIXED + (MSRS.len() + 1) * MSR]).is_err());
+        assert!(
+            CpuState::from_bytes(&vec![0; FIXED + (MSRS.len() + QUIET.len() + 1) * MSR]).is_err()
+        );
     }
 }

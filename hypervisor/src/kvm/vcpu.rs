@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_IO_OUT, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN,
     KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
     KVM_GUESTDBG_USE_HW_BP, kvm_fpu, kvm_guest_debug, kvm_interrupt, kvm_regs, kvm_run, kvm_sregs,
 };
@@ -106,6 +106,14 @@ enum DataAt {
     Mmio { len: usize },
 }
 
+/// What the state of several is read from and written to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VcpuParts<'a> {
+    pub(super) fd: &'a VcpuFd,
+    pub(super) msrs: &'a [u32],
+    pub(super) quiet: &'a [u32],
+}
+
 /// A vCPU of a machine.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -115,8 +123,9 @@ pub struct Vcpu {
     unfinished: bool,
     /// The exit that completing the one before led to: the next run ends in it.
     ahead: Option<Exit>,
-    /// The MSRs of the state.
+    /// The MSRs of the state, and those that are in it where they are not 0.
     msrs: Vec<u32>,
+    quiet: Vec<u32>,
     /// Of two of them only the lower half.
     halves_sysenter: bool,
 }
@@ -138,12 +147,14 @@ impl Vcpu {
     fn with(fd: VcpuFd, more: &[u32]) -> Result<Self, KvmError> {
         install_kick_handler();
         let msrs = state::supported_msrs(&fd, more)?;
+        let quiet = state::quiet_msrs(&fd, &msrs)?;
         Ok(Self {
             fd,
             data_at: DataAt::Nothing,
             unfinished: false,
             ahead: None,
             msrs,
+            quiet,
             halves_sysenter: false,
         })
     }
@@ -227,7 +238,9 @@ impl Vcpu {
                 }
             }
             KVM_EXIT_SHUTDOWN => Exit::Shutdown,
-            KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => Exit::Interrupted,
+            // Of a guest that lowered CR8, if it asks KVM and not the processor: the instruction is complete, and there is no interrupt controller here
+            // that looks at priorities. Not every KVM makes one, so it is no sync point.
+            KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => Exit::Interrupted,
             KVM_EXIT_DEBUG => Exit::Debug,
             KVM_EXIT_INTERNAL_ERROR => {
                 // SAFETY: see above.
@@ -395,8 +408,12 @@ impl Vcpu {
     }
 
     /// For the state of all.
-    pub(super) fn parts(&self) -> (&VcpuFd, &[u32]) {
-        (&self.fd, &self.msrs)
+    pub(super) fn parts(&self) -> VcpuParts<'_> {
+        VcpuParts {
+            fd: &self.fd,
+            msrs: &self.msrs,
+            quiet: &self.quiet,
+        }
     }
 
     /// Lets KVM complete the instruction of the last exit without running another, so that the state is whole. Does nothing if that was
@@ -434,7 +451,7 @@ impl Vcpu {
     /// # Errors
     /// [`KvmError::Call`], [`KvmError::Msr`].
     pub fn state(&self) -> Result<CpuState, KvmError> {
-        let mut state = state::read(&self.fd, &self.msrs)?;
+        let mut state = state::read(&self.fd, &self.msrs, &self.quiet)?;
         if self.halves_sysenter {
             state.halve_sysenter();
         }
@@ -448,7 +465,9 @@ impl Vcpu {
     /// [`KvmError::Call`], [`KvmError::Msr`]; the vCPU is then of no further use.
     pub fn restore(&mut self, state: &CpuState) -> Result<(), KvmError> {
         self.abandon()?;
-        state::write(&self.fd, state)?;
+        state::write(&self.fd, state, &self.quiet)?;
+        // KVM takes it from here at each run.
+        self.fd.get_kvm_run().cr8 = state.sregs.cr8;
         // Brings what KVM says of the state in the run page (registers, whether an interrupt fits) up to date.
         match self.go_no_further()? {
             Exit::Interrupted => Ok(()),

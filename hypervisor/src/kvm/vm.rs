@@ -13,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::crew::{self, CrewState, Shape};
-use super::{CpuModel, KvmError, Vcpu, deterministic_cpuid, host_cpu, msr, state};
+use super::{CpuModel, KvmError, Told, Vcpu, deterministic_cpuid, host_cpu, msr, state};
 use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
 
 const RAM_SLOT: u32 = 0;
@@ -77,6 +77,15 @@ impl KvmSource {
         }
         Ok(kvm)
     }
+}
+
+/// The CPU of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    /// The host's.
+    pub model: CpuModel,
+    /// What its guest is told of it.
+    pub told: Told,
 }
 
 /// What this KVM offers beyond what [`Vm::new`] needs.
@@ -327,7 +336,7 @@ impl Vm {
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_vcpu(&self, clock_page: bool) -> Result<(Vcpu, CpuModel), KvmError> {
+    pub fn create_vcpu(&self, clock_page: bool) -> Result<(Vcpu, Cpu), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
@@ -339,14 +348,15 @@ impl Vm {
             .map_err(KvmError::call("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(&cpuid)
             .map_err(KvmError::call("KVM_SET_CPUID2"))?;
-        Ok((Vcpu::new(fd)?, model))
+        let told = Told::of(cpuid.as_slice());
+        Ok((Vcpu::new(fd)?, Cpu { model, told }))
     }
 
     /// Creates so many vCPUs with the host's CPU, of a machine [with KVM's own controllers](Vm::with_controllers).
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_crew(&self, count: u8) -> Result<(Vec<Vcpu>, Shape, CpuModel), KvmError> {
+    pub fn create_crew(&self, count: u8) -> Result<(Vec<Vcpu>, Shape, Cpu), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
@@ -365,10 +375,13 @@ impl Vm {
         }
         let shape = Shape {
             vcpus: count.into(),
-            msrs: vcpus.first().map_or(0, |vcpu| vcpu.parts().1.len() as u32),
+            msrs: vcpus
+                .first()
+                .map_or(0, |vcpu| vcpu.parts().msrs.len() as u32),
             cpuid: host_cpu::hash(&entries),
         };
-        Ok((vcpus, shape, model))
+        let told = Told::of(&entries);
+        Ok((vcpus, shape, Cpu { model, told }))
     }
 
     /// A fresh edge on this line of the interrupt controllers.
@@ -403,8 +416,8 @@ impl Vm {
         state: &CrewState,
         passed: Duration,
     ) -> Result<(), KvmError> {
-        let fds: Vec<_> = vcpus.iter().map(|vcpu| vcpu.parts().0).collect();
+        let parts: Vec<_> = vcpus.iter().map(|vcpu| vcpu.parts()).collect();
         let scales = self.kvm.check_extension(Cap::TscControl);
-        crew::write(&self.fd, &fds, state, passed, scales)
+        crew::write(&self.fd, &parts, state, passed, scales)
     }
 }

@@ -20,7 +20,9 @@ mod state;
 mod stops;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
-pub use spec::{BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError};
+pub use spec::{
+    BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError, exact_line,
+};
 pub use state::{BadProcessors, Processors, Swept};
 pub(crate) use stops::StopAt;
 
@@ -29,7 +31,7 @@ use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
-use crate::kvm::{CpuModel, Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
+use crate::kvm::{Cpu, CpuModel, Exit, Kick, KvmError, KvmSource, Told, Vcpu, Vm};
 use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
 use crate::position::Position;
 
@@ -150,7 +152,7 @@ pub struct Machine {
     ram: Arc<GuestRam>,
     /// Shared with the vCPUs where they run by themselves; nobody else ever waits for it.
     devices: Arc<Mutex<Devices>>,
-    cpu_model: CpuModel,
+    cpu: Cpu,
     position: Position,
     digest: Digest,
     history: History,
@@ -182,17 +184,17 @@ impl Machine {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let kvm = source.open()?;
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
-        let (vm, cpus, cpu_model) = if let Some(count) = spec.vcpus {
+        let (vm, cpus, cpu) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (vcpus, shape, model) = vm.create_crew(count)?;
+            let (vcpus, shape, cpu) = vm.create_crew(count)?;
             reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm);
-            (vm, Cpus::Crew(crew), model)
+            (vm, Cpus::Crew(crew), cpu)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (vcpu, model) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
             reset::load(spec, spec.seed, &ram, &vcpu)?;
-            (vm, Cpus::One(vcpu), model)
+            (vm, Cpus::One(vcpu), cpu)
         };
         let again = match &cpus {
             Cpus::One(vcpu) => Some(Reset::of(spec, vcpu)?),
@@ -204,7 +206,7 @@ impl Machine {
             vm,
             ram,
             devices,
-            cpu_model,
+            cpu,
             position: Position(0),
             digest: Digest(0),
             history: History::default(),
@@ -223,7 +225,13 @@ impl Machine {
     /// The host CPU's model.
     #[must_use]
     pub fn cpu_model(&self) -> &CpuModel {
-        &self.cpu_model
+        &self.cpu.model
+    }
+
+    /// What its guest is told of it.
+    #[must_use]
+    pub fn told(&self) -> &Told {
+        &self.cpu.told
     }
 
     /// The sync point the machine stands at.

@@ -115,6 +115,19 @@ pub struct MachineSpec {
     pub initrd: Arc<Vec<u8>>,
 }
 
+/// What a kernel with KVM's clock page is told besides, if it is to be replayed: not to begin `ptp_kvm`. That asks KVM for the host's time by a
+/// hypercall (KVM_HC_CLOCK_PAIRING), which no KVM can be told to refuse, and which writes it into the guest's memory.
+const NO_HOST_TIME: &str = "initcall_blacklist=ptp_kvm_init";
+
+/// The command line of a Linux guest with this clock: of one that is replayed, if there are no `vcpus` with the host's CPU.
+#[must_use]
+pub fn exact_line(command_line: &str, clock: ClockSource, vcpus: Option<u8>) -> String {
+    match (clock, vcpus) {
+        (ClockSource::Page, None) => format!("{NO_HOST_TIME} {command_line}"),
+        _ => command_line.to_owned(),
+    }
+}
+
 /// Why a description is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -359,6 +372,17 @@ mod tests {
         for cut in 0..60 {
             assert!(MachineSpec::decode(&bytes[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn a_guest_that_is_replayed_is_kept_from_asking_kvm_for_the_host_s_time() {
+        let line = |clock, vcpus| exact_line("quiet", clock, vcpus);
+        assert_eq!(
+            line(ClockSource::Page, None),
+            "initcall_blacklist=ptp_kvm_init quiet"
+        );
+        assert_eq!(line(ClockSource::Timer, None), "quiet");
+        assert_eq!(line(ClockSource::Page, Some(1)), "quiet");
     }
 
     #[test]

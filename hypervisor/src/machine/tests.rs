@@ -93,6 +93,32 @@ fn guest_of(code: &[u8]) -> Machine {
     machine(path.to_str().unwrap(), "")
 }
 
+/// Priorities are nothing here, but what a guest has written into CR8 it reads again, also from a checkpoint: KVM, which is told the value at each
+/// run, makes an exit of its own where it gets lower.
+#[test]
+fn a_guest_may_lower_its_task_priority_and_a_checkpoint_has_it() {
+    let code = [
+        0xb8, 5, 0, 0, 0, // mov eax, 5
+        0x44, 0x0f, 0x22, 0xc0, // mov cr8, rax
+        0xb8, 2, 0, 0, 0, // mov eax, 2
+        0x44, 0x0f, 0x22, 0xc0, // mov cr8, rax
+        0x44, 0x0f, 0x20, 0xc0, // mov rax, cr8
+        0xe6, 0x80, // out 0x80, al
+        0xeb, 0xf8, // back to where it is read
+    ];
+    let step = |machine: &mut Machine| while machine.step().unwrap() == Stepped::Kicked {};
+    let (mut one, mut other) = (guest_of(&code), guest_of(&code));
+    step(&mut one);
+    let saved = one.save(Pages::All, Base::default(), Vec::new()).unwrap();
+    other.restore(&saved).unwrap();
+    for _ in 0..2 {
+        step(&mut one);
+        step(&mut other);
+        assert_eq!(one.digest(), other.digest());
+        assert_eq!(one.cpus.one().regs().rax, 2, "CR8, as it was read");
+    }
+}
+
 /// A read across the end of a device's window is two exits of one instruction. Between them no checkpoint can be taken, and that one was
 /// asked for changes nothing: the second exit comes as it would have come.
 #[test]

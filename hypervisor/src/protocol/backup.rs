@@ -22,6 +22,9 @@
 //! A primary that hands the machine over beats on while it waits, and is only claimed from: fence and drain wait for the claim, so that
 //! an arbiter out of reach costs its guest a pause and nothing else. The claim is dropped, as above, if the arbiter has not heard of it.
 //!
+//! Dismissed, it leaves when it hears its primary next, and not at once: whoever dismissed it had seen the two of them a while ago, and if the
+//! primary has died since, this copy is the machine. From its claim on it stays.
+//!
 //! Unfit (diverged, corrupt, broken) at any time before going live: first the fence, so that nothing more commits
 //! to a copy that cannot serve; then the report; then, if the machine was claimed, `abandoned`.
 
@@ -49,6 +52,8 @@ pub enum Event {
     Word(Record),
     /// The log's last entry so far was replayed, by which the primary hands the machine over.
     HandedOver,
+    /// Whoever looks after this host wants a backup that nobody needs to leave, and has taken this process for one.
+    Dismissed,
     /// The fence has returned: nothing can commit any more.
     Fenced,
     /// The log was replayed to its end after the fence, and everything that could fail in going live is done.
@@ -125,6 +130,8 @@ pub struct Backup {
     unfit: Option<Unfit>,
     /// The claim is made because the primary hands the machine over.
     handed: bool,
+    /// It leaves as soon as its primary is heard.
+    dismissed: bool,
     errand: Option<Errand>,
     detector: Detector,
     beater: Beater,
@@ -145,6 +152,7 @@ impl Backup {
             drain: Work::NotAsked,
             unfit: None,
             handed: false,
+            dismissed: false,
             errand: None,
             detector: Detector::new(now, timing.detector),
             beater: Beater::new(now, timing.heartbeat),
@@ -216,6 +224,10 @@ impl Backup {
                     self.claim(now, Evidence::HandedOver, actions);
                 }
             }
+            Event::Dismissed if matches!(self.phase, Phase::Following | Phase::Suspecting) => {
+                self.dismissed = true;
+            }
+            Event::Dismissed => actions.push(Action::Say(Notice::NotDismissed)),
             Event::Word(record) => self.heard(&record, actions),
             Event::Fenced => self.fenced(now, actions),
             Event::Drained => {
@@ -281,6 +293,12 @@ impl Backup {
     fn heartbeat(&mut self, now: Moment, beat: &Heartbeat, actions: &mut Vec<Action>) {
         match self.ear.hear(&self.pair, &self.base, beat) {
             Heard::Stray => {}
+            // It lives, and has the machine: this copy is not all that there is of it.
+            Heard::Alive
+                if self.dismissed && matches!(self.phase, Phase::Following | Phase::Suspecting) =>
+            {
+                self.die(Reason::Dismissed, actions);
+            }
             Heard::Alive => {
                 self.detector.heard_beat(now, beat.progress);
             }
@@ -320,6 +338,9 @@ impl Backup {
             epoch: self.claim.epoch,
             because,
         }));
+        if std::mem::take(&mut self.dismissed) {
+            actions.push(Action::Say(Notice::NotDismissed));
+        }
     }
 
     fn ask_fence(&mut self, actions: &mut Vec<Action>) {

@@ -13,6 +13,8 @@
 //!
 //! A host that vanished closes no connection: a primary that neither beats nor logs for as long counts as gone, too.
 //!
+//! A view of the arbiter that is older than the primary's word may be a late one, and is looked at again for a while; after that it is another arbiter's.
+//!
 //! The primary's word is only a hint: its swap may have landed and the primary be dead before it could say so, and then
 //! nobody but this process can serve. Only a record whose owner is the very primary that it is a copy of counts. An arbiter
 //! that cannot be read tells nothing, and the copy is kept for as long as it does not answer.
@@ -80,6 +82,8 @@ pub struct Candidate {
     gone: bool,
     /// The first answer that did not entitle it, since the primary gave its last sign of life.
     refused_since: Option<Moment>,
+    /// The first answer that was older than what the primary had said.
+    behind_since: Option<Moment>,
     /// A question is under way, asked when this was what it had been told.
     asked: Option<Option<Record>>,
     ask_at: Moment,
@@ -98,6 +102,7 @@ impl Candidate {
             told: None,
             gone: false,
             refused_since: None,
+            behind_since: None,
             asked: None,
             ask_at: now,
             said: false,
@@ -187,7 +192,16 @@ impl Candidate {
                 Some(record) if record.rank() > told.rank() => {
                     Action::GiveUp(Refusal::NotEntitled(record))
                 }
-                found => Action::GiveUp(Refusal::OtherArbiter { told, found }),
+                // A view of the arbiter that has not come to the primary's swap yet: of a directory that another host shows late. Until it has, it says
+                // nothing of what this side may do; one that never does is another arbiter's.
+                found => {
+                    let since = *self.behind_since.get_or_insert(now);
+                    let behind = found.is_none_or(|record| record.rank() < told.rank());
+                    if behind && now.since(since) < self.timing.late_swap {
+                        return;
+                    }
+                    Action::GiveUp(Refusal::OtherArbiter { told, found })
+                }
             };
             self.end(how, actions);
         } else if let Some(record) = found.filter(|record| self.is_ours(record)) {

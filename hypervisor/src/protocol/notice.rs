@@ -115,6 +115,8 @@ pub enum Reason {
         /// The other one's process.
         by: Identity,
     },
+    /// Nobody needs this backup, whose primary is well.
+    Dismissed,
     /// This backup cannot go live.
     Unfit(Unfit),
 }
@@ -125,7 +127,7 @@ impl Reason {
     pub fn is_clean(&self) -> bool {
         matches!(
             self,
-            Self::PoweredOff | Self::HandedOver { .. } | Self::Relieved { .. }
+            Self::PoweredOff | Self::HandedOver { .. } | Self::Relieved { .. } | Self::Dismissed
         )
     }
 }
@@ -156,6 +158,9 @@ impl fmt::Display for Reason {
             Self::Relieved { by } => write!(
                 f,
                 "relieved: process {by} protects the machine now, and this backup ends"
+            ),
+            Self::Dismissed => f.write_str(
+                "dismissed: whoever looks after this host needs no backup here, and this one leaves its primary",
             ),
             Self::Unfit(unfit) => write!(
                 f,
@@ -193,6 +198,8 @@ pub enum Notice {
     ClaimWon(Epoch),
     /// The backup is unfit; its fence has returned, so nothing more commits to it.
     Unfit(Unfit),
+    /// The order to leave that this backup had got is not obeyed.
+    NotDismissed,
     /// The backup serves the world now.
     Live(Epoch),
     /// The backup gives its claim back.
@@ -294,6 +301,9 @@ impl fmt::Display for Notice {
             Self::Unfit(unfit) => write!(
                 f,
                 "{unfit}; the log is fenced and this backup cannot go live"
+            ),
+            Self::NotDismissed => f.write_str(
+                "this backup was told to leave, and does not: it takes the machine over, and nobody else may have it",
             ),
             Self::Live(epoch) => write!(
                 f,

@@ -69,12 +69,13 @@ impl<L: LogSource> Replayer<L> {
     /// The log ends before this entry, as an input of its was lost with the primary. If a later entry says that something left that
     /// came of it, the input had committed, and is damaged.
     fn end_before(&mut self, seq: Seq, entry: &Entry) -> Result<ReplayEnd, ReplayError> {
-        // What is asked of a disk of one's own is an output that waits for nothing.
-        let has_disk = self
-            .machine
-            .disk_holds(Extent::new(0, SECTOR as usize, false));
+        // To releases before, what was asked of a disk of one's own had left at once: there a damaged input of a machine with a disk is taken for a lost one.
+        let unsure = !self.sure_of_disks
+            && self
+                .machine
+                .disk_holds(Extent::new(0, SECTOR as usize, false));
         let leaves = |entry: &Entry| match &entry.body {
-            Body::Step(step) => !has_disk && step.outputs.is_some(),
+            Body::Step(step) => !unsure && step.outputs.is_some(),
             _ => false,
         };
         let mut first_out = leaves(entry).then_some(seq);

@@ -34,6 +34,7 @@ fn confined() {
         "operator" => Thread::Operator,
         "disk" => Thread::Disk,
         "bailiff" => Thread::Bailiff,
+        "outflow" => Thread::Outflow,
         _ => Thread::Arbiter,
     };
     let enabled = true;

@@ -22,13 +22,14 @@ use crate::arbiter::{self, Claim, random_identity};
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::Config;
 use crate::control::Operator;
-use crate::control::board::{Board, State};
+use crate::control::board::{Board, Command, State};
 use crate::control::status::{Role, Standing};
 use crate::divergence::Divergence;
 use crate::flight::Flight;
 use crate::handshake::{self, Trust};
 use crate::kvm::CpuModel;
 use crate::orders::Order;
+use crate::panics::{self, Need};
 use crate::protocol::backup::{Action, Event, Phase};
 use crate::protocol::{Backup, Reason, Unfit};
 use crate::record::random_source;
@@ -208,6 +209,28 @@ impl Following {
                     self.protocol.handle(now, event, &mut actions);
                 }
             }
+            while let Some(thread) = panics::take() {
+                let event = match Need::of(&thread) {
+                    Need::Nothing => {
+                        self.say(panics::goes_on_without(&thread), true);
+                        continue;
+                    }
+                    Need::Guest => {
+                        Event::Unfit(Unfit::Failed(format!("its thread {thread} panicked")))
+                    }
+                    // Nothing can be asked, or taken in, any more.
+                    Need::Pair | Need::Log => {
+                        self.io.control = None;
+                        self.io.order(Order::Stop);
+                        return Err(SessionError::Fell { thread });
+                    }
+                };
+                self.protocol.handle(now, event, &mut actions);
+            }
+            while let Some((number, command)) = self.io.reporter.board().take_command() {
+                let event = self.dismissed(number, command);
+                self.protocol.handle(now, event, &mut actions);
+            }
             if let Some(event) = self.fence_disk() {
                 self.protocol.handle(now, event, &mut actions);
             }
@@ -279,9 +302,11 @@ impl Following {
                     Action::Die(reason) => {
                         let off = reason == Reason::PoweredOff;
                         let complete = off && self.follows_to_the_end();
-                        if let Reason::Relieved { .. } = reason {
+                        if let Reason::Relieved { .. } | Reason::Dismissed = reason {
                             self.say(reason.to_string(), false);
                         }
+                        // First of all, as in leaving: a dismissed one's primary is well.
+                        self.io.control = None;
                         self.io.order(Order::Stop);
                         self.follower.end();
                         if complete {
@@ -393,6 +418,20 @@ impl Following {
             proof.leave(fenced);
         }
         Ok(Event::Fenced)
+    }
+
+    /// It is told to leave: by an order, which unlike a signal is no end of the machine if this process serves it by the time it is taken. The
+    /// heartbeats that had come by then have been read: the next one is of a primary that has outlived the order.
+    fn dismissed(&self, number: u64, command: Command) -> Event {
+        let outcome = match self.protocol.phase() {
+            Phase::Following | Phase::Suspecting => {
+                Ok("as soon as its primary is heard again".to_owned())
+            }
+            _ => Err("it takes the machine over, and nobody else may have it".to_owned()),
+        };
+        let board = self.io.reporter.board();
+        board.ordered(number, command, Some(outcome));
+        Event::Dismissed
     }
 
     /// SIGTERM at a backup: it leaves, and its primary goes on without it.

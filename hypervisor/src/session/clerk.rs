@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use super::SessionError;
@@ -59,38 +59,12 @@ impl Clerk {
 
     /// Asks; the answer comes by [`Clerk::answer`].
     pub(super) fn ask(&self, request: Request) {
-        self.requests.send(request).expect(GONE);
+        // If its thread is gone by a panic, that is noticed as such, and decides what becomes of this process (`panics.rs`).
+        let _ = self.requests.send(request);
     }
 
     /// An answer that has come.
-    ///
-    /// # Panics
-    /// If the thread is gone: whoever waits for its answer would wait for ever.
     pub(super) fn answer(&self) -> Option<(Answer, Option<Claim>)> {
-        match self.answers.try_recv() {
-            Ok(answer) => Some(answer),
-            Err(TryRecvError::Empty) => None,
-            Err(TryRecvError::Disconnected) => panic!("{GONE}"),
-        }
-    }
-}
-
-/// A process that cannot ask the arbiter any more is better off dead: the other side notices that.
-const GONE: &str = "the arbiter thread lives as long as its clerk";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    #[should_panic(expected = "the arbiter thread lives as long as its clerk")]
-    fn a_thread_that_is_gone_with_a_question_is_noticed() {
-        let (requests, asked) = channel();
-        let (tell, answers) = channel();
-        let clerk = Clerk { requests, answers };
-        clerk.ask(Request::Read);
-        assert!(clerk.answer().is_none());
-        drop((asked, tell));
-        clerk.answer();
+        self.answers.try_recv().ok()
     }
 }

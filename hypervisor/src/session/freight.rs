@@ -11,7 +11,6 @@
 #![forbid(unsafe_code)]
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rdma_log::transport::network::{Link, Watch};
@@ -169,8 +168,8 @@ pub(super) struct Consignee<'a> {
     lane: &'a mut LaneReader,
     link: Option<&'a Link>,
     control: &'a Channel,
-    /// Readable when this process is told to end.
-    signals: &'a UnixStream,
+    /// Whether this process is told to end.
+    is_told_to_end: &'a dyn Fn() -> bool,
     seal: Option<Parcels>,
     piece: Vec<u8>,
     /// Its bytes, if it opened, and how many of them were taken.
@@ -185,14 +184,14 @@ impl<'a> Consignee<'a> {
         lane: &'a mut LaneReader,
         link: Option<&'a Link>,
         control: &'a Channel,
-        signals: &'a UnixStream,
+        is_told_to_end: &'a dyn Fn() -> bool,
         seal: Option<Parcels>,
     ) -> Self {
         Self {
             lane,
             link,
             control,
-            signals,
+            is_told_to_end,
             seal,
             piece: Vec::new(),
             opened: 0,
@@ -210,7 +209,7 @@ impl<'a> Consignee<'a> {
     fn next(&mut self) -> io::Result<()> {
         let since = Instant::now();
         let mut over = None;
-        self.check_signals()?;
+        self.check_orders()?;
         loop {
             if let Some(entry) = self.lane.next().map_err(io::Error::other)? {
                 (self.taken, self.opened) = (0, 0);
@@ -239,19 +238,16 @@ impl<'a> Consignee<'a> {
                 return Err(ErrorKind::TimedOut.into());
             }
             self.lane.wait(LOOK).map_err(io::Error::other)?;
-            self.check_signals()?;
+            self.check_orders()?;
             over = self.is_over()?;
         }
     }
 
-    fn check_signals(&mut self) -> io::Result<()> {
-        self.waiter.clear();
-        let signals = self.waiter.add(self.signals, true, false);
-        self.waiter.wait(Some(Duration::ZERO))?;
-        if self.waiter.ready(signals).read {
-            return Err(io::Error::other("this process is told to end"));
+    fn check_orders(&self) -> io::Result<()> {
+        match (self.is_told_to_end)() {
+            true => Err(io::Error::other("this process is told to end")),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Why nothing more comes, if that is known.

@@ -12,6 +12,7 @@ use crate::backends::link;
 use crate::backends::tap::{Tap, TapConfig};
 use crate::config::{Config, NetBackend};
 use crate::kvm::KvmSource;
+use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
 use crate::session::SessionError;
 
 /// MTU of the guest's network.
@@ -93,13 +94,17 @@ pub fn open_port(config: &Config, inherited: &Inherited) -> Result<Option<NetPor
 /// Opens the guest's console.
 ///
 /// # Errors
-/// [`SessionError::Console`].
+/// [`SessionError::Console`], [`SessionError::Sandbox`].
 pub fn open_console(
     config: &Config,
     standard_output_is_taken: bool,
 ) -> Result<ConsoleOutput, SessionError> {
     Ok(match &config.console {
-        Some(path) => ConsoleOutput::file(path)?,
+        Some(path) => {
+            let sandbox = Sandbox::prepare(&config.sandbox)?;
+            let confine = move || sandbox.confine(Thread::Outflow).expect(NOT_CONFINED);
+            ConsoleOutput::file(path, confine)?
+        }
         None if standard_output_is_taken => ConsoleOutput::Discard,
         None => ConsoleOutput::Stdout,
     })

@@ -226,11 +226,15 @@ impl Io {
         })
     }
 
-    /// Whether SIGTERM or SIGINT came.
-    pub(super) fn is_told_to_stop(&self) -> bool {
+    /// By what this process is told to end that holds no machine yet: SIGTERM or SIGINT, or the order to leave.
+    pub(super) fn is_told_to_stop(&self) -> Option<SessionError> {
         let mut waiter = Waiter::new();
         let signals = waiter.add(&self.signals, true, false);
-        waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read
+        if waiter.wait(Some(Duration::ZERO)).is_ok() && waiter.ready(signals).read {
+            return Some(SessionError::Interrupted);
+        }
+        let dismissed = self.reporter.board().is_dismissed();
+        dismissed.then_some(SessionError::Dismissed)
     }
 
     /// Waits for a word on a control connection, if there is one to listen to, at most `longest`.

@@ -27,7 +27,7 @@ use crate::config::{Config, LANE_KIB_MIN, Pair, Transport};
 use crate::credentials::{self, is_left_behind};
 use crate::handshake::proof::Caller;
 use crate::handshake::{self, Channel, HandshakeError, Hello, Stream, Trust};
-use crate::kvm::CpuModel;
+use crate::kvm::{self, CpuModel};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::Identity;
 use crate::record::random_source;
@@ -138,6 +138,8 @@ impl Listener {
     ) -> Result<(Option<Stream>, bool), SessionError> {
         let mut waiter = Waiter::new();
         let signals = waiter.add(&common.signals, true, false);
+        let board = common.reporter.board();
+        let dismissal = waiter.add(board.dismissal(), true, false);
         let door = waiter.add(self, true, false);
         let primary = primary.map(|primary| waiter.add(primary, true, false));
         porch.watch(&mut waiter);
@@ -147,6 +149,9 @@ impl Listener {
             .map_err(SessionError::host("wait for events"))?;
         if waiter.ready(signals).read {
             return Err(SessionError::Interrupted);
+        }
+        if waiter.ready(dismissal).read {
+            return Err(SessionError::Dismissed);
         }
         let spoke = primary.is_some_and(|primary| waiter.ready(primary).read);
         if !waiter.ready(door).read {
@@ -328,6 +333,8 @@ pub(super) struct Introduction {
     pub(super) name: String,
     pub(super) me: Identity,
     pub(super) cpu: CpuModel,
+    /// What its guest is told of it.
+    pub(super) told: kvm::Told,
     /// The machine's description.
     pub(super) spec: Vec<u8>,
     /// The network port, which both sides share where both are on one host.
@@ -354,6 +361,7 @@ impl Introduction {
             name: config.name.clone(),
             me,
             cpu: machine.cpu_model().clone(),
+            told: machine.told().clone(),
             spec: spec.encode(),
             disk,
             port: port.map_err(SessionError::host("share the network port"))?,
@@ -389,6 +397,7 @@ pub(super) fn introduce(
     let hello = Hello {
         version: control.version().0,
         cpu: who.cpu.clone(),
+        told: who.told.clone(),
         name: who.name.clone(),
         transport: config.pair.transport.name().to_owned(),
         replication: config.replicate.mode.name().to_owned(),
@@ -398,6 +407,7 @@ pub(super) fn introduce(
             .map_err(SessionError::host("read the heartbeat socket's address"))?,
         key,
         running,
+        sure_of_disks: true,
         disk: who.disk,
         spec_bytes: who.spec.len() as u32,
     };

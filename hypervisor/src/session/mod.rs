@@ -170,9 +170,23 @@ pub enum SessionError {
     /// SIGTERM or SIGINT.
     #[error("interrupted")]
     Interrupted,
+    /// An order to leave came to a backup that followed nobody yet.
+    #[error("told to leave before there was a primary to follow")]
+    Dismissed,
+    /// An order to end as one that failed.
+    #[error("ends as it was told, and the backup takes the machine over")]
+    Failed,
     /// The vCPU thread panicked.
     #[error("the vCPU thread panicked; this is a bug")]
     Panicked,
+    /// Another thread did, without which this side is of no use.
+    #[error(
+        "the thread {thread} panicked, and this side ends: whoever has the machine besides goes on with it. This is a bug"
+    )]
+    Fell {
+        /// Which one.
+        thread: String,
+    },
     /// The host refused something.
     #[error("cannot {what}: {source}")]
     Host {

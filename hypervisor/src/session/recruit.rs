@@ -10,9 +10,10 @@
 //! thread must do it tells as news.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,6 +57,10 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// Of a disk that holds little, so little gathers that the other side would take this one for dead: it hears something so often.
 const PUSH: Duration = Duration::from_millis(500);
+
+/// What is said of a thread that has panicked.
+const GONE: &str = "the thread that gives copies of the machine has ended without a word, which is a bug, and from now on no backup joins; hand the \
+    machine over (doppel switch) if it has a backup";
 
 /// What is said of an answer that does not fit its question.
 const AT_RANDOM: &str = "the vCPU thread answers at random";
@@ -141,6 +146,8 @@ pub(super) struct Recruiter {
     /// Where the vCPU thread is asked.
     pub(super) desk: Arc<Desk<RingSink>>,
     disk: Arc<OnceLock<Copied>>,
+    /// Told that its thread is gone.
+    gone: Cell<bool>,
 }
 
 /// A disk that is written: a new backup's image is made a copy of its own.
@@ -263,6 +270,7 @@ impl Recruiter {
             news: told,
             desk,
             disk,
+            gone: Cell::new(false),
         }))
     }
 
@@ -288,9 +296,17 @@ impl Recruiter {
         let _ = self.jobs.send(Job::Replace(epoch, to));
     }
 
-    /// Something that it tells.
+    /// Something that it tells; last of all, once, that it is gone: whoever waits for a copy waits no longer.
     pub(super) fn news(&self) -> Option<News> {
-        self.news.try_recv().ok()
+        match self.news.try_recv() {
+            Ok(news) => Some(news),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => (!self.gone.replace(true)).then(|| News::Failed {
+                why: SessionError::NoCopy(GONE.to_owned()),
+                say: true,
+                looks_on: false,
+            }),
+        }
     }
 }
 

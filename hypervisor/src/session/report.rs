@@ -1,13 +1,13 @@
 //! What a role says of itself while it runs: one JSON object a line on standard output, or lines for people on standard error.
 #![forbid(unsafe_code)]
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::backends::outflow::Standard;
 use crate::backends::wait::Moment;
 use crate::control::board::Board;
 use crate::orders::Samples;
@@ -277,7 +277,7 @@ impl Reporter {
             let mut line = serde_json::to_vec(event).expect("plain fields always encode");
             line.push(b'\n');
             // Whoever read it is gone: that is no reason to stop a machine.
-            let _ = std::io::stdout().lock().write_all(&line);
+            let _ = Standard::Output.say(&line);
             return;
         }
         match (event.line(), event) {

@@ -22,6 +22,7 @@ use crate::desk::Ask;
 use crate::handshake;
 use crate::intervals::Replication;
 use crate::orders::Order;
+use crate::panics::{self, Need};
 use crate::protocol::heartbeat::MachineId;
 use crate::protocol::primary::{Action, Event, Phase};
 use crate::protocol::{Identity, Moment, Pair, Primary, Reason, Record};
@@ -38,6 +39,9 @@ const NO_ENTRIES: &str = "this machine is replicated by checkpoints, and their l
 /// Why a machine with a shared disk is not switched over.
 const SHARED: &str = "its disk is shared, and whoever takes that over has this process killed or cut off first, which is no orderly hand-over: end \
     this process instead (SIGKILL), and the backup takes over";
+
+/// Why a process that serves does not leave.
+const SERVES: &str = "this process has become the primary, and serves the machine";
 
 /// Why a machine is not reset.
 pub(super) const NO_RESET: &str = "a machine with the host's CPU cannot be started anew where it stands: power it off, and start it again";
@@ -104,6 +108,8 @@ pub(super) fn serve(
         in_step: None,
         switch: None,
         replacement: None,
+        fails: false,
+        alone_without: None,
     }
     .serve()
 }
@@ -124,6 +130,10 @@ struct Serving {
     switch: Option<u64>,
     /// The backup that is to take the old one's place.
     replacement: Option<Replacement>,
+    /// It is told to end as one that failed, once its backup is heard.
+    fails: bool,
+    /// The thread whose loss keeps this machine from ever being one of a pair again.
+    alone_without: Option<String>,
 }
 
 impl Serving {
@@ -147,11 +157,27 @@ impl Serving {
             let found = self.io.round(longest, true)?;
             let now = now();
             self.judge_disk()?;
+            while let Some(thread) = panics::take() {
+                self.judge_panic(thread, now, &mut actions)?;
+            }
+            if let Some(thread) = self.alone_without.take_if(|_| {
+                // Its end would be the arbiter's to hear.
+                found.signalled || self.vcpu.as_ref().is_none_or(JoinHandle::is_finished)
+            }) {
+                self.io.order(Order::Stop);
+                return Err(SessionError::Fell { thread });
+            }
             if self.stands_for_nobody() {
                 self.protocol.handle(now, Event::NewcomerLost, &mut actions);
             }
+            let beats = self.io.new_beats(true);
+            if self.fails && !beats.is_empty() && self.protocol.phase() == Phase::Protected {
+                // Its backup has outlived the order, and takes the machine as from a process that is killed.
+                self.io.order(Order::Stop);
+                return Err(SessionError::Failed);
+            }
             let mut handle = |event| self.protocol.handle(now, event, &mut actions);
-            for beat in self.io.new_beats(true) {
+            for beat in beats {
                 handle(Event::Heartbeat(beat));
             }
             if found.log_traffic {
@@ -264,11 +290,24 @@ impl Serving {
                 let why = "there is no backup any more that could take the machine".to_owned();
                 return self.tell_ordered(number, command, Some(Err(why)));
             }
+            Command::Fail if self.protocol.phase() == Phase::Protected => {
+                self.fails = true;
+                let done = Some(Ok("as soon as the backup is heard again".to_owned()));
+                return self.tell_ordered(number, command, done);
+            }
+            Command::Fail => {
+                let why = "there is no backup that could take the machine".to_owned();
+                return self.tell_ordered(number, command, Some(Err(why)));
+            }
             Command::Share(_) if self.staff.replication == Replication::Checkpoint => {
                 return self.tell_ordered(number, command, Some(Err(NO_ENTRIES.to_owned())));
             }
             Command::Reset if !self.staff.starts_anew => {
                 return self.tell_ordered(number, command, Some(Err(NO_RESET.to_owned())));
+            }
+            // It was a backup when that was ordered.
+            Command::Leave => {
+                return self.tell_ordered(number, command, Some(Err(SERVES.to_owned())));
             }
             // One that comes between the guest's last exit here and its first one there would be lost.
             _ if !self.protocol.phase().is_settled() => {
@@ -298,6 +337,46 @@ impl Serving {
         if let Some(number) = self.switch.take() {
             self.tell_ordered(number, Command::Switch, Some(Err(why.to_owned())));
         }
+    }
+
+    /// What follows from a thread's panic. An error: this process ends by it, as one that failed; a backup takes the machine over.
+    fn judge_panic(
+        &mut self,
+        thread: String,
+        now: Moment,
+        actions: &mut Vec<Action>,
+    ) -> Result<(), SessionError> {
+        let text = match (Need::of(&thread), self.protocol.phase()) {
+            (Need::Nothing, _) | (Need::Log, Phase::Unprotected) => {
+                panics::goes_on_without(&thread)
+            }
+            (Need::Log, _) => {
+                self.protocol.handle(now, Event::LogUnusable, actions);
+                format!(
+                    "the backup is given up: the thread {thread}, by which its log went, is gone by a bug"
+                )
+            }
+            (Need::Pair, phase @ (Phase::Unprotected | Phase::Joining)) => {
+                // Nobody else could have it. Who was about to join is no backup yet.
+                self.staff.recruiter = None;
+                self.looking = true;
+                if phase == Phase::Joining {
+                    self.protocol.handle(now, Event::PeerDied, actions);
+                }
+                let text = format!(
+                    "the thread {thread} is gone by a bug, which the log names: the machine serves on here, and CANNOT BE PROTECTED any more; when it is to \
+                     end, end this process by a signal, and start the machine with --cold-start"
+                );
+                self.alone_without = Some(thread);
+                text
+            }
+            _ => {
+                self.io.order(Order::Stop);
+                return Err(SessionError::Fell { thread });
+            }
+        };
+        self.io.reporter.say(&Said::Notice { text, loud: true });
+        Ok(())
     }
 
     /// What becomes of a request that this side's image could not do.
@@ -441,6 +520,8 @@ impl Serving {
                 );
             }
             Action::RunUnprotected(record) => {
+                // The next backup is another one.
+                self.fails = false;
                 let joins = self.newcomer_joins();
                 self.switch_failed(
                     "the backup was lost meanwhile; the machine runs on here, UNPROTECTED",

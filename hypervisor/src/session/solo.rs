@@ -28,6 +28,7 @@ use crate::flight::TapeSink;
 use crate::gate::Gate;
 use crate::machine::{Machine, MachineSpec};
 use crate::orders::Order;
+use crate::panics::{self, Need};
 use crate::record::{Ended, Finished, Parts, RecordError, RecordOptions, Recorder, random_source};
 use crate::ring_log::RingSink;
 use crate::sandbox::{NOT_CONFINED, Sandbox, Thread};
@@ -285,6 +286,14 @@ impl Solo {
                 };
                 let board = self.io.reporter.board();
                 board.ordered(number, command, Some(done));
+            }
+            while let Some(thread) = panics::take() {
+                if Need::of(&thread) == Need::Guest {
+                    self.io.order(Order::Stop);
+                    return Err(SessionError::Fell { thread });
+                }
+                let text = panics::goes_on_without(&thread);
+                self.io.reporter.say(&Event::Notice { text, loud: true });
             }
             let now = Instant::now();
             if log.is_some_and(FileRecorder::has_ended) && give_up_at.is_none() {

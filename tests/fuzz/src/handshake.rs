@@ -108,6 +108,7 @@ fn hello(spec_bytes: usize) -> Hello {
     Hello {
         version: handshake::VERSION,
         cpu: cpu(),
+        told: Default::default(),
         name: NAME.into(),
         transport: "shm".into(),
         replication: "replay".into(),
@@ -116,6 +117,7 @@ fn hello(spec_bytes: usize) -> Hello {
         key: [7; 16],
         disk: None,
         running: false,
+        sure_of_disks: true,
         spec_bytes: spec_bytes as u32,
     }
 }

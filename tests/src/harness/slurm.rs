@@ -13,13 +13,14 @@
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use hypervisor::backends::tap::set_link;
 use hypervisor::demo::namespace::{Namespace, enter_bare};
 use tempfile::TempDir;
@@ -28,14 +29,20 @@ use super::program;
 use super::stage::INTERFACE;
 use super::two_hosts::{CABLES, host_between, inside, ip, two_networks};
 
-/// The nodes, in Slurm's order: an allocation's first one is the first of them.
-pub const NODES: [&str; 3] = ["a", "b", "c"];
+mod ground;
+
+pub use ground::{Job, NODES, SCRIPT, SlurmGround};
+
+use ground::LOOK;
 
 /// A bound for what takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(100);
+/// A bound for what Slurm does of itself.
+const SLURM_WITHIN: Duration = Duration::from_secs(90);
+
+/// How long a client may wait for an answer, far longer than any failover takes.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// Programs of a node that no job has started.
 const OF_THE_NODE: [&str; 3] = ["unshare", "sh", "slurmd"];
@@ -98,17 +105,6 @@ pub struct Cluster {
     _world: Namespace,
 }
 
-/// A job, as `scontrol` has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Job {
-    /// Its state, such as RUNNING.
-    pub state: String,
-    /// Its nodes, as Slurm writes a list of them.
-    pub nodes: String,
-    /// How it came out: the code, and the signal.
-    pub exit_code: String,
-}
-
 impl Cluster {
     /// Moves the calling thread into a new world with a controller and three nodes that are idle.
     ///
@@ -167,25 +163,13 @@ impl Cluster {
                 self.slurmctld.runs()?,
                 "slurmctld has ended: run scripts/install-test-tools first"
             );
-            let states = self.run("sinfo", &["--noheader", "--Node", "--format=%t"]);
-            if let Ok(states) = &states {
-                let idle = states.split_whitespace().filter(|state| *state == "idle");
-                if idle.count() == NODES.len() {
-                    return Ok(());
-                }
+            let idle = self.are_idle();
+            if matches!(idle, Ok(true)) {
+                return Ok(());
             }
-            ensure!(
-                Instant::now() < until,
-                "the nodes are not idle, but {states:?}"
-            );
+            ensure!(Instant::now() < until, "the nodes are not idle: {idle:?}");
             std::thread::sleep(LOOK);
         }
-    }
-
-    /// A directory that all nodes see.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        self.directory.path()
     }
 
     fn command(&self, program: &str, words: &[&str]) -> Result<Command> {
@@ -199,125 +183,6 @@ impl Cluster {
             .env("DOPPEL", program::doppel()?)
             .stdin(Stdio::null());
         Ok(command)
-    }
-
-    /// What a command of Slurm's printed, said from outside the nodes.
-    ///
-    /// # Errors
-    /// If it does not end well.
-    pub fn run(&self, program: &str, words: &[&str]) -> Result<String> {
-        let output = self
-            .command(program, words)?
-            .output()
-            .with_context(|| format!("start {program}: run scripts/install-test-tools first"))?;
-        ensure!(
-            output.status.success(),
-            "{program} {}: {}: {}",
-            words.join(" "),
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    /// Submits a batch script with these options and words; the job's number.
-    ///
-    /// # Errors
-    /// If Slurm does not take it.
-    pub fn submit(&self, options: &[&str], script: &Path, words: &[&str]) -> Result<String> {
-        let script = script.to_str().context("a path of this machine")?;
-        let mut all = vec!["--parsable"];
-        all.extend(options);
-        all.push(script);
-        all.extend(words);
-        Ok(self.run("sbatch", &all)?.trim().to_owned())
-    }
-
-    /// How a job is.
-    ///
-    /// # Errors
-    /// If Slurm does not know it.
-    pub fn job(&self, id: &str) -> Result<Job> {
-        let line = self.run("scontrol", &["--oneliner", "show", "job", id])?;
-        let field = |name: &str| {
-            let found = line
-                .split_whitespace()
-                .find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-            let found = found.with_context(|| format!("no {name} in {line}"));
-            found.map(str::to_owned)
-        };
-        Ok(Job {
-            state: field("JobState")?,
-            nodes: field("NodeList")?,
-            exit_code: field("ExitCode")?,
-        })
-    }
-
-    /// Waits until a job is so.
-    ///
-    /// # Errors
-    /// If it is not in time.
-    pub fn until(&self, id: &str, longest: Duration, is_so: impl Fn(&Job) -> bool) -> Result<Job> {
-        let until = Instant::now() + longest;
-        loop {
-            let job = self.job(id)?;
-            if is_so(&job) {
-                return Ok(job);
-            }
-            ensure!(Instant::now() < until, "the job is {job:?}");
-            std::thread::sleep(LOOK);
-        }
-    }
-
-    /// Where a job's node says what happens to it.
-    #[must_use]
-    pub fn log_of(&self, job: &str, at: usize) -> PathBuf {
-        let directory = self.directory().join(format!("doppel-{job}"));
-        directory.join(format!("{}.log", NODES[at]))
-    }
-
-    /// What a job's node has said.
-    #[must_use]
-    pub fn log(&self, job: &str, at: usize) -> String {
-        fs::read_to_string(self.log_of(job, at)).unwrap_or_default()
-    }
-
-    /// Waits until a job's node has said this so many times.
-    ///
-    /// # Errors
-    /// If it does not in time.
-    pub fn until_said(&self, job: &str, at: usize, word: &str, times: usize) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
-        while self.log(job, at).matches(word).count() < times {
-            if Instant::now() >= until {
-                bail!("node {} does not say {word:?}", NODES[at]);
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
-    /// The node is lost, silently: its cables are cut and its processes are ended.
-    ///
-    /// # Errors
-    /// If the kernel does not do it.
-    pub fn lose(&mut self, at: usize) -> Result<()> {
-        let node = &mut self.nodes[at];
-        inside(&node.namespace, || {
-            CABLES
-                .iter()
-                .try_for_each(|cable| Ok(set_link(cable, false)?))
-        })?;
-        node.slurmd = None;
-        self.until_no_process(at, &[])
-    }
-
-    /// Waits until nothing that a job has started runs on a node.
-    ///
-    /// # Errors
-    /// If something stays.
-    pub fn until_nothing_runs(&self, at: usize) -> Result<()> {
-        self.until_no_process(at, &OF_THE_NODE)
     }
 
     fn until_no_process(&self, at: usize, but: &[&str]) -> Result<()> {
@@ -352,26 +217,78 @@ impl Cluster {
         }
         Ok(found)
     }
+}
 
-    /// What everybody has said: for a failure's report.
-    #[must_use]
-    pub fn said(&self) -> String {
-        let mut directories = vec![self.directory().to_owned()];
-        let mut text = String::new();
-        while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-                let path = entry.path();
-                let ends = path.extension().and_then(|end| end.to_str());
-                if path.is_dir() {
-                    directories.push(path);
-                } else if matches!(ends, Some("out" | "log"))
-                    && let Ok(said) = fs::read_to_string(&path)
-                {
-                    text.push_str(&format!("== {}\n{said}\n", path.display()));
-                }
-            }
-        }
-        text
+impl SlurmGround for Cluster {
+    fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn script(&self) -> Result<String> {
+        Ok(SCRIPT.to_owned())
+    }
+
+    fn program(&self) -> Result<String> {
+        let doppel = program::doppel()?;
+        Ok(doppel
+            .to_str()
+            .context("a path of this machine")?
+            .to_owned())
+    }
+
+    fn temporary(&self) -> String {
+        self.directory().join("tmp").display().to_string()
+    }
+
+    fn times(&self) -> &'static str {
+        // Three nodes share this machine's cores with whatever else it does: a side that is late is not to count as lost.
+        "[timing]\nsilence_ms = 300\n"
+    }
+
+    fn accounting(&self) -> &'static [&'static str] {
+        &["--completion"]
+    }
+
+    fn patience(&self) -> Duration {
+        PATIENCE
+    }
+
+    fn slurm_within(&self) -> Duration {
+        SLURM_WITHIN
+    }
+
+    fn answer_within(&self) -> Duration {
+        ANSWER_WITHIN
+    }
+
+    fn run(&self, program: &str, words: &[&str]) -> Result<String> {
+        let output = self
+            .command(program, words)?
+            .output()
+            .with_context(|| format!("start {program}: run scripts/install-test-tools first"))?;
+        ensure!(
+            output.status.success(),
+            "{program} {}: {}: {}",
+            words.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn lose(&mut self, at: usize) -> Result<()> {
+        let node = &mut self.nodes[at];
+        inside(&node.namespace, || {
+            CABLES
+                .iter()
+                .try_for_each(|cable| Ok(set_link(cable, false)?))
+        })?;
+        node.slurmd = None;
+        self.until_no_process(at, &[])
+    }
+
+    fn until_nothing_runs(&self, at: usize) -> Result<()> {
+        self.until_no_process(at, &OF_THE_NODE)
     }
 }
 
@@ -391,11 +308,12 @@ fn node(number: u8, name: &str) -> Result<Namespace> {
     Ok(namespace)
 }
 
-fn munged(directory: &Path) -> Result<Daemon> {
-    let munge = directory.join("munge");
-    let key = munge.join("key");
-    let mut random = vec![0; 128];
-    use std::io::{Read, Write};
+/// Makes a key of munge's, by which a cluster knows its own.
+///
+/// # Errors
+/// If there is a file of this name, or none can be made.
+pub fn new_key(path: &Path) -> Result<()> {
+    let mut random = [0; 128];
     File::open("/dev/urandom")
         .and_then(|mut from| from.read_exact(&mut random))
         .and_then(|()| {
@@ -403,10 +321,15 @@ fn munged(directory: &Path) -> Result<Daemon> {
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
-                .open(&key);
+                .open(path);
             new?.write_all(&random)
         })
-        .context("make munge's key")?;
+        .context("make munge's key")
+}
+
+fn munged(directory: &Path) -> Result<Daemon> {
+    let munge = directory.join("munge");
+    new_key(&munge.join("key"))?;
     fs::set_permissions(directory, fs::Permissions::from_mode(0o711))
         .context("let munge's clients in")?;
     let at = munge.display();

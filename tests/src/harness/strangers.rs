@@ -82,6 +82,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
     Ok(Hello {
         version: VERSION,
         cpu: CpuModel::of_host(&KvmSource::default())?,
+        told: Default::default(),
         name: name.to_owned(),
         transport: transport.to_owned(),
         replication: "replay".into(),
@@ -90,6 +91,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
         key: [7; 16],
         disk: None,
         running: false,
+        sure_of_disks: true,
         spec_bytes: u32::try_from(spec_bytes)?,
     })
 }

@@ -1,4 +1,5 @@
-//! Every role, ended by SIGTERM or Ctrl-C at any stage: it ends with code 0 and leaves nothing behind.
+//! Every role, ended by SIGTERM or Ctrl-C at any stage, and a backup by the order to leave: it ends with code 0 and leaves nothing behind. A
+//! backup that is told to leave when its primary has just died stays.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -9,8 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use hypervisor::control::find;
+use hypervisor::control::status::Role as Now;
+use hypervisor::control::wire::Ask;
 use tempfile::TempDir;
 
+use crate::harness::operator::Operator;
 use crate::harness::program::doppel;
 use crate::harness::random::Random;
 use crate::harness::signal::{Signal, send};
@@ -35,19 +40,26 @@ fn show(run: &Run) -> Result<Figures> {
     let mut ended = 0;
     let before = traces()?;
     for _ in 0..rounds {
-        for signal in [Signal::Terminate, Signal::Interrupt] {
-            for role in ROLES {
+        for told in [
+            Told::By(Signal::Terminate),
+            Told::By(Signal::Interrupt),
+            Told::ToLeave,
+        ] {
+            for role in ROLES.into_iter().filter(|role| told.is_for(*role)) {
                 let work = tempfile::tempdir().context("make a directory")?;
                 let patience = random.between(Duration::ZERO, Duration::from_millis(600));
-                let took = end(role, &work, signal, patience).with_context(|| {
-                    format!("{role:?}, {signal:?} {patience:?} after it was ready")
+                let took = end(role, &work, told, patience).with_context(|| {
+                    format!("{role:?}, {told:?} {patience:?} after it was ready")
                 })?;
-                run.say(format!("{role:?} ended {took:?} after {signal:?}"));
+                run.say(format!("{role:?} ended {took:?} after {told:?}"));
                 slowest = slowest.max(took);
                 ended += 1;
                 left_behind(&work)?;
             }
         }
+        let work = tempfile::tempdir().context("make a directory")?;
+        orphan(&work).context("a backup that is told to leave when its primary has died")?;
+        left_behind(&work)?;
     }
     let after = traces()?;
     let new: Vec<_> = after.difference(&before).collect();
@@ -76,6 +88,27 @@ const ROLES: [Role; 6] = [
     Role::Backup,
     Role::Serving,
 ];
+
+/// How a role is told to end.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    By(Signal),
+    /// By an order, as an agent gives it.
+    ToLeave,
+}
+
+impl Told {
+    fn is_for(self, role: Role) -> bool {
+        matches!(self, Self::By(_)) || matches!(role, Role::BackupWaiting | Role::Backup)
+    }
+}
+
+/// The machine's name, if none was chosen.
+const MACHINE: &str = "machine";
+
+fn tell_to_leave(work: &TempDir, pid: u32) -> std::io::Result<u64> {
+    find::order(&work.path().join("run"), MACHINE, pid, Ask::Leave)
+}
 
 struct Started {
     child: Child,
@@ -116,9 +149,14 @@ impl Started {
         Ok(())
     }
 
-    fn end(&mut self, signal: Signal) -> Result<Duration> {
+    fn end(&mut self, work: &TempDir, told: Told) -> Result<Duration> {
         let asked = Instant::now();
-        send(self.child.id(), signal)?;
+        match told {
+            Told::By(signal) => send(self.child.id(), signal)?,
+            Told::ToLeave => {
+                tell_to_leave(work, self.child.id()).context("order it to leave")?;
+            }
+        }
         loop {
             if let Some(status) = self.child.try_wait().context("look at it")? {
                 ensure!(status.code() == Some(0), "it ended with {status}");
@@ -141,9 +179,10 @@ impl Drop for Started {
     }
 }
 
-fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result<Duration> {
-    fs::create_dir(work.path().join("arbiter")).context("make the arbiter's directory")?;
-    let pair = [
+/// A side of the pair in this directory.
+fn side(work: &TempDir, role: &str, more: &[&str]) -> Result<Started> {
+    let mut arguments = vec![role];
+    arguments.extend([
         "--json",
         "--arbiter",
         "arbiter",
@@ -153,13 +192,46 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
         "console",
         "--run-dir",
         "run",
-    ];
-    let with = |role: &str, more: &[&str]| -> Result<Started> {
-        let mut arguments = vec![role];
-        arguments.extend(pair);
-        arguments.extend(more);
-        Started::new(work, &arguments)
-    };
+    ]);
+    arguments.extend(more);
+    Started::new(work, &arguments)
+}
+
+/// A primary and its backup.
+fn paired(work: &TempDir) -> Result<(Started, Started)> {
+    let mut backup = side(work, "backup", &[])?;
+    backup.until("ready")?;
+    let mut primary = side(work, "primary", &["--guest", "irq"])?;
+    primary.until("paired")?;
+    Ok((primary, backup))
+}
+
+/// The backup has not learned of its primary's end when it is told to leave: it is all that there is of the machine.
+fn orphan(work: &TempDir) -> Result<()> {
+    fs::create_dir(work.path().join("arbiter")).context("make the arbiter's directory")?;
+    let (mut primary, mut backup) = paired(work)?;
+    let pid = backup.child.id();
+    // It cannot learn it before it is told: both wait for it when it goes on.
+    send(pid, Signal::Stop)?;
+    primary.child.kill().context("kill the primary")?;
+    primary.child.wait().context("see the primary's end")?;
+    let told = tell_to_leave(work, pid);
+    ensure!(told.is_err(), "a stopped process answered");
+    send(pid, Signal::Continue)?;
+    let operator = Operator::of(work.path().join("run"), MACHINE);
+    operator
+        .until(pid, ENDS_WITHIN, |status| status.role == Now::Primary)
+        .context("the machine went with its backup")?;
+    let refused = tell_to_leave(work, pid);
+    ensure!(
+        refused.is_err_and(|why| why.to_string().contains("only a backup")),
+        "who serves was told to leave"
+    );
+    backup.end(work, Told::By(Signal::Terminate)).map(|_| ())
+}
+
+fn end(role: Role, work: &TempDir, told: Told, patience: Duration) -> Result<Duration> {
+    fs::create_dir(work.path().join("arbiter")).context("make the arbiter's directory")?;
     let mut one = match role {
         Role::Solo => {
             let mut solo = Started::new(
@@ -187,24 +259,25 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
             recording
         }
         Role::BackupWaiting => {
-            let mut backup = with("backup", &[])?;
+            let mut backup = side(work, "backup", &[])?;
             backup.until("ready")?;
             backup
         }
         Role::Primary | Role::Backup => {
-            let mut backup = with("backup", &[])?;
-            backup.until("ready")?;
-            let mut primary = with("primary", &["--guest", "irq"])?;
-            primary.until("paired")?;
+            let (primary, backup) = paired(work)?;
             std::thread::park_timeout(patience);
             let (mut first, mut second) = match role {
                 Role::Primary => (primary, backup),
                 _ => (backup, primary),
             };
-            let took = first.end(signal)?;
+            let took = first.end(work, told)?;
             // The other side outlives its peer: a primary goes on alone, a backup learns that the reign has ended.
             if matches!(role, Role::Backup) {
-                return Ok(took.max(second.end(signal)?));
+                let end = match told {
+                    Told::By(_) => told,
+                    Told::ToLeave => Told::By(Signal::Terminate),
+                };
+                return Ok(took.max(second.end(work, end)?));
             }
             let asked = Instant::now();
             while second.child.try_wait().context("look at it")?.is_none() {
@@ -223,7 +296,7 @@ fn end(role: Role, work: &TempDir, signal: Signal, patience: Duration) -> Result
         }
     };
     std::thread::park_timeout(patience);
-    one.end(signal)
+    one.end(work, told)
 }
 
 /// What a role may leave in its own directory: the arbiter's records, a console, the log that was asked for, and its run directory

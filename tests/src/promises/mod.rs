@@ -3,6 +3,7 @@
 use crate::promise::Promise;
 
 pub mod agents_disks;
+pub mod agents_in_lab;
 pub mod agents_keep;
 pub mod backup_migrates;
 pub mod bad_input;
@@ -43,6 +44,7 @@ pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
 pub mod output_rule;
+pub mod output_unread;
 pub mod packaged;
 pub mod preempts;
 pub mod prepare_exact;
@@ -59,6 +61,7 @@ pub mod resets;
 pub mod rolling_upgrade;
 pub mod shared_disk;
 pub mod side_by_side;
+pub mod slurm_in_lab;
 pub mod slurm_job;
 pub mod switch_over;
 pub mod zombie;
@@ -74,6 +77,7 @@ pub const ALL: &[Promise] = &[
     divergence_named::PROMISE,
     divergence_caught::PROMISE,
     output_rule::PROMISE,
+    output_unread::PROMISE,
     zombie::PROMISE,
     failover_fast::PROMISE,
     protocol_simulated::PROMISE,
@@ -118,6 +122,8 @@ pub const ALL: &[Promise] = &[
     rdma_copy::PROMISE,
     rdma_pair::PROMISE,
     chaos_in_lab::PROMISE,
+    agents_in_lab::PROMISE,
+    slurm_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,

@@ -2,14 +2,13 @@
 //! batch script's; clients lose nothing, the job runs on, protected again on the third node; scancel turns the guest off on both sides.
 #![forbid(unsafe_code)]
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::harness::linear;
 use crate::harness::linear_clients::{LinearClients, longest_wait};
-use crate::harness::slurm::{Cluster, Job};
+use crate::harness::slurm::{Cluster, Job, SlurmGround};
 use crate::harness::stage::{GUEST, INTERFACE, alone};
 use crate::promise::{Figures, Promise, Run};
 
@@ -27,9 +26,6 @@ const CLIENTS: u32 = 4;
 
 /// Answers that show that the machine serves.
 const ANSWERS: u64 = 100;
-
-/// A bound for what Slurm does of itself: it finds a node lost, ends a job.
-const SLURM_WITHIN: Duration = Duration::from_secs(90);
 
 /// What a serving side says when it has a backup, again or for the first time.
 const PROTECTED: &str = "protected: both sides run";
@@ -51,7 +47,8 @@ fn show(run: &Run) -> Result<Figures> {
     })
 }
 
-fn prove(run: &Run, cluster: &mut Cluster) -> Result<Figures> {
+/// A job's machine outlives all of it.
+pub(super) fn prove(run: &Run, cluster: &mut impl SlurmGround) -> Result<Figures> {
     let mut figures = Figures::default();
     run.say("slurmctld has three nodes that are idle");
     if run.form.pick(false, true) {
@@ -70,17 +67,12 @@ fn prove(run: &Run, cluster: &mut Cluster) -> Result<Figures> {
     Ok(figures)
 }
 
-/// The script that is shipped.
-fn script() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/slurm/doppel.sbatch")
-}
-
 fn is_over(job: &Job) -> bool {
     !["PENDING", "RUNNING", "COMPLETING"].contains(&job.state.as_str())
 }
 
 /// Submits it; the job, protected.
-fn submit(cluster: &Cluster, more: &[&str]) -> Result<String> {
+fn submit(cluster: &impl SlurmGround, more: &[&str]) -> Result<String> {
     let words = format!("ip={}/24", GUEST.ip());
     let machine = [
         "--guest",
@@ -94,17 +86,17 @@ fn submit(cluster: &Cluster, more: &[&str]) -> Result<String> {
         "--config",
         "role.toml",
     ];
-    // Three nodes share this machine's cores with whatever else it does: a side that is late is not to count as lost.
-    let config = "[timing]\nsilence_ms = 300\n";
-    std::fs::write(cluster.directory().join("role.toml"), config).context("write a file")?;
-    let job = cluster.submit(more, &script(), &machine)?;
+    std::fs::write(cluster.directory().join("role.toml"), cluster.times())
+        .context("write a file")?;
+    let job = cluster.submit(more, &machine)?;
     cluster.until_said(&job, 0, PROTECTED, 1)?;
     Ok(job)
 }
 
-fn lost(run: &Run, cluster: &mut Cluster, figures: &mut Figures) -> Result<()> {
+fn lost(run: &Run, cluster: &mut impl SlurmGround, figures: &mut Figures) -> Result<()> {
     let job = submit(cluster, &[])?;
-    let mut clients = LinearClients::start(GUEST, CLIENTS, run.seed)?;
+    let patience = cluster.answer_within();
+    let mut clients = LinearClients::start_patient(GUEST, CLIENTS, run.seed, patience)?;
     clients.await_answers(ANSWERS)?;
     let before = cluster.job(&job)?;
     ensure!(before.state == "RUNNING", "{before:?}");
@@ -119,7 +111,7 @@ fn lost(run: &Run, cluster: &mut Cluster, figures: &mut Figures) -> Result<()> {
     let again = since.elapsed();
     run.say(format!("node a is lost: protected again after {again:.1?}"));
     let is_without_it = |job: &Job| job.state != "RUNNING" || !job.nodes.contains('a');
-    let after = cluster.until(&job, SLURM_WITHIN, is_without_it)?;
+    let after = cluster.until(&job, cluster.slurm_within(), is_without_it)?;
     ensure!(
         after.state == "RUNNING" && after.nodes == "b,c",
         "without node a the job is {after:?}"
@@ -150,9 +142,14 @@ fn lost(run: &Run, cluster: &mut Cluster, figures: &mut Figures) -> Result<()> {
 
 /// A job that is being ended: the guest is turned off by the log on both sides (the first two of these nodes), nothing is left on any node,
 /// and Slurm's accounting says how it came out. How long it took.
-fn cancelled(cluster: &Cluster, job: &str, nodes: &[usize], state: &str) -> Result<Duration> {
+fn cancelled(
+    cluster: &impl SlurmGround,
+    job: &str,
+    nodes: &[usize],
+    state: &str,
+) -> Result<Duration> {
     let since = Instant::now();
-    let over = cluster.until(job, SLURM_WITHIN, is_over)?;
+    let over = cluster.until(job, cluster.slurm_within(), is_over)?;
     ensure!(over.state == state, "the job is {over:?}");
     for &at in nodes {
         cluster.until_nothing_runs(at)?;
@@ -171,27 +168,12 @@ fn cancelled(cluster: &Cluster, job: &str, nodes: &[usize], state: &str) -> Resu
         let said = cluster.log(job, at);
         ensure!(said.contains(OFF), "node {at} does not say that it is off");
     }
-    let told = cluster.run(
-        "sacct",
-        &[
-            "--completion",
-            "--noheader",
-            "--parsable2",
-            "--format=jobid,state",
-            "--jobs",
-            job,
-        ],
-    )?;
-    ensure!(
-        told.lines()
-            .any(|line| line.starts_with(&format!("{job}|{state}"))),
-        "the accounting says {told:?}"
-    );
+    cluster.until_accounted(job, state)?;
     Ok(took)
 }
 
 /// Without a loss: the batch step is there, and shows what the nodes say.
-fn cancelled_whole(cluster: &Cluster) -> Result<()> {
+fn cancelled_whole(cluster: &impl SlurmGround) -> Result<()> {
     let job = submit(cluster, &[])?;
     cluster.run("scancel", &[&job])?;
     cancelled(cluster, &job, &[0, 1, 2], "CANCELLED")?;
@@ -204,45 +186,45 @@ fn cancelled_whole(cluster: &Cluster) -> Result<()> {
 }
 
 /// A job whose time is over.
-fn out_of_time(cluster: &Cluster) -> Result<()> {
+fn out_of_time(cluster: &impl SlurmGround) -> Result<()> {
     // Slurm counts in minutes.
     let job = submit(cluster, &["--time=1"])?;
-    cluster.until(&job, 2 * SLURM_WITHIN, |job| job.state != "RUNNING")?;
+    cluster.until(&job, 2 * cluster.slurm_within(), |job| {
+        job.state != "RUNNING"
+    })?;
     cancelled(cluster, &job, &[0, 1, 2], "TIMEOUT")?;
     Ok(())
 }
 
 /// A machine that is turned off by an operator: the job ends by itself, well.
-fn turned_off(cluster: &Cluster) -> Result<()> {
+fn turned_off(cluster: &impl SlurmGround) -> Result<()> {
     let job = submit(cluster, &[])?;
-    let run_dir = cluster.directory().join(format!("tmp/doppel-{job}-a"));
-    let run_dir = run_dir.to_str().context("a path of this machine")?;
-    let doppel = crate::harness::program::doppel()?;
-    let doppel = doppel.to_str().context("a path of this machine")?;
+    let run_dir = format!("{}/doppel-{job}-a", cluster.temporary());
+    let doppel = cluster.program()?;
     let name = format!("job-{job}");
     let id = format!("--jobid={job}");
     let on_first = [&id, "--overlap", "--nodes=1", "--ntasks=1", "--nodelist=a"];
-    let order = [doppel, "power-off", &name, "--run-dir", run_dir];
+    let order = [&doppel, "power-off", &name, "--run-dir", &run_dir];
     let words: Vec<&str> = on_first.into_iter().chain(order).collect();
     cluster.run("srun", &words)?;
     ended_by_itself(cluster, &job, "COMPLETED", "0:0")
 }
 
 /// Of a job's processes the batch script alone is told.
-fn told_by_its_script(cluster: &Cluster) -> Result<()> {
+fn told_by_its_script(cluster: &impl SlurmGround) -> Result<()> {
     let job = submit(cluster, &[])?;
     cluster.run("scancel", &["--batch", "--signal=TERM", &job])?;
     ended_by_itself(cluster, &job, "COMPLETED", "0:0")
 }
 
 /// A machine that cannot run.
-fn refused(cluster: &Cluster) -> Result<()> {
-    let job = cluster.submit(&[], &script(), &["--guest", "nowhere.elf"])?;
+fn refused(cluster: &impl SlurmGround) -> Result<()> {
+    let job = cluster.submit(&[], &["--guest", "nowhere.elf"])?;
     ended_by_itself(cluster, &job, "FAILED", "2:0")
 }
 
-fn ended_by_itself(cluster: &Cluster, job: &str, state: &str, code: &str) -> Result<()> {
-    let over = cluster.until(job, SLURM_WITHIN, is_over)?;
+fn ended_by_itself(cluster: &impl SlurmGround, job: &str, state: &str, code: &str) -> Result<()> {
+    let over = cluster.until(job, cluster.slurm_within(), is_over)?;
     ensure!(
         over.state == state && over.exit_code == code,
         "the job is {over:?}"

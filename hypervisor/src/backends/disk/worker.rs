@@ -217,6 +217,8 @@ struct State {
     finished: u64,
     failed: Option<String>,
     closed: bool,
+    /// The thread has ended.
+    gone: bool,
 }
 
 #[derive(Debug, Default)]
@@ -232,9 +234,13 @@ impl Shared {
     }
 
     fn give(&self, mut state: MutexGuard<'_, State>, job: Job) -> u64 {
-        state.weight += job.weight();
         state.given += 1;
         let number = state.given;
+        if state.gone {
+            state.finished = number;
+            return number;
+        }
+        state.weight += job.weight();
         state.jobs.push_back(job);
         self.changed.notify_all();
         number
@@ -476,7 +482,23 @@ impl Drop for Disk {
     }
 }
 
+/// The thread ends, however it does: nobody waits for what it had to do.
+struct Last<'a>(&'a Shared);
+
+impl Drop for Last<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.gone = true;
+        if state.finished < state.given {
+            state.failed = Some("its thread is gone; this is a bug".to_owned());
+        }
+        (state.finished, state.weight) = (state.given, 0);
+        self.0.changed.notify_all();
+    }
+}
+
 fn run<I: Image>(shared: &Shared, mut engine: Engine<I>, tell: &Sender<Outcome>, wake: &Wake) {
+    let _last = Last(shared);
     while let Some(job) = shared.take() {
         match &job {
             Job::Serve(request) => {

@@ -26,6 +26,13 @@ impl C {
         self.on(ms, candidate::Event::Tick)
     }
 
+    fn on_moment(&mut self, now: Moment) -> Vec<candidate::Action> {
+        let mut actions = Vec::new();
+        let tick = candidate::Event::Tick;
+        self.machine.handle(now, tick, &mut actions);
+        actions
+    }
+
     fn reads(&mut self, ms: u64, record: Option<Record>) -> Vec<candidate::Action> {
         self.on(ms, candidate::Event::Arbiter(Answer::Read(record)))
     }
@@ -61,18 +68,61 @@ fn a_candidate_takes_no_word_and_no_record_of_another() {
 
 #[test]
 fn a_candidate_that_was_told_sees_whether_the_machine_went_on_or_the_arbiters_differ() {
-    let later = [base().detached(), base().ended(), claim()];
-    for found in later.map(Some).into_iter().chain([None]) {
+    for found in [base().detached(), base().ended(), claim()] {
         let mut c = C::ready();
         c.on(1, candidate::Event::Word(base()));
-        let refusal = match found {
-            Some(record) => candidate::Refusal::NotEntitled(record),
-            None => candidate::Refusal::OtherArbiter {
-                told: base(),
-                found,
-            },
-        };
-        assert_eq!(c.reads(2, found), [candidate::Action::GiveUp(refusal)]);
+        let refusal = candidate::Refusal::NotEntitled(found);
+        assert_eq!(
+            c.reads(2, Some(found)),
+            [candidate::Action::GiveUp(refusal)]
+        );
+    }
+    // As new as what it was told, and something else: no view of one arbiter is that.
+    let mut c = C::ready();
+    let told = base().detached();
+    let told = Record {
+        entitled: Some(B),
+        ..told
+    };
+    c.on(1, candidate::Event::Word(told));
+    let found = Some(base().detached());
+    let other = candidate::Refusal::OtherArbiter { told, found };
+    assert_eq!(c.reads(2, found), [candidate::Action::GiveUp(other)]);
+}
+
+/// The primary has swapped, and said so; what this side sees of the arbiter is older than that.
+#[test]
+fn a_view_of_the_arbiter_that_is_late_is_looked_at_again_and_one_that_stays_so_is_another_s() {
+    let told = Record {
+        entitled: Some(B),
+        ..base().detached()
+    };
+    for old in [Some(base()), None] {
+        let mut c = C::ready();
+        assert_eq!(c.on(1, candidate::Event::Word(told)), [READ]);
+        assert_eq!(c.reads(2, old), []);
+        let again = c.machine.deadline().unwrap();
+        assert_eq!(c.on_moment(again), [READ]);
+        assert_eq!(
+            c.reads(60, Some(told)),
+            [candidate::Action::Follow(told)],
+            "{old:?}"
+        );
+
+        let mut c = C::ready();
+        assert_eq!(c.on(1, candidate::Event::Word(told)), [READ]);
+        assert_eq!(c.reads(2, old), []);
+        let ended = (3..9000).find_map(|ms| {
+            let mut actions = c.tick(ms);
+            if actions == [READ] {
+                actions = c.reads(ms, old);
+            }
+            (!actions.is_empty()).then_some((ms, actions))
+        });
+        let (ms, last) = ended.expect("it asks for ever");
+        let other = candidate::Refusal::OtherArbiter { told, found: old };
+        assert_eq!(last, [candidate::Action::GiveUp(other)]);
+        assert!((2000..2100).contains(&ms), "{ms}");
     }
 }
 

@@ -352,6 +352,34 @@ fn a_backup_told_by_its_primary_that_it_was_dropped_ends() {
 }
 
 #[test]
+fn a_backup_that_is_dismissed_leaves_a_primary_that_lives_and_no_other() {
+    let heard = |sequence| backup::Event::Heartbeat(beat(A, base(), sequence));
+    let mut k = K::following();
+    assert_eq!(k.on(1, backup::Event::Dismissed), []);
+    assert_eq!(k.tick(2), []);
+    let actions = k.on(3, heard(1));
+    assert_eq!(actions, [backup::Action::Die(Reason::Dismissed)]);
+
+    // Nobody knew yet that it was dead.
+    let mut k = K::following();
+    assert_eq!(k.on(1, backup::Event::Dismissed), []);
+    let actions = k.on(2, backup::Event::PeerDied);
+    assert_eq!(actions[0], backup::Action::Ask(swap(base(), claim())));
+    assert!(k.notices.contains(&Notice::NotDismissed), "{:?}", k.notices);
+    // What was under way when it died is heard, and changes nothing.
+    assert_eq!(k.on(3, heard(1)), []);
+    for ms in [4, 5] {
+        assert_eq!(k.on(ms, backup::Event::Dismissed), []);
+        assert_eq!(k.notices, [Notice::NotDismissed]);
+    }
+    k.answer(6, Answer::Swapped);
+    k.on(7, backup::Event::Fenced);
+    k.on(8, backup::Event::Drained);
+    assert_eq!(k.on(9, backup::Event::Dismissed), []);
+    assert_eq!(k.answer(10, Answer::Swapped), [backup::Action::OpenGate]);
+}
+
+#[test]
 fn repeated_and_overtaken_heartbeats_are_no_sign_of_life() {
     let (mut k, mut p) = (K::following(), P::protected());
     let mut sequence = 0;

@@ -100,6 +100,7 @@ impl Meeting<'_> {
                 let ours = (&*config.name, content);
                 disk::fits(&spec, (&hello, peer), image, ours)?;
                 let machine = self.build(&spec)?;
+                handshake::compare_cpus(&hello, machine.told())?;
                 Ok((hello, peer, spec, machine))
             })
             .inspect_err(|error| handshake::refuse(&control, error))?;
@@ -175,6 +176,7 @@ impl Meeting<'_> {
         io.tell_versions(&control);
         let mut replayer = Replayer::new(machine, log, Arc::clone(&io.orders), spin)
             .speaking(control.version())
+            .sure_of_disks(hello.sure_of_disks)
             .with_disk(disk.clone().filter(|disk| !disk.is_shared()))
             .with_spool(Arc::clone(io.reporter.board().spool()))
             .taped(tape);
@@ -373,7 +375,8 @@ fn copied(
     image: Option<&mut OpenImage>,
 ) -> Result<Restored, SessionError> {
     let seal = Parcels::take(control)?;
-    let mut from = Consignee::new(lane, io.link.as_ref(), control, &io.signals, seal);
+    let is_told = || io.is_told_to_stop().is_some();
+    let mut from = Consignee::new(lane, io.link.as_ref(), control, &is_told, seal);
     let image = image.map(|image| image as &mut dyn Incoming);
     match clone::receive(&mut from, machine, image) {
         // What stands behind the end in the same piece, nobody who copies a machine says.
@@ -383,7 +386,8 @@ fn copied(
         }
         .into()),
         Ok((restored, _)) => Ok(restored),
-        Err(_) if io.is_told_to_stop() => Err(SessionError::Interrupted),
-        Err(error) => Err(HandshakeError::Copy(error).into()),
+        Err(error) => Err(io
+            .is_told_to_stop()
+            .unwrap_or_else(|| HandshakeError::Copy(error).into())),
     }
 }

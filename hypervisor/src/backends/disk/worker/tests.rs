@@ -488,3 +488,45 @@ fn a_mark_stands_behind_what_was_given_before_it() {
     failing.may_lead(Some(Stamp::of(&first())));
     assert!(failing.take_over().is_err(), "the mark did not get there");
 }
+
+/// Whoever waits for a disk whose thread a bug has ended waits no longer, and has no copy.
+#[test]
+fn nobody_waits_for_a_thread_that_a_bug_has_ended() {
+    struct Buggy;
+
+    impl Image for Buggy {
+        fn read(&mut self, _: &mut [u8], _: u64) -> io::Result<()> {
+            panic!("a bug")
+        }
+
+        fn write(&mut self, _: &[u8], _: u64) -> io::Result<()> {
+            panic!("a bug")
+        }
+
+        fn sync(&mut self) -> io::Result<()> {
+            panic!("a bug")
+        }
+
+        fn mark(&mut self, _: &Mark) -> io::Result<()> {
+            panic!("a bug")
+        }
+    }
+
+    let disk = started(Buggy);
+    let (tell, told) = mpsc::channel();
+    let waiting = std::thread::spawn(move || {
+        // What was given before it is known, and after.
+        for _ in 0..2 {
+            disk.may_lead(Some(Stamp {
+                epoch: 1,
+                configuration: 1,
+                owner: Identity::from_bytes([1; 16]),
+            }));
+            tell.send(disk.take_over().is_err()).unwrap();
+        }
+    });
+    for _ in 0..2 {
+        assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(true));
+    }
+    waiting.join().unwrap();
+}
