@@ -2,10 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::place::{self, whose};
 use super::status::{Role, Status};
@@ -170,9 +170,33 @@ fn request(path: &Path, ask: Ask) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-fn answer(from: &mut BufReader<UnixStream>) -> io::Result<Outcome> {
+/// A line, whole within this time: whoever lets it drip in holds nobody up for longer. What comes behind its end stays in the reader.
+fn line(from: &mut BufReader<UnixStream>, within: Duration) -> io::Result<Vec<u8>> {
+    let until = Instant::now() + within;
     let mut line = Vec::new();
-    from.take(ANSWER_MAX as u64).read_until(b'\n', &mut line)?;
+    while !line.ends_with(b"\n") && line.len() < ANSWER_MAX {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        from.get_ref().set_read_timeout(Some(left))?;
+        let came = match from.fill_buf() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            came => came?,
+        };
+        if came.is_empty() {
+            break;
+        }
+        let end = came.iter().position(|&byte| byte == b'\n');
+        let count = end.map_or(came.len(), |at| at + 1);
+        line.extend_from_slice(&came[..count]);
+        from.consume(count);
+    }
+    Ok(line)
+}
+
+fn answer(from: &mut BufReader<UnixStream>) -> io::Result<Outcome> {
+    let line = line(from, PATIENCE)?;
     if line.is_empty() {
         return Err(io::Error::new(
             ErrorKind::UnexpectedEof,
@@ -191,6 +215,7 @@ fn answer(from: &mut BufReader<UnixStream>) -> io::Result<Outcome> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
+    use std::thread;
 
     use super::*;
 
@@ -209,5 +234,34 @@ mod tests {
         drop(frozen);
         assert!(roles(directory.path(), None).unwrap().is_empty());
         assert!(!place.exists());
+    }
+    /// A role that a guest has broken into can say what it likes, as slowly as it likes: the agent of its host looks after others, too.
+    #[test]
+    fn an_answer_that_drips_in_holds_nobody_up() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let dripping = thread::spawn(move || {
+            while far.write_all(b"{").is_ok() {
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let (within, began) = (Duration::from_millis(200), Instant::now());
+        let mut near = BufReader::new(near);
+        let error = line(&mut near, within).unwrap_err();
+        assert!(
+            matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock),
+            "{error}"
+        );
+        assert!(began.elapsed() >= within);
+        drop(near);
+        dripping.join().unwrap();
+
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(b"one\ntwo").unwrap();
+        let mut near = BufReader::new(near);
+        assert_eq!(line(&mut near, within).unwrap(), b"one\n");
+        assert_eq!(near.buffer(), b"two", "it is the console's");
+        drop(far);
+        assert_eq!(line(&mut near, within).unwrap(), b"two");
+        assert!(line(&mut near, within).unwrap().is_empty());
     }
 }

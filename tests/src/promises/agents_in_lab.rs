@@ -16,7 +16,7 @@ use crate::promise::{Figures, Promise, Run};
 pub const PROMISE: Promise = Promise {
     name: "agents-in-lab",
     line: "three hosts with agents, over etcd: a host killed every minute and back later, agents killed and replaced, etcd still: two guests serve on, protected again",
-    short: Duration::from_secs(240),
+    short: Duration::from_secs(300),
     full: Duration::from_secs(2000),
     show,
 };

@@ -41,6 +41,7 @@ pub mod linux_side_by_side;
 pub mod live_join;
 pub mod monitored;
 pub mod newcomer;
+pub mod newcomer_in_lab;
 pub mod no_false_failover;
 pub mod offline_replay;
 pub mod operator_view;
@@ -125,6 +126,7 @@ pub const ALL: &[Promise] = &[
     chaos_in_lab::PROMISE,
     agents_in_lab::PROMISE,
     slurm_in_lab::PROMISE,
+    newcomer_in_lab::PROMISE,
     replay_in_lab::PROMISE,
     linux_replays::PROMISE,
     linux_debugged::PROMISE,

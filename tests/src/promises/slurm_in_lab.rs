@@ -17,7 +17,7 @@ use crate::promise::{Figures, Promise, Run};
 pub const PROMISE: Promise = Promise {
     name: "slurm-in-lab",
     line: "a Slurm job outlives the host of its primary and of the batch script, killed, is protected again, is turned off by scancel; sacct tells it",
-    short: Duration::from_secs(400),
+    short: Duration::from_secs(200),
     full: Duration::from_secs(1200),
     show,
 };
