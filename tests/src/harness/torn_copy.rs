@@ -279,7 +279,7 @@ impl Ground {
         relay.arm(after);
         relay.kill(backup.pid());
         let mut primary = place.primary("primary", guest, relay.address())?;
-        struck(&relay, &mut backup, self.patience)?;
+        struck(&relay, &mut backup, &mut primary, self.patience)?;
         let words = [
             "a backup that wanted to join is not taken",
             "UNPROTECTED: the machine runs",
@@ -305,7 +305,7 @@ impl Ground {
         relay.arm(after);
         let mut primary = place.start_primary("primary", guest, relay.address())?;
         relay.kill(primary.pid());
-        struck(&relay, &mut primary, self.patience)?;
+        struck(&relay, &mut primary, &mut backup, self.patience)?;
         let words = ["a primary was refused", "\"live\""];
         if backup.until_one_of(&words, self.patience)? == 1 {
             // The last bytes are of the log: it was entitled by then.
@@ -419,9 +419,10 @@ fn rdma_objects(pid: u32) -> Result<BTreeMap<&'static str, usize>> {
 
 /// Waits for the victim's death. A guest that writes all the time makes some copies shorter than others: where one is over before so
 /// many bytes have gone by, the victim is killed at its end.
-fn struck(relay: &Relay, victim: &mut Role, patience: Duration) -> Result<()> {
+fn struck(relay: &Relay, victim: &mut Role, other: &mut Role, patience: Duration) -> Result<()> {
     let until = Instant::now() + patience;
     while victim.runs()? {
+        ensure!(other.runs()?, "the other side ended: {}", other.said());
         if victim.said().contains("\"paired\"") {
             relay.strike();
         }
