@@ -228,25 +228,9 @@ fn orphan(work: &TempDir) -> Result<()> {
         "who serves was told to leave"
     );
     backup.end(work, Told::By(Signal::Terminate))?;
-    remove_socket_of_the_killed(work, primary.child.id())
-}
-
-/// Who is killed takes nothing away: its socket is there, and all that may be.
-fn remove_socket_of_the_killed(work: &TempDir, pid: u32) -> Result<()> {
-    let pid = pid.to_string();
-    let entries = fs::read_dir(work.path().join("run")).context("look at the sockets")?;
-    for socket in entries {
-        let socket = socket.context("look at the sockets")?;
-        let name = socket.file_name();
-        let mut numbers = name
-            .to_str()
-            .context("a socket of another name")?
-            .split(|c: char| !c.is_ascii_digit());
-        if numbers.any(|number| number == pid) {
-            fs::remove_file(socket.path()).context("remove the socket of the killed one")?;
-        }
-    }
-    Ok(())
+    // Who is killed takes nothing away: its socket is there, and all that may be.
+    let socket = format!("{MACHINE}.{}.sock", primary.child.id());
+    fs::remove_file(work.path().join("run").join(socket)).context("remove the killed one's socket")
 }
 
 fn end(role: Role, work: &TempDir, told: Told, patience: Duration) -> Result<Duration> {
