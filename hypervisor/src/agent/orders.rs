@@ -173,7 +173,7 @@ impl Desk {
 mod tests {
     use super::*;
     use crate::agent::record::RoleReport;
-    use crate::agent::tests::{role_of, site};
+    use crate::agent::tests::{order_a_switch, role_of, site};
     use crate::control::status::{Role, Standing};
 
     fn served_by(name: &str, epoch: u64) -> Site {
@@ -181,18 +181,7 @@ mod tests {
         let mut role: RoleReport = role_of("kv", Role::Primary, Standing::Protected);
         role.says.as_mut().unwrap().epoch = epoch;
         site.hosts.get_mut(name).unwrap().value.roles.push(role);
-        let order = Order {
-            id: "1".into(),
-            machine: "kv".into(),
-            verb: Verb::Switch,
-        };
-        site.orders.insert(
-            "kv".into(),
-            Kept {
-                value: order,
-                revision: 5,
-            },
-        );
+        order_a_switch(&mut site);
         site
     }
 

@@ -603,7 +603,7 @@ mod tests {
     use crate::agent::disks::ImageReport;
     use crate::agent::record::Assigned;
     use crate::agent::record::Kept;
-    use crate::agent::tests::{put, role_of, site, vm};
+    use crate::agent::tests::{order_a_switch, put, role_of, site, vm};
     use crate::protocol::record::{Identity, Record, State};
 
     #[test]
@@ -719,18 +719,7 @@ mod tests {
     fn an_order_whose_first_attempt_was_not_answered_is_no_other_one() {
         let mut site = site(&["a"]);
         assert!(!is_given(&site, "kv", "1"));
-        let order = Order {
-            id: "1".into(),
-            machine: "kv".into(),
-            verb: Verb::Switch,
-        };
-        site.orders.insert(
-            "kv".into(),
-            Kept {
-                value: order,
-                revision: 1,
-            },
-        );
+        order_a_switch(&mut site);
         assert!(is_given(&site, "kv", "1") && !is_given(&site, "kv", "2"));
         site.orders.clear();
         site.answers.insert("1".into(), Answer::Taken("a".into()));

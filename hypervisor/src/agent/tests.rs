@@ -1,6 +1,6 @@
 //! Records that tests are about.
 
-use super::record::{Host, Kept, Phase, Ports, RoleReport, Says, Site, Vm};
+use super::record::{Host, Kept, Order, Phase, Ports, RoleReport, Says, Site, Verb, Vm};
 use super::spec::Spec;
 use crate::control::status::{Role, Standing};
 use crate::kvm::CpuModel;
@@ -64,6 +64,22 @@ pub fn role_of(machine: &str, role: Role, standing: Standing) -> RoleReport {
             position: 7,
         }),
     }
+}
+
+/// Order 1, to switch `kv` over, as it stands in etcd.
+pub fn order_a_switch(site: &mut Site) {
+    let order = Order {
+        id: "1".into(),
+        machine: "kv".into(),
+        verb: Verb::Switch,
+    };
+    site.orders.insert(
+        "kv".into(),
+        Kept {
+            value: order,
+            revision: 5,
+        },
+    );
 }
 
 pub fn site(hosts: &[&str]) -> Site {
