@@ -145,8 +145,8 @@ fn pair([primary, backup]: [bool; 2]) -> Result<Duration> {
         status.role == Now::Primary && status.standing == Standing::Unprotected
     })?;
     let took = killed.elapsed();
-    viewer.type_in("still there\n")?;
-    viewer.until("heard: still there", PATIENCE)?;
+    // What is typed before the viewer has gone over to the survivor may go to the killed process, and is lost with it.
+    viewer.ask("still there", "heard: still there", PATIENCE)?;
     drop(viewer);
     send(backup.child.id(), Signal::Terminate)?;
     let ended = await_end(&mut backup.child, PATIENCE)?;
