@@ -53,6 +53,8 @@ pub(crate) struct Connection {
     session: Option<Session>,
     /// There is no room for this client: it is told so, and the connection closed.
     pub(crate) turned_away: bool,
+    /// It counts as a client: from its opening until nothing more can be said to it.
+    serves: bool,
     output: Output,
     /// Nothing more is read from the client.
     ending: bool,
@@ -101,6 +103,7 @@ impl Connection {
             handle,
             session: None,
             turned_away,
+            serves: !turned_away,
             output: Output::new(),
             ending: false,
             queued: false,
@@ -165,11 +168,23 @@ impl Connection {
         pace
     }
 
-    /// The connection is gone.
-    pub(crate) fn close(self, store: &mut Store) {
-        if let Some(session) = self.session {
+    /// Whether it counts as a client.
+    pub(crate) fn serves(&self) -> bool {
+        self.serves
+    }
+
+    /// Whether this end has closed the connection, or the other has broken it. What was said before may still be on its way.
+    pub(crate) fn has_ended(&self) -> bool {
+        use tcp::State::{CloseWait, Established, Listen, SynReceived};
+        !matches!(self.state(), Listen | SynReceived | Established | CloseWait)
+    }
+
+    /// It is no client any more; whether it was one.
+    pub(crate) fn leave(&mut self, store: &mut Store) -> bool {
+        if let Some(session) = self.session.take() {
             session.close(store);
         }
+        core::mem::replace(&mut self.serves, false)
     }
 }
 

@@ -21,6 +21,8 @@ const EXPIRE_BUDGET: usize = 1000;
 
 /// Connections beyond the limit that are told so at the same time. A client that comes when all of these are taken is refused.
 const TURNED_AWAY: u16 = 64;
+/// Places for each client: its own, and one for a connection that has ended and waits for the other end's last segment.
+const PLACES: u16 = 2;
 
 /// Where the server listens, and for how many.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +62,10 @@ pub struct Server {
     port: u16,
     wall_clock: u64,
     clients: usize,
-    /// How many of `connections` are being turned away.
-    turned_away: usize,
+    /// How many of `connections` are clients: neither turned away nor ended.
+    served: usize,
+    /// How many of them are being turned away.
+    turned_away: u16,
     connections: Vec<Option<Box<Connection>>>,
     /// Indices of `connections` that are free.
     free: Vec<u16>,
@@ -99,7 +103,7 @@ impl Server {
                 .routes_mut()
                 .add_default_ipv4_route(gateway.into());
         }
-        let slots = settings.clients + TURNED_AWAY;
+        let slots = settings.clients * PLACES + TURNED_AWAY;
         let indices = || {
             let mut list = Vec::<u16>::new();
             list.try_reserve_exact(slots.into()).map(|()| list)
@@ -116,6 +120,7 @@ impl Server {
             port: settings.port,
             wall_clock: settings.wall_clock,
             clients: settings.clients.into(),
+            served: 0,
             turned_away: 0,
             connections,
             free,
@@ -140,6 +145,10 @@ impl Server {
         while let Some(segment) =
             peek(device).map(|frame| Segment::parse(frame, self.address, self.port))
         {
+            // Who has left makes room for who comes behind him, in one wake as in two.
+            if segment.is_some_and(|segment| segment.opens) && self.served >= self.clients {
+                self.work_off(now, wall, device);
+            }
             if !self.receive(segment, now, device) {
                 break;
             }
@@ -196,12 +205,15 @@ impl Server {
 
     fn accept(&mut self, flow: Flow) -> Option<u16> {
         let index = self.free.last().copied()?;
-        let connection = if self.connections() - self.turned_away < self.clients {
+        let connection = if self.served < self.clients {
             Connection::listen(flow, self.port)?
-        } else {
+        } else if self.turned_away < TURNED_AWAY {
             Connection::turn_away(flow, self.port)?
+        } else {
+            return None;
         };
-        self.turned_away += usize::from(connection.turned_away);
+        self.served += usize::from(connection.serves());
+        self.turned_away += u16::from(connection.turned_away);
         self.free.pop();
         self.connections[usize::from(index)] = Some(Box::new(connection));
         self.flows.insert(flow, index);
@@ -243,6 +255,9 @@ impl Server {
                 != PollResult::None
             {}
             connection.due = self.interface.poll_at(now, &connection.sockets);
+            if connection.has_ended() {
+                self.served -= usize::from(connection.leave(&mut self.store));
+            }
             match connection.state() {
                 // A connection that still listens had a SYN that smoltcp refused.
                 tcp::State::Closed | tcp::State::Listen => self.remove(index),
@@ -260,10 +275,10 @@ impl Server {
     }
 
     fn remove(&mut self, index: u16) {
-        if let Some(connection) = self.connections[usize::from(index)].take() {
+        if let Some(mut connection) = self.connections[usize::from(index)].take() {
             self.flows.remove(connection.flow);
-            self.turned_away -= usize::from(connection.turned_away);
-            connection.close(&mut self.store);
+            self.turned_away -= u16::from(connection.turned_away);
+            self.served -= usize::from(connection.leave(&mut self.store));
             self.free.push(index);
         }
     }

@@ -364,6 +364,32 @@ fn clients_beyond_the_limit_are_turned_away_until_one_leaves() {
 }
 
 #[test]
+fn clients_that_leave_make_room_at_once() {
+    let mut world = World::new(40);
+    let mut clients: Vec<_> = (0..40).map(|_| world.connect()).collect();
+    for round in 0..3 {
+        for client in &clients {
+            assert_eq!(world.ask(*client, b"PING\r\n", 7), b"+PONG\r\n", "{round}");
+        }
+        // They end and others open in one wake of the server, with a command still to be read.
+        for client in clients {
+            let count = world
+                .socket(client)
+                .send_slice(b"INCR n\r\n")
+                .expect("open");
+            assert_eq!(count, 8);
+            world.socket(client).close();
+        }
+        clients = (0..40).map(|_| world.connect()).collect();
+    }
+    let number = world.ask(clients[0], b"GET n\r\n", 9);
+    assert_eq!(number, b"$3\r\n120\r\n"[..9]);
+    let told = world.ask(clients[0], b"INFO clients\r\n", 100);
+    let told = core::str::from_utf8(&told).expect("text");
+    assert!(told.contains("connected_clients:40\r\n"), "{told}");
+}
+
+#[test]
 fn quit_and_protocol_errors_close_after_the_reply() {
     for (request, reply) in [
         (&b"PING\r\nQUIT\r\nPING\r\n"[..], &b"+PONG\r\n+OK\r\n"[..]),
