@@ -27,6 +27,7 @@ use super::placement::{self, Role as Wanted};
 use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use crate::control::status::{Role, Standing};
 use crate::intervals::Replication;
+use crate::protocol::{Cold, Record, State};
 
 /// How long a backup may wait for its primary before another host is tried, in milliseconds. A primary looks every 50 ms, and a second for
 /// each host that does not answer.
@@ -66,8 +67,8 @@ pub struct Local {
 pub enum Start {
     /// A primary without a backup.
     Primary {
-        /// Whatever the arbiter's record says.
-        cold: bool,
+        /// What its operator has said of the arbiter's record.
+        cold: Cold,
     },
     /// A backup.
     Backup,
@@ -370,12 +371,26 @@ impl Planner<'_> {
             ),
             _ => {
                 let machine = name.clone();
+                let cold = self.cold_from(cold);
                 self.acts.push(Act::Start {
                     machine,
                     what: Start::Primary { cold },
                     number,
                 });
             }
+        }
+    }
+
+    /// The record that a cold start is from: that which its operator knew of, or the one that is seen now, if a program that named none has ordered it.
+    /// Whatever comes between this look and the start, it is from that one or none.
+    fn cold_from(&self, cold: bool) -> Cold {
+        let vm = &self.vm.value;
+        let record = self.site.records.get(&vm.name);
+        let seen = record.filter(|record| record.state != State::Ended);
+        match vm.cold_from.or(seen.map(Record::reign)) {
+            Some(reign) if cold => Cold::From(reign),
+            None if cold && self.site.unreadable.contains(&vm.name) => Cold::Whatever,
+            _ => Cold::No,
         }
     }
 

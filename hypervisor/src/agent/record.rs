@@ -23,7 +23,7 @@ use super::spec::Spec;
 use crate::control::find::Found;
 use crate::control::status::{Role, Standing};
 use crate::kvm::CpuModel;
-use crate::protocol::record::{Record, State};
+use crate::protocol::record::{Record, Reign, State};
 
 /// What a role takes besides its guest's memory: its ring, and the program itself, in MiB.
 pub const OVERHEAD_MIB: u64 = 48;
@@ -295,6 +295,9 @@ pub struct Vm {
     pub failures: Vec<Failure>,
     /// What there is to say about it.
     pub note: Option<String>,
+    /// The arbiter's record that whoever ordered a cold start knew of: it is from that one or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cold_from: Option<Reign>,
     /// Its disk, if hosts have images of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskLife>,

@@ -15,7 +15,7 @@ use super::hands::Hands;
 use super::membership::{self, Membership, Standing};
 use super::orders::Desk;
 use super::plan::{Act, Local, Start, plan};
-use super::record::{Host, Kept, RoleReport, Site, Vm};
+use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use super::store::{Change, Key, Store};
 use super::{AgentError, unix_ms};
 use crate::arbiter::EtcdError;
@@ -305,7 +305,7 @@ impl Agent {
                     return Ok(());
                 };
                 let role = match what {
-                    Start::Primary { cold } if !self.is_still_to_start(&machine, vm, cold)? => {
+                    Start::Primary { .. } if !self.is_still_to_start(&machine, vm)? => {
                         return Ok(());
                     }
                     Start::Primary { .. } => "primary",
@@ -357,13 +357,9 @@ impl Agent {
     }
 
     /// Whether a machine is to be started for all that is known now: what was seen may be as old as etcd's answers to what was done since, and
-    /// an operator may have thought better of it.
-    fn is_still_to_start(
-        &self,
-        machine: &str,
-        seen: &Kept<Vm>,
-        cold: bool,
-    ) -> Result<bool, AgentError> {
+    /// an operator may have thought better of it. (What is done between this look and the start, a cold start's record tells: see [`Cold`](crate::protocol::Cold).)
+    fn is_still_to_start(&self, machine: &str, seen: &Kept<Vm>) -> Result<bool, AgentError> {
+        let cold = matches!(seen.value.phase, Phase::Starting { cold: true, .. });
         let site = self.store.read()?;
         let vm = site.vms.get(machine);
         Ok(vm.is_some_and(|vm| vm.revision == seen.revision)

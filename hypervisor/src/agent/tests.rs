@@ -49,6 +49,7 @@ pub fn vm(name: &str) -> Vm {
         number: 0,
         failures: Vec::new(),
         note: None,
+        cold_from: None,
         disk: None,
     }
 }
