@@ -153,8 +153,8 @@ fn give(of: &Of, what: Ask) -> Result<(), Failure> {
     loop {
         match find::ask_process(&directory, &of.name, pid) {
             Ok(status) => {
-                if let Some(outcome) = outcome_of(&status, number) {
-                    let said = outcome.map_err(|why| failed(&why))?;
+                if let Some(outcome) = status.outcome_of(number) {
+                    let said = outcome.as_ref().map_err(|why| failed(why))?;
                     // These end the process, which then says it best.
                     if !matches!(what, Ask::PowerOff | Ask::Switch) {
                         println!("{}: {said}", of.name);
@@ -184,13 +184,6 @@ fn is_gone(kind: ErrorKind) -> bool {
         kind,
         ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::UnexpectedEof
     )
-}
-
-fn outcome_of(status: &Status, number: u64) -> Option<Result<String, String>> {
-    let ordered = status.ordered.as_ref()?;
-    (ordered.number == number)
-        .then(|| ordered.outcome.clone())
-        .flatten()
 }
 
 /// The process of the role that serves the machine; if none is here, of one that says why it takes no orders.

@@ -532,6 +532,7 @@ pub mod tests {
                 hook: Default::default(),
                 share: Control::WHOLE,
                 ordered: None,
+                orders: Vec::new(),
                 metrics: None,
                 history: (0..60).collect(),
                 events: vec![Happened {
