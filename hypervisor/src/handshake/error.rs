@@ -108,8 +108,8 @@ pub enum HandshakeError {
     },
     /// The CPUs are of one model, and a guest finds different things on the two.
     #[error(
-        "both hosts have the same CPU, and yet a guest is told different things of it: by CPUID {0}. Give both the same microcode, firmware settings and \
-         kernel, with the same options for its CPU"
+        "both hosts have the same CPU, and yet this one cannot tell a guest what it was told on the other: by CPUID {0}. A backup's kernel, microcode and \
+         firmware settings must offer all that its primary's offer: bring this host's up to those of the other, or start the machine on this one"
     )]
     Told(Difference),
     /// The machine has another name.

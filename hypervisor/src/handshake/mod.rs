@@ -334,7 +334,11 @@ pub fn listen_to(
 pub fn compare_cpus(hello: &Hello, ours: &Told) -> Result<(), HandshakeError> {
     match ours.difference(&hello.told) {
         None => Ok(()),
-        Some(difference) => Err(HandshakeError::Told(difference)),
+        // This host would tell another thing where it could; what is named is why it cannot.
+        Some(difference) => {
+            let lacks = ours.lacks(&hello.told);
+            Err(HandshakeError::Told(lacks.unwrap_or(difference)))
+        }
     }
 }
 
