@@ -411,6 +411,7 @@ impl Hands {
     fn words_of_host(&self, site: &Site, me: &Host, vm: &Vm) -> Vec<String> {
         let config = &self.config;
         let mut words = vec!["--name".to_owned(), vm.name.clone()];
+        words.extend(["--instance".to_owned(), vm.instance.clone()]);
         let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
         if let Some(roles) = &config.roles {
             say("--config", roles.display().to_string());

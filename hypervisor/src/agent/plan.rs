@@ -228,8 +228,10 @@ impl Planner<'_> {
         let vm = &self.vm.value;
         let unwanted = vm.phase == Phase::Running && !self.is_to_be_followed();
         for role in self.roles_here() {
-            let waits = role.is_backup(Standing::Waiting) && !self.is_assigned_backup_here();
-            if waits || unwanted && role.is_backup(Standing::Following) {
+            let ours = self.site.is_of(&role);
+            let waits =
+                role.is_backup(Standing::Waiting) && !(ours && self.is_assigned_backup_here());
+            if waits || unwanted && ours && role.is_backup(Standing::Following) {
                 self.acts.push(Act::EndBackup {
                     machine: self.vm.value.name.clone(),
                     pid: role.pid,
@@ -255,7 +257,7 @@ impl Planner<'_> {
             return;
         }
         for role in self.roles_here() {
-            if role.is_backup(Standing::Following) {
+            if role.is_backup(Standing::Following) && site.is_of(&role) {
                 self.acts.push(Act::EndBackup {
                     machine: vm.name.clone(),
                     pid: role.pid,
@@ -300,6 +302,10 @@ impl Planner<'_> {
                 vm.backup = None;
                 vm.note = None;
             });
+        } else if let Some(host) = site.stranger(name) {
+            self.note(format!(
+                "host {host} has a process of a machine of this name that was deleted: end it there (doppel status {name}, doppel power-off {name})"
+            ));
         }
     }
 
@@ -536,7 +542,7 @@ impl Planner<'_> {
         if let Some((on, there)) = there {
             let waits = there
                 .roles_of(&vm.name)
-                .any(|role| role.is_backup(Standing::Waiting));
+                .any(|role| role.is_backup(Standing::Waiting) && site.is_of(role));
             let is_copied = !waits
                 && there
                     .roles_of(&vm.name)
@@ -602,7 +608,8 @@ impl Planner<'_> {
             });
             return;
         }
-        let roles = self.roles_here();
+        let mut roles = self.roles_here();
+        roles.retain(|role| self.site.is_of(role));
         let serves = roles.iter().filter(|role| role.serves()).count();
         let has_backup = roles
             .iter()

@@ -58,6 +58,7 @@ pub fn role_of(machine: &str, role: Role, standing: Standing) -> RoleReport {
     RoleReport {
         machine: machine.to_owned(),
         pid: 100,
+        instance: None,
         says: Some(Says {
             role,
             standing,

@@ -497,6 +497,7 @@ pub mod tests {
             pid: 4242,
             outcome: Ok(Status {
                 name: name.to_owned(),
+                instance: None,
                 role,
                 standing,
                 protected: standing.is_protected(),

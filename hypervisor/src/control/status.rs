@@ -259,6 +259,9 @@ fn whole() -> u16 {
 pub struct Status {
     /// The machine.
     pub name: String,
+    /// Which machine of that name, if the process was told.
+    #[serde(default)]
+    pub instance: Option<String>,
     /// What this process is to it.
     pub role: Role,
     /// How it stands.

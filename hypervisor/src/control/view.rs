@@ -29,6 +29,7 @@ const RECENT: usize = 10;
 #[derive(Clone, Debug)]
 pub(super) struct About {
     pub(super) name: String,
+    pub(super) instance: Option<String>,
     pub(super) transport: Option<String>,
     pub(super) arbiter: Option<String>,
     pub(super) metrics: Option<SocketAddr>,
@@ -339,6 +340,7 @@ impl View {
         let longest = latest.clone().take(RECENT).map(|second| second.lag).max();
         Status {
             name: self.about.name.clone(),
+            instance: self.about.instance.clone(),
             role: self.state.role,
             standing: self.state.standing,
             protected: self.state.standing.is_protected(),
@@ -430,6 +432,7 @@ pub(super) mod tests {
     fn view(role: Role) -> View {
         let about = About {
             name: "kv".into(),
+            instance: None,
             transport: Some("shm".into()),
             arbiter: Some("/srv/arbiter".into()),
             metrics: None,

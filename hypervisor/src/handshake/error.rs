@@ -122,6 +122,18 @@ pub enum HandshakeError {
         /// The backup's.
         ours: String,
     },
+    /// The machine is another one of the same name.
+    #[error(
+        "the primary's machine is another {name:?} than this backup's ({theirs:?}, {ours:?}): one of them was deleted; end what is left of that"
+    )]
+    Instance {
+        /// The name of both.
+        name: String,
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: String,
+    },
     /// The machine is replicated in another way.
     #[error(
         "the primary replicates by {theirs:?}, this backup by {ours:?}: give both the same --replicate"

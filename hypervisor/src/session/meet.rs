@@ -332,6 +332,7 @@ fn any_ring(
 /// What a primary tells every backup that it meets.
 pub(super) struct Introduction {
     pub(super) name: String,
+    pub(super) instance: Option<String>,
     pub(super) me: Identity,
     pub(super) cpu: CpuModel,
     /// What its guest is told of it.
@@ -360,6 +361,7 @@ impl Introduction {
         let port = port.map(NetPort::try_clone).transpose();
         Ok(Self {
             name: config.name.clone(),
+            instance: config.instance.clone(),
             me,
             cpu: machine.cpu_model().clone(),
             told: machine.told().clone(),
@@ -400,6 +402,7 @@ pub(super) fn introduce(
         cpu: who.cpu.clone(),
         told: who.told.clone(),
         name: who.name.clone(),
+        instance: who.instance.clone(),
         transport: config.pair.transport.name().to_owned(),
         replication: config.replicate.mode.name().to_owned(),
         identity: who.me.to_string(),

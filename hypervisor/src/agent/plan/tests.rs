@@ -196,6 +196,58 @@ fn a_cold_start_is_from_the_record_that_its_operator_knew_of() {
     assert_eq!(starts_of(&site), Cold::Whatever);
 }
 
+/// A machine was noted to be lost and deleted, and its name given again; then the host comes back on which it ran all the time.
+#[test]
+fn what_is_left_of_a_deleted_machine_is_not_taken_for_the_one_that_has_its_name() {
+    let mut site = site(&["a", "b"]);
+    put(&mut site, running(Some(on("b", 2))));
+    let left = |role, standing| RoleReport {
+        instance: Some("0".into()),
+        ..role_of("kv", role, standing)
+    };
+    let put_left = |site: &mut Site, host: &str, role| {
+        site.hosts.get_mut(host).unwrap().value.roles = vec![role];
+    };
+    put_left(&mut site, "a", left(Role::Primary, Standing::Protected));
+    put_left(&mut site, "b", left(Role::Backup, Standing::Following));
+    assert!(site.serving("kv").is_none() && site.following("kv").is_none());
+    assert!(site.is_anywhere("kv"), "nobody starts it beside");
+    for me in ["a", "b"] {
+        assert_eq!(plan(&site, &local(me)), [], "what may serve is left alone");
+    }
+    // One that only waits would take the new machine's copy, onto the old one's disk.
+    put_left(&mut site, "b", left(Role::Backup, Standing::Waiting));
+    let ended = Act::EndBackup {
+        machine: "kv".into(),
+        pid: 100,
+    };
+    assert_eq!(plan(&site, &local("b")), [ended]);
+    let own = |role| RoleReport {
+        instance: Some(vm("kv").instance),
+        ..role
+    };
+    put_left(&mut site, "b", own(left(Role::Backup, Standing::Waiting)));
+    assert_eq!(plan(&site, &local("b")), []);
+    put_left(
+        &mut site,
+        "a",
+        own(left(Role::Primary, Standing::Unprotected)),
+    );
+    assert_eq!(site.serving("kv").unwrap().0.name, "a");
+    // Turning the new one off says what is in the way.
+    put_left(&mut site, "a", left(Role::Primary, Standing::Unprotected));
+    site.hosts.get_mut("b").unwrap().value.roles.clear();
+    let stopping = Vm {
+        phase: Phase::Stopping,
+        ..vm("kv")
+    };
+    put(&mut site, stopping);
+    let acts = plan(&site, &local("a"));
+    let said = written(&acts).unwrap().note.clone().unwrap();
+    assert!(said.contains("host a has a process"), "{said}");
+    assert!(!acts.iter().any(|act| matches!(act, Act::PowerOff { .. })));
+}
+
 /// The record of a machine that runs out of every agent's sight was lost, or was written by a newer version: nobody has turned it off.
 #[test]
 fn a_machine_whose_record_is_gone_is_not_taken_for_one_that_is_off() {
@@ -636,6 +688,7 @@ impl Play {
                     .map(|(role, standing, epoch)| RoleReport {
                         machine: "kv".into(),
                         pid: 100,
+                        instance: None,
                         says: Some(Says {
                             role: *role,
                             standing: *standing,

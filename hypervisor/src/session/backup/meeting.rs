@@ -90,6 +90,7 @@ impl Meeting<'_> {
         let ours = Ours {
             cpu: &self.cpu,
             name: &config.name,
+            instance: config.instance.as_deref(),
             transport: config.pair.transport,
             replication: config.replicate.mode,
         };
