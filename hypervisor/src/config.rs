@@ -43,6 +43,8 @@ pub enum GuestCpu {
 pub struct Config {
     /// The machine's name: which record of the arbiter is its own.
     pub name: String,
+    /// Which machine of this name it is, where names are given again: two sides that say another one are no pair.
+    pub instance: Option<String>,
     /// `kv`, `compute`, `irq`, `clock`, `memory`, or the path of an ELF file.
     pub guest: String,
     /// A Linux kernel, a vmlinux or a bzImage, that is booted in place of `guest`.
@@ -309,6 +311,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             name: "machine".into(),
+            instance: None,
             guest: "kv".into(),
             kernel: None,
             initrd: None,

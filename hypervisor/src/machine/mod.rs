@@ -186,19 +186,31 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`].
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
+        Self::as_told(source, spec, &Told::default())
+    }
+
+    /// The same, its guest being told of its CPU what it is told elsewhere, where this host can tell that as well; [`Machine::told`] says whether it is.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub fn as_told(
+        source: &KvmSource,
+        spec: &MachineSpec,
+        told: &Told,
+    ) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let kvm = source.open()?;
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
         let tally = Arc::<Tally>::default();
         let (vm, cpus, cpu) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (vcpus, shape, cpu) = vm.create_crew(count)?;
+            let (vcpus, shape, cpu) = vm.create_crew(count, told)?;
             reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm, &tally);
             (vm, Cpus::Crew(crew), cpu)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page, told)?;
             reset::load(spec, spec.seed, &ram, &vcpu)?;
             (vm, Cpus::One(vcpu), cpu)
         };
