@@ -1,7 +1,7 @@
 //! The kernel's own file.
 
 use super::alternatives::{self, Alternative, REPLACEMENTS, TABLE, target};
-use super::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf, is_elf};
+use super::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf, is_elf, word};
 use super::error::PrepareError;
 use super::program;
 use super::report::{FileReport, Kind, Report};
@@ -195,7 +195,8 @@ fn vdsos(elf: &Elf<'_>) -> Result<Vec<(FileReport, Vec<Patch>)>, PrepareError> {
         let data = elf.bytes_of(section);
         let mut into = (section.address.wrapping_neg() % PAGE as u64) as usize;
         while let Some(image) = data.get(into..).filter(|image| !image.is_empty()) {
-            let library = is_elf(image).then(|| Elf::parse(image).ok()).flatten();
+            let library = is_elf(image) && has_few_sections(image);
+            let library = library.then(|| Elf::parse(image).ok()).flatten();
             let Some(library) = library.filter(|library| library.kind == ET_DYN) else {
                 into += PAGE;
                 continue;
@@ -210,6 +211,13 @@ fn vdsos(elf: &Elf<'_>) -> Result<Vec<(FileReport, Vec<Patch>)>, PrepareError> {
         }
     }
     Ok(found)
+}
+
+/// As those libraries have: what is an ELF file by its first word may be anything, and many sections are work, at each page's start.
+fn has_few_sections(image: &[u8]) -> bool {
+    const FEW: u64 = 64;
+    let at = if image.get(4) == Some(&2) { 60 } else { 48 };
+    word(image, at, 2).is_some_and(|count| count <= FEW)
 }
 
 fn vdso_name(elf: &Elf<'_>) -> String {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::alternatives::{self, REPLACEMENTS, TABLE};
 use super::elf::{EM_X86_64, ET_REL, Elf};
 use super::report::{FileReport, Kind};
-use super::rewrite::{Look, Patch, Ring, apply, functions};
+use super::rewrite::{FLOODED, Look, Patch, Ring, apply, functions};
 
 /// What ends a signed module (kernel/module_signature.c).
 const SIGNED: &[u8] = b"~Module signature appended~\n";
@@ -84,6 +84,9 @@ fn look(bytes: &[u8], path: &str) -> (FileReport, Vec<Patch>) {
             }
         };
         look.replacements(replacements, &alternatives, &functions);
+    }
+    if look.is_flooded() {
+        return skipped(FLOODED.into());
     }
     (look.report, look.patches)
 }

@@ -205,11 +205,18 @@ pub struct Report {
     pub modules: usize,
     /// Programs and libraries that were looked into.
     pub programs: usize,
+    /// Sites of all files.
+    #[serde(skip)]
+    sites: usize,
 }
+
+/// Sites of all files together at most: a distribution's have some thousands.
+const SITES_MOST: usize = 1 << 18;
 
 impl Report {
     /// Adds a file.
     pub fn add(&mut self, file: FileReport) {
+        self.sites += file.sites.len();
         if file.skipped.is_none() {
             match file.kind {
                 Kind::Module => self.modules += 1,
@@ -227,6 +234,13 @@ impl Report {
         self.files.extend(other.files);
         self.modules += other.modules;
         self.programs += other.programs;
+        self.sites += other.sites;
+    }
+
+    /// Why there can be no more of it, if its files have more sites than any system's.
+    pub(super) fn flood(&self) -> Option<String> {
+        (self.sites > SITES_MOST)
+            .then(|| format!("its programs have more than {SITES_MOST} places that would have to be rewritten, and no system's have so many"))
     }
 
     /// How many sites there are of each kind.

@@ -1,5 +1,6 @@
 //! Whole files, made by hand around code of Debian's kernel.
 
+mod bounds;
 mod build;
 mod hostile;
 
@@ -309,11 +310,17 @@ fn a_module_without_sites_keeps_its_signature() {
 
 /// A program without symbols, whose second function only its table for unwinding tells of.
 fn stripped_program() -> Vec<u8> {
+    stripped_program_with(b"zR")
+}
+
+/// By so many letters its table for unwinding says how it is written.
+fn stripped_program_with(letters: &[u8]) -> Vec<u8> {
     let mut code = vec![0x00, 0x00, 0xb8];
     code.extend(READ_TSC);
     let mut frames = Vec::new();
     // CIE: "zR", addresses from here on in four signed bytes.
-    let cie = [1, b'z', b'R', 0, 1, 0x78, 16, 1, 0x1b, 0, 0, 0];
+    let mut cie = [&[1], letters, &[0, 1, 0x78, 16, 1, 0x1b]].concat();
+    cie.resize(cie.len().next_multiple_of(4), 0);
     frames.extend((cie.len() as u32 + 4).to_le_bytes());
     frames.extend([0; 4]);
     frames.extend(cie);
