@@ -26,6 +26,10 @@ pub fn module(mut bytes: Vec<u8>, path: &str) -> (Vec<u8>, FileReport) {
     let (mut report, patches) = look(&bytes, path);
     if !patches.is_empty() {
         if let Some(length) = unsigned(&bytes) {
+            if Elf::parse(&bytes).is_ok_and(|elf| elf.end() > length) {
+                let why = "by its length its signature begins within the module: it is damaged";
+                return (bytes, FileReport::skipped(path, Kind::Module, why));
+            }
             bytes.truncate(length);
             report.signature_stripped = true;
         }

@@ -294,6 +294,20 @@ fn a_module_loses_a_signature_that_is_no_longer_right() {
     assert!(module(new.clone(), "jent.ko").0 == new);
 }
 
+/// A length of a signature that covers the module's code: it is damaged, and what would be rewritten is not there.
+#[test]
+fn a_signature_that_begins_within_the_module_is_none() {
+    let mut old = module_file(READ_TSC);
+    let at = old.len() - b"~Module signature appended~\n".len() - 4;
+    for length in [21u32, 100, 4000] {
+        old[at..at + 4].copy_from_slice(&length.to_be_bytes());
+        let (new, report) = module(old.clone(), "jent.ko");
+        let why = report.skipped.expect("damaged");
+        assert!(why.contains("begins within the module"), "{why}");
+        assert!(new == old, "left as it is");
+    }
+}
+
 #[test]
 fn a_module_without_sites_keeps_its_signature() {
     let mut build = Build::object();
