@@ -3,6 +3,7 @@
 mod bounds;
 mod build;
 mod hostile;
+mod places;
 
 use std::io::Write;
 
@@ -498,8 +499,8 @@ fn a_directory_becomes_the_same_archive_each_time() {
     std::fs::write(root.join("bin/clock"), stripped_program()).expect("write");
     std::fs::write(root.join("init"), b"#!/bin/sh\n").expect("write");
     std::os::unix::fs::symlink("bin/clock", root.join("link")).expect("link");
-    let once = super::root(&root).expect("a root directory");
-    assert!(super::root(&root).expect("a root directory") == once);
+    let once = super::root(&root, Limits::default()).expect("a root directory");
+    assert!(super::root(&root, Limits::default()).expect("a root directory") == once);
     assert_eq!(once.report.files.len(), 1);
     let mut reader = cpio::Reader::new(&once.bytes);
     let mut names = Vec::new();
@@ -519,7 +520,7 @@ fn a_directory_becomes_the_same_archive_each_time() {
         ]
     );
     let out = work.path().join("out");
-    let report = modules(&root, &out).expect("copied");
+    let report = modules(&root, &out, Limits::default()).expect("copied");
     assert_eq!(report.programs, 1);
     assert!(
         std::fs::read(out.join("bin/clock")).expect("read")
@@ -531,7 +532,7 @@ fn a_directory_becomes_the_same_archive_each_time() {
             .to_str(),
         Some("bin/clock")
     );
-    let missing = modules(&work.path().join("none"), &out)
+    let missing = modules(&work.path().join("none"), &out, Limits::default())
         .expect_err("no directory")
         .to_string();
     assert!(missing.contains("none: cannot look into it"), "{missing}");
