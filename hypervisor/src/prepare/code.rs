@@ -75,7 +75,8 @@ fn stretch(bytes: &[u8], range: Range<usize>, address: u64, bitness: u32, swept:
     }
 }
 
-fn family(code: Code) -> Option<Instruction> {
+/// Which of the family this is.
+pub(super) fn family(code: Code) -> Option<Instruction> {
     match code {
         Code::Rdtsc => Some(Instruction::Rdtsc),
         Code::Rdtscp => Some(Instruction::Rdtscp),

@@ -159,37 +159,43 @@ impl Look<'_> {
         let mut seen = BTreeSet::new();
         for alternative in alternatives {
             let (original, into) = alternative.original;
-            if seen.insert(alternative.replacement.start) {
+            let range = &alternative.replacement;
+            if !range.is_empty() && seen.insert(range.start) {
                 let place = functions[original].place(into);
                 self.replacement(section, alternative.replacement.clone(), &place);
             }
         }
     }
 
-    /// Has the reader of the clock page count its reads (`clock_reader`), if it is in section `number`. `patched` is where the kernel puts
-    /// alternatives.
+    /// Has the readers of the clock page count their reads (`clock_reader`), if they are in section `number`. `patched` is where the kernel
+    /// puts alternatives, and how many bytes.
     pub(super) fn clock_readers(
         &mut self,
         (number, section): (usize, &Section),
         functions: &Functions,
-        patched: &[Place],
+        patched: &BTreeMap<Place, usize>,
     ) {
         let code = self.elf.bytes_of(section);
         for function in functions.named(clock_reader::NAME, code.len()) {
-            let Some(plan) = code.get(function.clone()).and_then(Plan::of) else {
+            let Some(bytes) = code.get(function.clone()) else {
                 continue;
             };
-            let changes = plan
-                .changes()
-                .map(|(range, new)| (function.start + range.start, new));
+            let changes = Plan::of(bytes).map(|plan| {
+                plan.changes()
+                    .map(|(range, new)| (function.start + range.start, new))
+            });
             let is_patched = |(into, new): &(usize, Vec<u8>)| {
-                let range = *into..into + new.len();
-                let mut patched = patched.iter();
-                patched.any(|(other, at)| *other == number && range.contains(at))
+                // A place has at most 255 bytes.
+                let from = (number, into.saturating_sub(usize::from(u8::MAX)));
+                let mut near = patched.range(from..(number, into + new.len()));
+                near.any(|((_, at), length)| at + length > *into)
             };
-            if changes.iter().any(is_patched) {
+            let Some(changes) = changes.filter(|changes| !changes.iter().any(is_patched)) else {
+                if clock_reader::reads_counter(bytes) {
+                    self.report.uncounted.push(functions.place(function.start));
+                }
                 continue;
-            }
+            };
             for (into, new) in changes {
                 let old = &code[into..into + new.len()];
                 let offset = self.base + section.offset + into;

@@ -2,13 +2,13 @@
 
 mod bounds;
 mod build;
+mod clock;
 mod hostile;
 mod places;
 
 use std::io::Write;
 
 use self::build::{Build, CODE, DATA};
-use super::clock_reader::tests::READER;
 use super::kallsyms::tests::table;
 use super::*;
 
@@ -570,50 +570,4 @@ fn every_packing_is_read_up_to_its_end() {
             "{kind:?}"
         );
     }
-}
-
-#[test]
-fn the_reader_of_the_clock_page_is_made_to_count() {
-    let made = |name: &str| {
-        let mut build = Build::executable();
-        let mut text = READ_TSC.to_vec();
-        text.resize(32, 0xcc);
-        text.extend(READER);
-        let number = build.section(".text", CODE, TEXT, &text);
-        build.symbol("read_tsc", number, TEXT);
-        build.symbol(name, number, TEXT + 32);
-        build.finish()
-    };
-    let old = made("pvclock_clocksource_read");
-    let once = prepared(&old);
-    assert!(!counts_clock_reads(&old) && counts_clock_reads(&once.bytes));
-    let changed = &once.report.files[0].changes;
-    let places: Vec<&str> = changed.iter().map(|change| change.place.as_str()).collect();
-    assert_eq!(
-        places,
-        [
-            "pvclock_clocksource_read+0x4",
-            "pvclock_clocksource_read+0xe"
-        ]
-    );
-    for change in changed {
-        let bytes = |file: &[u8]| {
-            let range = change.offset..change.offset + change.new.len() / 2;
-            file[range]
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>()
-        };
-        assert_eq!(
-            (bytes(&old), bytes(&once.bytes)),
-            (change.old.clone(), change.new.clone())
-        );
-    }
-    assert_eq!(
-        once.report.files[0].sites[1].outcome,
-        Outcome::Rewritten("89d0".into()),
-        "nobody executes it, and nobody is to think that it exits"
-    );
-    assert_eq!(prepared(&once.bytes).bytes, once.bytes, "prepared twice");
-    assert!(!counts_clock_reads(&prepared(&made("another")).bytes));
 }
