@@ -1,5 +1,7 @@
 //! The machine on real KVM, and what an exit hands to its devices.
 
+mod clock_page;
+
 use super::*;
 use crate::checkpoint::Pages;
 use crate::devices::DevicesConfig;
