@@ -1,5 +1,5 @@
 //! The clock of a guest that computes without end and reads the time from a page of its memory (issue 7, point 4): it goes on, keeps pace with the
-//! host's and never runs backwards, not even over the loss of its primary. What Linux guests under replay have; `linux-busy` has Linux itself.
+//! host's and never runs backwards, not over the loss of its primary, nor a copy of the running machine, a switch-over, a pause or a reset. What Linux guests under replay have; `linux-busy` has Linux itself.
 //!
 //! The guest prints what its clock says, and this process looks when a line has come. What a line was late is known from its neighbours: of
 //! many the quickest counts, as a clock that is asked over a network is set.
@@ -18,13 +18,14 @@ use hypervisor::session::report::Event;
 use serde_json::{Value, json};
 
 use crate::harness::clock_guest::{self, APART};
+use crate::harness::operator::Operator;
 use crate::harness::program::doppel;
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "clock-keeps",
-    line: "the clock page of a guest that computes without end, counted or preempted, never runs backwards over a failover, and keeps pace with the host's within 0.1 %, but for what one failover takes (full: for an hour)",
+    line: "the clock page of a guest that computes without end, counted or preempted, never runs backwards over a failover, a live join, a switch-over, a pause and a reset, and keeps pace with the host's within 0.1 %, but for what one failover takes (full: for an hour)",
     short: Duration::from_secs(30),
     full: Duration::from_secs(4500),
     show,
@@ -35,6 +36,15 @@ const DRIFT: f64 = 0.001;
 
 /// Lines at an end of a run of which the quickest counts.
 const QUICKEST_OF: usize = 20;
+
+/// Lines that show that the clock goes on.
+const A_FEW: usize = 6;
+
+/// A machine's name, if it is given none.
+const NAME: &str = "machine";
+
+/// How long it is paused: many ticks.
+const PAUSE: Duration = Duration::from_millis(300);
 
 /// What even the quickest may have been late.
 const UNSURE: Duration = Duration::from_millis(3);
@@ -57,9 +67,9 @@ fn show(run: &Run) -> Result<Figures> {
             "preempted",
             false,
             &["--preempt", "checkpoint"],
-            run.form.pick([8, 4], [3300, 300]),
+            run.form.pick([6, 3], [3300, 300]),
         ),
-        ("counted", true, &[], run.form.pick([6, 3], [540, 60])),
+        ("counted", true, &[], run.form.pick([4, 3], [540, 60])),
     ];
     for (name, counts, options, lengths) in ways {
         let guest = work.path().join(format!("{name}.elf"));
@@ -71,7 +81,7 @@ fn show(run: &Run) -> Result<Figures> {
             &work.path().join("log"),
             &guest,
             options,
-            run.form.pick(2, 10),
+            run.form.pick(1, 10),
         )
         .with_context(|| format!("{name}, recorded"))?;
         figures.add(&format!("{name}_log"), costs);
@@ -91,6 +101,8 @@ struct Follower {
     console: PathBuf,
     /// Bytes of it that were taken.
     taken: u64,
+    /// Lines that may be cut: a side that died may have let out a part of one, and a reset may come within one.
+    cut: u32,
     seen: Vec<Seen>,
 }
 
@@ -99,6 +111,7 @@ impl Follower {
         Self {
             console,
             taken: 0,
+            cut: 0,
             seen: Vec::new(),
         }
     }
@@ -106,6 +119,7 @@ impl Follower {
     /// The machine's console goes on in this file.
     fn go_on_in(&mut self, console: PathBuf) {
         (self.console, self.taken) = (console, 0);
+        self.cut += 1;
     }
 
     /// Takes what is new; an error says that time ran backwards.
@@ -121,11 +135,12 @@ impl Follower {
             let Some(whole) = line.strip_suffix('\n') else {
                 break;
             };
-            let begins = self.taken == 0;
             self.taken += line.len() as u64;
             let Some((guest, in_order)) = clock_guest::line(whole) else {
-                // Of its first line the other side may have let out a part.
-                ensure!(begins, "the guest printed {whole:?}");
+                self.cut = self
+                    .cut
+                    .checked_sub(1)
+                    .with_context(|| format!("the guest printed {whole:?}"))?;
                 continue;
             };
             ensure!(
@@ -148,10 +163,10 @@ impl Follower {
         Ok(())
     }
 
-    /// For so long, and until there are as many more lines as an end of a run needs.
-    fn follow(&mut self, length: Duration) -> Result<()> {
+    /// For so long, and until there are so many more lines.
+    fn follow(&mut self, length: Duration, more: usize) -> Result<()> {
         let began = Instant::now();
-        let (until, enough) = (began + length, self.seen.len() + QUICKEST_OF);
+        let (until, enough) = (began + length, self.seen.len() + more);
         while Instant::now() < until || self.seen.len() < enough {
             self.look()?;
             let last = self.seen.last();
@@ -195,7 +210,7 @@ fn keeps(
     let mut pair = Pair::start(&spec, None)?;
     let console = |side: &str| directory.join(format!("{side}.console"));
     let mut lines = Follower::of(console("primary"));
-    lines.follow(with)?;
+    lines.follow(with, QUICKEST_OF)?;
     ensure!(
         pair.primary.ended().is_none() && pair.backup.ended().is_none(),
         "a side ended: {} {}",
@@ -214,11 +229,34 @@ fn keeps(
         anyhow::bail!("no failover: {live:?} {}", pair.backup.messages());
     };
     lines.go_on_in(console("backup"));
-    lines.follow(without)?;
-    let _ = pair.backup.stop(PATIENCE);
+    lines.follow(without, QUICKEST_OF)?;
     let kept = judge(&lines.seen, protected)?;
     run.say(format!("{guest:?}: {kept}"));
+    moved(&mut pair, &spec, &mut lines)?;
+    let _ = pair.backup.stop(PATIENCE);
     Ok(json!({"clock": kept, "memories_compared": memory_checks, "lines_protected": protected}))
+}
+
+/// What else moves or stops a machine: a copy of it as it runs, a switch-over to that, a pause, and a reset. Its clock goes on over all of them.
+fn moved(pair: &mut Pair, spec: &PairSpec, lines: &mut Follower) -> Result<()> {
+    let operator = Operator::of(spec.run_directory(), NAME);
+    pair.replace_primary(spec, None, drop)?;
+    lines.follow(Duration::ZERO, A_FEW).context("copied")?;
+    operator.ordered(&["switch"])?;
+    lines.look()?;
+    lines.go_on_in(spec.directory.join("backup-2.console"));
+    lines
+        .follow(Duration::ZERO, A_FEW)
+        .context("switched over")?;
+    operator.ordered(&["pause"])?;
+    std::thread::sleep(PAUSE);
+    operator.ordered(&["resume"])?;
+    lines
+        .follow(Duration::ZERO, A_FEW)
+        .context("paused and resumed")?;
+    lines.cut += 1;
+    operator.ordered(&["reset"])?;
+    lines.follow(Duration::ZERO, A_FEW).context("reset")
 }
 
 /// Whether the guest's clock kept pace; so many of the lines came before the failover.
