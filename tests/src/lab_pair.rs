@@ -97,13 +97,20 @@ impl Site {
     /// # Errors
     /// If there is no lab, or something for it cannot be built.
     pub fn set_up(name: &str, memory_mib: u32) -> Result<Self> {
-        let made = [program::doppel()?, built::verbs()?];
-        let lab = Lab::own(&Spec {
+        Self::of(&Spec {
             name: name.into(),
-            hosts: 2,
             memory_mib,
             ..Spec::default()
-        })?;
+        })
+    }
+
+    /// The same, of a lab of two hosts.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn of(spec: &Spec) -> Result<Self> {
+        let made = [program::doppel()?, built::verbs()?];
+        let lab = Lab::own(spec)?;
         for path in &made {
             lab.share_program(path)?;
         }

@@ -138,6 +138,7 @@ mkdir -p /guest && cp /shared/guest/* /guest/";
     let bytes = fs::read(written.join("linux.json")).context("read what bench wrote")?;
     let result: Value = serde_json::from_slice(&bytes).context("read what bench wrote")?;
     if let Some(to) = std::env::var_os("DOPPEL_RESULTS") {
+        fs::create_dir_all(&to).context("make the directory of DOPPEL_RESULTS")?;
         for ending in ["json", "md", "svg"] {
             let name = format!("linux.{ending}");
             fs::copy(written.join(&name), Path::new(&to).join(&name))
