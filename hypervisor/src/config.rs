@@ -43,6 +43,8 @@ pub enum GuestCpu {
 pub struct Config {
     /// The machine's name: which record of the arbiter is its own.
     pub name: String,
+    /// Which machine of this name it is, where names are given again: two sides that say another one are no pair.
+    pub instance: Option<String>,
     /// `kv`, `compute`, `irq`, `clock`, `memory`, or the path of an ELF file.
     pub guest: String,
     /// A Linux kernel, a vmlinux or a bzImage, that is booted in place of `guest`.
@@ -309,6 +311,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             name: "machine".into(),
+            instance: None,
             guest: "kv".into(),
             kernel: None,
             initrd: None,
@@ -371,6 +374,10 @@ pub enum ConfigError {
     },
 }
 
+/// Of a kernel that was prepared, with the host's CPU.
+const PREPARED_FOR_REPLAY: &str = "give the kernel as its distribution has it, or choose cpu replayable (--cpu replayable): this one was prepared for replay, \
+                                   and with the host's CPU, the default under replication by checkpoints and with several vCPUs, its clock would stand still";
+
 const STANDING_CLOCK: &str = "prepare the kernel with this release (doppel prepare), or choose preemption or replication by checkpoint with it (--preempt, \
                               --replicate): a guest that makes no exit to read the time would see it stand still";
 
@@ -419,9 +426,17 @@ impl Config {
     /// by checkpoints. Else each read is an exit, and so a place for what is due.
     ///
     /// # Errors
-    /// [`ConfigError::Value`] if a page is wanted that would stand still.
+    /// [`ConfigError::Value`] if a page is wanted that would stand still, or if that kernel is to have the host's CPU, whose page it does not read
+    /// right: it takes the time in it as it stands, and KVM renews that hardly ever.
     pub fn clock_source(&self, counts: bool) -> Result<ClockSource, ConfigError> {
         let by_checkpoints = self.replicate.mode == Replication::Checkpoint;
+        if counts && self.crew().is_some() {
+            return Err(ConfigError::Value {
+                field: "cpu",
+                found: "host".into(),
+                expected: PREPARED_FOR_REPLAY,
+            });
+        }
         let goes_on =
             counts || by_checkpoints || self.preempt.by_checkpoint() || self.crew().is_some();
         match self.clock {
@@ -693,6 +708,23 @@ mod tests {
         assert_eq!(of(&format!("{wanted}{preempted}"), false), page);
         assert_eq!(of("[replicate]\nmode = \"checkpoint\"", false), page);
         assert_eq!(of("clock = \"timer\"", true), timer);
+    }
+
+    /// Its reader takes what the page says, and KVM's page says what time it was when KVM last looked.
+    #[test]
+    fn a_prepared_kernel_does_not_get_the_hosts_cpu() {
+        let of = |text: &str, counts| {
+            let config = Config::parse(&format!("kernel = \"vmlinux\"\n{text}")).unwrap();
+            config.clock_source(counts).map_err(|e| e.to_string())
+        };
+        let by_checkpoints = "[replicate]\nmode = \"checkpoint\"";
+        for host in ["cpu = \"host\"", "vcpus = 2", by_checkpoints] {
+            let said = of(host, true).unwrap_err();
+            assert!(said.contains("--cpu replayable"), "{host}: {said}");
+            assert!(of(host, false).is_ok(), "{host}");
+        }
+        let replayable = format!("cpu = \"replayable\"\n{by_checkpoints}");
+        assert_eq!(of(&replayable, true), Ok(ClockSource::Page));
     }
 
     #[test]

@@ -11,8 +11,8 @@ mod intervals;
 mod late;
 mod source;
 mod taping;
+mod unreleased;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -29,7 +29,6 @@ use crate::entry::{
 use crate::event::{Input, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
 use crate::orders::{Order, Orders, Pace};
-use crate::outlet::{FRAMES_WAITING, frame_length};
 use crate::position::Position;
 use crate::spool::Spool;
 use crate::version::Version;
@@ -38,6 +37,7 @@ pub use ending::Remains;
 use intervals::Adopting;
 pub use source::{Arrived, Inputs, LogError, LogSource};
 use taping::Taping;
+use unreleased::Unreleased;
 
 /// Why a replay stopped.
 #[derive(Debug, thiserror::Error)]
@@ -105,9 +105,9 @@ pub struct Replayer<L> {
     decoder: Decoder,
     orders: Arc<Orders>,
     /// Outputs that the primary may not have released yet: sent again if this side goes live.
-    unreleased: VecDeque<(Seq, Output)>,
-    /// Bytes of the frames among them.
-    frame_bytes: usize,
+    unreleased: Unreleased,
+    /// Whether outputs are kept: this side may go live.
+    may_serve: bool,
     released: Seq,
     last_seq: Seq,
     last_digest_at: Position,
@@ -146,8 +146,8 @@ impl<L: LogSource> Replayer<L> {
             source,
             decoder: Decoder::default(),
             orders,
-            unreleased: VecDeque::with_capacity(256),
-            frame_bytes: 0,
+            unreleased: Unreleased::default(),
+            may_serve: true,
             released: Seq::ZERO,
             last_seq: Seq::ZERO,
             last_digest_at: Position(0),
@@ -179,6 +179,13 @@ impl<L: LogSource> Replayer<L> {
     #[must_use]
     pub fn sure_of_disks(mut self, sure: bool) -> Self {
         self.sure_of_disks = sure;
+        self
+    }
+
+    /// Nobody goes live from it, so that no output is kept: a recording says of none that it has left.
+    #[must_use]
+    pub fn for_show(mut self) -> Self {
+        self.may_serve = false;
         self
     }
 
@@ -301,8 +308,7 @@ impl<L: LogSource> Replayer<L> {
     fn has_left(&mut self, released: Seq) {
         self.released = self.released.max(released);
         let released = self.released;
-        while let Some((_, output)) = self.unreleased.pop_front_if(|(of, _)| *of <= released) {
-            self.frame_bytes -= frame_length(&output);
+        while let Some(output) = self.unreleased.next_of(released) {
             if let (Some(spool), Output::Console(bytes)) = (&self.spool, &output) {
                 spool.feed(bytes);
             }
@@ -483,7 +489,7 @@ impl<L: LogSource> Replayer<L> {
                 asked.push(request);
                 continue;
             }
-            self.keep_output(output);
+            self.keep_output(output)?;
         }
         let expected = step.outputs.unwrap_or_default();
         if outputs != expected {
@@ -502,12 +508,10 @@ impl<L: LogSource> Replayer<L> {
     }
 
     /// Keeps an output of the last entry until it is known to have left.
-    fn keep_output(&mut self, output: Output) {
-        // The primary, whose way out may be full, loses frames by the same rule.
-        let bytes = frame_length(&output);
-        if bytes == 0 || self.frame_bytes + bytes <= FRAMES_WAITING {
-            self.frame_bytes += bytes;
-            self.unreleased.push_back((self.last_seq, output));
+    fn keep_output(&mut self, output: Output) -> Result<(), LogError> {
+        match self.may_serve {
+            true => self.unreleased.keep(self.last_seq, output),
+            false => Ok(()),
         }
     }
 

@@ -17,6 +17,7 @@ use hypervisor::backends::link;
 use hypervisor::backends::tap::Ipv4Network;
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
+use hypervisor::control::status::Status;
 use hypervisor::demo::client::{self, Client, Outcome, Verification};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
@@ -355,6 +356,15 @@ impl<'a> LabPair<'a> {
         self.host_of(&self.primary)
     }
 
+    /// What the primary says of itself.
+    ///
+    /// # Errors
+    /// If it says nothing.
+    pub fn primary_status(&self) -> Result<Status> {
+        let status = status_of(&self.primary_host(), self.primary.pid());
+        status.context("the primary does not say how it is")
+    }
+
     /// SIGKILL to the primary's process; its host lives on.
     ///
     /// # Errors
@@ -482,6 +492,14 @@ impl<'a> LabPair<'a> {
         }
         ends.try_into().ok().context("two sides have two ends")
     }
+}
+
+/// What a process of a host says of itself.
+fn status_of(host: &Host<'_>, pid: u32) -> Option<Status> {
+    let told = host.run(&["doppel", "status", "--json"], PATIENCE).ok()?;
+    let all: Vec<serde_json::Value> = serde_json::from_slice(&told.stdout).ok()?;
+    let mut all = all.into_iter().flat_map(serde_json::from_value::<Status>);
+    all.find(|status| status.pid == pid)
 }
 
 fn is_paired(event: &Event) -> bool {

@@ -213,6 +213,14 @@ impl ImageReport {
         self.machine == vm.name && self.instance == vm.instance
     }
 
+    /// Whether no guest has ever run on it.
+    #[must_use]
+    pub fn is_unused(&self, record: Option<&Record>) -> bool {
+        let Some(text) = &self.mark else { return true };
+        let mark = Mark::parse(text).ok();
+        mark.is_some_and(|mark| mark.judge(&self.machine, record) == Ok(None))
+    }
+
     /// Why a machine that has run cannot go on with it, the arbiter's record being `record`; none if it can.
     #[must_use]
     pub fn fault(&self, record: Option<&Record>) -> Option<String> {
@@ -224,7 +232,8 @@ impl ImageReport {
             Err(error) => return Some(error.to_string()),
         };
         match mark.judge(&self.machine, record) {
-            Ok(_) => None,
+            Ok(Some(_)) => None,
+            Ok(None) => Some("no guest has run on it".to_owned()),
             Err(WhyNot::Stale { epoch, .. }) if mark.in_use == Use::Follows => Some(format!(
                 "it followed another one, with which the machine last lived in reign {epoch}"
             )),
@@ -263,8 +272,9 @@ pub fn images<'a>(site: &'a Site, vm: &'a Vm) -> impl Iterator<Item = (&'a Host,
 /// Whether a machine has never run: the arbiter's record is as it was when it was created, and no image tells otherwise.
 #[must_use]
 pub fn is_new(site: &Site, vm: &Vm, life: &DiskLife) -> bool {
-    let epoch = site.records.get(&vm.name).map_or(0, |found| found.epoch.0);
-    epoch == life.born && images(site, vm).all(|(_, image)| image.mark.is_none())
+    let record = site.records.get(&vm.name);
+    let epoch = record.map_or(0, |found| found.epoch.0);
+    epoch == life.born && images(site, vm).all(|(_, image)| image.is_unused(record))
 }
 
 /// Why a host cannot have a role of this machine for its disk's sake; none if it can. A backup's image is made a copy, whatever it is.
@@ -482,6 +492,47 @@ mod tests {
         assert_eq!(leads(&site, &db, "b"), None);
         assert_eq!(leads(&site, &db, "c"), None);
         assert!(leads(&site, &db, "a").is_some());
+    }
+
+    /// The swap of its first start was not answered.
+    #[test]
+    fn a_machine_whose_first_start_is_uncertain_needs_nobody_to_say_which_image() {
+        let (mut site, db) = machine(0);
+        let begun = Mark {
+            machine: "db".into(),
+            stamp: Stamp::of(&record(1, State::Live, 1)),
+            in_use: Use::Leads,
+            sure: false,
+            before: None,
+        };
+        let mark = Some(begun.text());
+        has(
+            &mut site,
+            "a",
+            ImageReport {
+                mark,
+                ..image(None)
+            },
+        );
+        // It did not land: the machine never ran.
+        for host in ["a", "c"] {
+            assert_eq!(leads(&site, &db, host), None, "{host}");
+        }
+        // It did: there is one image that may hold anything.
+        site.records.insert("db".into(), record(1, State::Live, 1));
+        assert_eq!(leads(&site, &db, "a"), None);
+        assert_eq!(leads(&site, &db, "c"), Some(Unfit::NoImage));
+        // It did not, and the machine had run elsewhere: it holds nothing of that.
+        site.records.insert("db".into(), record(2, State::Ended, 7));
+        let late = Mark {
+            stamp: Stamp::of(&record(3, State::Live, 1)),
+            ..begun
+        };
+        let a = site.hosts.get_mut("a").unwrap();
+        a.value.images.as_mut().unwrap()[0].mark = Some(late.text());
+        assert!(
+            matches!(leads(&site, &db, "a"), Some(Unfit::Image(why)) if why.contains("no guest"))
+        );
     }
 
     #[test]

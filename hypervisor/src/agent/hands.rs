@@ -30,6 +30,7 @@ use super::record::{Host, RoleReport, Site, Vm};
 use crate::backends::tap::{Tap, TapConfig, TapError};
 use crate::control::find;
 use crate::control::wire::Ask;
+use crate::protocol::Cold;
 use crate::session::host::MTU;
 
 /// Roles of one machine on one host.
@@ -292,7 +293,7 @@ impl Hands {
                     self.check_image(&file)?;
                 }
                 let mut words = vec!["primary".to_owned(), "--alone".to_owned()];
-                words.extend(cold.then(|| "--cold-start".to_owned()));
+                words.extend(cold_words(cold));
                 words.extend(vm.spec.words_of_primary());
                 words
             }
@@ -410,6 +411,7 @@ impl Hands {
     fn words_of_host(&self, site: &Site, me: &Host, vm: &Vm) -> Vec<String> {
         let config = &self.config;
         let mut words = vec!["--name".to_owned(), vm.name.clone()];
+        words.extend(["--instance".to_owned(), vm.instance.clone()]);
         let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
         if let Some(roles) = &config.roles {
             say("--config", roles.display().to_string());
@@ -500,6 +502,15 @@ impl Hands {
         self.order(machine, pid, Ask::Standby(place))?;
         self.told.insert((pid, place));
         Ok(())
+    }
+}
+
+/// The word by which a primary is started although its record says that it may run.
+fn cold_words(cold: Cold) -> Option<String> {
+    match cold {
+        Cold::No => None,
+        Cold::Whatever => Some("--cold-start".to_owned()),
+        Cold::From(reign) => Some(format!("--cold-start={reign}")),
     }
 }
 

@@ -3,7 +3,8 @@
 //! ```text
 //!   order in etcd ──taken by a transaction that takes it away──▶ given to the role ──▶ what came of it ──▶ answer in etcd
 //! ```
-//! An order is carried out at most once: it is taken away before it is given, and an agent that dies in between leaves the answer "taken".
+//! An order is carried out at most once: it is taken away before it is given, and an agent that dies in between leaves the answer "taken". Where the
+//! transaction was not answered it may have landed: the next look at etcd tells, and the order is given then.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use super::hands::Hands;
 use super::record::{Answer, Kept, Order, Site, Verb};
-use super::store::{Change, Key, Store};
+use super::store::{Change, Key, Lease, Store};
 use crate::arbiter::EtcdError;
 use crate::control::status::Status;
 use crate::control::wire::Ask;
@@ -39,6 +40,22 @@ pub struct Given {
 #[derive(Debug, Default)]
 pub struct Desk {
     given: BTreeMap<String, Given>,
+    /// Orders of which this process does not know whether it has taken them, and until when that matters to whoever gave them.
+    unsure: Vec<(Order, u64)>,
+}
+
+/// How an agent's process says that it has an order. An earlier process of this host's, which may have given it, says another thing.
+fn taken_by(me: &str) -> String {
+    format!("{me} has it, agent {}", std::process::id())
+}
+
+/// Which of these orders were taken by whoever says so, as etcd knows it. One that is still there is taken anew.
+fn landed(unsure: Vec<(Order, u64)>, site: &Site, by: &str) -> Vec<(Order, u64)> {
+    let taken = |(order, _): &(Order, u64)| match site.answers.get(&order.id) {
+        Some(Answer::Taken(who)) => who == by,
+        _ => false,
+    };
+    unsure.into_iter().filter(taken).collect()
 }
 
 /// The orders that this host is to carry out: of machines that it serves, one at a time for each.
@@ -70,13 +87,10 @@ fn outcome(
         let (host, epoch) = (&host.name, role.epoch());
         return Some(Answer::Done(format!("{host} serves it in epoch {epoch}")));
     }
-    let refused = status.as_ref().ok().and_then(|status| {
-        let ordered = status.ordered.as_ref()?;
-        let of_it = ordered.number == given.number;
-        of_it.then(|| ordered.outcome.clone()?.err()).flatten()
-    });
-    if let Some(why) = refused {
-        return Some(Answer::Failed(why));
+    if let Ok(status) = status
+        && let Some(Err(why)) = status.outcome_of(given.number)
+    {
+        return Some(Answer::Failed(why.clone()));
     }
     if now_ms < given.until_ms {
         return None;
@@ -112,6 +126,22 @@ impl Desk {
         me: &str,
         now_ms: u64,
     ) -> Result<(), EtcdError> {
+        self.unsure = landed(std::mem::take(&mut self.unsure), site, &taken_by(me));
+        while let Some((order, until_ms)) = self.unsure.last().cloned() {
+            let lease = store.lease(ANSWER_KEPT)?;
+            self.unsure.pop();
+            match site.serving(&order.machine) {
+                Some((host, role)) if host.name == me && now_ms < until_ms => {
+                    let whom = (role.pid, role.epoch());
+                    self.give(store, hands, &order, whom, now_ms, lease)?;
+                }
+                _ => {
+                    let why =
+                        format!("{me} took it, and could not give it in time: order it again");
+                    store.answer(&order.id, &Answer::Failed(why), lease)?;
+                }
+            }
+        }
         for (order, pid, epoch) in mine(site, me, &self.given) {
             self.take(store, hands, order, (pid, epoch), me, now_ms)?;
         }
@@ -139,16 +169,39 @@ impl Desk {
         me: &str,
         now_ms: u64,
     ) -> Result<(), EtcdError> {
-        let Order { id, machine, verb } = &order.value;
+        let Order { id, machine, .. } = &order.value;
         let lease = store.lease(ANSWER_KEPT)?;
-        let taken = Answer::Taken(format!("{me} has it"));
+        let taken = Answer::Taken(taken_by(me));
         let change = Change::new()
             .only_if(&Key::Order(machine), order.revision)
             .delete(&Key::Order(machine))
             .put(store, &Key::Answer(id), &taken, Some(lease));
-        if !store.change(&change)? {
-            return Ok(());
+        let unsure = (order.value.clone(), now_ms + WITHIN_MS);
+        match store.change(&change) {
+            Ok(true) => self.give(store, hands, &order.value, (pid, epoch), now_ms, lease),
+            // It is not there any more. That may be this process's own doing: what one member did not answer was put to the next one.
+            Ok(false) => {
+                self.unsure.push(unsure);
+                Ok(())
+            }
+            Err(error) => {
+                self.unsure.push(unsure);
+                Err(error)
+            }
         }
+    }
+
+    /// Gives a role here an order that was taken.
+    fn give(
+        &mut self,
+        store: &Store,
+        hands: &Hands,
+        order: &Order,
+        (pid, epoch): (u32, u64),
+        now_ms: u64,
+        lease: Lease,
+    ) -> Result<(), EtcdError> {
+        let Order { id, machine, verb } = order;
         let what = match verb {
             Verb::Switch => Ask::Switch,
         };
@@ -202,6 +255,27 @@ mod tests {
         assert!(mine(&site, "b", &BTreeMap::new()).is_empty());
         let busy = BTreeMap::from([("kv".to_owned(), given())]);
         assert!(mine(&site, "a", &busy).is_empty());
+    }
+
+    /// The transaction that takes an order lands, and nobody hears of it.
+    #[test]
+    fn an_order_whose_taking_was_not_answered_is_given_if_it_was_taken() {
+        let mut site = served_by("a", 4);
+        let order = site.orders["kv"].value.clone();
+        let unsure = || vec![(order.clone(), 1000)];
+        let me = taken_by("a");
+        assert_eq!(landed(unsure(), &site, &me), [], "it is still there");
+        site.orders.clear();
+        assert_eq!(landed(unsure(), &site, &me), [], "it was withdrawn");
+        let mut answered = |answer| {
+            site.answers.insert("1".into(), answer);
+            landed(unsure(), &site, &me)
+        };
+        assert_eq!(answered(Answer::Taken(me.clone())), unsure());
+        // By an agent of this host that may have given it, and is no more.
+        assert_eq!(answered(Answer::Taken("a has it, agent 0".into())), []);
+        assert_eq!(answered(Answer::Done("it was done".into())), []);
+        assert_eq!(landed(Vec::new(), &site, &me), [], "nobody here tried");
     }
 
     #[test]

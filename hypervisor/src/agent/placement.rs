@@ -289,6 +289,7 @@ mod tests {
                         _ => RoleReport {
                             machine: format!("m{machine}"),
                             pid: 1,
+                            instance: None,
                             says: None,
                         },
                     })

@@ -27,6 +27,7 @@ use super::placement::{self, Role as Wanted};
 use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use crate::control::status::{Role, Standing};
 use crate::intervals::Replication;
+use crate::protocol::{Cold, Record, State};
 
 /// How long a backup may wait for its primary before another host is tried, in milliseconds. A primary looks every 50 ms, and a second for
 /// each host that does not answer.
@@ -66,8 +67,8 @@ pub struct Local {
 pub enum Start {
     /// A primary without a backup.
     Primary {
-        /// Whatever the arbiter's record says.
-        cold: bool,
+        /// What its operator has said of the arbiter's record.
+        cold: Cold,
     },
     /// A backup.
     Backup,
@@ -227,8 +228,10 @@ impl Planner<'_> {
         let vm = &self.vm.value;
         let unwanted = vm.phase == Phase::Running && !self.is_to_be_followed();
         for role in self.roles_here() {
-            let waits = role.is_backup(Standing::Waiting) && !self.is_assigned_backup_here();
-            if waits || unwanted && role.is_backup(Standing::Following) {
+            let ours = self.site.is_of(&role);
+            let waits =
+                role.is_backup(Standing::Waiting) && !(ours && self.is_assigned_backup_here());
+            if waits || unwanted && ours && role.is_backup(Standing::Following) {
                 self.acts.push(Act::EndBackup {
                     machine: self.vm.value.name.clone(),
                     pid: role.pid,
@@ -254,7 +257,7 @@ impl Planner<'_> {
             return;
         }
         for role in self.roles_here() {
-            if role.is_backup(Standing::Following) {
+            if role.is_backup(Standing::Following) && site.is_of(&role) {
                 self.acts.push(Act::EndBackup {
                     machine: vm.name.clone(),
                     pid: role.pid,
@@ -299,6 +302,10 @@ impl Planner<'_> {
                 vm.backup = None;
                 vm.note = None;
             });
+        } else if let Some(host) = site.stranger(name) {
+            self.note(format!(
+                "host {host} has a process of a machine of this name that was deleted: end it there (doppel status {name}, doppel power-off {name})"
+            ));
         }
     }
 
@@ -370,12 +377,26 @@ impl Planner<'_> {
             ),
             _ => {
                 let machine = name.clone();
+                let cold = self.cold_from(cold);
                 self.acts.push(Act::Start {
                     machine,
                     what: Start::Primary { cold },
                     number,
                 });
             }
+        }
+    }
+
+    /// The record that a cold start is from: that which its operator knew of, or the one that is seen now, if a program that named none has ordered it.
+    /// Whatever comes between this look and the start, it is from that one or none.
+    fn cold_from(&self, cold: bool) -> Cold {
+        let vm = &self.vm.value;
+        let record = self.site.records.get(&vm.name);
+        let seen = record.filter(|record| record.state != State::Ended);
+        match vm.cold_from.or(seen.map(Record::reign)) {
+            Some(reign) if cold => Cold::From(reign),
+            None if cold && self.site.unreadable.contains(&vm.name) => Cold::Whatever,
+            _ => Cold::No,
         }
     }
 
@@ -521,7 +542,7 @@ impl Planner<'_> {
         if let Some((on, there)) = there {
             let waits = there
                 .roles_of(&vm.name)
-                .any(|role| role.is_backup(Standing::Waiting));
+                .any(|role| role.is_backup(Standing::Waiting) && site.is_of(role));
             let is_copied = !waits
                 && there
                     .roles_of(&vm.name)
@@ -587,7 +608,8 @@ impl Planner<'_> {
             });
             return;
         }
-        let roles = self.roles_here();
+        let mut roles = self.roles_here();
+        roles.retain(|role| self.site.is_of(role));
         let serves = roles.iter().filter(|role| role.serves()).count();
         let has_backup = roles
             .iter()

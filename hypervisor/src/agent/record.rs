@@ -23,7 +23,7 @@ use super::spec::Spec;
 use crate::control::find::Found;
 use crate::control::status::{Role, Standing};
 use crate::kvm::CpuModel;
-use crate::protocol::record::{Record, State};
+use crate::protocol::record::{Record, Reign, State};
 
 /// What a role takes besides its guest's memory: its ring, and the program itself, in MiB.
 pub const OVERHEAD_MIB: u64 = 48;
@@ -130,6 +130,9 @@ pub struct RoleReport {
     pub machine: String,
     /// The process.
     pub pid: u32,
+    /// Which machine of that name, as it says; none if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
     /// What it says of itself; none if it says nothing: it is frozen, or being set up.
     pub says: Option<Says>,
 }
@@ -154,6 +157,11 @@ impl RoleReport {
         Self {
             machine: found.name.clone(),
             pid: found.pid,
+            instance: found
+                .outcome
+                .as_ref()
+                .ok()
+                .and_then(|status| status.instance.clone()),
             says: found.outcome.as_ref().ok().map(|status| Says {
                 role: status.role,
                 standing: status.standing,
@@ -295,6 +303,9 @@ pub struct Vm {
     pub failures: Vec<Failure>,
     /// What there is to say about it.
     pub note: Option<String>,
+    /// The arbiter's record that whoever ordered a cold start knew of: it is from that one or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cold_from: Option<Reign>,
     /// Its disk, if hosts have images of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskLife>,
@@ -421,6 +432,23 @@ pub struct Site {
 }
 
 impl Site {
+    /// Whether a process is of the machine that has its name now. One that was out of sight when that was deleted, and the name given again, is not; one that
+    /// does not say is taken for one.
+    #[must_use]
+    pub fn is_of(&self, role: &RoleReport) -> bool {
+        let vm = self.vms.get(&role.machine);
+        let same = |instance: &String| vm.is_some_and(|vm| vm.value.instance == *instance);
+        role.instance.as_ref().is_none_or(same)
+    }
+
+    /// A host that has a process of another machine of this name.
+    #[must_use]
+    pub fn stranger(&self, machine: &str) -> Option<&str> {
+        let mut hosts = self.hosts.values().map(|host| &host.value);
+        let has = |host: &&Host| host.roles_of(machine).any(|role| !self.is_of(role));
+        hosts.find(has).map(|host| host.name.as_str())
+    }
+
     /// Who serves a machine: of several that say so, the one of the latest reign.
     #[must_use]
     pub fn serving(&self, machine: &str) -> Option<(&Host, &RoleReport)> {
@@ -428,7 +456,7 @@ impl Site {
             let roles = host.value.roles_of(machine);
             roles.map(move |role| (&host.value, role))
         });
-        all.filter(|(_, role)| role.serves())
+        all.filter(|(_, role)| role.serves() && self.is_of(role))
             .max_by_key(|(_, role)| role.epoch())
     }
 
@@ -438,7 +466,7 @@ impl Site {
         let mut hosts = self.hosts.values().map(|host| &host.value);
         hosts.find(|host| {
             host.roles_of(machine)
-                .any(|role| role.is_backup(Standing::Following))
+                .any(|role| role.is_backup(Standing::Following) && self.is_of(role))
         })
     }
 
@@ -448,7 +476,7 @@ impl Site {
         self.drains.contains_key(host)
     }
 
-    /// Whether any host has a process of this machine.
+    /// Whether any host has a process of this machine, or of another one that had its name.
     #[must_use]
     pub fn is_anywhere(&self, machine: &str) -> bool {
         let mut hosts = self.hosts.values();

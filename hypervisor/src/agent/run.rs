@@ -15,7 +15,7 @@ use super::hands::Hands;
 use super::membership::{self, Membership, Standing};
 use super::orders::Desk;
 use super::plan::{Act, Local, Start, plan};
-use super::record::{Host, Kept, RoleReport, Site, Vm};
+use super::record::{Host, Kept, Phase, RoleReport, Site, Vm};
 use super::store::{Change, Key, Store};
 use super::{AgentError, unix_ms};
 use crate::arbiter::EtcdError;
@@ -82,6 +82,7 @@ pub fn run(config: &AgentConfig) -> Result<(), AgentError> {
         away: false,
         taken: false,
         foreign: BTreeSet::new(),
+        strangers: BTreeSet::new(),
         unremoved: BTreeSet::new(),
         ordered_at: Vec::new(),
         hands,
@@ -107,6 +108,8 @@ struct Agent {
     taken: bool,
     /// Keys of which it was said that nobody of the site wrote them.
     foreign: BTreeSet<String>,
+    /// Processes of which it was said that their machine is none of the site's.
+    strangers: BTreeSet<u32>,
     /// Deleted machines of which it was said that an image cannot be removed, by instance.
     unremoved: BTreeSet<String>,
     /// Processes that were ordered something, and when.
@@ -177,6 +180,7 @@ impl Agent {
         let value = self.host.clone();
         site.hosts
             .insert(self.host.name.clone(), Kept { value, revision });
+        self.tell_of_strangers(&site);
         let now_ms = unix_ms();
         let local = Local {
             me: self.host.name.clone(),
@@ -267,6 +271,29 @@ impl Agent {
         }
     }
 
+    /// Processes here of machines that were deleted while this host was out of sight: nobody looks after them, and nobody ends them, as they may serve.
+    fn tell_of_strangers(&mut self, site: &Site) {
+        // A record that is not believed, or of another version, is one all the same.
+        let is_known = |machine: &str| {
+            let key = format!("/{machine}");
+            site.foreign.iter().any(|found| found.ends_with(&key))
+        };
+        let strange = |role: &&RoleReport| !site.is_of(role) && !is_known(&role.machine);
+        let found: Vec<_> = self.host.roles.iter().filter(strange).collect();
+        for role in &found {
+            if self.strangers.insert(role.pid) {
+                tracing::warn!(
+                    "process {} is of a machine {:?} that this site has not any more: nobody looks after it; doppel power-off {} here turns it off",
+                    role.pid,
+                    role.machine,
+                    role.machine
+                );
+            }
+        }
+        let pids: BTreeSet<u32> = found.iter().map(|role| role.pid).collect();
+        self.strangers.retain(|pid| pids.contains(pid));
+    }
+
     fn act(&mut self, site: &Site, act: Act) -> Result<(), AgentError> {
         match act {
             Act::Write {
@@ -305,7 +332,7 @@ impl Agent {
                     return Ok(());
                 };
                 let role = match what {
-                    Start::Primary { cold } if !self.is_still_to_start(&machine, vm, cold)? => {
+                    Start::Primary { .. } if !self.is_still_to_start(&machine, vm)? => {
                         return Ok(());
                     }
                     Start::Primary { .. } => "primary",
@@ -357,13 +384,9 @@ impl Agent {
     }
 
     /// Whether a machine is to be started for all that is known now: what was seen may be as old as etcd's answers to what was done since, and
-    /// an operator may have thought better of it.
-    fn is_still_to_start(
-        &self,
-        machine: &str,
-        seen: &Kept<Vm>,
-        cold: bool,
-    ) -> Result<bool, AgentError> {
+    /// an operator may have thought better of it. (What is done between this look and the start, a cold start's record tells: see [`Cold`](crate::protocol::Cold).)
+    fn is_still_to_start(&self, machine: &str, seen: &Kept<Vm>) -> Result<bool, AgentError> {
+        let cold = matches!(seen.value.phase, Phase::Starting { cold: true, .. });
         let site = self.store.read()?;
         let vm = site.vms.get(machine);
         Ok(vm.is_some_and(|vm| vm.revision == seen.revision)

@@ -13,6 +13,7 @@ use super::store::{Change, Key, Store};
 use crate::arbiter::{EtcdError, random_identity};
 use crate::control::status::{Role, Standing};
 use crate::handshake::{Secret, SecretError};
+use crate::protocol::record::{Record, State};
 
 /// How often a change is tried that others keep overtaking.
 const TRIES: usize = 16;
@@ -184,6 +185,7 @@ impl Access {
                 number: 0,
                 failures: Vec::new(),
                 note: None,
+                cold_from: None,
                 disk: has_images.then(|| DiskLife {
                     born,
                     ..DiskLife::default()
@@ -465,6 +467,11 @@ pub fn start(site: &Site, vm: &mut Vm, cold: bool, of: Option<&str>) -> Result<(
                 .to_owned(),
         ));
     }
+    let record = site.records.get(name).filter(|_| cold);
+    let may_run = record.filter(|record| record.state != State::Ended);
+    vm.cold_from = may_run.map(Record::reign);
+    // Where the record lets anybody start it, that decides: it may be another one by then.
+    let cold = cold && (may_run.is_some() || site.unreadable.contains(name));
     vm.phase = Phase::Starting { on: None, cold };
     if let Some(disk) = &mut vm.disk {
         disk.of = of.map(str::to_owned);
@@ -604,7 +611,7 @@ mod tests {
     use crate::agent::record::Assigned;
     use crate::agent::record::Kept;
     use crate::agent::tests::{order_a_switch, put, role_of, site, vm};
-    use crate::protocol::record::{Identity, Record, State};
+    use crate::protocol::record::Identity;
 
     #[test]
     fn ports_are_those_that_every_host_has() {
@@ -641,6 +648,7 @@ mod tests {
                 on: None
             }
         ));
+        assert_eq!(lost.cold_from, Some(live.reign()));
         let role = role_of("kv", Role::Primary, Standing::Unprotected);
         site.hosts.get_mut("a").unwrap().value.roles.push(role);
         let why = start(&site, &mut lost, true, None).unwrap_err().to_string();
@@ -691,8 +699,14 @@ mod tests {
         assert!(why.contains("--cold-start"), "{why}");
         start_it(&site, &running, true).unwrap();
         start_it(&site, &vm("kv"), false).unwrap();
+        // Nothing has to be overruled, and if something has by then, somebody lives.
+        let mut lost = running.clone();
+        start(&site, &mut lost, true, None).unwrap();
+        assert!(matches!(lost.phase, Phase::Starting { cold: false, .. }));
         site.unreadable.insert("kv".into());
         start_it(&site, &vm("kv"), false).unwrap_err();
+        start(&site, &mut lost, true, None).unwrap();
+        assert!(matches!(lost.phase, Phase::Starting { cold: true, .. }));
         let mut ended = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
         ended.state = State::Ended;
         site.records.insert("kv".into(), ended);

@@ -49,6 +49,7 @@ pub fn vm(name: &str) -> Vm {
         number: 0,
         failures: Vec::new(),
         note: None,
+        cold_from: None,
         disk: None,
     }
 }
@@ -57,6 +58,7 @@ pub fn role_of(machine: &str, role: Role, standing: Standing) -> RoleReport {
     RoleReport {
         machine: machine.to_owned(),
         pid: 100,
+        instance: None,
         says: Some(Says {
             role,
             standing,

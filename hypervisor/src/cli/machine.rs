@@ -55,6 +55,9 @@ pub struct MachineArgs {
     /// The machine's name, by which the arbiter knows it
     #[arg(long)]
     name: Option<String>,
+    /// Which machine of this name it is, where names are given again: two sides that say another one are no pair
+    #[arg(long, value_name = "TEXT")]
+    instance: Option<String>,
     /// Use this TAP interface for the guest's network
     #[arg(long, value_name = "NAME", conflicts_with = "link")]
     tap: Option<String>,
@@ -152,6 +155,9 @@ impl MachineArgs {
         set(&mut config.guest, &self.guest);
         set(&mut config.command_line, &self.command_line);
         set(&mut config.name, &self.name);
+        if self.instance.is_some() {
+            config.instance.clone_from(&self.instance);
+        }
         if self.kernel.is_some() {
             config.kernel.clone_from(&self.kernel);
         }

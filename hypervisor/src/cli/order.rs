@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use hypervisor::arbiter::{self, BadPlace, Place};
 use hypervisor::control::default_run_dir;
 use hypervisor::control::find;
 use hypervisor::control::status::{Role, Status};
 use hypervisor::control::wire::Ask;
 use hypervisor::entry::Control;
+use hypervisor::protocol::State;
 
 use super::Failure;
 
@@ -19,6 +21,9 @@ const WITHIN: Duration = Duration::from_secs(10);
 
 /// How long a copy may take: the recruiter gives it up then.
 const COPY_WITHIN: Duration = Duration::from_secs(3600);
+
+/// How long a reign may take to end whose process is gone. A backup that has the power-off in its log goes live first, and then ends it.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Between two looks at what has come of it.
 const LOOK: Duration = Duration::from_millis(10);
@@ -137,6 +142,8 @@ fn give(of: &Of, what: Ask) -> Result<(), Failure> {
     let directory = of.run_dir.clone().unwrap_or_else(default_run_dir);
     let pid = whom(&directory, &of.name)?;
     let failed = |why: &dyn std::fmt::Display| Failure::new(Failure::ERROR, why);
+    // What it said last.
+    let mut last = find::ask_process(&directory, &of.name, pid).ok();
     let number = find::order(&directory, &of.name, pid, what).map_err(|error| failed(&error))?;
     let within = match what {
         Ask::MigrateBackup(_) => COPY_WITHIN,
@@ -146,16 +153,17 @@ fn give(of: &Of, what: Ask) -> Result<(), Failure> {
     loop {
         match find::ask_process(&directory, &of.name, pid) {
             Ok(status) => {
-                if let Some(outcome) = outcome_of(&status, number) {
-                    let said = outcome.map_err(|why| failed(&why))?;
+                if let Some(outcome) = status.outcome_of(number) {
+                    let said = outcome.as_ref().map_err(|why| failed(why))?;
                     // These end the process, which then says it best.
                     if !matches!(what, Ask::PowerOff | Ask::Switch) {
                         println!("{}: {said}", of.name);
                         return Ok(());
                     }
                 }
+                last = Some(status);
             }
-            Err(error) if is_gone(error.kind()) => return ended(&directory, of, what),
+            Err(error) if is_gone(error.kind()) => return ended(&directory, of, what, last),
             // It may be ending.
             Err(_) => {}
         }
@@ -178,13 +186,6 @@ fn is_gone(kind: ErrorKind) -> bool {
     )
 }
 
-fn outcome_of(status: &Status, number: u64) -> Option<Result<String, String>> {
-    let ordered = status.ordered.as_ref()?;
-    (ordered.number == number)
-        .then(|| ordered.outcome.clone())
-        .flatten()
-}
-
 /// The process of the role that serves the machine; if none is here, of one that says why it takes no orders.
 fn whom(directory: &Path, name: &str) -> Result<u32, Failure> {
     let found =
@@ -204,7 +205,7 @@ fn whom(directory: &Path, name: &str) -> Result<u32, Failure> {
 }
 
 /// The process that had the order is no more.
-fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
+fn ended(directory: &Path, of: &Of, what: Ask, last: Option<Status>) -> Result<(), Failure> {
     let roles = find::roles(directory, Some(&of.name)).unwrap_or_default();
     let heir = roles
         .iter()
@@ -224,6 +225,12 @@ fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
                 of.name, of.name
             );
             return Err(Failure::new(Failure::ERROR, why));
+        }
+        let failed = |why| Failure::new(Failure::ERROR, why);
+        let last = last.ok_or_else(|| failed(unknown(of, "it never said where that is")))?;
+        // A machine alone has no record, and is over with its process.
+        if let Some(place) = &last.arbiter.place {
+            is_off(of, place, ENDS_WITHIN).map_err(failed)?;
         }
         println!("{}: off", of.name);
         return Ok(());
@@ -247,4 +254,77 @@ fn ended(directory: &Path, of: &Of, what: Ask) -> Result<(), Failure> {
         ),
     }
     Ok(())
+}
+
+fn unknown(of: &Of, why: &str) -> String {
+    format!(
+        "the process that had the order is gone, and the arbiter does not say whether machine {} is off ({why}): see doppel status {} on the other host",
+        of.name, of.name
+    )
+}
+
+/// Whether a machine whose process is gone is off by its record at the arbiter, within this time. The process may have been killed before the order came
+/// to anything; its backup, which may be on another host, then has the machine, or is about to.
+fn is_off(of: &Of, place: &str, within: Duration) -> Result<(), String> {
+    let until = Instant::now() + within;
+    let read = || {
+        let place: Place = place.parse().map_err(|error: BadPlace| error.to_string())?;
+        let arbiter = arbiter::open(&place, &of.name).map_err(|error| error.to_string())?;
+        arbiter.read().map_err(|error| error.to_string())
+    };
+    loop {
+        let found = read();
+        if matches!(&found, Ok(Some(record)) if record.state == State::Ended) {
+            return Ok(());
+        }
+        if Instant::now() < until {
+            std::thread::sleep(LOOK);
+            continue;
+        }
+        let record = match found {
+            Ok(Some(record)) => record.to_string(),
+            Ok(None) => "there is none".to_owned(),
+            Err(why) => return Err(unknown(of, &why)),
+        };
+        return Err(format!(
+            "the process that had the order is gone, and machine {name} is not off by the arbiter's record ({record}): if its backup has it now, order it \
+             again on that host, which doppel status {name} tells there",
+            name = of.name
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hypervisor::protocol::{Identity, Record};
+
+    use super::*;
+
+    /// Its primary was killed, and its backup is on another host: nothing of it runs here, and it is not off.
+    #[test]
+    fn a_machine_is_off_when_its_record_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().to_str().unwrap();
+        let of = Of {
+            name: "kv".into(),
+            run_dir: None,
+        };
+        let off = || is_off(&of, place, Duration::from_millis(50));
+        let arbiter = arbiter::open(&place.parse().unwrap(), "kv").unwrap();
+        assert!(off().unwrap_err().contains("there is none"));
+        let (one, other) = (Identity::from_bytes([1; 16]), Identity::from_bytes([2; 16]));
+        let live = Record::cold_start(None, one, Some(other));
+        arbiter.swap(None, &live).unwrap();
+        assert!(off().unwrap_err().contains("is not off"));
+        let heir = live.claimed_by(other).unwrap();
+        arbiter.swap(Some(&live), &heir).unwrap();
+        arbiter.swap(Some(&heir), &heir.gone_live()).unwrap();
+        assert!(off().unwrap_err().contains("epoch 2"));
+        arbiter
+            .swap(Some(&heir.gone_live()), &heir.gone_live().ended())
+            .unwrap();
+        off().unwrap();
+        let nowhere = is_off(&of, "/nowhere/at/all", Duration::ZERO).unwrap_err();
+        assert!(nowhere.contains("does not say"), "{nowhere}");
+    }
 }

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use hypervisor::arbiter::Place;
 use hypervisor::config::{CommitMode, Config, FlightRecorder, LagPolicy, Transport};
 use hypervisor::intervals::{Ends, Replication};
+use hypervisor::protocol::{Cold, Reign};
 use hypervisor::session::{backup as backup_session, primary as primary_session};
 use hypervisor::version::Versions;
 
@@ -271,9 +272,10 @@ pub struct PrimaryArgs {
     machine: MachineArgs,
     #[command(flatten)]
     pair: PairArgs,
-    /// Start although the arbiter's record says that the machine may run elsewhere: you know that it does not
-    #[arg(long)]
-    cold_start: bool,
+    /// Start although the arbiter's record says that the machine may run elsewhere: you know that it does not. With EPOCH.CONFIGURATION.STATE
+    /// of the record that you know of, such as 3.4.live, only if it is that one still
+    #[arg(long, value_name = "REIGN", num_args = 0..=1, require_equals = true)]
+    cold_start: Option<Option<Reign>>,
     /// Start without a backup; one that listens later is taken, while the guest runs
     #[arg(long)]
     alone: bool,
@@ -306,7 +308,11 @@ pub fn primary(args: &PrimaryArgs, versions: Versions) -> Result<(), Failure> {
         &spec(&config)?,
         args.machine.json,
         primary_session::Start {
-            cold: args.cold_start,
+            cold: match args.cold_start {
+                None => Cold::No,
+                Some(None) => Cold::Whatever,
+                Some(Some(reign)) => Cold::From(reign),
+            },
             alone: args.alone,
         },
     )?;

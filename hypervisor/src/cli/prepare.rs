@@ -1,6 +1,7 @@
 //! `doppel prepare`.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -48,7 +49,12 @@ impl From<PrepareError> for Failure {
 
 pub fn prepare(args: &PrepareArgs) -> Result<(), Failure> {
     let limits = Limits::default();
-    let symbols = args.symbols.as_deref().map(read).transpose()?;
+    let read = |path: &PathBuf| read(path, limits);
+    // Before anything is written.
+    for from in args.root.iter().chain(&args.modules) {
+        prepare::apart(&args.out, from)?;
+    }
+    let symbols = args.symbols.as_ref().map(read).transpose()?;
     let symbols = symbols.as_deref().map(String::from_utf8_lossy);
     let kernel = prepare::kernel(read(&args.kernel)?, symbols.as_deref(), limits)
         .map_err(|error| of(&args.kernel, &error))?;
@@ -61,13 +67,17 @@ pub fn prepare(args: &PrepareArgs) -> Result<(), Failure> {
         write(&args.out, "System.map", map.as_bytes())?;
     }
     if let Some(modules) = &args.modules {
-        report.extend(prepare::modules(modules, &args.out.join("modules"))?);
+        report.extend(prepare::modules(
+            modules,
+            &args.out.join("modules"),
+            limits,
+        )?);
     }
     let initramfs = match (&args.initrd, &args.root) {
         (Some(path), _) => {
             Some(prepare::initramfs(&read(path)?, limits).map_err(|error| of(path, &error))?)
         }
-        (None, Some(root)) => Some(prepare::root(root)?),
+        (None, Some(root)) => Some(prepare::root(root, limits)?),
         (None, None) => None,
     };
     if let Some(initramfs) = initramfs {
@@ -90,8 +100,20 @@ fn json(report: &Report) -> String {
     object.to_string()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    fs::read(path).map_err(|error| cannot("read", path, &error))
+/// The whole file, unless it is larger than anything that is prepared.
+fn read(path: &Path, limits: Limits) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| {
+            file.take(limits.unpacked as u64 + 1)
+                .read_to_end(&mut bytes)
+        })
+        .map_err(|error| cannot("read", path, &error))?;
+    if bytes.len() > limits.unpacked {
+        let why = format!("{} has more than {} bytes", path.display(), limits.unpacked);
+        return Err(Failure::new(Failure::ERROR, why));
+    }
+    Ok(bytes)
 }
 
 /// Writes a file whole or not at all.

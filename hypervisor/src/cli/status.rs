@@ -497,6 +497,7 @@ pub mod tests {
             pid: 4242,
             outcome: Ok(Status {
                 name: name.to_owned(),
+                instance: None,
                 role,
                 standing,
                 protected: standing.is_protected(),
@@ -532,6 +533,7 @@ pub mod tests {
                 hook: Default::default(),
                 share: Control::WHOLE,
                 ordered: None,
+                orders: Vec::new(),
                 metrics: None,
                 history: (0..60).collect(),
                 events: vec![Happened {

@@ -82,6 +82,7 @@ impl Operator {
         let pair = role != Role::Solo;
         let about = About {
             name: config.name.clone(),
+            instance: config.instance.clone(),
             transport: pair.then(|| config.pair.transport.name().to_owned()),
             arbiter: pair.then(|| config.pair.arbiter.absolute().to_string()),
             metrics: at,

@@ -259,6 +259,9 @@ fn whole() -> u16 {
 pub struct Status {
     /// The machine.
     pub name: String,
+    /// Which machine of that name, if the process was told.
+    #[serde(default)]
+    pub instance: Option<String>,
     /// What this process is to it.
     pub role: Role,
     /// How it stands.
@@ -313,10 +316,25 @@ pub struct Status {
     /// What was ordered last.
     #[serde(default)]
     pub ordered: Option<Ordered>,
+    /// The last orders, the oldest first.
+    #[serde(default)]
+    pub orders: Vec<Ordered>,
     /// Where metrics are served.
     pub metrics: Option<String>,
     /// Exits in each of the last seconds, the oldest first.
     pub history: Vec<u64>,
     /// The last events, the oldest first.
     pub events: Vec<Happened>,
+}
+
+impl Status {
+    /// What has come of the order of this number, if anything has. Who asks may not be the only one who gives orders.
+    #[must_use]
+    pub fn outcome_of(&self, number: u64) -> Option<&Result<String, String>> {
+        // A release before tells of the last one alone.
+        let mut all = self.orders.iter().chain(&self.ordered);
+        all.find(|ordered| ordered.number == number)?
+            .outcome
+            .as_ref()
+    }
 }

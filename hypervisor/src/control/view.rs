@@ -16,6 +16,8 @@ use crate::orders::{Orders, Pace, Samples};
 
 /// Events that are kept for who asks later.
 const EVENTS: usize = 32;
+/// Orders that are kept.
+const ORDERS: usize = 16;
 /// Seconds that are drawn.
 const HISTORY: usize = 60;
 /// Seconds that rates are of.
@@ -27,6 +29,7 @@ const RECENT: usize = 10;
 #[derive(Clone, Debug)]
 pub(super) struct About {
     pub(super) name: String,
+    pub(super) instance: Option<String>,
     pub(super) transport: Option<String>,
     pub(super) arbiter: Option<String>,
     pub(super) metrics: Option<SocketAddr>,
@@ -56,7 +59,7 @@ pub(super) struct View {
     changes: BTreeMap<String, u64>,
     hook: Hook,
     events: VecDeque<Happened>,
-    ordered: Option<Ordered>,
+    orders: VecDeque<Ordered>,
     figures: Option<(Arc<Samples>, Arc<Orders>)>,
     /// As they stood at the last second.
     totals: Totals,
@@ -130,7 +133,7 @@ impl View {
             asked_at: None,
             changes: BTreeMap::new(),
             events: VecDeque::new(),
-            ordered: None,
+            orders: VecDeque::new(),
             figures: None,
             totals: Totals::default(),
             seconds: VecDeque::new(),
@@ -145,7 +148,7 @@ impl View {
             Update::Detach => self.figures = None,
             Update::Peer(address) => self.peer = address,
             Update::Said(happened) => self.note(happened),
-            Update::Ordered(ordered) => self.ordered = Some(ordered),
+            Update::Ordered(ordered) => self.note_order(ordered),
             Update::Arbiter(error) => {
                 self.asked_at = Some(now);
                 self.arbiter.answered = Some(error.is_none());
@@ -156,6 +159,19 @@ impl View {
             Update::Stands(state) => return self.stands(state, now),
         }
         None
+    }
+
+    /// What has come of an order stands where the order stood: several may be under way.
+    fn note_order(&mut self, ordered: Ordered) {
+        if let Some(before) = self
+            .orders
+            .iter_mut()
+            .find(|of| of.number == ordered.number)
+        {
+            *before = ordered;
+            return;
+        }
+        keep(&mut self.orders, ORDERS, ordered);
     }
 
     fn stands(&mut self, state: State, now: Instant) -> Option<Change> {
@@ -324,6 +340,7 @@ impl View {
         let longest = latest.clone().take(RECENT).map(|second| second.lag).max();
         Status {
             name: self.about.name.clone(),
+            instance: self.about.instance.clone(),
             role: self.state.role,
             standing: self.state.standing,
             protected: self.state.standing.is_protected(),
@@ -360,7 +377,8 @@ impl View {
                 Some((_, orders)) => orders.share().share(),
                 None => Pace::FULL.share(),
             },
-            ordered: self.ordered.clone(),
+            ordered: self.orders.back().cloned(),
+            orders: self.orders.iter().cloned().collect(),
             metrics: self.about.metrics.map(|address| address.to_string()),
             history: self
                 .seconds
@@ -414,12 +432,38 @@ pub(super) mod tests {
     fn view(role: Role) -> View {
         let about = About {
             name: "kv".into(),
+            instance: None,
             transport: Some("shm".into()),
             arbiter: Some("/srv/arbiter".into()),
             metrics: None,
             hook: false,
         };
         View::new(about, role, Instant::now())
+    }
+
+    /// An agent's order is under way, and a person at the host gives another one.
+    #[test]
+    fn what_came_of_an_order_is_told_whatever_was_ordered_since() {
+        let mut view = view(Role::Primary);
+        let mut tell = |number, outcome| {
+            let what = "switch".to_owned();
+            let ordered = Ordered {
+                number,
+                what,
+                outcome,
+            };
+            view.take(Update::Ordered(ordered), Instant::now());
+            view.status(Instant::now())
+        };
+        tell(1, None);
+        tell(2, None);
+        let why = Err("the backup is not ready".to_owned());
+        let status = tell(1, Some(why.clone()));
+        assert_eq!(status.outcome_of(1), Some(&why));
+        assert_eq!((status.outcome_of(2), status.outcome_of(3)), (None, None));
+        assert_eq!(status.ordered.unwrap().number, 2, "the last that was given");
+        let last = (3..30).map(|number| tell(number, None)).last().unwrap();
+        assert_eq!((last.orders.len(), last.orders[0].number), (ORDERS, 14));
     }
 
     const ME: Identity = Identity::from_bytes([1; 16]);

@@ -48,7 +48,7 @@ use pic::Pic;
 use pit::{Access, Pit, Waiting};
 use place::{IRQ_BLK, IRQ_NET, IRQ_RNG, IRQ_TIMER, Place, place};
 use platform::{REGISTER_BYTES, Register};
-use pvclock::PvClock;
+use pvclock::{Keeping, PvClock};
 use serial::Serial;
 use virtio::Line;
 use virtio::blk::Blk;
@@ -339,10 +339,9 @@ impl Devices {
         self.board.clock_page.shown()
     }
 
-    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given. `counts`: with how many reads
-    /// there are to be until its kernel makes an exit.
-    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime, counts: bool) {
-        self.board.clock_page.show(ram, now, counts);
+    /// Shows the time in the guest's clock page, if it has one: at each clock value that the guest is given.
+    pub fn show_time(&mut self, ram: &GuestRam, now: GuestTime, keeping: Keeping) {
+        self.board.clock_page.show(ram, now, keeping);
     }
 
     /// The guest is off: by its power-off port, by its reset register, because it can never run again, or because its

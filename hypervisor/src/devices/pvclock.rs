@@ -10,6 +10,10 @@
 //! zero (`prepare/clock_reader.rs`). How many it may do is a power of two in the page's other padding: doubled when they were used up within
 //! half a millisecond, and made less when they took more than two, so that who reads often makes an exit about each millisecond, and who reads
 //! seldom makes one with each read, as with a timer at a port. All of it is a function of the page and of logged times.
+//!
+//! The page's version stands still. It is for a reader to see that what it read belongs together, and here one word of the page changes alone, which
+//! is read whole. A reader that `prepare` did not know, as it was inlined into another function, asks at the port between its two looks
+//! at the version: that renews the page, and to such a one a version that went on with it would say for ever that it is to look again.
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +40,20 @@ const POWER_MOST: u8 = 6;
 /// more than the second too many: so late what is due may be.
 const TOO_SOON_NS: u64 = 500_000;
 const TOO_LATE_NS: u64 = 2_000_000;
+
+/// How a machine keeps its page: in the order of the models that brought it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keeping {
+    /// The time alone; padding is zero.
+    Plain,
+    /// Reads are counted.
+    Counted,
+    /// And the version stands still.
+    Steady,
+}
+
+/// The version of a page that is whole: an even one.
+const WHOLE: u32 = 2;
 
 /// The clock page.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,14 +83,17 @@ impl PvClock {
         self.address = usable.then_some(address);
     }
 
-    /// Shows `now`, if there is a page. Nobody sees a half: the vCPU stands, and the version says that it is whole. `counts`: reads are
-    /// counted; otherwise the padding is zero, as it was in machines of model 1.
-    pub fn show(&mut self, ram: &GuestRam, now: GuestTime, counts: bool) {
+    /// Shows `now`, if there is a page. Nobody sees a half: the vCPU stands.
+    pub fn show(&mut self, ram: &GuestRam, now: GuestTime, keeping: Keeping) {
         let Some(address) = self.address else {
             return;
         };
+        let counts = keeping >= Keeping::Counted;
         let power = counts.then(|| self.next_power(ram, address, now));
-        self.version = self.version.wrapping_add(2);
+        self.version = match keeping {
+            Keeping::Plain | Keeping::Counted => self.version.wrapping_add(2),
+            Keeping::Steady => WHOLE,
+        };
         self.shown = now.0;
         // struct pvclock_vcpu_time_info; the stamp is 0, and no flag is set: other CPUs' pages may differ.
         let mut page = [0; 32];
@@ -150,10 +171,10 @@ mod tests {
     fn whatever_the_counter_reads_the_time_is_the_pages() {
         let ram = GuestRam::new(2).unwrap();
         let mut clock = PvClock::default();
-        clock.show(&ram, GuestTime(1), false);
+        clock.show(&ram, GuestTime(1), Keeping::Steady);
         assert!(!clock.is_on());
         clock.place(&ram, 0x5001);
-        clock.show(&ram, GuestTime(123_456_789), true);
+        clock.show(&ram, GuestTime(123_456_789), Keeping::Steady);
         let mut page = [0; 32];
         ram.read(0x5000, &mut page).unwrap();
         for stamp in [0, 1, u64::MAX / 2, u64::MAX] {
@@ -162,6 +183,32 @@ mod tests {
         assert_eq!(page[0], 2, "an even version: nothing is being written");
         clock.place(&ram, 0x5000);
         assert!(!clock.is_on(), "bit 0 turns it off");
+    }
+
+    /// What machines of older models have, a machine of such a model has for as long as it lives.
+    #[test]
+    fn an_older_machines_page_is_as_it_was() {
+        let ram = GuestRam::new(2).unwrap();
+        for (keeping, version, counts) in [
+            (Keeping::Plain, 6, (0, 0)),
+            (Keeping::Counted, 6, (0, 1)),
+            (Keeping::Steady, 2, (0, 1)),
+        ] {
+            ram.write(0x5000, &[0; 32]).unwrap();
+            let mut clock = PvClock::default();
+            clock.place(&ram, 0x5001);
+            for now in 1..=3 {
+                clock.show(&ram, GuestTime(now), keeping);
+                if now == 2 && keeping != Keeping::Plain {
+                    assert!(exits(&ram));
+                }
+            }
+            let mut page = [0; 32];
+            ram.read(0x5000, &mut page).unwrap();
+            let power = page[POWER];
+            assert_eq!((page[0], page[16]), (version, 3), "{keeping:?}");
+            assert_eq!((page[LEFT + 1], power), counts, "{keeping:?}");
+        }
     }
 
     /// As a prepared kernel reads it: whether that is an exit.
@@ -178,13 +225,13 @@ mod tests {
         let ram = GuestRam::new(2).unwrap();
         let mut clock = PvClock::default();
         clock.place(&ram, 0x5001);
-        clock.show(&ram, GuestTime(0), true);
+        clock.show(&ram, GuestTime(0), Keeping::Steady);
         let mut run = |from: u64, apart: u64, reads: u64| {
             let mut made = 0;
             for read in 1..=reads {
                 if exits(&ram) {
                     made += 1;
-                    clock.show(&ram, GuestTime(from + read * apart), true);
+                    clock.show(&ram, GuestTime(from + read * apart), Keeping::Steady);
                 }
             }
             made
@@ -207,7 +254,7 @@ mod tests {
         for power in [7, 31, 32, 255] {
             ram.write(0x5000 + POWER as u64, &[power]).unwrap();
             ram.write(0x5004, &i32::MIN.to_le_bytes()).unwrap();
-            clock.show(&ram, GuestTime(1), true);
+            clock.show(&ram, GuestTime(1), Keeping::Steady);
             let mut page = [0; 32];
             ram.read(0x5000, &mut page).unwrap();
             assert_eq!((page[POWER], page[LEFT]), (POWER_MOST, 63));

@@ -12,7 +12,7 @@ use kvm_bindings::{kvm_fpu, kvm_regs};
 use serde::Serialize;
 
 use crate::boot::{self, BootError, IMAGE_BASE, Image};
-use crate::kvm::{Exit, Kick, KvmError, KvmSource, Vcpu, Vm};
+use crate::kvm::{Exit, Kick, KvmError, KvmSource, Told, Vcpu, Vm};
 use crate::memory::{GuestRam, MemoryError};
 
 /// When a guest that does not come back is given up. All that these guests do takes milliseconds.
@@ -192,7 +192,7 @@ impl Bench<'_> {
     fn build(&self) -> Result<Running, ProbeError> {
         let ram = GuestRam::new(MIB)?;
         let vm = Vm::new(self.source.open()?, &ram)?;
-        let (vcpu, _) = vm.create_vcpu(false)?;
+        let (vcpu, _) = vm.create_vcpu(false, &Told::default())?;
         let image = Image::parse("probe", elf(self.code)).map_err(BootError::from)?;
         boot::load(&ram, &vcpu, &image, "", 0)?;
         let mut sregs = vcpu.sregs()?;

@@ -79,19 +79,8 @@ impl Directory {
         fs::create_dir_all(path).map_err(FlightError::io("make the directory", path))?;
         let directory = Self::lock(path, File::try_lock)?;
         let found = directory.names()?;
-        if found.iter().any(|(name, _)| *name == Name::Machine) {
-            let previous = path.join(PREVIOUS);
-            fs::create_dir_all(&previous)
-                .map_err(FlightError::io("make the directory", &previous))?;
-            let older = Self::open(&previous)?;
-            for (_, file) in older.names()? {
-                older.remove(&file)?;
-            }
-            for (_, file) in found {
-                fs::rename(path.join(&file), previous.join(&file))
-                    .map_err(FlightError::io("move aside", path.join(&file)))?;
-            }
-            older.sync()?;
+        if is_whole(&found) {
+            directory.move_aside(found)?;
         } else {
             // Of one that ended before it began.
             for (_, file) in found {
@@ -100,6 +89,43 @@ impl Directory {
         }
         directory.sync()?;
         Ok(directory)
+    }
+
+    /// Moves a recording to `previous`, in place of the one there. A description is the last file of a recording to be removed and to be moved, so
+    /// whoever dies in between, or loses power, leaves either a whole one in `previous`, which has to go, or the part of this one that was moved.
+    fn move_aside(&self, found: Vec<(Name, String)>) -> Result<(), FlightError> {
+        let previous = self.path.join(PREVIOUS);
+        fs::create_dir_all(&previous).map_err(FlightError::io("make the directory", &previous))?;
+        let older = Self::open(&previous)?;
+        let there = older.names()?;
+        if is_whole(&there) {
+            older.each(there, |file| older.remove(file))?;
+        }
+        self.each(found, |file| {
+            fs::rename(self.path.join(file), previous.join(file))
+                .map_err(FlightError::io("move aside", self.path.join(file)))?;
+            older.sync()
+        })
+    }
+
+    /// Does this to files of it, to the older ones first, and to the description when it is sure of all others.
+    fn each(
+        &self,
+        mut files: Vec<(Name, String)>,
+        mut does: impl FnMut(&str) -> Result<(), FlightError>,
+    ) -> Result<(), FlightError> {
+        files.sort_by_key(|(name, _)| match name {
+            Name::Unfinished => (0, 0),
+            Name::Checkpoint(number) | Name::Log(number) => (1, *number),
+            Name::Machine => (2, 0),
+        });
+        for (name, file) in &files {
+            if *name == Name::Machine {
+                self.sync()?;
+            }
+            does(file)?;
+        }
+        self.sync()
     }
 
     /// For a replay.
@@ -198,6 +224,11 @@ impl Directory {
     }
 }
 
+/// Whether these are the files of a recording: what has not come to a machine's description is none.
+fn is_whole(files: &[(Name, String)]) -> bool {
+    files.iter().any(|(name, _)| *name == Name::Machine)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -256,5 +287,84 @@ mod tests {
         let third = Directory::to_write(&path).unwrap();
         assert!(third.names().unwrap().is_empty());
         assert_eq!(fs::read(path.join("previous/machine")).unwrap(), b"m");
+    }
+
+    const FILES: [&str; 5] = [
+        "00000007.checkpoint",
+        "00000007.log",
+        "00000008.checkpoint",
+        "00000008.log",
+        MACHINE,
+    ];
+
+    fn recorded(path: &Path, files: &[&str], text: &str) {
+        fs::create_dir_all(path).unwrap();
+        for file in files {
+            fs::write(path.join(file), text).unwrap();
+        }
+    }
+
+    /// The process that moves them dies after any of its steps.
+    #[test]
+    fn nothing_of_a_recording_is_lost_by_whoever_dies_as_it_moves() {
+        for moved in 0..=FILES.len() {
+            let place = tempfile::tempdir().unwrap();
+            let previous = place.path().join(PREVIOUS);
+            recorded(&previous, &FILES[..moved], "old");
+            recorded(place.path(), &FILES[moved..], "old");
+            drop(Directory::to_write(place.path()).unwrap());
+            for file in FILES {
+                let text = fs::read_to_string(previous.join(file));
+                assert_eq!(text.ok().as_deref(), Some("old"), "{file}, {moved} moved");
+                assert!(!place.path().join(file).exists(), "{file}, {moved} moved");
+            }
+        }
+    }
+
+    /// Or as it removes the one before that, whose other segments are never taken for this one's.
+    #[test]
+    fn nothing_of_the_one_before_is_left_by_whoever_dies_as_it_is_removed() {
+        const BEFORE: [&str; 4] = [
+            "00000001.checkpoint",
+            "00000001.log",
+            "00000009.log",
+            MACHINE,
+        ];
+        for removed in 0..=BEFORE.len() {
+            let place = tempfile::tempdir().unwrap();
+            let previous = place.path().join(PREVIOUS);
+            recorded(&previous, &BEFORE[removed..], "older");
+            recorded(place.path(), &FILES, "old");
+            drop(Directory::to_write(place.path()).unwrap());
+            let mut left: Vec<_> = fs::read_dir(&previous).unwrap().flatten().collect();
+            left.sort_by_key(fs::DirEntry::file_name);
+            let names: Vec<_> = left.iter().map(fs::DirEntry::file_name).collect();
+            assert_eq!(names, FILES, "{removed} removed");
+            assert!(
+                left.iter()
+                    .all(|file| fs::read(file.path()).unwrap() == b"old")
+            );
+        }
+    }
+
+    /// The order that the two above rely on.
+    #[test]
+    fn the_description_is_the_last_to_go() {
+        let place = tempfile::tempdir().unwrap();
+        recorded(place.path(), &FILES, "old");
+        let directory = Directory::open(place.path()).unwrap();
+        let mut went = Vec::new();
+        let names = directory.names().unwrap();
+        directory
+            .each(names, |file| {
+                went.push(file.to_owned());
+                Ok(())
+            })
+            .unwrap();
+        let numbers: Vec<_> = went.iter().map(|file| &file[..8.min(file.len())]).collect();
+        assert_eq!(
+            numbers,
+            ["00000007", "00000007", "00000008", "00000008", MACHINE]
+        );
     }
 }

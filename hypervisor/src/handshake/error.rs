@@ -108,8 +108,8 @@ pub enum HandshakeError {
     },
     /// The CPUs are of one model, and a guest finds different things on the two.
     #[error(
-        "both hosts have the same CPU, and yet a guest is told different things of it: by CPUID {0}. Give both the same microcode, firmware settings and \
-         kernel, with the same options for its CPU"
+        "both hosts have the same CPU, and yet this one cannot tell a guest what it was told on the other: by CPUID {0}. A backup's kernel, microcode and \
+         firmware settings must offer all that its primary's offer: bring this host's up to those of the other, or start the machine on this one"
     )]
     Told(Difference),
     /// The machine has another name.
@@ -117,6 +117,18 @@ pub enum HandshakeError {
         "the primary's machine is {theirs:?}, this backup is for {ours:?}: give both the same --name"
     )]
     Name {
+        /// The primary's.
+        theirs: String,
+        /// The backup's.
+        ours: String,
+    },
+    /// The machine is another one of the same name.
+    #[error(
+        "the primary's machine is another {name:?} than this backup's ({theirs:?}, {ours:?}): one of them was deleted; end what is left of that"
+    )]
+    Instance {
+        /// The name of both.
+        name: String,
         /// The primary's.
         theirs: String,
         /// The backup's.

@@ -82,6 +82,9 @@ pub struct Hello {
     pub told: Told,
     /// The machine's name.
     pub name: String,
+    /// Which machine of that name, if its primary was told.
+    #[serde(default)]
+    pub instance: Option<String>,
     /// What carries its log.
     pub transport: String,
     /// How the machine is replicated.
@@ -111,6 +114,8 @@ pub struct Ours<'a> {
     pub cpu: &'a CpuModel,
     /// The machine's name.
     pub name: &'a str,
+    /// Which machine of that name, if this side was told.
+    pub instance: Option<&'a str>,
     /// What carries its log.
     pub transport: Transport,
     /// How it is replicated.
@@ -312,6 +317,15 @@ pub fn listen_to(
             ours: ours.name.to_owned(),
         });
     }
+    if let (Some(theirs), Some(ours)) = (&hello.instance, ours.instance)
+        && theirs != ours
+    {
+        return Err(HandshakeError::Instance {
+            name: hello.name,
+            theirs: theirs.clone(),
+            ours: ours.to_owned(),
+        });
+    }
     if hello.transport != ours.transport.name() {
         return Err(HandshakeError::Transport {
             theirs: hello.transport,
@@ -334,7 +348,11 @@ pub fn listen_to(
 pub fn compare_cpus(hello: &Hello, ours: &Told) -> Result<(), HandshakeError> {
     match ours.difference(&hello.told) {
         None => Ok(()),
-        Some(difference) => Err(HandshakeError::Told(difference)),
+        // This host would tell another thing where it could; what is named is why it cannot.
+        Some(difference) => {
+            let lacks = ours.lacks(&hello.told);
+            Err(HandshakeError::Told(lacks.unwrap_or(difference)))
+        }
     }
 }
 
@@ -539,4 +557,62 @@ pub fn identity_of(hello: &Hello) -> Result<Identity, HandshakeError> {
 #[must_use]
 pub fn port_fd<T: AsFd>(port: Option<&T>) -> Option<BorrowedFd<'_>> {
     port.map(AsFd::as_fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a backup for the machine of this instance makes of a primary of that one.
+    fn meets(ours: Option<&str>, theirs: Option<&str>) -> Result<(), HandshakeError> {
+        let cpu = CpuModel {
+            vendor: "GenuineTest".into(),
+            signature: 1,
+        };
+        let spec = MachineSpec::new("compute", 4, "", 0).unwrap().encode();
+        let hello = Hello {
+            version: VERSION,
+            cpu: cpu.clone(),
+            told: Told::default(),
+            name: "kv".into(),
+            instance: theirs.map(str::to_owned),
+            transport: Transport::Shm.name().into(),
+            replication: Replication::Replay.name().into(),
+            identity: Identity::from_bytes([1; 16]).to_string(),
+            heartbeat: ([127, 0, 0, 1], 9).into(),
+            key: [7; 16],
+            running: false,
+            sure_of_disks: true,
+            disk: None,
+            spec_bytes: spec.len() as u32,
+        };
+        let (primary, backup) = UnixStream::pair().unwrap();
+        let primary = std::thread::spawn(move || {
+            let channel = prove(Stream::Unix(primary), &Trust::same_user()).unwrap();
+            // It is refused, or the backup hangs up.
+            introduce(&channel, &hello, &spec).unwrap_err();
+        });
+        let channel = admit(Stream::Unix(backup), &Trust::same_user()).unwrap();
+        let ours = Ours {
+            cpu: &cpu,
+            name: "kv",
+            instance: ours,
+            transport: Transport::Shm,
+            replication: Replication::Replay,
+        };
+        let outcome = listen_to(&channel, &ours).map(drop);
+        drop(channel);
+        primary.join().unwrap();
+        outcome
+    }
+
+    /// A backup of a machine that was deleted listens where that of its namesake does.
+    #[test]
+    fn a_machine_is_not_its_namesake() {
+        let other = meets(Some("1"), Some("2")).unwrap_err();
+        assert!(matches!(other, HandshakeError::Instance { .. }), "{other}");
+        for (ours, theirs) in [(Some("1"), Some("1")), (None, Some("1")), (Some("1"), None)] {
+            meets(ours, theirs).unwrap();
+        }
+    }
 }

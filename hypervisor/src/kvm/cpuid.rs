@@ -128,64 +128,6 @@ const EMPTIED: &[u32] = &[
     0x8000_0022,
 ];
 
-/// What a guest is told of its CPU: of each leaf its number, that of its subleaf, and EAX, EBX, ECX, EDX.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Told(Vec<[u32; 6]>);
-
-/// Where two hosts of one model tell a guest different things.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Difference {
-    /// The leaf and its subleaf.
-    pub leaf: (u32, u32),
-    /// EAX, EBX, ECX, EDX on the one side, if it has the leaf.
-    pub theirs: Option<[u32; 4]>,
-    /// On the other.
-    pub ours: Option<[u32; 4]>,
-}
-
-impl Told {
-    pub(super) fn of(entries: &[kvm_cpuid_entry2]) -> Self {
-        let words = entries
-            .iter()
-            .map(|e| [e.function, e.index, e.eax, e.ebx, e.ecx, e.edx]);
-        Self(words.collect())
-    }
-
-    fn get(&self, leaf: (u32, u32)) -> Option<[u32; 4]> {
-        let mut found = self.0.iter().filter(|e| (e[0], e[1]) == leaf);
-        found.next().map(|&[_, _, a, b, c, d]| [a, b, c, d])
-    }
-
-    /// The first leaf that is not the same. A leaf that is all zeroes is none. None: a guest cannot tell one from the other; or `theirs` is of a
-    /// program that does not say.
-    #[must_use]
-    pub fn difference(&self, theirs: &Self) -> Option<Difference> {
-        if theirs.0.is_empty() {
-            return None;
-        }
-        let leaves = self.0.iter().chain(&theirs.0).map(|e| (e[0], e[1]));
-        leaves
-            .map(|leaf| Difference {
-                leaf,
-                theirs: theirs.get(leaf),
-                ours: self.get(leaf),
-            })
-            .find(|found| found.theirs.unwrap_or_default() != found.ours.unwrap_or_default())
-    }
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (leaf, subleaf) = self.leaf;
-        let [theirs, ours] = [self.theirs, self.ours].map(Option::unwrap_or_default);
-        write!(
-            f,
-            "leaf {leaf:#x}.{subleaf}: theirs {theirs:x?}, ours {ours:x?} (EAX, EBX, ECX, EDX)"
-        )
-    }
-}
-
 /// The host CPU's model. Both sides of a pair must have the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuModel {
@@ -317,6 +259,7 @@ fn offer_clock_page(entries: &mut Vec<kvm_cpuid_entry2>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Told;
     use super::*;
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -369,31 +312,6 @@ mod tests {
         );
         assert!(cpuid.as_slice().iter().all(|e| e.function != 0x4000_0000));
         assert_ne!(find(1, 0).edx & 1, 0, "the fpu stays");
-    }
-
-    #[test]
-    fn the_first_leaf_that_differs_is_named() {
-        let all = [entry(0, 0), entry(1, 0), entry(7, 0)];
-        let told = Told::of(&all);
-        assert_eq!(told.difference(&told.clone()), None);
-        assert_eq!(told.difference(&Told::default()), None, "it does not say");
-        let mut other = all;
-        other[2].edx = 0x80;
-        let difference = told.difference(&Told::of(&other)).unwrap();
-        let said = difference.to_string();
-        assert!(said.starts_with("leaf 0x7.0: theirs ["), "{said}");
-        assert!(said.contains("80]"), "{said}");
-        // One side has a leaf, and the other none.
-        let fewer = Told::of(&all[..2]);
-        assert_eq!(told.difference(&fewer).unwrap().leaf, (7, 0));
-        assert_eq!(fewer.difference(&told).unwrap().leaf, (7, 0));
-        // A leaf of zeroes is none.
-        let mut empty = all.to_vec();
-        empty.push(kvm_cpuid_entry2 {
-            function: 0x16,
-            ..Default::default()
-        });
-        assert_eq!(told.difference(&Told::of(&empty)), None);
     }
 
     /// Whatever processor of it asks, a host tells a guest the same.

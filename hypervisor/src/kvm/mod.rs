@@ -9,13 +9,15 @@ mod exit;
 mod host_cpu;
 mod msr;
 mod state;
+mod told;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuModel, Difference, Told, deterministic as deterministic_cpuid};
+pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
 pub use crew::{BadCrewState, CrewState, Shape};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};
+pub use told::{Difference, Told};
 pub use vcpu::{Kick, STOPS_MAX, Stops, Vcpu};
 pub use vm::{Capabilities, Cpu, KvmSource, Vm};
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_USER_SPACE_MSR,
+    CpuId, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
     KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_clear_dirty_log, kvm_enable_cap,
     kvm_pit_config, kvm_userspace_memory_region,
@@ -332,16 +332,22 @@ impl Vm {
         Ok(())
     }
 
-    /// Creates the one vCPU with the deterministic CPU template; with `clock_page` it is told of KVM's paravirtual clock.
+    /// Creates the one vCPU with the deterministic CPU template; with `clock_page` it is told of KVM's paravirtual clock. It is told what `as_told` says
+    /// where this host can tell that as well.
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_vcpu(&self, clock_page: bool) -> Result<(Vcpu, Cpu), KvmError> {
+    pub fn create_vcpu(&self, clock_page: bool, as_told: &Told) -> Result<(Vcpu, Cpu), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-        let (cpuid, model) = deterministic_cpuid(&supported, clock_page)?;
+        let (own, model) = deterministic_cpuid(&supported, clock_page)?;
+        let theirs = as_told.in_place_of(own.as_slice());
+        let cpuid = match theirs {
+            Some(theirs) => CpuId::from_entries(&theirs).unwrap_or(own),
+            None => own,
+        };
         let fd = self
             .fd
             .create_vcpu(0)
@@ -352,17 +358,23 @@ impl Vm {
         Ok((Vcpu::new(fd)?, Cpu { model, told }))
     }
 
-    /// Creates so many vCPUs with the host's CPU, of a machine [with KVM's own controllers](Vm::with_controllers).
+    /// Creates so many vCPUs with the host's CPU, of a machine [with KVM's own controllers](Vm::with_controllers); as it is told elsewhere by `as_told`,
+    /// where this host can tell that as well.
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_crew(&self, count: u8) -> Result<(Vec<Vcpu>, Shape, Cpu), KvmError> {
+    pub fn create_crew(
+        &self,
+        count: u8,
+        as_told: &Told,
+    ) -> Result<(Vec<Vcpu>, Shape, Cpu), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
         let deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        let (entries, model) = host_cpu::ordinary(&supported, deadline, !state::is_emulated())?;
+        let (own, model) = host_cpu::ordinary(&supported, deadline, !state::is_emulated())?;
+        let entries = as_told.in_place_of(&own).unwrap_or(own);
         let mut vcpus = Vec::with_capacity(count.into());
         for number in 0..count {
             let fd = self

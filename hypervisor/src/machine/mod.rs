@@ -29,6 +29,7 @@ pub(crate) use stops::StopAt;
 pub use tally::{Exits, Tally};
 
 use crate::boot::BootError;
+use crate::devices::pvclock::Keeping;
 use crate::devices::{Bus, DeviceError, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::{Extent, Request};
@@ -162,8 +163,8 @@ pub struct Machine {
     phase: Phase,
     /// A triple fault, or a halt that no interrupt can end, is how this guest resets or turns itself off: Linux knows such ways.
     halts_for_good: bool,
-    /// Reads of the clock page are counted in it.
-    keeps_counts: bool,
+    /// How it keeps the guest's clock page.
+    clock_keeping: Keeping,
     /// What it takes to start anew; none where vCPUs have threads of their own.
     again: Option<Reset>,
     /// Of the guest's disk; 0 without one.
@@ -186,19 +187,31 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`].
     pub fn new(source: &KvmSource, spec: &MachineSpec) -> Result<Self, MachineError> {
+        Self::as_told(source, spec, &Told::default())
+    }
+
+    /// The same, its guest being told of its CPU what it is told elsewhere, where this host can tell that as well; [`Machine::told`] says whether it is.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub fn as_told(
+        source: &KvmSource,
+        spec: &MachineSpec,
+        told: &Told,
+    ) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(spec.memory_mib)?);
         let kvm = source.open()?;
         let devices = Arc::new(Mutex::new(Devices::new(&spec.devices())));
         let tally = Arc::<Tally>::default();
         let (vm, cpus, cpu) = if let Some(count) = spec.vcpus {
             let vm = Arc::new(Vm::with_controllers(kvm, &ram)?);
-            let (vcpus, shape, cpu) = vm.create_crew(count)?;
+            let (vcpus, shape, cpu) = vm.create_crew(count, told)?;
             reset::load(spec, spec.seed, &ram, &vcpus[0])?;
             let crew = Crew::new(vcpus, shape, &devices, &ram, &vm, &tally);
             (vm, Cpus::Crew(crew), cpu)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page)?;
+            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page, told)?;
             reset::load(spec, spec.seed, &ram, &vcpu)?;
             (vm, Cpus::One(vcpu), cpu)
         };
@@ -221,7 +234,7 @@ impl Machine {
             again,
             disk_sectors: spec.disk.map_or(0, |disk| disk.sectors),
             halts_for_good: spec.boot == BootProtocol::Linux,
-            keeps_counts: spec.keeps_counts(),
+            clock_keeping: spec.clock_keeping(),
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
@@ -524,7 +537,7 @@ impl Machine {
                 self.cpus.one().set_rdx(rdx);
             }
             if let Input::Clock(now) = input {
-                lock(&self.devices).show_time(&self.ram, *now, self.keeps_counts);
+                lock(&self.devices).show_time(&self.ram, *now, self.clock_keeping);
             }
             self.phase = Phase::Ready;
             return Ok(());
@@ -544,7 +557,7 @@ impl Machine {
             });
         }
         if let Input::Clock(now) = input {
-            lock(&self.devices).show_time(&self.ram, *now, self.keeps_counts);
+            lock(&self.devices).show_time(&self.ram, *now, self.clock_keeping);
             return Ok(());
         }
         let mut devices = lock(&self.devices);

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::VCPUS_MOST;
 use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
+use crate::devices::pvclock::Keeping;
 use crate::devices::{DevicesConfig, DiskConfig};
 use crate::kvm::CpuModel;
 use crate::version::Version;
@@ -43,10 +44,7 @@ pub enum OnReset {
 
 /// What a guest finds in a machine, its devices and CPU as they behave: whoever changes that gives it another number, and keeps what older
 /// machines have. A machine keeps the number with which it was started, whoever serves it.
-pub const MODEL: u32 = 2;
-
-/// Since this one reads of the clock page are counted (`devices/pvclock.rs`).
-const COUNTS_CLOCK_READS: u32 = 2;
+pub const MODEL: u32 = 3;
 
 fn first_model() -> u32 {
     1
@@ -275,9 +273,13 @@ impl MachineSpec {
         }
     }
 
-    /// Whether reads of the clock page are counted in it.
-    pub(super) fn keeps_counts(&self) -> bool {
-        self.model >= COUNTS_CLOCK_READS
+    /// How it keeps the guest's clock page.
+    pub(super) fn clock_keeping(&self) -> Keeping {
+        match self.model {
+            1 => Keeping::Plain,
+            2 => Keeping::Counted,
+            _ => Keeping::Steady,
+        }
     }
 
     /// The same, of a machine whose guest reads the time there.

@@ -1,5 +1,7 @@
 //! The machine on real KVM, and what an exit hands to its devices.
 
+mod clock_page;
+
 use super::*;
 use crate::checkpoint::Pages;
 use crate::devices::DevicesConfig;
@@ -8,6 +10,29 @@ use crate::entry::Base;
 fn machine(guest: &str, words: &str) -> Machine {
     let spec = MachineSpec::new(guest, 4, words, 0).unwrap();
     Machine::new(&KvmSource::Path("/dev/kvm".into()), &spec).unwrap()
+}
+
+/// A primary whose kernel offers less, and one whose kernel offers more than any.
+#[test]
+fn a_guest_is_told_of_its_cpu_what_it_was_told_before_where_that_can_be() {
+    let spec = MachineSpec::new("compute", 4, "", 0).unwrap();
+    let built = |told: &Told| Machine::as_told(&KvmSource::default(), &spec, told).unwrap();
+    let own = built(&Told::default()).told().clone();
+    let with = |change: fn(u64) -> u64| {
+        let mut words = serde_json::to_value(&own).unwrap();
+        let leaves = words.as_array_mut().unwrap();
+        // EDX of the first leaf that has bits of features.
+        let one = leaves.iter_mut().find(|leaf| leaf[0] == 1).unwrap();
+        one[5] = change(one[5].as_u64().unwrap()).into();
+        serde_json::from_value::<Told>(words).unwrap()
+    };
+
+    let less = with(|bits| bits & !(1 << bits.ilog2()));
+    assert_ne!(less, own);
+    assert_eq!(*built(&less).told(), less);
+    let more = with(|_| u64::from(u32::MAX));
+    assert_eq!(*built(&more).told(), own);
+    assert_eq!(own.lacks(&more).unwrap().leaf, (1, 0));
 }
 
 /// An order is given and the thread kicked just as it has looked for orders and goes into the guest: the kick must not be lost,

@@ -16,7 +16,9 @@ pub(super) type Place = (usize, usize);
 pub(super) struct Alternative {
     /// What is patched.
     pub(super) original: Place,
-    /// Where what it is patched with lies in the section of replacements.
+    /// Bytes of it.
+    pub(super) length: usize,
+    /// Where what it is patched with lies in the section of replacements; empty for one that puts nothing but padding there.
     pub(super) replacement: Range<usize>,
 }
 
@@ -81,23 +83,27 @@ fn fits(
     let mut alternatives = Vec::new();
     for (number, entry) in entries.enumerate() {
         let at = number * layout.size;
-        let length = usize::from(entry[layout.replacement_length]);
-        if length > usize::from(entry[layout.original_length]) {
+        let length = usize::from(entry[layout.original_length]);
+        let new = usize::from(entry[layout.replacement_length]);
+        if new > length {
             return None;
         }
         let original = resolve(at)?;
         // One that puts nothing but padding there may point behind the last.
-        if length == 0 {
-            continue;
-        }
-        let (where_to, into) = resolve(at + 4)?;
-        let end = into.checked_add(length)?;
-        if where_to != section || end > size {
-            return None;
-        }
+        let replacement = if new > 0 {
+            let (where_to, into) = resolve(at + 4)?;
+            let end = into.checked_add(new)?;
+            if where_to != section || end > size {
+                return None;
+            }
+            into..end
+        } else {
+            0..0
+        };
         alternatives.push(Alternative {
             original,
-            replacement: into..end,
+            length,
+            replacement,
         });
     }
     Some(alternatives)
@@ -139,14 +145,17 @@ mod tests {
                 Some((section, usize::from(*table.get(at)?)))
             };
             let read = read(&table, (7, 200), resolve).expect("a table");
-            assert_eq!(read.len(), 40, "{layout:?}");
+            assert_eq!(read.len(), 41, "{layout:?}");
             assert_eq!(
                 read[3],
                 Alternative {
                     original: (1, 3),
+                    length: 5,
                     replacement: 15..20
                 }
             );
+            let padding = &read[40];
+            assert!(padding.replacement.is_empty() && padding.length == 5);
         }
     }
 

@@ -34,6 +34,8 @@ pub(super) const BODY: [u8; 13] = [
 /// `JMP rel8`.
 const JMP_REL8: u8 = 0xeb;
 const JMP_BYTES: usize = 2;
+/// `JUMP_LABEL_NOP_SIZE`, of what may be patched while the kernel runs.
+const KEY_BYTES: usize = 5;
 /// What is left of an instruction that was cut is never executed.
 const INT3: u8 = 0xcc;
 
@@ -73,7 +75,7 @@ impl Plan {
                 has_read = decoded.code() == Code::Rdtsc;
                 continue;
             }
-            if leaves(&decoded) {
+            if leaves(&decoded) || is_anothers(&decoded) {
                 room = None;
             } else if room.is_some() || !is_patched {
                 let start = *room.get_or_insert(at);
@@ -102,6 +104,20 @@ impl Plan {
         let body = filled(&BODY, &self.room);
         [(self.entry.clone(), jump), (self.room.clone(), body)]
     }
+}
+
+/// Whether these bytes read the counter.
+pub(super) fn reads_counter(function: &[u8]) -> bool {
+    let decoder = Decoder::new(64, function, DecoderOptions::NONE);
+    let mut decoded = decoder.into_iter();
+    decoded.any(|decoded| matches!(decoded.code(), Code::Rdtsc | Code::Rdtscp))
+}
+
+/// Whether this is somebody's to change: five bytes that do nothing are what the kernel keys a branch or a call with (jump labels, static calls), and
+/// what reads the counter is a site of its own, of which the report tells.
+fn is_anothers(decoded: &Instruction) -> bool {
+    let is_key = decoded.mnemonic() == Mnemonic::Nop && decoded.len() == KEY_BYTES;
+    is_key || super::code::family(decoded.code()).is_some()
 }
 
 /// Whether execution goes elsewhere from here, or comes from there: calls and returns are what the kernel patches.
@@ -168,5 +184,18 @@ pub(super) mod tests {
         calls[21..26].copy_from_slice(&[0xe8, 0, 0, 0, 0]);
         assert_eq!(Plan::of(&calls), None, "no room before a call");
         assert_eq!(Plan::of(&[0x06]), None, "no code");
+    }
+
+    #[test]
+    fn what_others_change_or_tell_of_is_no_room() {
+        let of = |other: &[u8]| {
+            let reader = [&READER[..18], other, &READER[18..]].concat();
+            Plan::of(&reader).map(|plan| plan.room)
+        };
+        let key = [0x0f, 0x1f, 0x44, 0, 0];
+        assert_eq!(of(&key), Some(23..36), "behind the key");
+        let again = [0x0f, 0x31, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0];
+        assert_eq!(of(&again), Some(20..34), "behind the second RDTSC");
+        assert!(reads_counter(READER) && !reads_counter(&READER[..9]));
     }
 }

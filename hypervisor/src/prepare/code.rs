@@ -21,9 +21,13 @@ pub(super) struct Found {
     pub(super) instruction: Instruction,
 }
 
+/// So many in one file are no sites: Debian's kernel has 125. They would be told of one by one, in a hundred times their bytes.
+pub(super) const SITES_MOST: usize = 1 << 16;
+
 /// What decoding gave.
 #[derive(Debug, Default)]
 pub(super) struct Swept {
+    /// At most [`SITES_MOST`].
     pub(super) found: Vec<Found>,
     /// What could not be decoded.
     pub(super) gaps: Vec<Range<usize>>,
@@ -57,6 +61,9 @@ fn stretch(bytes: &[u8], range: Range<usize>, address: u64, bitness: u32, swept:
             return;
         }
         if let Some(instruction) = family(decoded.code()) {
+            if swept.found.len() == SITES_MOST {
+                return;
+            }
             swept.found.push(Found {
                 at,
                 length: decoded.len(),
@@ -68,7 +75,8 @@ fn stretch(bytes: &[u8], range: Range<usize>, address: u64, bitness: u32, swept:
     }
 }
 
-fn family(code: Code) -> Option<Instruction> {
+/// Which of the family this is.
+pub(super) fn family(code: Code) -> Option<Instruction> {
     match code {
         Code::Rdtsc => Some(Instruction::Rdtsc),
         Code::Rdtscp => Some(Instruction::Rdtscp),

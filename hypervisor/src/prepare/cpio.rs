@@ -157,6 +157,11 @@ impl Writer {
         self.add(TRAILER, Facts::default(), b"");
     }
 
+    /// Bytes so far.
+    pub(super) fn length(&self) -> usize {
+        self.bytes.len()
+    }
+
     pub(super) fn finish(self) -> Vec<u8> {
         self.bytes
     }

@@ -5,6 +5,10 @@ use super::elf::{Elf, Section, word};
 /// DW_EH_PE: how an address is written. Only what compilers write for x86 is read.
 const PC_RELATIVE: u8 = 0x10;
 const OMITTED: u8 = 0xff;
+/// Letters of what is common to several functions: there are seven kinds. It is read anew for each function, so it must be short.
+const LETTERS: usize = 16;
+/// Bytes of a number that fits 64 bits, seven in each.
+const LEB_BYTES: usize = 10;
 
 /// The addresses at which functions start, as far as the section makes sense.
 pub(super) fn starts(elf: &Elf<'_>, section: &Section) -> Vec<u64> {
@@ -53,7 +57,7 @@ fn encoding(bytes: &[u8], at: usize, pointer: usize) -> Option<u8> {
     let version = *bytes.get(common.start + 4)?;
     let mut at = common.start + 5;
     let letters = bytes.get(at..common.end)?;
-    let letters = &letters[..letters.iter().position(|&byte| byte == 0)?];
+    let letters = &letters[..letters.iter().take(LETTERS).position(|&byte| byte == 0)?];
     at += letters.len() + 1;
     // Alignment of code and of data, and the register of the return address.
     skip_leb(bytes, &mut at)?;
@@ -83,10 +87,9 @@ fn encoding(bytes: &[u8], at: usize, pointer: usize) -> Option<u8> {
 }
 
 fn skip_leb(bytes: &[u8], at: &mut usize) -> Option<()> {
-    while bytes.get(*at)? & 0x80 != 0 {
-        *at += 1;
-    }
-    *at += 1;
+    let rest = bytes.get(*at..)?;
+    let number = rest.iter().take(LEB_BYTES);
+    *at += number.take_while(|&byte| byte & 0x80 != 0).count() + 1;
     Some(())
 }
 

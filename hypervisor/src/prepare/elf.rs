@@ -1,5 +1,8 @@
 //! ELF files, as far as rewriting needs them: sections and symbols (System V gABI, chapter 4). Nothing in them is believed.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
 use super::error::PrepareError;
 
 pub(super) const EM_386: u16 = 3;
@@ -18,6 +21,9 @@ const SHF_EXECINSTR: u64 = 4;
 const SHN_LORESERVE: u16 = 0xff00;
 /// Bytes of a relocation with an addend in a 64-bit file.
 const RELA: usize = 24;
+/// A longer name is cut: the kernel's have at most 512 bytes (KSYM_NAME_LEN), and of others only the report tells. Many may share
+/// one text, which would be copied for each.
+const NAME_MAX: usize = 512;
 
 /// A section's header.
 #[derive(Clone, Debug)]
@@ -85,6 +91,10 @@ pub(super) struct Elf<'a> {
     pub(super) kind: u16,
     pub(super) entry: u64,
     pub(super) sections: Vec<Section>,
+    /// Addresses and numbers of those that are loaded and have bytes, in their order.
+    loaded: Vec<(u64, usize)>,
+    /// Where the table of sections ends.
+    headers_end: usize,
 }
 
 /// Little-endian words; what lies outside is `None`.
@@ -101,7 +111,11 @@ pub(super) fn is_elf(bytes: &[u8]) -> bool {
 
 fn text(bytes: &[u8], at: usize) -> Option<&[u8]> {
     let rest = bytes.get(at..)?;
-    rest.get(..rest.iter().position(|&byte| byte == 0)?)
+    let near = &rest[..rest.len().min(NAME_MAX)];
+    match near.iter().position(|&byte| byte == 0) {
+        Some(end) => near.get(..end),
+        None => (near.len() == NAME_MAX).then_some(near),
+    }
 }
 
 impl<'a> Elf<'a> {
@@ -144,6 +158,8 @@ impl<'a> Elf<'a> {
             kind,
             entry,
             sections: Vec::new(),
+            loaded: Vec::new(),
+            headers_end: 0,
         };
         if table == 0 || count == 0 {
             return Ok(elf);
@@ -157,6 +173,7 @@ impl<'a> Elf<'a> {
             .checked_add(size * count)
             .and_then(|end| bytes.get(table..end))
             .ok_or_else(|| PrepareError::elf("its section headers lie outside the file"))?;
+        elf.headers_end = table + headers.len();
         let mut named = Vec::with_capacity(count);
         for header in headers.chunks_exact(size) {
             let (section, name) = elf.section(header)?;
@@ -184,6 +201,13 @@ impl<'a> Elf<'a> {
                 .ok_or_else(|| PrepareError::elf("a section's name has no end"))?;
             section.name = String::from_utf8_lossy(name).into_owned();
         }
+        let sections = elf.sections.iter().enumerate();
+        elf.loaded = sections
+            .filter(|(_, section)| section.flags & SHF_ALLOC != 0 && section.size > 0)
+            .map(|(number, section)| (section.address, number))
+            .collect();
+        elf.loaded
+            .sort_by_key(|&(address, number)| (address, Reverse(number)));
         Ok(elf)
     }
 
@@ -220,13 +244,10 @@ impl<'a> Elf<'a> {
         Ok((section, at(0, 0, 4) as usize))
     }
 
-    /// Where its last section ends.
+    /// Where it ends: its last section, or their headers.
     pub(super) fn end(&self) -> usize {
-        self.sections
-            .iter()
-            .map(|section| section.range().end)
-            .max()
-            .unwrap_or(0)
+        let ends = self.sections.iter().map(|section| section.range().end);
+        ends.fold(self.headers_end, usize::max)
     }
 
     /// Bytes of a section.
@@ -244,10 +265,10 @@ impl<'a> Elf<'a> {
 
     /// Which section an address lies in.
     pub(super) fn section_at(&self, address: u64) -> Option<(usize, &Section)> {
-        let mut loaded = self.sections.iter().enumerate();
-        loaded.find(|(_, section)| {
-            section.flags & SHF_ALLOC != 0 && section.within(address).is_some()
-        })
+        let behind = self.loaded.partition_point(|&(start, _)| start <= address);
+        let (_, number) = *self.loaded[..behind].last()?;
+        let section = &self.sections[number];
+        section.within(address).map(|_| (number, section))
     }
 
     /// How wide its code's addresses are.
@@ -309,15 +330,16 @@ impl<'a> Elf<'a> {
         if !self.wide {
             return relocations;
         }
+        // Several may refer to one.
+        let mut tables = BTreeMap::new();
         for table in &self.sections {
             if table.kind != SHT_RELA || table.info != section {
                 continue;
             }
-            let symbols = self
-                .sections
-                .get(table.link)
-                .map(|link| self.table(link))
-                .unwrap_or_default();
+            let symbols = tables.entry(table.link).or_insert_with(|| {
+                let link = self.sections.get(table.link);
+                link.map(|link| self.table(link)).unwrap_or_default()
+            });
             for entry in self.bytes_of(table).chunks_exact(RELA) {
                 let (Some(place), Some(info), Some(addend)) =
                     (word(entry, 0, 8), word(entry, 8, 8), word(entry, 16, 8))

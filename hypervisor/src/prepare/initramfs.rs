@@ -74,6 +74,9 @@ fn one(bytes: &[u8], writer: &mut Writer, report: &mut Report) -> Result<usize, 
         match prepared {
             Some((bytes, found)) => {
                 report.add(found);
+                if let Some(why) = report.flood() {
+                    return Err(PrepareError::archive(reader.at, why));
+                }
                 writer.copy(&entry, &bytes)?;
             }
             None => writer.copy(&entry, entry.bytes)?,

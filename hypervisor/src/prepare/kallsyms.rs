@@ -22,15 +22,44 @@ const SYMBOLS: std::ops::Range<usize> = 16..4 << 20;
 const TRIED: usize = 8;
 /// Tables of names that make sense at first and then do not: more than a few are made up.
 const TRIES: usize = 512;
+/// Steps that may be taken for each byte of the data, and in any case. A kernel's take less than one; where more is promising, it was
+/// made to be, and the search would be one for hours.
+const STEPS: usize = 16;
+const STEPS_ANYWAY: usize = 1 << 20;
+
+/// How much more is looked at.
+#[derive(Debug)]
+struct Patience {
+    tries: usize,
+    steps: usize,
+}
+
+impl Patience {
+    fn of(data: &[u8]) -> Self {
+        Self {
+            tries: TRIES,
+            steps: (STEPS * data.len()).max(STEPS_ANYWAY),
+        }
+    }
+
+    /// None when it is at its end.
+    fn step(&mut self) -> Option<()> {
+        self.steps = self.steps.checked_sub(1)?;
+        Some(())
+    }
+}
 
 /// The addresses and names of those that `wanted` takes, in the order of addresses; `data` is a section of the kernel's.
 pub(super) fn read(data: &[u8], wanted: impl Fn(u64) -> bool) -> Option<Vec<(u64, String)>> {
-    let mut tries = TRIES;
+    let mut patience = Patience::of(data);
     for index in (0..data.len().saturating_sub(2 * TOKENS)).step_by(4) {
         let Some((table, tokens)) = tokens(data, index) else {
             continue;
         };
-        let Some(names) = names(data, table, &tokens, &mut tries) else {
+        let Some(names) = names(data, table, &tokens, &mut patience) else {
+            if patience.steps == 0 {
+                return None;
+            }
             continue;
         };
         if let Some(addresses) = addresses(data, index, &names) {
@@ -95,18 +124,20 @@ struct Names {
 }
 
 /// The names, which lie before the table of tokens.
-fn names(data: &[u8], table: usize, tokens: &[&[u8]], tries: &mut usize) -> Option<Names> {
+fn names(data: &[u8], table: usize, tokens: &[&[u8]], patience: &mut Patience) -> Option<Names> {
     for count_at in (0..table).rev().filter(|at| at % 4 == 0) {
+        patience.step()?;
         let count = word(data, count_at, 4)? as usize;
         if !SYMBOLS.contains(&count) || count > table - count_at {
             continue;
         }
         for from in [count_at + ALIGN, count_at + 4] {
-            if walk(data, from, count.min(TRIED), table, tokens, true).is_none() {
+            let few = count.min(TRIED);
+            if walk(data, from, few, table, Some(tokens), patience).is_none() {
                 continue;
             }
-            *tries = tries.checked_sub(1)?;
-            let Some((at, end)) = walk(data, from, count, table, tokens, false) else {
+            patience.tries = patience.tries.checked_sub(1)?;
+            let Some((at, end)) = walk(data, from, count, table, None, patience) else {
                 continue;
             };
             if [ALIGN, 4]
@@ -120,14 +151,14 @@ fn names(data: &[u8], table: usize, tokens: &[&[u8]], tries: &mut usize) -> Opti
     None
 }
 
-/// Steps over so many names; with `check` they must look like some.
+/// Steps over so many names; with `tokens` they must look like some.
 fn walk(
     data: &[u8],
     from: usize,
     count: usize,
     end: usize,
-    tokens: &[&[u8]],
-    check: bool,
+    tokens: Option<&[&[u8]]>,
+    patience: &mut Patience,
 ) -> Option<(Vec<usize>, usize)> {
     let mut at = Vec::with_capacity(count);
     let mut next = from;
@@ -136,8 +167,12 @@ fn walk(
             return None;
         }
         at.push(next);
-        if check {
-            let (name, kind) = expand(data, next, tokens)?;
+        patience.step()?;
+        if let Some(tokens) = tokens {
+            let expanded = expand(data, next, tokens);
+            let letters = expanded.as_ref().map_or(TOKEN_MAX, |(name, _)| name.len());
+            patience.steps = patience.steps.saturating_sub(letters);
+            let (name, kind) = expanded?;
             let graphic = name.bytes().all(|byte| byte.is_ascii_graphic());
             if name.is_empty() || !graphic || !(kind.is_ascii_alphabetic() || kind == b'?') {
                 return None;

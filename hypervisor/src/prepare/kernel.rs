@@ -1,12 +1,14 @@
 //! The kernel's own file.
 
+use std::collections::BTreeMap;
+
 use super::alternatives::{self, Alternative, REPLACEMENTS, TABLE, target};
-use super::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf, is_elf};
+use super::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf, is_elf, word};
 use super::error::PrepareError;
 use super::program;
 use super::report::{FileReport, Kind, Report};
-use super::rewrite::{Functions, Look, Patch, Ring, apply, functions};
-use super::{Limits, Prepared, bzimage, kallsyms, symbols};
+use super::rewrite::{FLOODED, Functions, Look, Patch, Ring, apply, functions};
+use super::{Limits, Prepared, bzimage, counts_clock_reads, kallsyms, symbols};
 
 /// Of so many functions one may hold bytes that are no instructions, besides a few in any case: real-mode pieces and tables in
 /// assembly. Debian's has 1 among 60,000; with symbols of another kernel hardly a function begins where an instruction does.
@@ -96,14 +98,21 @@ fn look(bytes: &[u8], system_map: Option<&str>) -> Result<(Report, Vec<Patch>), 
     if let Some((_, section)) = elf.named(REPLACEMENTS) {
         look.replacements(section, &alternatives, &functions);
     }
-    let patched: Vec<_> = alternatives
-        .iter()
-        .map(|alternative| alternative.original)
-        .collect();
+    let mut patched = BTreeMap::new();
+    for alternative in &alternatives {
+        let length = patched.entry(alternative.original).or_default();
+        *length = alternative.length.max(*length);
+    }
     for (number, section) in elf.sections.iter().enumerate() {
         if section.is_code() && section.name != REPLACEMENTS {
             look.clock_readers((number, section), &functions[number], &patched);
         }
+    }
+    look.report.counts_reads = !look.report.changes.is_empty() || counts_clock_reads(bytes);
+    if look.is_flooded() {
+        return Err(PrepareError::Kernel {
+            why: FLOODED.into(),
+        });
     }
     let mut report = Report::default();
     let mut patches = look.patches;
@@ -195,7 +204,8 @@ fn vdsos(elf: &Elf<'_>) -> Result<Vec<(FileReport, Vec<Patch>)>, PrepareError> {
         let data = elf.bytes_of(section);
         let mut into = (section.address.wrapping_neg() % PAGE as u64) as usize;
         while let Some(image) = data.get(into..).filter(|image| !image.is_empty()) {
-            let library = is_elf(image).then(|| Elf::parse(image).ok()).flatten();
+            let library = is_elf(image) && has_few_sections(image);
+            let library = library.then(|| Elf::parse(image).ok()).flatten();
             let Some(library) = library.filter(|library| library.kind == ET_DYN) else {
                 into += PAGE;
                 continue;
@@ -210,6 +220,13 @@ fn vdsos(elf: &Elf<'_>) -> Result<Vec<(FileReport, Vec<Patch>)>, PrepareError> {
         }
     }
     Ok(found)
+}
+
+/// As those libraries have: what is an ELF file by its first word may be anything, and many sections are work, at each page's start.
+fn has_few_sections(image: &[u8]) -> bool {
+    const FEW: u64 = 64;
+    let at = if image.get(4) == Some(&2) { 60 } else { 48 };
+    word(image, at, 2).is_some_and(|count| count <= FEW)
 }
 
 fn vdso_name(elf: &Elf<'_>) -> String {

@@ -42,7 +42,7 @@ pub use kernel::{kernel, system_map, vmlinux};
 pub use module::module;
 pub use program::program;
 pub use report::{Change, Count, FileReport, Gap, Instruction, Kind, Outcome, Report, Site};
-pub use tree::{modules, root};
+pub use tree::{apart, modules, root};
 
 /// The port whose four-byte read stands for RDTSC in a prepared kernel: the machine answers EAX with the counter's lower half and
 /// sets RDX to its upper half. No PC has anything at 0xe4 to 0xe7, and no read of it by this form of IN is in Debian's kernel

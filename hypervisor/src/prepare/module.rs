@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::alternatives::{self, REPLACEMENTS, TABLE};
 use super::elf::{EM_X86_64, ET_REL, Elf};
 use super::report::{FileReport, Kind};
-use super::rewrite::{Look, Patch, Ring, apply, functions};
+use super::rewrite::{FLOODED, Look, Patch, Ring, apply, functions};
 
 /// What ends a signed module (kernel/module_signature.c).
 const SIGNED: &[u8] = b"~Module signature appended~\n";
@@ -26,6 +26,10 @@ pub fn module(mut bytes: Vec<u8>, path: &str) -> (Vec<u8>, FileReport) {
     let (mut report, patches) = look(&bytes, path);
     if !patches.is_empty() {
         if let Some(length) = unsigned(&bytes) {
+            if Elf::parse(&bytes).is_ok_and(|elf| elf.end() > length) {
+                let why = "by its length its signature begins within the module: it is damaged";
+                return (bytes, FileReport::skipped(path, Kind::Module, why));
+            }
             bytes.truncate(length);
             report.signature_stripped = true;
         }
@@ -84,6 +88,9 @@ fn look(bytes: &[u8], path: &str) -> (FileReport, Vec<Patch>) {
             }
         };
         look.replacements(replacements, &alternatives, &functions);
+    }
+    if look.is_flooded() {
+        return skipped(FLOODED.into());
     }
     (look.report, look.patches)
 }

@@ -4,7 +4,7 @@ use super::eh_frame;
 use super::elf::{EM_386, EM_X86_64, ET_DYN, ET_EXEC, Elf};
 use super::error::PrepareError;
 use super::report::{FileReport, Kind};
-use super::rewrite::{Functions, Look, Patch, Ring, apply, functions};
+use super::rewrite::{FLOODED, Functions, Look, Patch, Ring, apply, functions};
 
 /// Prepares a program or library. One that cannot be read is left as it is, and the report says why.
 #[must_use]
@@ -53,6 +53,9 @@ pub(super) fn look(
         if section.is_code() {
             look.section(section, functions);
         }
+    }
+    if look.is_flooded() {
+        return skipped(FLOODED.into());
     }
     Ok((look.report, look.patches))
 }

@@ -125,8 +125,13 @@ pub struct FileReport {
     pub kind: Kind,
     /// Every site, by section and address.
     pub sites: Vec<Site>,
-    /// The reader of KVM's clock page, which counts its reads now.
+    /// The readers of KVM's clock page, which count their reads now.
     pub changes: Vec<Change>,
+    /// Those that could not be made to, by their symbols.
+    pub uncounted: Vec<String>,
+    /// Of a kernel: whether reads of the clock page are counted, by this preparation or by one before. Where none is, the guest reads the time
+    /// at a port, or is to be preempted.
+    pub counts_reads: bool,
     /// What could not be decoded and may hold more.
     pub suspicious: Vec<Gap>,
     /// Bytes of code that could not be decoded: tables between functions, mostly.
@@ -146,6 +151,8 @@ impl FileReport {
             kind,
             sites: Vec::new(),
             changes: Vec::new(),
+            uncounted: Vec::new(),
+            counts_reads: false,
             suspicious: Vec::new(),
             undecoded: 0,
             prepared: 0,
@@ -205,11 +212,18 @@ pub struct Report {
     pub modules: usize,
     /// Programs and libraries that were looked into.
     pub programs: usize,
+    /// Sites of all files.
+    #[serde(skip)]
+    sites: usize,
 }
+
+/// Sites of all files together at most: a distribution's have some thousands.
+const SITES_MOST: usize = 1 << 18;
 
 impl Report {
     /// Adds a file.
     pub fn add(&mut self, file: FileReport) {
+        self.sites += file.sites.len();
         if file.skipped.is_none() {
             match file.kind {
                 Kind::Module => self.modules += 1,
@@ -227,6 +241,13 @@ impl Report {
         self.files.extend(other.files);
         self.modules += other.modules;
         self.programs += other.programs;
+        self.sites += other.sites;
+    }
+
+    /// Why there can be no more of it, if its files have more sites than any system's.
+    pub(super) fn flood(&self) -> Option<String> {
+        (self.sites > SITES_MOST)
+            .then(|| format!("its programs have more than {SITES_MOST} places that would have to be rewritten, and no system's have so many"))
     }
 
     /// How many sites there are of each kind.
@@ -290,6 +311,21 @@ impl Report {
             "looked into {} modules and {} programs; {skipped} files not looked into, {gaps} stretches that may hold more",
             self.modules, self.programs
         );
+        for kernel in self.files.iter().filter(|file| file.kind == Kind::Kernel) {
+            let reads = "the kernel's reads of KVM's clock page";
+            let _ = match (kernel.counts_reads, &kernel.uncounted[..]) {
+                (true, []) => writeln!(text, "{reads} are counted"),
+                (true, left) => writeln!(
+                    text,
+                    "{reads} are counted, but not in {}: time may stand still there for who waits for it",
+                    left.join(", ")
+                ),
+                (false, _) => writeln!(
+                    text,
+                    "{reads} are not counted: it reads the time at a port (--clock timer), or is to be preempted"
+                ),
+            };
+        }
         text
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::TSC_PORT;
 use super::alternatives::{Alternative, Place};
 use super::clock_reader::{self, Plan};
-use super::code::{Found, is_suspicious, sweep};
+use super::code::{Found, SITES_MOST, is_suspicious, sweep};
 use super::elf::{Elf, Section};
 use super::report::{Change, FileReport, Gap, Instruction, Outcome, Site};
 
@@ -35,40 +35,50 @@ pub(super) fn apply(bytes: &mut [u8], patches: &[Patch]) {
 
 /// Where the functions of a section start, counted from its first byte, and what they are called.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Functions(BTreeMap<usize, String>);
+pub(super) struct Functions {
+    starts: BTreeSet<usize>,
+    /// Of those that have one.
+    names: BTreeMap<usize, String>,
+}
 
 impl Functions {
     /// Adds a start. Of several names for one the first in the alphabet counts, so that the order of a table does not matter; one
     /// without a name gives way.
     pub(super) fn add(&mut self, start: usize, name: &str) {
-        let known = self.0.entry(start).or_insert_with(|| name.to_owned());
-        if known.is_empty() || (!name.is_empty() && name < known.as_str()) {
+        self.starts.insert(start);
+        if name.is_empty() {
+            return;
+        }
+        let known = self.names.entry(start).or_insert_with(|| name.to_owned());
+        if name < known.as_str() {
             name.clone_into(known);
         }
     }
 
     pub(super) fn starts(&self) -> Vec<usize> {
-        self.0.keys().copied().collect()
+        self.starts.iter().copied().collect()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.starts.len()
     }
 
     /// Those whose names begin so: from where to where, up to the next one's start or the section's end at `size`.
     fn named(&self, name: &str, size: usize) -> Vec<Range<usize>> {
-        let ends = self.0.keys().skip(1).chain([&size]);
-        self.0
+        let end = |start| {
+            let mut behind = self.starts.range(start + 1..);
+            behind.next().copied().unwrap_or(size)
+        };
+        self.names
             .iter()
-            .zip(ends)
-            .filter(|((_, own), _)| own.starts_with(name))
-            .map(|((&start, _), &end)| start..end)
+            .filter(|(_, own)| own.starts_with(name))
+            .map(|(&start, _)| start..end(start))
             .collect()
     }
 
     /// Symbol and distance.
     pub(super) fn place(&self, at: usize) -> String {
-        let nearest = self.0.range(..=at).rev().find(|(_, name)| !name.is_empty());
+        let nearest = self.names.range(..=at).next_back();
         nearest.map_or_else(String::new, |(start, name)| match at - start {
             0 => name.clone(),
             distance => format!("{name}+{distance:#x}"),
@@ -149,37 +159,43 @@ impl Look<'_> {
         let mut seen = BTreeSet::new();
         for alternative in alternatives {
             let (original, into) = alternative.original;
-            if seen.insert(alternative.replacement.start) {
+            let range = &alternative.replacement;
+            if !range.is_empty() && seen.insert(range.start) {
                 let place = functions[original].place(into);
                 self.replacement(section, alternative.replacement.clone(), &place);
             }
         }
     }
 
-    /// Has the reader of the clock page count its reads (`clock_reader`), if it is in section `number`. `patched` is where the kernel puts
-    /// alternatives.
+    /// Has the readers of the clock page count their reads (`clock_reader`), if they are in section `number`. `patched` is where the kernel
+    /// puts alternatives, and how many bytes.
     pub(super) fn clock_readers(
         &mut self,
         (number, section): (usize, &Section),
         functions: &Functions,
-        patched: &[Place],
+        patched: &BTreeMap<Place, usize>,
     ) {
         let code = self.elf.bytes_of(section);
         for function in functions.named(clock_reader::NAME, code.len()) {
-            let Some(plan) = code.get(function.clone()).and_then(Plan::of) else {
+            let Some(bytes) = code.get(function.clone()) else {
                 continue;
             };
-            let changes = plan
-                .changes()
-                .map(|(range, new)| (function.start + range.start, new));
+            let changes = Plan::of(bytes).map(|plan| {
+                plan.changes()
+                    .map(|(range, new)| (function.start + range.start, new))
+            });
             let is_patched = |(into, new): &(usize, Vec<u8>)| {
-                let range = *into..into + new.len();
-                let mut patched = patched.iter();
-                patched.any(|(other, at)| *other == number && range.contains(at))
+                // A place has at most 255 bytes.
+                let from = (number, into.saturating_sub(usize::from(u8::MAX)));
+                let mut near = patched.range(from..(number, into + new.len()));
+                near.any(|((_, at), length)| at + length > *into)
             };
-            if changes.iter().any(is_patched) {
+            let Some(changes) = changes.filter(|changes| !changes.iter().any(is_patched)) else {
+                if clock_reader::reads_counter(bytes) {
+                    self.report.uncounted.push(functions.place(function.start));
+                }
                 continue;
-            }
+            };
             for (into, new) in changes {
                 let old = &code[into..into + new.len()];
                 let offset = self.base + section.offset + into;
@@ -222,7 +238,15 @@ impl Look<'_> {
         }
     }
 
+    /// Whether it has more sites than code can have. Then the report does not have them all.
+    pub(super) fn is_flooded(&self) -> bool {
+        self.report.sites.len() >= SITES_MOST
+    }
+
     fn site(&mut self, section: &Section, found: Found, place: String) {
+        if self.is_flooded() {
+            return;
+        }
         let bytes = &self.elf.bytes_of(section)[found.at..found.at + found.length];
         let offset = self.base + section.offset + found.at;
         let outcome = match (found.instruction, found.length) {
@@ -262,6 +286,10 @@ fn reads_clock_page(place: &str) -> bool {
 const IN_EAX_IMM8: u8 = 0xe5;
 /// `MOV EAX, EDX`: as long as RDTSC, and no flag changes.
 const MOV_EAX_EDX: [u8; 2] = [0x89, 0xd0];
+
+/// Of what [is flooded](Look::is_flooded).
+pub(super) const FLOODED: &str =
+    "it has 65536 places or more that would have to be rewritten, and no code has so many";
 
 const PREFIXED: &str =
     "it carries a prefix, which would mean something else in front of another instruction";

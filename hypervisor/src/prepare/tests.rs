@@ -1,12 +1,14 @@
 //! Whole files, made by hand around code of Debian's kernel.
 
+mod bounds;
 mod build;
+mod clock;
 mod hostile;
+mod places;
 
 use std::io::Write;
 
 use self::build::{Build, CODE, DATA};
-use super::clock_reader::tests::READER;
 use super::kallsyms::tests::table;
 use super::*;
 
@@ -293,6 +295,20 @@ fn a_module_loses_a_signature_that_is_no_longer_right() {
     assert!(module(new.clone(), "jent.ko").0 == new);
 }
 
+/// A length of a signature that covers the module's code: it is damaged, and what would be rewritten is not there.
+#[test]
+fn a_signature_that_begins_within_the_module_is_none() {
+    let mut old = module_file(READ_TSC);
+    let at = old.len() - b"~Module signature appended~\n".len() - 4;
+    for length in [21u32, 100, 4000] {
+        old[at..at + 4].copy_from_slice(&length.to_be_bytes());
+        let (new, report) = module(old.clone(), "jent.ko");
+        let why = report.skipped.expect("damaged");
+        assert!(why.contains("begins within the module"), "{why}");
+        assert!(new == old, "left as it is");
+    }
+}
+
 #[test]
 fn a_module_without_sites_keeps_its_signature() {
     let mut build = Build::object();
@@ -309,11 +325,17 @@ fn a_module_without_sites_keeps_its_signature() {
 
 /// A program without symbols, whose second function only its table for unwinding tells of.
 fn stripped_program() -> Vec<u8> {
+    stripped_program_with(b"zR")
+}
+
+/// By so many letters its table for unwinding says how it is written.
+fn stripped_program_with(letters: &[u8]) -> Vec<u8> {
     let mut code = vec![0x00, 0x00, 0xb8];
     code.extend(READ_TSC);
     let mut frames = Vec::new();
     // CIE: "zR", addresses from here on in four signed bytes.
-    let cie = [1, b'z', b'R', 0, 1, 0x78, 16, 1, 0x1b, 0, 0, 0];
+    let mut cie = [&[1], letters, &[0, 1, 0x78, 16, 1, 0x1b]].concat();
+    cie.resize(cie.len().next_multiple_of(4), 0);
     frames.extend((cie.len() as u32 + 4).to_le_bytes());
     frames.extend([0; 4]);
     frames.extend(cie);
@@ -477,8 +499,8 @@ fn a_directory_becomes_the_same_archive_each_time() {
     std::fs::write(root.join("bin/clock"), stripped_program()).expect("write");
     std::fs::write(root.join("init"), b"#!/bin/sh\n").expect("write");
     std::os::unix::fs::symlink("bin/clock", root.join("link")).expect("link");
-    let once = super::root(&root).expect("a root directory");
-    assert!(super::root(&root).expect("a root directory") == once);
+    let once = super::root(&root, Limits::default()).expect("a root directory");
+    assert!(super::root(&root, Limits::default()).expect("a root directory") == once);
     assert_eq!(once.report.files.len(), 1);
     let mut reader = cpio::Reader::new(&once.bytes);
     let mut names = Vec::new();
@@ -498,7 +520,7 @@ fn a_directory_becomes_the_same_archive_each_time() {
         ]
     );
     let out = work.path().join("out");
-    let report = modules(&root, &out).expect("copied");
+    let report = modules(&root, &out, Limits::default()).expect("copied");
     assert_eq!(report.programs, 1);
     assert!(
         std::fs::read(out.join("bin/clock")).expect("read")
@@ -510,7 +532,7 @@ fn a_directory_becomes_the_same_archive_each_time() {
             .to_str(),
         Some("bin/clock")
     );
-    let missing = modules(&work.path().join("none"), &out)
+    let missing = modules(&work.path().join("none"), &out, Limits::default())
         .expect_err("no directory")
         .to_string();
     assert!(missing.contains("none: cannot look into it"), "{missing}");
@@ -548,50 +570,4 @@ fn every_packing_is_read_up_to_its_end() {
             "{kind:?}"
         );
     }
-}
-
-#[test]
-fn the_reader_of_the_clock_page_is_made_to_count() {
-    let made = |name: &str| {
-        let mut build = Build::executable();
-        let mut text = READ_TSC.to_vec();
-        text.resize(32, 0xcc);
-        text.extend(READER);
-        let number = build.section(".text", CODE, TEXT, &text);
-        build.symbol("read_tsc", number, TEXT);
-        build.symbol(name, number, TEXT + 32);
-        build.finish()
-    };
-    let old = made("pvclock_clocksource_read");
-    let once = prepared(&old);
-    assert!(!counts_clock_reads(&old) && counts_clock_reads(&once.bytes));
-    let changed = &once.report.files[0].changes;
-    let places: Vec<&str> = changed.iter().map(|change| change.place.as_str()).collect();
-    assert_eq!(
-        places,
-        [
-            "pvclock_clocksource_read+0x4",
-            "pvclock_clocksource_read+0xe"
-        ]
-    );
-    for change in changed {
-        let bytes = |file: &[u8]| {
-            let range = change.offset..change.offset + change.new.len() / 2;
-            file[range]
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>()
-        };
-        assert_eq!(
-            (bytes(&old), bytes(&once.bytes)),
-            (change.old.clone(), change.new.clone())
-        );
-    }
-    assert_eq!(
-        once.report.files[0].sites[1].outcome,
-        Outcome::Rewritten("89d0".into()),
-        "nobody executes it, and nobody is to think that it exits"
-    );
-    assert_eq!(prepared(&once.bytes).bytes, once.bytes, "prepared twice");
-    assert!(!counts_clock_reads(&prepared(&made("another")).bytes));
 }

@@ -1,15 +1,16 @@
 //! Directories: a root file system that becomes an initramfs, and a kernel's modules.
 
+use std::ffi::OsString;
 use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::Prepared;
 use super::cpio::{Facts, S_IFMT, S_IFREG, Writer};
 use super::error::PrepareError;
 use super::initramfs::file;
 use super::report::Report;
+use super::{Limits, Prepared};
 
 /// Sockets, which an archive cannot hold.
 const S_IFSOCK: u32 = 0o140_000;
@@ -19,11 +20,20 @@ const S_IFSOCK: u32 = 0o140_000;
 ///
 /// # Errors
 /// [`PrepareError::Io`], [`PrepareError::File`].
-pub fn root(root: &Path) -> Result<Prepared, PrepareError> {
+pub fn root(root: &Path, limits: Limits) -> Result<Prepared, PrepareError> {
     let mut writer = Writer::default();
     let mut report = Report::default();
+    // Of one file an archive can say no more in any case.
+    let most = (limits.unpacked as u64).min(u32::MAX.into());
     walk(root, &mut |path, facts| {
         let name = below(root, path);
+        let length = if facts.is_file() { facts.len() } else { 0 };
+        if writer.length() as u64 + length > most {
+            let why = format!(
+                "with it the initramfs would have more than {most} bytes, which no guest can take; leave it out"
+            );
+            return Err(file_error(path, why));
+        }
         let entry = Facts {
             mode: facts.mode(),
             owner: facts.uid(),
@@ -33,17 +43,13 @@ pub fn root(root: &Path) -> Result<Prepared, PrepareError> {
         match facts.mode() & S_IFMT {
             S_IFREG => {
                 let bytes = read(path)?;
-                if u32::try_from(bytes.len()).is_err() {
-                    let why = "an archive takes no file of 4 GiB or more; leave it out".into();
-                    return Err(PrepareError::File {
-                        path: path.to_owned(),
-                        why,
-                    });
-                }
                 match file(&bytes, &name) {
                     Some((bytes, found)) => {
                         report.add(found);
-                        writer.add(name.as_bytes(), entry, &bytes);
+                        if let Some(why) = report.flood() {
+                            return Err(file_error(path, why));
+                        }
+                        writer.add(path_bytes(root, path), entry, &bytes);
                     }
                     None => writer.add(path_bytes(root, path), entry, &bytes),
                 }
@@ -64,43 +70,77 @@ pub fn root(root: &Path) -> Result<Prepared, PrepareError> {
     })
 }
 
-/// Copies a directory of modules to `to`, prepared; other files of it are copied as they are, links are made anew.
+/// Copies a directory of modules to `to`, prepared; other files of it are copied as they are, links are made anew. What an earlier copy left there is
+/// replaced, and not followed: a link of it may lead anywhere.
 ///
 /// # Errors
-/// [`PrepareError::Io`].
-pub fn modules(from: &Path, to: &Path) -> Result<Report, PrepareError> {
+/// [`PrepareError::Io`], [`PrepareError::File`].
+pub fn modules(from: &Path, to: &Path, limits: Limits) -> Result<Report, PrepareError> {
     let mut report = Report::default();
+    if from != to {
+        apart(to, from)?;
+    }
     make(to)?;
     walk(from, &mut |path, facts| {
         let target = to.join(path.strip_prefix(from).unwrap_or(path));
         if facts.is_dir() {
+            if fs::symlink_metadata(&target).is_ok_and(|there| !there.is_dir()) {
+                remove(&target)?;
+            }
             return make(&target);
         }
         if facts.is_symlink() {
             let link = fs::read_link(path).map_err(|source| io(path, "read", source))?;
-            match fs::remove_file(&target) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(io(&target, "replace", error));
-                }
-                _ => {}
-            }
+            remove(&target)?;
             return std::os::unix::fs::symlink(link, &target)
                 .map_err(|source| io(&target, "make", source));
         }
         if facts.is_file() {
+            if facts.len() > limits.unpacked as u64 {
+                let why = format!(
+                    "it has more than {} bytes, and is no module",
+                    limits.unpacked
+                );
+                return Err(file_error(path, why));
+            }
             let bytes = read(path)?;
             let bytes = match file(&bytes, &below(from, path)) {
                 Some((bytes, found)) => {
                     report.add(found);
+                    if let Some(why) = report.flood() {
+                        return Err(file_error(path, why));
+                    }
                     bytes
                 }
                 None => bytes,
             };
-            fs::write(&target, bytes).map_err(|source| io(&target, "write", source))?;
+            put(&target, &bytes)?;
         }
         Ok(())
     })?;
     Ok(report)
+}
+
+/// Whether what is written to `out` does not come to lie in the directory `from`, of which it is made: it would be taken for a part of it,
+/// at once or the next time.
+///
+/// # Errors
+/// [`PrepareError::File`] if it does, [`PrepareError::Io`].
+pub fn apart(out: &Path, from: &Path) -> Result<(), PrepareError> {
+    let whole = fs::canonicalize(from).map_err(|source| io(from, "look into", source))?;
+    let out = std::path::absolute(out).map_err(|source| io(out, "find", source))?;
+    // The nearest that there is: it may not have been made yet.
+    let mut there = out.ancestors().map(fs::canonicalize);
+    match there.find_map(Result::ok) {
+        Some(there) if there.starts_with(&whole) => {
+            let why = format!(
+                "it lies in {}, of which it is to be made; choose a directory elsewhere",
+                from.display()
+            );
+            Err(file_error(&out, why))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Visits everything below a directory, in the order of names, directories before what is in them.
@@ -137,6 +177,33 @@ fn below(root: &Path, path: &Path) -> String {
 
 fn read(path: &Path) -> Result<Vec<u8>, PrepareError> {
     fs::read(path).map_err(|source| io(path, "read", source))
+}
+
+/// Writes a file whole or not at all, in place of what is there.
+fn put(path: &Path, bytes: &[u8]) -> Result<(), PrepareError> {
+    let mut fresh = OsString::from(".");
+    fresh.push(path.file_name().unwrap_or_default());
+    fresh.push(".doppel-new");
+    let fresh = path.with_file_name(fresh);
+    remove(&fresh)?;
+    fs::write(&fresh, bytes)
+        .and_then(|()| fs::rename(&fresh, path))
+        .map_err(|source| io(path, "write", source))
+}
+
+/// What is there is there no more; a directory is refused.
+fn remove(path: &Path) -> Result<(), PrepareError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io(path, "replace", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn file_error(path: &Path, why: String) -> PrepareError {
+    let path = path.to_owned();
+    PrepareError::File { path, why }
 }
 
 fn make(directory: &Path) -> Result<(), PrepareError> {

@@ -47,7 +47,7 @@ pub use candidate::Candidate;
 pub use errand::{Answer, Request};
 pub use notice::{Evidence, Notice, Reason, Unfit};
 pub use primary::Primary;
-pub use record::{Configuration, Epoch, Identity, Record, State};
+pub use record::{Cold, Configuration, Epoch, Identity, Record, Reign, State};
 pub use time::Moment;
 
 use std::time::Duration;

@@ -16,6 +16,9 @@
 //! ```
 
 use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 /// One reign: the number of claims won so far, 1 for the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -128,6 +131,78 @@ impl State {
     }
 }
 
+/// A record by what it has alone of all that its machine ever has: as `3.4.live`, epoch, configuration and state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Reign {
+    epoch: Epoch,
+    configuration: Configuration,
+    state: State,
+}
+
+impl fmt::Display for Reign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (epoch, configuration, state) = (self.epoch, self.configuration, self.state.word());
+        write!(f, "{epoch}.{configuration}.{state}")
+    }
+}
+
+impl FromStr for Reign {
+    type Err = String;
+
+    /// Reads exactly what [`fmt::Display`] writes.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = || {
+            let mut words = text.split('.');
+            let reign = Self {
+                epoch: Epoch(words.next()?.parse().ok()?),
+                configuration: Configuration(words.next()?.parse().ok()?),
+                state: State::parse(words.next()?)?,
+            };
+            (reign.to_string() == text).then_some(reign)
+        };
+        parsed().ok_or_else(|| {
+            format!(
+                "{text:?} is no reign: write EPOCH.CONFIGURATION.STATE of the arbiter's record, such as 3.4.live"
+            )
+        })
+    }
+}
+
+impl TryFrom<String> for Reign {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Reign> for String {
+    fn from(reign: Reign) -> Self {
+        reign.to_string()
+    }
+}
+
+/// What whoever starts a machine knows of it besides its record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cold {
+    /// Nothing: the record decides.
+    #[default]
+    No,
+    /// No process of it runs any more, whatever the record says.
+    Whatever,
+    /// No process of it ran any more when the record was this one. If it is another by now, one did.
+    From(Reign),
+}
+
+impl Cold {
+    /// Whether the record is not left to decide alone.
+    #[must_use]
+    pub fn is_cold(self) -> bool {
+        self != Self::No
+    }
+}
+
 /// One machine's record at the arbiter. Compared and swapped as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
@@ -164,8 +239,23 @@ impl Record {
     /// Whether a machine may start, its record being `found`: from nothing, from the end of an earlier reign, or because its
     /// operator says (`cold`) that no process of it runs any more.
     #[must_use]
-    pub fn lets_start(found: Option<&Record>, cold: bool) -> bool {
-        cold || found.is_none_or(|record| record.state == State::Ended)
+    pub fn lets_start(found: Option<&Record>, cold: Cold) -> bool {
+        match cold {
+            Cold::No => found.is_none_or(|record| record.state == State::Ended),
+            Cold::Whatever => true,
+            // Whoever turned it off since was not the one who orders this.
+            Cold::From(reign) => found.is_some_and(|record| record.reign() == reign),
+        }
+    }
+
+    /// Which of its machine's records this is.
+    #[must_use]
+    pub fn reign(&self) -> Reign {
+        Reign {
+            epoch: self.epoch,
+            configuration: self.configuration,
+            state: self.state,
+        }
     }
 
     /// What every step raises: of two records of a machine the later one has more.
@@ -294,6 +384,48 @@ mod tests {
 
     fn who(n: u8) -> Identity {
         Identity::from_bytes([n; 16])
+    }
+
+    /// Whoever stalls between his last look and his start may find that the machine was started since: by somebody else, who serves.
+    #[test]
+    fn a_cold_start_from_a_reign_is_none_from_any_other() {
+        let live = Record::cold_start(None, who(1), Some(who(2)));
+        let from = Cold::From(live.reign());
+        assert!(Record::lets_start(Some(&live), from));
+        assert!(!Record::lets_start(Some(&live), Cold::No));
+        let claimed = live.claimed_by(who(2)).unwrap();
+        for later in [
+            Record::cold_start(Some(&live), who(3), None),
+            live.detached(),
+            live.entitling(who(4)),
+            live.ended(),
+            claimed,
+            claimed.gone_live(),
+            claimed.abandoned(),
+        ] {
+            assert!(!Record::lets_start(Some(&later), from), "{later}");
+            assert!(Record::lets_start(Some(&later), Cold::From(later.reign())));
+            assert!(Record::lets_start(Some(&later), Cold::Whatever));
+        }
+        assert!(!Record::lets_start(None, from), "the record was lost");
+    }
+
+    #[test]
+    fn a_reign_reads_as_it_is_written() {
+        let reign = Record::cold_start(None, who(1), None).reign();
+        assert_eq!(reign.to_string(), "1.1.live");
+        assert_eq!("1.1.live".parse(), Ok(reign));
+        for bad in [
+            "",
+            "1.1",
+            "1.1.alive",
+            "1.1.live.",
+            "+1.1.live",
+            "01.1.live",
+            "1.1.live ",
+        ] {
+            assert!(bad.parse::<Reign>().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -61,11 +61,7 @@ impl<L: LogSource> Replayer<L> {
             Remains {
                 machine: self.machine,
                 base,
-                unreleased: self
-                    .unreleased
-                    .into_iter()
-                    .map(|(_, output)| output)
-                    .collect(),
+                unreleased: self.unreleased.into_outputs(),
                 clock_came: self.clock_came,
                 share: self.share,
                 clock: base.clock(),

@@ -61,7 +61,7 @@ impl<L: LogSource> Replayer<L> {
             }
         }
         for output in interval.outputs {
-            self.keep_output(output);
+            self.keep_output(output)?;
         }
         self.source.cover(interval.frames)?;
         self.clock_came = came;

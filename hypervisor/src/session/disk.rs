@@ -187,10 +187,53 @@ pub(super) fn begin<T>(
     let Some(image) = image else { return swap() };
     image.will_lead(machine, record, before)?;
     let swapped = swap();
-    match swapped {
+    match &swapped {
         Ok(_) => image.leads(machine, record)?,
-        // Whatever became of the swap, no guest has run on it.
+        // No guest has run on it, and the record tells later whether it is the machine's; without a mark it would be nobody's.
+        Err(error) if may_have_landed(error) => {}
         Err(_) => image.does_not_lead(before)?,
     }
     swapped
+}
+
+/// Whether the swap whose error this is may have come about.
+fn may_have_landed(error: &SessionError) -> bool {
+    match error {
+        SessionError::Arbiter(error) => error.may_have_landed(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::ArbiterError;
+
+    /// The first start of a machine with a new disk. What the arbiter has decides; who starts it again need not know.
+    #[test]
+    fn a_first_start_whose_answer_is_lost_leaves_the_image_to_whoever_the_record_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, vec![0; 512]).unwrap();
+        let open = || OpenImage::open(&path, Opening::Own).unwrap();
+        let record = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+        let begin = |error: ArbiterError| {
+            let swap = || Err::<(), _>(error.into());
+            begin(Some(&open()), "m", None, &record, swap).unwrap_err();
+        };
+        let missing = || ArbiterError::Missing {
+            path: "/arbiter".into(),
+        };
+        begin(ArbiterError::Unsure {
+            path: "/arbiter".into(),
+            source: Box::new(missing()),
+        });
+        let found = open().judge("m", Some(&record)).unwrap();
+        assert_eq!(found, Some(Stamp::of(&record)), "it has landed");
+        assert_eq!(open().judge("m", None).unwrap(), None, "it has not");
+        let other = Record::cold_start(None, Identity::from_bytes([2; 16]), None);
+        open().judge("m", Some(&other)).unwrap_err();
+        begin(missing());
+        assert_eq!(open().judge("m", Some(&other)).unwrap(), None);
+    }
 }

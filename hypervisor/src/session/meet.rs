@@ -36,7 +36,8 @@ use crate::sandbox::{self, NOT_CONFINED, Sandbox, Thread};
 /// How long a primary looks for its backup.
 const FIND_BACKUP: Duration = Duration::from_secs(30);
 
-/// How long a standby may take to answer a call: on a network of one site it does in a millisecond or not at all.
+/// How long a backup, or a standby, may take to answer one call: on a network of one site it does in a millisecond or not at all. A primary that looks for
+/// its backup calls again, and hears between two calls that it is to end.
 const CALL_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long a backup that has met its primary waits for the ring's connection.
@@ -331,6 +332,7 @@ fn any_ring(
 /// What a primary tells every backup that it meets.
 pub(super) struct Introduction {
     pub(super) name: String,
+    pub(super) instance: Option<String>,
     pub(super) me: Identity,
     pub(super) cpu: CpuModel,
     /// What its guest is told of it.
@@ -359,6 +361,7 @@ impl Introduction {
         let port = port.map(NetPort::try_clone).transpose();
         Ok(Self {
             name: config.name.clone(),
+            instance: config.instance.clone(),
             me,
             cpu: machine.cpu_model().clone(),
             told: machine.told().clone(),
@@ -399,6 +402,7 @@ pub(super) fn introduce(
         cpu: who.cpu.clone(),
         told: who.told.clone(),
         name: who.name.clone(),
+        instance: who.instance.clone(),
         transport: config.pair.transport.name().to_owned(),
         replication: config.replicate.mode.name().to_owned(),
         identity: who.me.to_string(),
@@ -453,7 +457,7 @@ fn connect_address(pair: &Pair) -> Result<SocketAddr, SessionError> {
 fn call(pair: &Pair) -> Result<io::Result<Stream>, SessionError> {
     Ok(match pair.transport {
         Transport::Shm => credentials::call(&pair.socket).map(Stream::Unix),
-        Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, FIND_BACKUP),
+        Transport::Tcp | Transport::Rdma => dial(connect_address(pair)?, CALL_WITHIN),
     })
 }
 
@@ -495,8 +499,11 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
             Err(error)
                 if matches!(
                     error.kind(),
-                    // The last: it is frozen, and takes no more callers in.
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock
+                    // The last two: it is frozen, and takes no more callers in; or nobody there answers at all.
+                    ErrorKind::NotFound
+                        | ErrorKind::ConnectionRefused
+                        | ErrorKind::WouldBlock
+                        | ErrorKind::TimedOut
                 ) =>
             {
                 if Instant::now() >= until {
@@ -532,10 +539,16 @@ pub(super) fn find_backup(pair: &Pair, common: &Common) -> Result<Stream, Sessio
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
 
     use super::*;
+    use crate::backends::wait::Wake;
+    use crate::control::board::Board;
+    use crate::control::status::Role;
     use crate::handshake::proof;
+    use crate::session::report::Reporter;
 
     /// What a primary makes of a ring of these sizes.
     fn offered(events: usize, inputs: usize) -> Result<(), HandshakeError> {
@@ -549,6 +562,38 @@ mod tests {
         let outcome = connect_ring(&channel, &Config::default());
         backup.join().unwrap();
         outcome.map(drop)
+    }
+
+    /// Whoever drops what comes to an address answers a call by nothing at all, which a kernel takes for minutes.
+    #[test]
+    fn a_primary_that_nobody_answers_hears_that_it_is_to_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        // Nobody takes them in, and once no more may wait the kernel is silent.
+        while TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok() {}
+        let (signals, mut signal) = UnixStream::pair().unwrap();
+        let board = Arc::new(Board::new("kv", Role::Primary).unwrap());
+        let common = Common {
+            wake: Arc::new(Wake::new().unwrap()),
+            signals,
+            reporter: Reporter::new(false, board),
+        };
+        let pair = Pair {
+            transport: Transport::Tcp,
+            connect: Some(address),
+            ..Pair::default()
+        };
+        let began = Instant::now();
+        let sent = std::thread::spawn(move || {
+            std::thread::sleep(CALL_WITHIN / 2);
+            signal.write_all(b"t").unwrap();
+            signal
+        });
+        let outcome = find_backup(&pair, &common);
+        let took = began.elapsed();
+        assert!(matches!(outcome, Err(SessionError::Interrupted)));
+        assert!(took < FIND_BACKUP / 2, "{took:?}");
+        drop(sent.join().unwrap());
     }
 
     #[test]

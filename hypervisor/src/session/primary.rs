@@ -25,7 +25,7 @@ use crate::gate::Gate;
 use crate::handshake::{self, Trust};
 use crate::machine::{Machine, MachineSpec};
 use crate::protocol::heartbeat::MachineId;
-use crate::protocol::{Notice, Pair, Primary, Record};
+use crate::protocol::{Cold, Notice, Pair, Primary, Record};
 use crate::record::{Parts, Recorder, random_source};
 use crate::ring_log::RingSink;
 use crate::sandbox::{self, NOT_CONFINED, Thread};
@@ -34,8 +34,8 @@ use crate::sink::Sink;
 /// How a primary starts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Start {
-    /// No process of this machine runs any more, whatever the arbiter's record says.
-    pub cold: bool,
+    /// What is known of its processes besides the arbiter's record.
+    pub cold: Cold,
     /// Without a backup; one that listens later is taken.
     pub alone: bool,
 }
@@ -75,9 +75,9 @@ fn lead(
     let arbiter = super::open_arbiter(config)?;
     let found = arbiter.read()?;
     if !Record::lets_start(found.as_ref(), start.cold) {
-        let found = found.map_or_else(String::new, |record| record.to_string());
-        return Err(SessionError::NotOurs(format!(
-            "{found}. If no process of this machine runs any more, say --cold-start"
+        return Err(SessionError::NotOurs(not_to_start(
+            found.as_ref(),
+            start.cold,
         )));
     }
     let before = match &image {
@@ -221,6 +221,18 @@ fn lead(
         warden.end(&outcome);
     }
     outcome
+}
+
+/// Why a machine with this record is not started.
+fn not_to_start(found: Option<&Record>, cold: Cold) -> String {
+    let found = found.map_or_else(|| "there is none".to_owned(), Record::to_string);
+    match cold {
+        Cold::From(reign) => format!(
+            "{found}. The cold start was ordered from {reign}, so a process of this machine has lived since, and may serve. If none runs any more, \
+             order it again"
+        ),
+        _ => format!("{found}. If no process of this machine runs any more, say --cold-start"),
+    }
 }
 
 /// Begins the reign.

@@ -196,7 +196,8 @@ fn run<L: Recorded>(
         })
         .transpose()?;
     let mut replayer = Replayer::new(machine, source, Arc::clone(&orders), Duration::ZERO)
-        .to(what.to.map(Position));
+        .to(what.to.map(Position))
+        .for_show();
     if let Some(base) = base {
         replayer = replayer.from_copy(base);
     }

@@ -10,16 +10,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io::Read;
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::ask::{self, Job};
 use super::child::Role;
-use super::{Machine, Part, SlurmError, failed};
+use super::{Machine, Part, SlurmError, failed, run_dir};
 use crate::arbiter::{self, Arbiter, ArbiterError};
 use crate::backends::wait::Waiter;
 use crate::control::find;
@@ -155,10 +154,7 @@ pub fn keep(machine: &Machine, at: usize) -> Result<u8, SlurmError> {
         me.place
     );
     let run_dir = std::env::temp_dir().join(format!("doppel-{job}-{}", me.name));
-    DirBuilder::new()
-        .mode(0o700)
-        .create(&run_dir)
-        .map_err(failed(format!("make {}", run_dir.display())))?;
+    run_dir::make(&run_dir)?;
     let mut keeper = Keeper {
         machine,
         at,

@@ -18,6 +18,7 @@ mod child;
 mod follow;
 mod keeper;
 mod launch;
+mod run_dir;
 
 pub use keeper::keep;
 pub use launch::{Submission, launch};
@@ -52,6 +53,18 @@ pub enum SlurmError {
     /// What is there already.
     #[error("{} is there already: it is made anew for each job, so give another --dir", .0.display())]
     Exists(PathBuf),
+    /// Somebody's, where a node's run directory is to be.
+    #[error(
+        "{} is there already and {why}: anybody may take that name. Have it removed, or submit the job with a directory of your own for \
+         temporary files (export TMPDIR=DIRECTORY, one that is there on every node)",
+        path.display()
+    )]
+    Taken {
+        /// The name.
+        path: PathBuf,
+        /// What is wrong with what has it.
+        why: &'static str,
+    },
     /// A node that Slurm does not describe.
     #[error("Slurm names no address of node {0}: see scontrol show node {0}")]
     Unknown(String),

@@ -99,6 +99,7 @@ fn this_backup(cpu: &CpuModel) -> Ours<'_> {
     Ours {
         cpu,
         name: NAME,
+        instance: None,
         transport: Transport::Shm,
         replication: Replication::Replay,
     }
@@ -110,6 +111,7 @@ fn hello(spec_bytes: usize) -> Hello {
         cpu: cpu(),
         told: Default::default(),
         name: NAME.into(),
+        instance: None,
         transport: "shm".into(),
         replication: "replay".into(),
         identity: me().to_string(),

@@ -156,7 +156,7 @@ struct Up {
     /// Memory of each, in MiB
     #[arg(long, default_value_t = Spec::default().memory_mib, value_parser = clap::value_parser!(u32).range(256..))]
     memory: u32,
-    /// Virtual CPUs of each
+    /// Virtual CPUs of each; with more than one, the emulator now and then does what no processor does
     #[arg(long, default_value_t = Spec::default().cpus, value_parser = clap::value_parser!(u8).range(1..=8))]
     cpus: u8,
     /// The largest packet on the cables, in bytes

@@ -98,7 +98,7 @@ pub fn elf(rounds: u32) -> Vec<u8> {
 }
 
 /// An ELF file with one segment, which is entered at its start.
-fn file(code: &[u8]) -> Vec<u8> {
+pub(super) fn file(code: &[u8]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 56;
     const EXECUTABLE: u16 = 2;
     const X86_64: u16 = 62;

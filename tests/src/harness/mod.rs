@@ -6,6 +6,7 @@ pub mod built;
 pub mod busy;
 pub mod certificates;
 pub mod chaos;
+pub mod clock_guest;
 pub mod console;
 pub mod disk_guest;
 pub mod docs;

@@ -84,6 +84,7 @@ fn good_hello(name: &str, transport: &str, spec_bytes: usize) -> Result<Hello> {
         cpu: CpuModel::of_host(&KvmSource::default())?,
         told: Default::default(),
         name: name.to_owned(),
+        instance: None,
         transport: transport.to_owned(),
         replication: "replay".into(),
         identity: "0123456789abcdef0123456789abcdef".into(),

@@ -67,7 +67,7 @@ pub struct Spec {
     pub hosts: u8,
     /// MiB of memory of each.
     pub memory_mib: u32,
-    /// Virtual CPUs of each.
+    /// Virtual CPUs of each. The emulator is not to be trusted with more than one that run at the same time (`docs/lab.md`).
     pub cpus: u8,
     /// The largest packet on the cables, in bytes.
     pub mtu: u16,
@@ -83,7 +83,7 @@ impl Default for Spec {
             name: "lab".into(),
             hosts: 2,
             memory_mib: 1536,
-            cpus: 2,
+            cpus: 1,
             mtu: 1500,
             // A boot takes 8 s on an idle machine; hosts boot together, and the machine may be busy.
             boot_within: Duration::from_secs(180),

@@ -12,7 +12,7 @@ use hypervisor::control::status::Status;
 use hypervisor::session::report::Event;
 
 use super::side::{End, Side};
-use super::{Guest, PATIENCE, PORT, Site, address};
+use super::{Guest, PATIENCE, PORT, Site, address, status_of};
 use crate::harness::chaos::{Clock, Ground, Happening, Member, Patience, Said};
 use crate::harness::random::Random;
 use crate::harness::two_hosts::Which;
@@ -224,11 +224,7 @@ impl Ground for LabGround<'_> {
     }
 
     fn status(&self, on: Which, member: &Remote) -> Option<Status> {
-        let words = ["doppel", "status", &self.name, "--json"];
-        let told = self.host(on).run(&words, PATIENCE).ok()?;
-        let all: Vec<serde_json::Value> = serde_json::from_slice(&told.stdout).ok()?;
-        let mut all = all.into_iter().flat_map(serde_json::from_value::<Status>);
-        all.find(|status| status.pid == member.side.pid())
+        status_of(&self.host(on), member.side.pid())
     }
 
     fn order(&self, on: Which, words: &[&str]) -> Result<Said> {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::config::Transport;
+use hypervisor::control::status::Status;
 use hypervisor::intervals::Replication;
 use serde_json::{Value, json};
 
@@ -180,6 +181,8 @@ fn watch(
     let protected = asked.for_a_while(with)?;
     run.say(format!("protected: {}", protected.figures()));
     pair.ensure_paired()?;
+    let made_of = made_of(&pair.primary_status()?);
+    run.say(format!("which is made of: {made_of}"));
     pair.primary_host().kill()?;
     *killed = true;
     pair.await_live()?;
@@ -201,11 +204,32 @@ fn watch(
     );
     Ok(json!({
         "protected": protected.figures(),
+        "made_of": made_of,
         "unprotected": alone.figures(),
         "host_s": host.as_secs_f64().round(),
         "drift_percent": (drift * 1e5).round() / 1e3,
         "readings_in_order": asked.readings,
     }))
+}
+
+/// What protection adds to an answer, as the primary has it.
+fn made_of(status: &Status) -> Value {
+    let Status {
+        commit,
+        stop,
+        stopped_for: [pages, bytes],
+        ..
+    } = status;
+    json!({
+        "commits": commit.count,
+        "commit_p50_us": commit.p50_us,
+        "commit_p99_us": commit.p99_us,
+        "stops": stop.count,
+        "stop_p50_us": stop.p50_us,
+        "stop_p99_us": stop.p99_us,
+        "pages_a_stop": pages / stop.count.max(1),
+        "bytes_a_stop": bytes / stop.count.max(1),
+    })
 }
 
 /// The guest's clock, as it is asked over one connection.

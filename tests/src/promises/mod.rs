@@ -11,6 +11,7 @@ pub mod chaos;
 pub mod chaos_in_lab;
 pub mod checkpoint_latency;
 pub mod checkpoint_replicates;
+pub mod clock_keeps;
 pub mod commit_latency;
 pub mod confined;
 pub mod console;
@@ -74,6 +75,7 @@ pub const ALL: &[Promise] = &[
     demo_without_root::PROMISE,
     replay_exact::PROMISE,
     preempts::PROMISE,
+    clock_keeps::PROMISE,
     checkpoint_replicates::PROMISE,
     checkpoint_latency::PROMISE,
     divergence_named::PROMISE,

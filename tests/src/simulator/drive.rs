@@ -6,7 +6,7 @@ use hypervisor::protocol::candidate::{Action as CandidateDoes, Event as Candidat
 use hypervisor::protocol::heartbeat::{Heartbeat, Progress};
 use hypervisor::protocol::primary::{Action as PrimaryDoes, Event as PrimarySees, Phase};
 use hypervisor::protocol::{
-    Answer, Backup, Candidate, Evidence, Notice, Primary, Reason, Record, Request, State,
+    Answer, Backup, Candidate, Cold, Evidence, Notice, Primary, Reason, Record, Request, State,
 };
 
 use super::arbiter::{Asked, Asker};
@@ -469,8 +469,12 @@ impl World {
         let Role::Starting(mut starting) = self.processes[who].role else {
             return Ok(());
         };
+        let cold = match starting.cold {
+            true => Cold::Whatever,
+            false => Cold::No,
+        };
         match (starting.begins, answer) {
-            (None, Answer::Read(found)) if Record::lets_start(found.as_ref(), starting.cold) => {
+            (None, Answer::Read(found)) if Record::lets_start(found.as_ref(), cold) => {
                 starting.found = found;
                 let listens = self.who_listens(who);
                 starting.backup = listens.filter(|_| !starting.alone);

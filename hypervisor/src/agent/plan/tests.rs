@@ -72,7 +72,7 @@ fn a_start_is_placed_by_whoever_sees_it_and_carried_out_by_one() {
     put(&mut site, placed);
     assert_eq!(
         starts(&plan(&site, &local("a"))),
-        [Start::Primary { cold: false }]
+        [Start::Primary { cold: Cold::No }]
     );
     assert_eq!(plan(&site, &local("b")), []);
     // A process that says nothing yet is one all the same.
@@ -138,9 +138,12 @@ fn a_cold_start_is_not_carried_out_while_another_host_has_a_process() {
         cold: true,
     };
     put(&mut site, placed.clone());
+    let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+    site.records.insert("kv".into(), live);
+    let from = Cold::From(live.reign());
     assert_eq!(
         starts(&plan(&site, &local("b"))),
-        [Start::Primary { cold: true }]
+        [Start::Primary { cold: from }]
     );
     add(&mut site, "a", Role::Primary, Standing::Starting);
     let acts = plan(&site, &local("b"));
@@ -155,8 +158,94 @@ fn a_cold_start_is_not_carried_out_while_another_host_has_a_process() {
     put(&mut site, placed);
     assert_eq!(
         starts(&plan(&site, &local("b"))),
-        [Start::Primary { cold: false }]
+        [Start::Primary { cold: Cold::No }]
     );
+}
+
+/// The agent stalls for as long as it likes between its last look and the start: the start is from the record that the operator knew of.
+#[test]
+fn a_cold_start_is_from_the_record_that_its_operator_knew_of() {
+    let mut site = site(&["a"]);
+    let live = Record::cold_start(None, Identity::from_bytes([1; 16]), None);
+    let later = Record::cold_start(Some(&live), Identity::from_bytes([2; 16]), None);
+    let mut placed = vm("kv");
+    placed.phase = Phase::Starting {
+        on: Some(on("a", 2)),
+        cold: true,
+    };
+    placed.cold_from = Some(live.reign());
+    put(&mut site, placed.clone());
+    site.records.insert("kv".into(), later);
+    let starts_of = |site: &Site| match starts(&plan(site, &local("a")))[..] {
+        [Start::Primary { cold }] => cold,
+        ref other => panic!("{other:?}"),
+    };
+    let cold = starts_of(&site);
+    assert_eq!(cold, Cold::From(live.reign()));
+    assert!(!Record::lets_start(Some(&later), cold));
+    // Ordered by a program that names none.
+    placed.cold_from = None;
+    put(&mut site, placed);
+    assert_eq!(starts_of(&site), Cold::From(later.reign()));
+    // Where the record lets anybody start it, nothing has to be said.
+    site.records.insert("kv".into(), later.ended());
+    assert_eq!(starts_of(&site), Cold::No);
+    site.records.clear();
+    assert_eq!(starts_of(&site), Cold::No);
+    site.unreadable.insert("kv".into());
+    assert_eq!(starts_of(&site), Cold::Whatever);
+}
+
+/// A machine was noted to be lost and deleted, and its name given again; then the host comes back on which it ran all the time.
+#[test]
+fn what_is_left_of_a_deleted_machine_is_not_taken_for_the_one_that_has_its_name() {
+    let mut site = site(&["a", "b"]);
+    put(&mut site, running(Some(on("b", 2))));
+    let left = |role, standing| RoleReport {
+        instance: Some("0".into()),
+        ..role_of("kv", role, standing)
+    };
+    let put_left = |site: &mut Site, host: &str, role| {
+        site.hosts.get_mut(host).unwrap().value.roles = vec![role];
+    };
+    put_left(&mut site, "a", left(Role::Primary, Standing::Protected));
+    put_left(&mut site, "b", left(Role::Backup, Standing::Following));
+    assert!(site.serving("kv").is_none() && site.following("kv").is_none());
+    assert!(site.is_anywhere("kv"), "nobody starts it beside");
+    for me in ["a", "b"] {
+        assert_eq!(plan(&site, &local(me)), [], "what may serve is left alone");
+    }
+    // One that only waits would take the new machine's copy, onto the old one's disk.
+    put_left(&mut site, "b", left(Role::Backup, Standing::Waiting));
+    let ended = Act::EndBackup {
+        machine: "kv".into(),
+        pid: 100,
+    };
+    assert_eq!(plan(&site, &local("b")), [ended]);
+    let own = |role| RoleReport {
+        instance: Some(vm("kv").instance),
+        ..role
+    };
+    put_left(&mut site, "b", own(left(Role::Backup, Standing::Waiting)));
+    assert_eq!(plan(&site, &local("b")), []);
+    put_left(
+        &mut site,
+        "a",
+        own(left(Role::Primary, Standing::Unprotected)),
+    );
+    assert_eq!(site.serving("kv").unwrap().0.name, "a");
+    // Turning the new one off says what is in the way.
+    put_left(&mut site, "a", left(Role::Primary, Standing::Unprotected));
+    site.hosts.get_mut("b").unwrap().value.roles.clear();
+    let stopping = Vm {
+        phase: Phase::Stopping,
+        ..vm("kv")
+    };
+    put(&mut site, stopping);
+    let acts = plan(&site, &local("a"));
+    let said = written(&acts).unwrap().note.clone().unwrap();
+    assert!(said.contains("host a has a process"), "{said}");
+    assert!(!acts.iter().any(|act| matches!(act, Act::PowerOff { .. })));
 }
 
 /// The record of a machine that runs out of every agent's sight was lost, or was written by a newer version: nobody has turned it off.
@@ -599,6 +688,7 @@ impl Play {
                     .map(|(role, standing, epoch)| RoleReport {
                         machine: "kv".into(),
                         pid: 100,
+                        instance: None,
                         says: Some(Says {
                             role: *role,
                             standing: *standing,
@@ -717,7 +807,7 @@ impl Play {
                 what: Start::Primary { cold },
                 ..
             } => {
-                prop_assert!(!cold);
+                prop_assert!(!cold.is_cold());
                 prop_assert!(self.actors[at].roles.is_empty());
                 if self.record.is_none() {
                     self.record = Some(Record::cold_start(

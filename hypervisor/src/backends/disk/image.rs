@@ -292,7 +292,8 @@ impl OpenImage {
     /// [`DiskError::Refused`].
     pub fn judge(&self, machine: &str, found: Option<&Record>) -> Result<Option<Stamp>, DiskError> {
         let judged = self.mark.as_ref().map(|mark| mark.judge(machine, found));
-        judged.transpose().map_err(|why| DiskError::Refused {
+        let judged = judged.transpose().map(Option::flatten);
+        judged.map_err(|why| DiskError::Refused {
             path: self.path.to_path_buf(),
             why,
             mark: self.how_to_unmark(),
@@ -358,7 +359,7 @@ impl OpenImage {
         })
     }
 
-    /// The arbiter has not, or nobody knows whether it has; a new image is one again.
+    /// The arbiter certainly has not; a new image is one again.
     ///
     /// # Errors
     /// [`DiskError::Failed`].

@@ -114,15 +114,21 @@ struct Written {
 
 impl Mark {
     /// Whether a machine may be started on an image with this mark, the arbiter's record of it being `found`; with the stamp that
-    /// makes it good.
+    /// makes it good, or none if it is as good as one without a mark.
     ///
     /// # Errors
     /// Why not.
-    pub fn judge(&self, machine: &str, found: Option<&Record>) -> Result<Stamp, WhyNot> {
+    pub fn judge(&self, machine: &str, found: Option<&Record>) -> Result<Option<Stamp>, WhyNot> {
         if self.machine != machine {
             return Err(WhyNot::Foreign {
                 machine: self.machine.clone(),
             });
+        }
+        // It was new, and marked for a swap that has not come about: no guest has run on it, nor anywhere in that reign or a later one.
+        let reign = found.map_or(0, |found| found.epoch.0);
+        let untried = !self.sure && self.before.is_none() && self.in_use == Use::Leads;
+        if untried && reign < self.stamp.epoch {
+            return Ok(None);
         }
         let Some(found) = found else {
             return Err(WhyNot::Unknown { stamp: self.stamp });
@@ -135,7 +141,7 @@ impl Mark {
         let mut stamps = stamps.into_iter().flatten();
         // The record names one that follows before its image is complete.
         let led = |stamp: &Stamp| self.in_use != Use::Follows && stamp.owner == found.owner;
-        match found.state {
+        let good = match found.state {
             // A copy that followed to the end has everything, too.
             State::Ended
                 if self.in_use == Use::Ended
@@ -153,7 +159,8 @@ impl Mark {
                 let own = stamps.find(led);
                 own.or(before.then_some(self.stamp)).ok_or(stale)
             }
-        }
+        };
+        good.map(Some)
     }
 
     /// As text, with its version: what a place has, and what others are told of it.
@@ -418,7 +425,7 @@ mod tests {
     #[test]
     fn the_owners_image_is_the_one() {
         use State::{Abandoned, Claimed, Ended, Live};
-        let judge = |mark: &Mark, record: Record| mark.judge("m", Some(&record)).ok();
+        let judge = |mark: &Mark, record: Record| mark.judge("m", Some(&record)).ok().flatten();
         let led = mark(Use::Leads, stamp(3, 1), None);
         assert_eq!(judge(&led, record(3, Live, 1)), Some(stamp(3, 1)));
         // Reclaimed by the same process before it was marked again.
@@ -452,6 +459,35 @@ mod tests {
         assert_eq!(judge(&ended, record(3, Ended, 1)), Some(stamp(3, 2)));
         assert_eq!(judge(&ended, record(4, Ended, 1)), None);
         assert_eq!(judge(&ended, record(3, Live, 1)), None);
+    }
+
+    /// A first start whose swap was not answered, or that died before it: the mark stays, and the record tells what it is worth.
+    #[test]
+    fn one_that_was_new_is_new_until_its_swap_has_come_about() {
+        let begun = Mark {
+            sure: false,
+            ..mark(Use::Leads, stamp(3, 1), None)
+        };
+        let judge = |found: Option<Record>| begun.judge("m", found.as_ref());
+        assert_eq!(judge(None), Ok(None));
+        assert_eq!(judge(Some(record(2, State::Ended, 9))), Ok(None));
+        let landed = judge(Some(record(3, State::Live, 1)));
+        assert_eq!(landed, Ok(Some(stamp(3, 1))));
+        // Somebody else's swap was first, and the machine lived on its image.
+        for state in [State::Live, State::Ended] {
+            judge(Some(record(3, state, 9))).unwrap_err();
+            judge(Some(record(4, state, 9))).unwrap_err();
+        }
+        // One that was not new, and one on which a guest may have run.
+        for other in [
+            mark(Use::Leads, stamp(3, 1), Some(stamp(1, 1))),
+            mark(Use::Leads, stamp(3, 1), None),
+            mark(Use::Follows, stamp(3, 1), None),
+        ] {
+            other.judge("m", None).unwrap_err();
+            let before = record(2, State::Ended, 9);
+            other.judge("m", Some(&before)).unwrap_err();
+        }
     }
 
     #[test]

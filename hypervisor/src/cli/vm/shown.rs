@@ -220,7 +220,11 @@ pub fn machine(site: &Site, vm: &Vm, paint: Paint) -> String {
                 )
             },
         );
-        row(&host.name, format!("{what}, process {}", role.pid));
+        let strange = match site.is_of(role) {
+            true => "",
+            false => ", of a machine of this name that was deleted",
+        };
+        row(&host.name, format!("{what}, process {}{strange}", role.pid));
     }
     if let Some(on) = &vm.backup {
         row("backup on", on.host.clone());

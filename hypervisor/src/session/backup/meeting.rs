@@ -26,7 +26,7 @@ use crate::gate::Gate;
 use crate::handshake::parcel::Parcels;
 use crate::handshake::{self, Channel, DiskMisfit, HandshakeError, Ours, Trust};
 use crate::intervals::Replication;
-use crate::kvm::{CpuModel, KvmSource};
+use crate::kvm::{CpuModel, KvmSource, Told as ToldOfCpu};
 use crate::machine::{Machine, MachineError, MachineSpec};
 use crate::orders::Order;
 use crate::protocol::candidate::{Action, Event, Refusal};
@@ -93,6 +93,7 @@ impl Meeting<'_> {
         let ours = Ours {
             cpu: &self.cpu,
             name: &config.name,
+            instance: config.instance.as_deref(),
             transport: config.pair.transport,
             replication: config.replicate.mode,
         };
@@ -102,7 +103,7 @@ impl Meeting<'_> {
                 let peer = handshake::identity_of(&hello)?;
                 let ours = (&*config.name, content);
                 disk::fits(&spec, (&hello, peer), image, ours)?;
-                let machine = self.build(&spec)?;
+                let machine = self.build(&spec, &hello.told)?;
                 handshake::compare_cpus(&hello, machine.told())?;
                 Ok((hello, peer, spec, machine))
             })
@@ -275,9 +276,9 @@ impl Meeting<'_> {
         })
     }
 
-    fn build(&self, spec: &MachineSpec) -> Result<Machine, HandshakeError> {
+    fn build(&self, spec: &MachineSpec, told: &ToldOfCpu) -> Result<Machine, HandshakeError> {
         let build = || {
-            let mut machine = Machine::new(&self.source, spec)?;
+            let mut machine = Machine::as_told(&self.source, spec, told)?;
             machine.watch_memory()?;
             Ok(machine)
         };
