@@ -41,7 +41,7 @@ impl Need {
             "arbiter" => Self::Pair,
             "tcp-log" | "tcp-landing" | "rdma-log" | "rdma-reader" => Self::Log,
             // They are asked for what they do, and their end is the answer.
-            "vcpu" | "recruiter" | "bailiff" | "log-file" => Self::Nothing,
+            "vcpu" | "recruiter" | "bailiff" | "warden" | "log-file" => Self::Nothing,
             // A beat that is late, a death that the connection tells, too; those who watch, and their words.
             "heartbeat" | "mourner" | "operator" | "flight" | "outflow" | "gdb" | "relay" => {
                 Self::Nothing

@@ -19,7 +19,8 @@
 //! capabilities are gone. It alone keeps CAP_DAC_OVERRIDE if it has it: a role that runs as root may share an arbiter's
 //! directory that belongs to another user. An arbiter over the network has no files but makes IP connections: its
 //! names were resolved before. The recruiter's may make sockets, as it calls new backups. The thread that lands a log
-//! from TCP has the open sockets, the one that writes a recording its open file, a flight recorder's files of its user's, that of the disk its image and the image's mark, the one that takes a shared disk over its image and a descriptor of the process that it ends, and a replay, which has one thread, KVM's ioctls. The
+//! from TCP has the open sockets, the one that writes a recording its open file, a flight recorder's files of its user's, that of the disk its image and the image's mark, the one that takes a shared disk over its image and a descriptor of the process that it ends, the one that reserves a shared disk the calls for that
+//! and, if it has it, CAP_SYS_ADMIN, which kernels before 6.6 ask for, and a replay, which has one thread, KVM's ioctls. The
 //! operator's takes in those who connect to the sockets that it listens at, and removes its own at the end: it could remove other
 //! files of its user's, and open none.
 //!
@@ -91,6 +92,8 @@ pub enum Thread {
     Disk,
     /// Keeps an old primary off a shared disk: ends the process that it has a descriptor of, and takes the image.
     Bailiff,
+    /// Reserves a shared disk, which is open.
+    Warden,
     /// Writes what others leave to what is open: nobody waits for it.
     Outflow,
 }
@@ -146,6 +149,7 @@ struct Filters {
     mourner: BpfProgram,
     disk: BpfProgram,
     bailiff: BpfProgram,
+    warden: BpfProgram,
     outflow: BpfProgram,
 }
 
@@ -180,6 +184,7 @@ impl Sandbox {
                 mourner: list(Thread::Mourner)?,
                 disk: list(Thread::Disk)?,
                 bailiff: list(Thread::Bailiff)?,
+                warden: list(Thread::Warden)?,
                 outflow: list(Thread::Outflow)?,
             })),
             with_device: false,
@@ -206,7 +211,7 @@ impl Sandbox {
         let kept = match thread {
             Thread::RemoteArbiter => 0,
             Thread::Arbiter => DAC_OVERRIDE,
-            Thread::Bailiff => SYS_ADMIN,
+            Thread::Warden => SYS_ADMIN,
             _ if self.with_device => WITH_DEVICE,
             _ => 0,
         };
@@ -226,6 +231,7 @@ impl Sandbox {
             Thread::Mourner => &filters.mourner,
             Thread::Disk => &filters.disk,
             Thread::Bailiff => &filters.bailiff,
+            Thread::Warden => &filters.warden,
             Thread::Outflow => &filters.outflow,
         };
         // Both set no_new_privs. The second needs a call that it does not allow itself, so it comes last.
@@ -500,7 +506,9 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         Thread::Arbiter => &[FILES],
         Thread::Flight => &[FILES, NAMING],
         Thread::Recruiter => &[SOCKETS, CALLS],
-        Thread::LogFile | Thread::Replay | Thread::Mourner | Thread::Outflow => &[],
+        Thread::LogFile | Thread::Replay | Thread::Mourner | Thread::Outflow | Thread::Warden => {
+            &[]
+        }
         Thread::RdmaRecruiter => &[SOCKETS, CALLS, DEVICES],
         Thread::Operator => &[SOCKETS, LISTENING],
         Thread::Disk => &[SYNCING],
@@ -529,7 +537,7 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
         ],
         Thread::Replay => vec![argument(1, IOCTL_TYPE, KVM_IOCTLS)?],
-        Thread::Bailiff => vec![argument(1, IOCTL_TYPE, block::IOCTLS)?],
+        Thread::Warden => vec![argument(1, IOCTL_TYPE, block::IOCTLS)?],
         Thread::Io | Thread::Recruiter | Thread::RdmaRecruiter => vec![
             argument(1, u64::from(u32::MAX), libc::FIONBIO)?,
             argument(1, IOCTL_TYPE, RDMA_IOCTLS)?,
@@ -543,7 +551,8 @@ fn allow(thread: Thread, strict: bool) -> Result<BpfProgram, seccompiler::Backen
         | Thread::LogFile
         | Thread::Mourner
         | Thread::Outflow
-        | Thread::Disk => Vec::new(),
+        | Thread::Disk
+        | Thread::Bailiff => Vec::new(),
     };
     if thread == Thread::RemoteArbiter {
         rules.insert(libc::SYS_connect, Vec::new());

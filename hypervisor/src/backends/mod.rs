@@ -17,6 +17,7 @@ pub mod console;
 pub mod disk;
 pub mod link;
 pub mod outflow;
+pub mod reservations;
 pub mod tap;
 pub mod wait;
 

@@ -34,6 +34,7 @@ fn confined() {
         "operator" => Thread::Operator,
         "disk" => Thread::Disk,
         "bailiff" => Thread::Bailiff,
+        "warden" => Thread::Warden,
         "outflow" => Thread::Outflow,
         _ => Thread::Arbiter,
     };
@@ -63,6 +64,7 @@ fn confined() {
         "signal-another" => may_signal(other),
         "events-for-another" => events_go_to(&listening, other),
         "descriptors" => listening.try_clone().map(drop),
+        "reserve" => may_reserve(&listening),
         "memory" => {
             drop(vec![1u8; 64 << 20]);
             give_back();
@@ -90,6 +92,23 @@ fn may_signal(process: u32) -> io::Result<()> {
 fn events_go_to(descriptor: &TcpListener, process: u32) -> io::Result<()> {
     // SAFETY: no memory is passed.
     match unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_SETOWN, process) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the kernel is reached with the order to reserve what is no disk, which it refuses in its own way.
+fn may_reserve(descriptor: &TcpListener) -> io::Result<()> {
+    let reserve = 0x4010_70c9u32;
+    let nothing = [0u64; 2];
+    // SAFETY: a descriptor that is no disk takes nothing from memory, and the memory is there.
+    match unsafe {
+        libc::ioctl(
+            descriptor.as_raw_fd(),
+            libc::Ioctl::from(reserve),
+            nothing.as_ptr(),
+        )
+    } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -125,7 +144,7 @@ fn try_it(thread: &str, strict: &str, action: &str) -> ExitStatus {
 #[test]
 fn a_confined_thread_opens_and_starts_nothing() {
     for thread in [
-        "vcpu", "io", "landing", "log-file", "replay", "operator", "disk", "bailiff",
+        "vcpu", "io", "landing", "log-file", "replay", "operator", "disk", "bailiff", "warden",
     ] {
         for action in ["open", "create", "socket", "thread", "execute"] {
             let status = try_it(thread, "lenient", action);
@@ -158,6 +177,7 @@ fn what_a_thread_needs_stays() {
         "operator",
         "disk",
         "bailiff",
+        "warden",
     ] {
         let status = try_it(thread, "strict", "memory");
         assert_eq!(status.code(), Some(10), "{thread}: {status}");
@@ -180,6 +200,7 @@ fn no_thread_signals_another_process() {
         "operator",
         "disk",
         "bailiff",
+        "warden",
     ] {
         for action in ["signal-another", "events-for-another"] {
             let status = try_it(thread, "lenient", action);
@@ -189,6 +210,16 @@ fn no_thread_signals_another_process() {
             let status = try_it(thread, "strict", action);
             assert_eq!(status.code(), Some(10), "{thread} {action}: {status}");
         }
+    }
+}
+
+/// One thread reserves disks; the others, those with an image among them, do not get as far as the kernel's answer.
+#[test]
+fn one_thread_reserves() {
+    assert_eq!(try_it("warden", "strict", "reserve").code(), Some(12));
+    for thread in ["disk", "bailiff", "io", "vcpu", "arbiter"] {
+        let status = try_it(thread, "lenient", "reserve");
+        assert_eq!(status.code(), Some(11), "{thread}: {status}");
     }
 }
 

@@ -73,6 +73,7 @@ fn wait_and_follow(
     }
     let image = super::disk::open(config, false)?;
     let content = Cell::new(super::disk::content(image.as_ref())?);
+    let warden = super::warden::start(image.as_ref(), config, me)?;
     let fence = super::bailiff::helper(config)?;
     // Everything that it holds while it waits is there before it says that it does.
     let random = random_source()?;
@@ -97,6 +98,7 @@ fn wait_and_follow(
         image,
         content,
         fence: Cell::new(fence),
+        warden,
     };
     loop {
         let error = match meeting.meet(next) {
@@ -106,7 +108,12 @@ fn wait_and_follow(
                 following.io.settle()?;
                 following.stands();
                 common.reporter.say(&following.paired);
-                return following.follow();
+                let warden = following.staff.warden.clone();
+                let outcome = following.follow();
+                if let Some(warden) = warden {
+                    warden.end(&outcome);
+                }
+                return outcome;
             }
             // This primary will not be followed; another may come.
             Err(SessionError::Handshake(error)) => error,

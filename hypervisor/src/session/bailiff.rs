@@ -4,7 +4,8 @@
 //!  claim won, log drained ──▶ its process, on this host: SIGKILL, and its end is awaited
 //!                         ──▶ the fence command, if there is one: runs, and must return 0 in time
 //!                         ──▶ the disk's reservation, if there is one: taken from the primary's key
-//!                         ──▶ the image's lock, its mark ──▶ done: this side may go live
+//!                         ──▶ the image's lock, its mark ──▶ the reservation is by this side's own key
+//!                         ──▶ done: this side may go live
 //!                  anything fails ──▶ this side is unfit, gives the claim back, and ends
 //! ```
 //! It is a thread of its own, because all of that takes its time. The process is held by a descriptor (pidfd): its number may be another
@@ -19,8 +20,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::SessionError;
 use super::io::Io;
-use crate::backends::block::{Disk, Reservations};
-use crate::backends::disk::OpenImage;
+use super::warden::Warden;
+use crate::backends::disk::{DiskError, OpenImage};
 use crate::backends::wait::{Waiter, Wake};
 use crate::config::Config;
 use crate::control::hook::{Change, Helper};
@@ -51,8 +52,8 @@ pub(super) struct Means {
     pub(super) command: Option<Helper>,
     /// How long that may take.
     pub(super) within: Duration,
-    /// Of the disk.
-    pub(super) reservations: Option<Reservations<Disk>>,
+    /// Who takes the disk's reservation.
+    pub(super) warden: Option<Warden>,
 }
 
 /// The thread's handle.
@@ -135,14 +136,17 @@ impl Means {
             end(process)?;
         }
         self.command(claim)?;
-        if let Some(reservations) = &mut self.reservations {
-            reservations
-                .take(self.primary)
-                .map_err(|error| error.to_string())?;
+        self.take_disk(claim).map_err(|error| error.to_string())
+    }
+
+    /// Takes the disk, and the image on it.
+    fn take_disk(&self, claim: &Record) -> Result<(), DiskError> {
+        if let Some(warden) = &self.warden {
+            warden.take(self.primary)?;
         }
-        self.image
-            .take_from(&self.machine, self.primary, claim, LOCK_WITHIN)
-            .map_err(|error| error.to_string())
+        let (machine, from) = (&self.machine, self.primary);
+        self.image.take_from(machine, from, claim, LOCK_WITHIN)?;
+        self.warden.as_ref().map_or(Ok(()), Warden::settle)
     }
 
     /// Runs the fence command, and waits for what it comes to.
@@ -284,7 +288,7 @@ mod tests {
             process: None,
             command: None,
             within: Duration::from_secs(1),
-            reservations: None,
+            warden: None,
         };
         let claim = record(2, 2, State::Claimed);
         // Without its end its lock stands.

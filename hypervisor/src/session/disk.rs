@@ -28,7 +28,13 @@ pub(super) fn open(config: &Config, leads: bool) -> Result<Option<OpenImage>, Se
     // Two processes of one host have its cache in common.
     let through = config.pair.transport != Transport::Shm;
     let image = config.disk.image.as_ref();
-    let opened = image.map(|image| OpenImage::open(image, Opening::Shared { leads, through }));
+    // A disk that is reserved tells hosts apart and not processes: of each host one has it.
+    let locks = leads || config.disk.reservations;
+    let shared = Opening::Shared {
+        leads: locks,
+        through,
+    };
+    let opened = image.map(|image| OpenImage::open(image, shared));
     Ok(opened.transpose()?)
 }
 

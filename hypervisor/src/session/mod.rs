@@ -33,6 +33,7 @@ pub mod report;
 pub mod serve;
 pub mod solo;
 mod stager;
+mod warden;
 mod world;
 
 use crate::arbiter::{self, Arbiter, ArbiterError, Durability};
@@ -122,6 +123,12 @@ pub enum SessionError {
         "this side's disk image fails: {0}; this side ends without telling the guest, so that its backup takes over with its own image"
     )]
     DiskFails(String),
+    /// The image fails, because the disk is another host's.
+    #[error(
+        "another host has taken the disk that this machine shares, by its reservation: {0}; the guest is not told of it, and this process ends. If no process of \
+         this machine runs elsewhere, start it again (--cold-start)"
+    )]
+    DiskTaken(String),
     /// An address in the configuration.
     #[error("net.address: {0}")]
     Address(BadNetwork),

@@ -11,6 +11,7 @@ use super::meet::{self, Introduction};
 use super::recruit::{Recruiter, log_to};
 use super::report::Event as Said;
 use super::serve::{self, Served, Staff, Vcpu};
+use super::warden::{self, Warden};
 use super::{SessionError, protocol_timing, record_options, why_it_ended};
 use crate::arbiter::{Arbiter, Swap, random_identity};
 use crate::clock::GuestClock;
@@ -70,6 +71,7 @@ fn lead(
     let image = disk::open(config, true)?;
     let spec = &disk::described(spec, image.as_ref());
     let me = random_identity().map_err(SessionError::host("draw an identity"))?;
+    let warden = warden::start(image.as_ref(), config, me)?;
     let arbiter = super::open_arbiter(config)?;
     let found = arbiter.read()?;
     if !Record::lets_start(found.as_ref(), start.cold) {
@@ -83,9 +85,6 @@ fn lead(
         None => None,
     };
     let content = disk::content(image.as_ref())?;
-    if let Some(image) = image.as_ref().filter(|_| config.disk.reservations) {
-        image.reserve(me)?;
-    }
     let mut machine = Machine::new(&inherited.kvm_source(config), spec)?;
     machine.watch_memory()?;
     let port = Io::port(config, inherited)?;
@@ -93,7 +92,15 @@ fn lead(
     let introduction = Introduction::new(config, me, &machine, described, port.as_ref(), trust)?;
 
     let shown = Record::cold_start(found.as_ref(), me, None);
+    if let Some(warden) = &warden {
+        warden.hold(found.as_ref().map(|record| record.owner))?;
+    }
     disk::show(image.as_ref(), &config.name, before, &shown)?;
+    if let Some(warden) = &warden {
+        warden.settle()?;
+    }
+    // Before its mark says that this start came to nothing.
+    let free = || warden.as_ref().map(Warden::release).transpose();
     let meet = || -> Result<_, SessionError> {
         let stream = meet::find_backup(&config.pair, &common)?;
         if config.pair.transport == Transport::Rdma {
@@ -106,6 +113,7 @@ fn lead(
     let met = match (!start.alone).then(meet).transpose() {
         Ok(met) => met,
         Err(error) => {
+            free()?;
             disk::call_off(image.as_ref())?;
             return Err(error);
         }
@@ -113,7 +121,11 @@ fn lead(
     let peer = met.as_ref().map(|met| met.identity);
     let record = Record::cold_start(found.as_ref(), me, peer);
     disk::begin(image.as_ref(), &config.name, before, &record, || {
-        begin(&*arbiter, found.as_ref(), &record)
+        let begun = begin(&*arbiter, found.as_ref(), &record);
+        if begun.is_err() {
+            free()?;
+        }
+        begun
     })?;
     if let Some(met) = &met {
         handshake::agree(&met.control, &record)?;
@@ -142,6 +154,7 @@ fn lead(
         starts_anew: config.crew().is_none(),
         machine: MachineId::of(&config.name),
         me,
+        warden: warden.clone(),
     };
     let timing = protocol_timing(config);
     let (sink, protocol) = match met {
@@ -203,7 +216,11 @@ fn lead(
             });
         }
     }
-    serve::serve(io, staff, protocol, vcpu)
+    let outcome = serve::serve(io, staff, protocol, vcpu);
+    if let Some(warden) = warden {
+        warden.end(&outcome);
+    }
+    outcome
 }
 
 /// Why a machine with this record is not started.

@@ -14,6 +14,7 @@ use super::io::Io;
 use super::lagging::{self, Found};
 use super::recruit::{News, Recruit, Recruiter};
 use super::report::{Event as Said, Timeline};
+use super::warden::{Look, Warden};
 use crate::backends::disk::mark::{Stamp, Use};
 use crate::config::{Lag, Transport};
 use crate::control::board::{Command, State};
@@ -75,6 +76,8 @@ pub(super) struct Staff {
     pub(super) starts_anew: bool,
     pub(super) machine: MachineId,
     pub(super) me: Identity,
+    /// Who knows whether the disk is still this side's, where the disk itself keeps that.
+    pub(super) warden: Option<Warden>,
 }
 
 impl Staff {
@@ -110,6 +113,7 @@ pub(super) fn serve(
         replacement: None,
         fails: false,
         alone_without: None,
+        look: None,
     }
     .serve()
 }
@@ -134,6 +138,8 @@ struct Serving {
     fails: bool,
     /// The thread whose loss keeps this machine from ever being one of a pair again.
     alone_without: Option<String>,
+    /// Whether the disk is still this side's is being asked.
+    look: Option<Look>,
 }
 
 impl Serving {
@@ -391,11 +397,34 @@ impl Serving {
                 self.io.order(Order::Stop);
                 return Err(SessionError::DiskFails(why));
             }
-            Phase::Unprotected | Phase::Joining => self.io.tell_disk_failure(),
+            Phase::Unprotected | Phase::Joining => {
+                let why = why.to_owned();
+                match self.has_the_disk() {
+                    Some(true) => self.io.tell_disk_failure(),
+                    // A guest that is told of an error does something about it, and this is none of its disk's.
+                    Some(false) => {
+                        self.io.order(Order::Stop);
+                        return Err(SessionError::DiskTaken(why));
+                    }
+                    // The answer wakes this thread.
+                    None => {}
+                }
+            }
             // Who has the machine is being decided.
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether the disk is still this side's, once that is known.
+    fn has_the_disk(&mut self) -> Option<bool> {
+        let Some(warden) = &self.staff.warden else {
+            return Some(true);
+        };
+        let look = self.look.get_or_insert_with(|| warden.look(&self.io.wake));
+        let has_it = look.has_it()?;
+        self.look = None;
+        Some(has_it)
     }
 
     /// Does what the protocol wants. Some: the process ends by it.

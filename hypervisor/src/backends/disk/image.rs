@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::copy::{BLOCK, Incoming, blocks_of};
 use super::mark::{BadMark, MARK_BYTES, Mark, Marks, Stamp, Use, WhyNot};
-use crate::backends::block::ReservationError;
+use crate::backends::block::{self, ReservationError};
 use crate::devices::DiskConfig;
 use crate::disk::SECTOR;
 use crate::protocol::{Identity, Record};
@@ -76,8 +76,8 @@ pub enum DiskError {
     },
     /// Somebody else has it.
     #[error(
-        "another process uses the disk image {path}: an image serves one machine at a time, and unless it is shared each side of a pair needs one \
-         of its own"
+        "another process uses the disk image {path}: an image serves one machine at a time, unless it is shared each side of a pair needs one \
+         of its own, and with reservations the sides that share one are on two hosts"
     )]
     Busy {
         /// Its path.
@@ -163,7 +163,7 @@ pub enum Opening {
     Read,
     /// One that both sides of a pair have.
     Shared {
-        /// It is locked from now on; one that follows does so when it takes over.
+        /// It is locked from now on; one that follows does so when it takes over, or, on a host of its own, at once.
         leads: bool,
         /// What was written is on it before the write is done: it may be another host that reads it next.
         through: bool,
@@ -227,6 +227,12 @@ impl OpenImage {
                 });
             }
             Err(TryLockError::Error(source)) => return Err(opened(source)),
+        }
+        if through {
+            // What a process that is gone has left of it in this host's memory is written now, or refused where another host has the disk reserved; later,
+            // when this host had it again, it would overwrite what is newer. That it is refused, or was lost, is nothing of this process's.
+            let _ = file.sync_all();
+            block::forget_cached(&file).map_err(opened)?;
         }
         let bytes = file.seek(SeekFrom::End(0)).map_err(opened)?;
         let ours = if on_device { MARK_BYTES } else { 0 };

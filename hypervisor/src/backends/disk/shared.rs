@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use super::image::{DiskError, OpenImage};
 use super::mark::{Mark, Stamp, Use};
-use crate::backends::block::{self, Reservations};
+use crate::backends::block::{self, ReservationError};
+use crate::backends::reservations::Reservations;
 use crate::protocol::{Identity, Record};
 
 /// Between two looks whether the lock is free: short against a take-over.
@@ -70,31 +71,19 @@ impl OpenImage {
         Reservations::new(block::Disk::of(&self.file), me)
     }
 
-    /// The device keeps everybody else out from now on: a machine is started, and whoever its mark names is known to be gone.
+    /// Whom its mark names now: who has it, then who had it before, as long as it is as that one left it.
     ///
     /// # Errors
-    /// [`DiskError::Reservation`].
-    pub fn reserve(&self, me: Identity) -> Result<(), DiskError> {
-        let before = self.mark_now()?.map(|mark| mark.stamp.owner);
-        let mut reservations = self.reservations(me);
-        let reserved = reservations
-            .register()
-            .and_then(|()| reservations.hold(before));
-        reserved.map_err(|source| self.not_reserved(source))
+    /// What it takes to know.
+    pub fn names(&self) -> Result<Vec<Identity>, DiskError> {
+        let mark = self.mark_now()?;
+        let named = mark.map(|mark| [Some(mark.stamp.owner), mark.before.map(|had| had.owner)]);
+        Ok(named.into_iter().flatten().flatten().collect())
     }
 
-    /// This process can take it from now on.
-    ///
-    /// # Errors
-    /// [`DiskError::Reservation`].
-    pub fn register(&self, me: Identity) -> Result<Reservations<block::Disk>, DiskError> {
-        let mut reservations = self.reservations(me);
-        let registered = reservations.register();
-        registered.map_err(|source| self.not_reserved(source))?;
-        Ok(reservations)
-    }
-
-    fn not_reserved(&self, source: block::ReservationError) -> DiskError {
+    /// An error of its reservations.
+    #[must_use]
+    pub fn not_reserved(&self, source: ReservationError) -> DiskError {
         DiskError::Reservation {
             path: self.path.to_path_buf(),
             source,

@@ -47,6 +47,7 @@ use crate::session::mourner::Mourner;
 use crate::session::recruit::Recruiter;
 use crate::session::report::{Event as Said, Timeline};
 use crate::session::serve::{Staff, now};
+use crate::session::warden::Warden;
 use crate::session::{SessionError, open_arbiter, protocol_timing};
 
 /// What it takes to meet a primary.
@@ -68,6 +69,8 @@ pub(super) struct Meeting<'a> {
     pub(super) content: Cell<Option<u64>>,
     /// The process that runs the fence command, until the thread has it that tells it to.
     pub(super) fence: Cell<Option<Helper>>,
+    /// Who reserves the disk, where it keeps the old primary's host out by itself.
+    pub(super) warden: Option<Warden>,
 }
 
 impl Meeting<'_> {
@@ -206,9 +209,11 @@ impl Meeting<'_> {
             disk.mark(Use::Follows, Stamp::in_reign(&record, self.me));
             disk.may_lead(record.claimed_by(self.me).as_ref().map(Stamp::of));
         }
+        if let Some(warden) = &self.warden {
+            warden.follow(peer)?;
+        }
         let bailiff = shared
             .map(|image| {
-                let reservations = config.disk.reservations.then(|| image.register(self.me));
                 let means = Means {
                     image: image.clone(),
                     machine: config.name.clone(),
@@ -221,7 +226,7 @@ impl Meeting<'_> {
                         None => bailiff::helper(config)?,
                     },
                     within: config.disk.fence_timeout(),
-                    reservations: reservations.transpose()?,
+                    warden: self.warden.clone(),
                 };
                 Bailiff::start(means, &io, config.cpus.urgent)
             })
@@ -250,6 +255,7 @@ impl Meeting<'_> {
                 starts_anew: spec.vcpus.is_none(),
                 machine: pair.machine,
                 me: pair.me,
+                warden: self.warden.clone(),
             },
             paired: Said::Paired {
                 epoch: record.epoch.0,
