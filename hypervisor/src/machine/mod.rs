@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod crew;
+mod error;
 mod reset;
 mod spec;
 mod state;
@@ -21,6 +22,7 @@ mod stops;
 mod tally;
 
 pub use crew::{Company, MOST as VCPUS_MOST};
+pub use error::MachineError;
 pub use spec::{
     BootProtocol, ClockSource, ENCODED_MAX, MachineSpec, OnReset, SpecError, exact_line,
 };
@@ -28,14 +30,13 @@ pub use state::{BadProcessors, Processors, Swept};
 pub(crate) use stops::StopAt;
 pub use tally::{Exits, Tally};
 
-use crate::boot::BootError;
 use crate::devices::pvclock::Keeping;
-use crate::devices::{Bus, DeviceError, Devices};
+use crate::devices::{Bus, Devices};
 use crate::digest::{Digest, ExitRecord, History};
 use crate::disk::{Extent, Request};
 use crate::event::{Effect, GuestTime, Input, Need, Output};
-use crate::kvm::{Cpu, CpuModel, Exit, Kick, KvmError, KvmSource, Told, Vcpu, Vm};
-use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryError, MemoryHash, PageNumber};
+use crate::kvm::{Cpu, CpuModel, Exit, Kick, KvmSource, Told, Vcpu, Vm};
+use crate::memory::{DirtyLedger, DirtyPages, GuestRam, MemoryHash, PageNumber};
 use crate::position::Position;
 
 use reset::Reset;
@@ -74,48 +75,6 @@ pub enum Stepped {
     Kicked,
     /// It stands where a debugger wanted it; nothing happened either.
     Debugged,
-}
-
-/// What can go wrong with a machine.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// Loading the guest.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// An input that nothing waits for here.
-    #[error(
-        "an input of {input} does not fit here: the guest is {phase:?}, injectable {injectable}"
-    )]
-    Unfit {
-        /// The input's kind.
-        input: &'static str,
-        /// What the machine waits for.
-        phase: Phase,
-        /// Whether inputs nobody asked for may be handed in.
-        injectable: bool,
-    },
-    /// A device refused an input.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The threads of several vCPUs could not be started.
-    #[error("cannot start a vCPU's thread: {0}")]
-    Threads(std::io::Error),
-    /// vCPUs that were told to stand run on.
-    #[error(
-        "{standing} of {all} vCPUs stand, the others do not leave their guest: no checkpoint of it can be taken"
-    )]
-    Runaway {
-        /// Those that stand.
-        standing: usize,
-        /// All.
-        all: usize,
-    },
 }
 
 /// What runs the guest.
