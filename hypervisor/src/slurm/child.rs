@@ -6,7 +6,7 @@
 //! An `srun` that has started its task goes without a trace, or not at all: it hands signals on to the task, and a process that it has forked
 //! kills the task's step when it ends without a word. So both get SIGKILL at once, as a group of their own.
 //!
-//! Unsafe: the signal mask between fork and exec, and `kill`, which the standard library does not have.
+//! Unsafe: signals between fork and exec, and `kill`, which the standard library does not have.
 
 use std::ffi::OsStr;
 use std::io;
@@ -25,9 +25,13 @@ impl Role {
     pub(super) fn start(program: &Path, words: &[impl AsRef<OsStr>]) -> io::Result<Self> {
         let mut command = Command::new(program);
         command.args(words).stdin(Stdio::null());
-        // SAFETY: sigemptyset, sigaddset and sigprocmask are async-signal-safe and touch this set alone, which lives on the stack.
+        // SAFETY: signal, sigemptyset, sigaddset and sigprocmask are async-signal-safe, and the last three touch this set alone, which lives on the stack.
         unsafe {
             command.pre_exec(|| {
+                // Ignored where a shell has started us beside what it went on with, and inherited.
+                if libc::signal(libc::SIGINT, libc::SIG_DFL) == libc::SIG_ERR {
+                    return Err(io::Error::last_os_error());
+                }
                 let mut set = std::mem::zeroed();
                 libc::sigemptyset(&raw mut set);
                 libc::sigaddset(&raw mut set, libc::SIGTERM);
