@@ -64,6 +64,9 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 pub(crate) const TIMES: &str =
     "[timing]\nheartbeat_ms = 50\nsilence_ms = 2000\nlag_ms = 100\nmemory_check_ms = 500\n";
 
+/// How often sides compare their memory: `memory_check_ms` of [`TIMES`].
+pub const MEMORY_CHECK: Duration = Duration::from_millis(500);
+
 /// Two hosts with what a pair needs, and the way from this machine to its guest.
 #[derive(Debug)]
 pub struct Site {

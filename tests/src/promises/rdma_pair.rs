@@ -18,7 +18,7 @@ use hypervisor::session::report::Event;
 
 use crate::harness::random::Random;
 use crate::lab_pair::side::End;
-use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
+use crate::lab_pair::{Choice, Guest, LabPair, MEMORY_CHECK, PATIENCE, Site, await_answers};
 use crate::promise::{Figures, Promise, Run};
 
 /// The promise.
@@ -119,6 +119,10 @@ fn over(
     let (mut zombies, mut compared, mut resent) = (0, 0, 0);
     for (number, &blow) in blows.iter().enumerate() {
         await_answers(&client, 20 + random.below(200), PATIENCE)?;
+        if number == 0 {
+            // Sides that have been a pair for so long have compared their memory.
+            std::thread::sleep(2 * MEMORY_CHECK);
+        }
         std::thread::sleep(random.between(Duration::ZERO, Duration::from_millis(20)));
         pair.ensure_paired()?;
         let outcome = strike(site, &mut pair, &client, blow)
