@@ -260,19 +260,8 @@ fn offer_clock_page(entries: &mut Vec<kvm_cpuid_entry2>) {
 #[cfg(test)]
 mod tests {
     use super::super::Told;
+    use super::super::told::tests::entry;
     use super::*;
-
-    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            index,
-            eax: u32::MAX,
-            ebx: u32::MAX,
-            ecx: u32::MAX,
-            edx: u32::MAX,
-            ..Default::default()
-        }
-    }
 
     #[test]
     fn hides_time_random_numbers_and_extended_state() {

@@ -231,6 +231,7 @@ pub(super) fn hash(entries: &[kvm_cpuid_entry2]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::told::tests::entry;
     use super::*;
 
     #[test]
@@ -251,15 +252,7 @@ mod tests {
             (0x8000_0007, 0),
         ]
         .iter()
-        .map(|&(function, index)| kvm_cpuid_entry2 {
-            function,
-            index,
-            eax: u32::MAX,
-            ebx: u32::MAX,
-            ecx: u32::MAX,
-            edx: u32::MAX,
-            ..Default::default()
-        })
+        .map(|&(function, index)| entry(function, index))
         .collect();
         let (entries, _) = ordinary(&CpuId::from_entries(&all).unwrap(), true, true).unwrap();
         let find = |function, index| {

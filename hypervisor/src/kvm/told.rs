@@ -164,10 +164,11 @@ impl fmt::Display for Difference {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+    /// A leaf of which every bit is set.
+    pub(in crate::kvm) fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {
             function,
             index,
