@@ -559,3 +559,14 @@ pub fn await_answers(client: &Client, more: u64, longest: Duration) -> Result<Mo
         std::thread::sleep(Duration::from_millis(1));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_are_told_how_often_they_compare_their_memory() {
+        let told = format!("memory_check_ms = {}\n", MEMORY_CHECK.as_millis());
+        assert!(TIMES.contains(&told), "{TIMES}");
+    }
+}

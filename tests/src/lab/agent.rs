@@ -71,7 +71,7 @@ pub fn serve() -> Result<()> {
 /// A virtual machine that does nothing, for as long as the host runs; none where there is no KVM.
 ///
 /// When the first one of a host is made, or the last one ends, the kernel patches its own scheduler (the static key of preemption
-/// notifiers; with a vCPU that has no local APIC, parts of KVM, too), while both CPUs run through it. The emulator, which
+/// notifiers; with a vCPU that has no local APIC, parts of KVM, too), while a host's CPUs, where it has several, run through it. The emulator, which
 /// translates for each CPU in a thread of its own, was seen to go on for ever with the breakpoint that stands there for the time of
 /// the patch: one CPU in `asm_exc_int3` at `__schedule`, over and over, with the lock of its run queue, the other waiting for
 /// that. So the first comes while the host still has nothing to do, and the last is this one.
