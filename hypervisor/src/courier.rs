@@ -6,6 +6,8 @@
 //!  courier                        checksum, parts to the log │          checksum, parts …
 //!                                  outputs of interval 1 into the gate, out when the last part has committed
 //! ```
+//! Over a network it tells pages by what has changed in them since they were sent last (`checkpoint/patch.rs`); through memory a page costs less than that.
+//!
 //! It is a thread of its own and owns the log. One parcel is on its way while the next interval's runs: an interval that ends
 //! before the one before it has been carried waits. Whatever is wrong with the log it tells the protocol, as the recorder does
 //! where there are no intervals, and stands still with what it holds until the vCPU thread, which is told to look
@@ -19,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
-use crate::checkpoint::{Capture, PART_BYTES, Seal, interval};
+use crate::checkpoint::{Capture, PART_BYTES, Remembered, Seal, interval};
 use crate::disk::Request;
 use crate::entry::{Base, Encoder};
 use crate::event::Output;
@@ -56,8 +58,8 @@ pub struct Parcel {
     pub made: Vec<Instant>,
     /// Staged frames that it was given.
     pub frames: u32,
-    /// Where it ended.
-    pub capture: Capture,
+    /// Where it ended. None once it is on its way.
+    pub capture: Option<Capture>,
 }
 
 enum Job<S> {
@@ -234,6 +236,10 @@ enum Undelivered {
 struct Log<S> {
     sink: S,
     encoder: Encoder,
+    /// What its reader has of pages, where it is told by what has changed in them.
+    other: Option<Remembered>,
+    /// Carries what is told that way.
+    patched: Vec<u8>,
 }
 
 impl<S: Sink> Work<S> {
@@ -249,6 +255,8 @@ impl<S: Sink> Work<S> {
                     log = Some(Log {
                         sink: *sink,
                         encoder,
+                        other: None,
+                        patched: Vec::new(),
                     });
                 }
                 Job::Carry(parcel) => held = self.deliver(&mut log, parcel),
@@ -314,7 +322,15 @@ impl<S: Sink> Work<S> {
     }
 
     fn carry(&self, log: &mut Log<S>, parcel: &mut Parcel) -> Result<(), Undelivered> {
-        let [head, contents] = std::mem::take(&mut parcel.capture).pieces();
+        let Some(mut capture) = parcel.capture.take() else {
+            return Err(Undelivered::Over);
+        };
+        if log.sink.crosses_network() && log.sink.version().patches_pages() {
+            let fresh = || Remembered::new(capture.ram_pages());
+            let other = log.other.get_or_insert_with(fresh);
+            capture.patch(other, &mut log.patched);
+        }
+        let [head, contents] = capture.pieces();
         let mut seal = Seal::begin(&head);
         let mut before = interval::head(
             parcel.frames,

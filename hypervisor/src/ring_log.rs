@@ -318,6 +318,10 @@ impl Sink for RingSink {
         self.version
     }
 
+    fn crosses_network(&self) -> bool {
+        self.watch.is_some()
+    }
+
     fn max_payload(&self) -> usize {
         self.lane
             .as_ref()

@@ -64,6 +64,10 @@ pub trait Sink {
     fn version(&self) -> Version {
         Version::NEWEST
     }
+    /// Whether entries cross a network, so that each byte takes time there.
+    fn crosses_network(&self) -> bool {
+        false
+    }
     /// The longest entry, in bytes.
     fn max_payload(&self) -> usize {
         // Fits every lane.

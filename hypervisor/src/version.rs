@@ -11,12 +11,18 @@ pub struct Version(pub u32);
 impl Version {
     /// The oldest that this program speaks: the one that the release before spoke. It is the first whose greeting offers a range.
     pub const OLDEST: Self = Self(7);
-    /// The newest. Since 8 a reset's entry says whose wish it was.
+    /// The newest. Since 8 a reset's entry says whose wish it was, and an interval's checkpoint can tell pages by what has changed in them.
     pub const NEWEST: Self = Self(8);
 
     /// Whether an entry of a reset says whose wish it was.
     #[must_use]
     pub fn resets_say_whose(self) -> bool {
+        self >= Self(8)
+    }
+
+    /// Whether an interval's checkpoint can tell pages by what has changed in them.
+    #[must_use]
+    pub fn patches_pages(self) -> bool {
         self >= Self(8)
     }
 }

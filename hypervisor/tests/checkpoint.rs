@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use hypervisor::checkpoint::{CheckpointError, Image, PART_BYTES, Pages, Shadow};
+use hypervisor::checkpoint::{
+    CheckpointError, FormatError, Image, PART_BYTES, Pages, Remembered, Shadow,
+};
 use hypervisor::entry::Base;
 use hypervisor::event::{GuestTime, Input, Need, Output};
 use hypervisor::kvm::{CpuState, Kick, KvmSource};
@@ -317,6 +319,58 @@ fn what_an_exit_reads_into_memory_is_in_its_delta() {
         );
     }
     same(&mut first, &mut second, 50);
+}
+
+/// Pages told by what has changed in them since the interval before, on a machine that has had them all; one that has not says so, and stays as it is.
+#[test]
+fn intervals_of_patches_make_the_same_machine() {
+    let words = "ip=10.0.0.2/24";
+    let (mut first, mut second) = (machine("kv", words), machine("kv", words));
+    first.track_changes().unwrap();
+    let mut other = Remembered::new(first.pages());
+    let mut spare = Vec::new();
+    let (mut plain, mut told, mut patches) = (0, 0, 0);
+    let mut late = None;
+    for round in 0..60 {
+        for _ in 0..20 {
+            while advance(&mut first) {}
+        }
+        if !matches!(first.phase(), Phase::Ready | Phase::HltInstruction) {
+            continue;
+        }
+        first.outputs().for_each(drop);
+        let mut capture = first
+            .capture(Pages::Changed, Base::default(), Vec::new(), Vec::new())
+            .unwrap();
+        plain += capture.bytes();
+        capture.patch(&mut other, &mut spare);
+        let bytes = capture.sealed();
+        told += bytes.len();
+        let of_it = Image::parse(&bytes, first.pages()).unwrap().patches().len();
+        patches += of_it;
+        second.adopt(&bytes).unwrap();
+        assert_eq!(
+            first.memory_hash_full().unwrap(),
+            second.memory_hash_full().unwrap(),
+            "{round}"
+        );
+        if of_it > 0 {
+            late = Some(bytes);
+        }
+    }
+    assert!(
+        patches > 60 && told < plain / 2,
+        "{patches} patches, {told} bytes for {plain}"
+    );
+    // It has had none of those before.
+    let mut third = machine("kv", words);
+    let before = third.memory_hash_full().unwrap();
+    let error = third.adopt(&late.unwrap()).unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::Format(FormatError::Patched { .. })),
+        "{error}"
+    );
+    assert_eq!(third.memory_hash_full().unwrap(), before);
 }
 
 /// A guest that waits in HALT is taken as it was before the instruction: the machine that is made of it makes that exit again,

@@ -1,4 +1,4 @@
-//! The bytes of a checkpoint, version 3. All numbers are little-endian.
+//! The bytes of a checkpoint, version 3, or 4 where it has patches. All numbers are little-endian.
 //!
 //! ```text
 //!   0 magic "DOPLCKPT"         32 position              64 flags (u32)  1: inputs may be handed in, 2: halted, 4: off
@@ -7,15 +7,18 @@
 //!  16 bytes in all             56 log base: clock       76 staged frames (u32)
 //!  24 pages of RAM                                      80 runs of zero pages    88 pages
 //!     of an off machine the flags' second byte is its status
-//!  96 CPU | devices | frames: length (u32), bytes | runs: first, count (u64) | page numbers (u64) | pages of 4096 bytes
+//!     version 4:              96 patched pages          104 bytes of patches
+//!  96, 112 CPU | devices | frames: length (u32), bytes | runs: first, count (u64) | page numbers (u64)
+//!     | patched pages: number (u64), CRC-32C of what the page holds then (u32) | pages of 4096 bytes | patches (patch.rs)
 //!  at the end: CRC-32C of everything before (u32)
 //! ```
-//! Runs and page numbers ascend, and no page is in both. Nothing is believed that is not checked: lengths against the
+//! Runs and page numbers of either kind ascend, and no page is in two of them. Only a delta has patches. Nothing is believed that is not checked: lengths against the
 //! limits and the bytes there are, pages against RAM, all of it against the checksum.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
 
+use super::patch::{self, PATCH_MAX, Patch, Told};
 use crate::devices::{DISK_BYTES_MAX, DISK_DEPTH, MAX_FRAME};
 use crate::digest::Digest;
 use crate::entry::Base;
@@ -25,8 +28,14 @@ use crate::position::Position;
 
 const MAGIC: [u8; 8] = *b"DOPLCKPT";
 /// Grows with every change of the layout.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
+/// Of one without patches, which knows nothing of them.
+const WHOLE: u32 = 3;
 pub(super) const HEADER: usize = 96;
+/// What a header has besides where there are patches.
+const PATCH_HEADER: usize = 16;
+/// Bytes of a patched page's number and checksum.
+const PATCHED: usize = 12;
 const CHECKSUM: usize = 4;
 const INJECTABLE: u32 = 1;
 const HALTED: u32 = 2;
@@ -82,7 +91,7 @@ pub enum FormatError {
     Foreign,
     /// Another version.
     #[error(
-        "a checkpoint of version {found}, this program reads {VERSION}: run the same version on both hosts"
+        "a checkpoint of version {found}, this program reads {WHOLE} and {VERSION}: run the same version on both hosts"
     )]
     Version {
         /// The version found.
@@ -122,6 +131,20 @@ pub enum FormatError {
         /// The first wrong one.
         page: u64,
     },
+    /// No patch, or not as many bytes of patches as it says.
+    #[error("the checkpoint's patch of page {page} is none")]
+    Patch {
+        /// The page.
+        page: u64,
+    },
+    /// This machine's page is not the one that the patch is for.
+    #[error(
+        "the checkpoint's patch of page {page} does not make what its sender has: this side's copy of the page differs"
+    )]
+    Patched {
+        /// The page.
+        page: u64,
+    },
     /// The bytes are not what was written.
     #[error("the checkpoint is corrupt: its checksum is {found:08x}, where it says {expected:08x}")]
     Checksum {
@@ -139,8 +162,26 @@ pub(super) fn limit(ram_pages: u64) -> u64 {
         + CPU_MAX
         + DEVICES_MAX
         + frames
+        + PATCH_HEADER as u64
         + ram_pages * (PAGE_SIZE as u64 + 24)
         + CHECKSUM as u64
+}
+
+/// Bytes of what stands before the content of the pages.
+pub(super) fn head_length(state: &State, zeros: &[Range<u64>], told: &Told) -> usize {
+    let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
+    let patches = if told.patched.is_empty() {
+        0
+    } else {
+        PATCH_HEADER + told.patched.len() * PATCHED
+    };
+    HEADER
+        + state.cpu.len()
+        + state.devices.len()
+        + staged
+        + zeros.len() * 16
+        + told.whole.len() * size_of::<u64>()
+        + patches
 }
 
 /// What stands before the content of the pages in a checkpoint that names these.
@@ -149,21 +190,16 @@ pub(super) fn head(
     ram_pages: u64,
     state: &State,
     zeros: &[Range<u64>],
-    pages: &[PageNumber],
+    told: &Told,
 ) -> Vec<u8> {
-    let staged: usize = state.staged.iter().map(|frame| 4 + frame.len()).sum();
-    let length = HEADER
-        + state.cpu.len()
-        + state.devices.len()
-        + staged
-        + zeros.len() * 16
-        + pages.len() * size_of::<u64>();
-    let in_all = length + pages.len() * PAGE_SIZE + CHECKSUM;
+    let length = head_length(state, zeros, told);
+    let in_all = length + told.whole.len() * PAGE_SIZE + told.patch_bytes + CHECKSUM;
+    let patched = !told.patched.is_empty();
     let mut bytes = Vec::with_capacity(length);
     let word32 = |bytes: &mut Vec<u8>, value: u32| bytes.extend_from_slice(&value.to_le_bytes());
     let word = |bytes: &mut Vec<u8>, value: u64| bytes.extend_from_slice(&value.to_le_bytes());
     bytes.extend_from_slice(&MAGIC);
-    word32(&mut bytes, VERSION);
+    word32(&mut bytes, if patched { VERSION } else { WHOLE });
     word32(&mut bytes, matches!(scope, Scope::Delta).into());
     word(&mut bytes, in_all as u64);
     word(&mut bytes, ram_pages);
@@ -181,8 +217,12 @@ pub(super) fn head(
     word32(&mut bytes, state.devices.len() as u32);
     word32(&mut bytes, state.staged.len() as u32);
     word(&mut bytes, zeros.len() as u64);
-    word(&mut bytes, pages.len() as u64);
+    word(&mut bytes, told.whole.len() as u64);
     debug_assert_eq!(bytes.len(), HEADER);
+    if patched {
+        word(&mut bytes, told.patched.len() as u64);
+        word(&mut bytes, told.patch_bytes as u64);
+    }
     bytes.extend_from_slice(&state.cpu);
     bytes.extend_from_slice(&state.devices);
     for frame in &state.staged {
@@ -193,9 +233,14 @@ pub(super) fn head(
         word(&mut bytes, run.start);
         word(&mut bytes, run.end - run.start);
     }
-    for page in pages {
+    for page in &told.whole {
         word(&mut bytes, page.0);
     }
+    for (page, checksum) in &told.patched {
+        word(&mut bytes, page.0);
+        word32(&mut bytes, *checksum);
+    }
+    debug_assert_eq!(bytes.len(), length);
     bytes
 }
 
@@ -246,6 +291,7 @@ pub struct Image<'a> {
     zeros: Vec<Range<u64>>,
     numbers: &'a [u8],
     contents: &'a [u8],
+    patches: Vec<Patch<'a>>,
 }
 
 struct Bytes<'a>(&'a [u8]);
@@ -297,10 +343,15 @@ pub(super) fn announced(header: &[u8], ram_pages: u64) -> Result<u64, FormatErro
         return Err(FormatError::Foreign);
     }
     let version = rest.word32()?;
-    if version != VERSION {
+    if !(WHOLE..=VERSION).contains(&version) {
         return Err(FormatError::Version { found: version });
     }
-    bounded("scope", rest.word32()?.into(), 1)?;
+    // Only a delta has patches.
+    let scope = u64::from(rest.word32()?);
+    bounded("scope", scope, 1)?;
+    if version == VERSION && scope == 0 {
+        return Err(FormatError::Version { found: version });
+    }
     let length = bounded("length", rest.word()?, limit(ram_pages))?;
     let pages = rest.word()?;
     if pages != ram_pages {
@@ -364,6 +415,15 @@ impl<'a> Image<'a> {
         let frames = bounded("number of staged frames", rest.word32()?.into(), STAGED_MAX)?;
         let runs = bounded("number of runs", rest.word()?, ram_pages)?;
         let pages = bounded("number of pages", rest.word()?, ram_pages)?;
+        let [patched, patch_bytes] = if header[8..12] == VERSION.to_le_bytes() {
+            let most = ram_pages * PATCH_MAX as u64;
+            [
+                bounded("number of patched pages", rest.word()?, ram_pages)?,
+                bounded("bytes of patches", rest.word()?, most)?,
+            ]
+        } else {
+            [0, 0]
+        };
         let cpu = rest.take(cpu)?.to_vec();
         let devices = rest.take(devices)?.to_vec();
         let mut staged = Vec::with_capacity(frames as usize);
@@ -373,7 +433,9 @@ impl<'a> Image<'a> {
         }
         let zeros = zero_runs(rest.take(runs * 16)?, ram_pages)?;
         let numbers = rest.take(pages * 8)?;
+        let patched = rest.take(patched * PATCHED as u64)?;
         let contents = rest.take(pages * PAGE_SIZE as u64)?;
+        let patches = patches(patched, rest.take(patch_bytes)?)?;
         if !rest.0.is_empty() {
             return Err(FormatError::Length {
                 expected: length - rest.0.len() as u64,
@@ -396,26 +458,23 @@ impl<'a> Image<'a> {
             zeros,
             numbers,
             contents,
+            patches,
         };
-        image.check_pages(ram_pages)?;
-        Ok(image)
-    }
-
-    fn check_pages(&self, ram_pages: u64) -> Result<(), FormatError> {
-        let mut next = 0;
-        let mut zeros = self.zeros.iter().peekable();
-        for PageNumber(page) in self.numbers() {
-            while zeros.next_if(|run| run.end <= page).is_some() {}
-            let both = zeros.peek().is_some_and(|run| run.contains(&page));
-            if page < next || page >= ram_pages || both {
+        let numbers = image.numbers();
+        ascends("pages", numbers, &image.zeros, ram_pages)?;
+        let patched = image.patches.iter().map(Patch::page);
+        ascends("patched pages", patched.clone(), &image.zeros, ram_pages)?;
+        let mut whole = image.numbers().peekable();
+        for page in patched {
+            while whole.next_if(|whole| *whole < page).is_some() {}
+            if whole.peek() == Some(&page) {
                 return Err(FormatError::Pages {
-                    field: "pages",
-                    page,
+                    field: "patched pages",
+                    page: page.0,
                 });
             }
-            next = page + 1;
         }
-        Ok(())
+        Ok(image)
     }
 
     fn numbers(&self) -> impl Iterator<Item = PageNumber> + use<'a> {
@@ -429,9 +488,61 @@ impl<'a> Image<'a> {
         &self.zeros
     }
 
+    /// Pages that are told by what has changed in them, ascending. They are in no other list.
+    #[must_use]
+    pub fn patches(&self) -> &[Patch<'a>] {
+        &self.patches
+    }
+
     /// All other pages that it names, ascending, with what they hold.
     pub fn pages(&self) -> impl Iterator<Item = (PageNumber, &'a [u8])> + use<'a> {
         self.numbers().zip(self.contents.chunks_exact(PAGE_SIZE))
+    }
+}
+
+/// Checks page numbers: they ascend, are within RAM, and none is in a run of zero pages.
+fn ascends(
+    field: &'static str,
+    numbers: impl Iterator<Item = PageNumber>,
+    zeros: &[Range<u64>],
+    ram_pages: u64,
+) -> Result<(), FormatError> {
+    let mut next = 0;
+    let mut zeros = zeros.iter().peekable();
+    for PageNumber(page) in numbers {
+        while zeros.next_if(|run| run.end <= page).is_some() {}
+        let both = zeros.peek().is_some_and(|run| run.contains(&page));
+        if page < next || page >= ram_pages || both {
+            return Err(FormatError::Pages { field, page });
+        }
+        next = page + 1;
+    }
+    Ok(())
+}
+
+/// The patches of these pages.
+fn patches<'a>(patched: &[u8], mut bytes: &'a [u8]) -> Result<Vec<Patch<'a>>, FormatError> {
+    let mut rest = Bytes(patched);
+    let mut patches = Vec::with_capacity(patched.len() / PATCHED);
+    while !rest.0.is_empty() {
+        let (page, checksum) = (rest.word()?, rest.word32()?);
+        let length = patch::length(bytes).ok_or(FormatError::Patch { page })?;
+        let (patch, after) = bytes.split_at(length);
+        bytes = after;
+        patches.push(Patch {
+            page: PageNumber(page),
+            checksum,
+            bytes: patch,
+        });
+    }
+    if bytes.is_empty() {
+        Ok(patches)
+    } else {
+        Err(FormatError::Limit {
+            field: "bytes of patches",
+            found: bytes.len() as u64,
+            limit: 0,
+        })
     }
 }
 

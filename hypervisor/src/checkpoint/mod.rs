@@ -7,7 +7,8 @@
 //! ```
 //! A checkpoint is *full* (every page that it does not name is zero) or a *delta* (every other page is as it was). What it
 //! needs of the machine it is put into: the same RAM size and devices, and for a delta every page that differs from the
-//! saved machine's among those that the delta names. A superset of the pages that changed is right.
+//! saved machine's among those that the delta names. A superset of the pages that changed is right. Where the machine it is put into has
+//! had all deltas before, pages can be told by what has changed in them ([`Capture::patch`]).
 //!
 //! A machine that runs is copied in rounds, by [`clone`]; the checkpoint at their end is a delta. A machine that is replicated by
 //! checkpoints sends one at the end of each [`interval`].
@@ -20,6 +21,7 @@
 pub mod clone;
 mod format;
 pub mod interval;
+mod patch;
 mod restore;
 mod save;
 mod shadow;
@@ -28,6 +30,7 @@ mod shadow;
 pub(crate) use format::DEVICES_MAX;
 pub use format::{FormatError, Image, STAGED_MAX, Scope, Seal, State};
 pub use interval::{Interval, IntervalError};
+pub use patch::{Patch, Remembered};
 pub use restore::{Adopted, Restored};
 pub use save::{Capture, Pages};
 pub use shadow::{PART_BYTES, Shadow, ShadowError};

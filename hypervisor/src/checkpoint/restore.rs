@@ -74,6 +74,7 @@ impl Machine {
     fn checked(&self, image: &Image<'_>) -> Result<(Processors, Devices), CheckpointError> {
         let cpus = self.processors(&image.state.cpu)?;
         let devices = self.restored_devices(&image.state.devices)?;
+        patched(self.ram(), image, |_, _| Ok(()))?;
         if image.scope == Scope::Delta && image.state.position < self.position() {
             return Err(FormatError::Limit {
                 field: "distance to go back",
@@ -89,7 +90,7 @@ impl Machine {
         let ram = self.ram();
         match image.scope {
             Scope::Full => fill(ram, image)?,
-            Scope::Delta => patch(ram, image)?,
+            Scope::Delta => renew(ram, image)?,
         }
         let state = &image.state;
         let phase = match (state.off, state.halted) {
@@ -108,12 +109,33 @@ impl Machine {
     }
 }
 
-fn patch(ram: &GuestRam, image: &Image<'_>) -> Result<(), MemoryError> {
+fn renew(ram: &GuestRam, image: &Image<'_>) -> Result<(), CheckpointError> {
+    patched(ram, image, |page, content| {
+        ram.write(page.address(), content)
+    })?;
     for page in image.zeros().iter().cloned().flatten() {
         ram.write(PageNumber(page).address(), &ZEROS)?;
     }
     for (page, content) in image.pages() {
         ram.write(page.address(), content)?;
+    }
+    Ok(())
+}
+
+/// What the patches make of this machine's pages, each of which must be what their sender has.
+fn patched(
+    ram: &GuestRam,
+    image: &Image<'_>,
+    put: impl Fn(PageNumber, &[u8]) -> Result<(), MemoryError>,
+) -> Result<(), CheckpointError> {
+    let mut content = [0; PAGE_SIZE];
+    for patch in image.patches() {
+        ram.read_page(patch.page(), &mut content)?;
+        if !patch.apply(&mut content) {
+            let page = patch.page().0;
+            return Err(FormatError::Patched { page }.into());
+        }
+        put(patch.page(), &content)?;
     }
     Ok(())
 }

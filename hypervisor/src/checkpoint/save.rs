@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::CheckpointError;
 use super::format::{self, Scope, State};
+use super::patch::{Remembered, Told};
 use crate::entry::Base;
 use crate::machine::{Machine, Phase};
 use crate::memory::{DirtyPages, GuestRam, PAGE_SIZE, PageNumber};
@@ -23,37 +24,70 @@ pub enum Pages {
     Uncopied,
 }
 
-/// A checkpoint that was taken: its bytes, which are all there, but for their checksum. So the guest need not stand for that.
-#[derive(Debug, Default)]
+/// A checkpoint that was taken: all that it is of, and nothing of it put into words yet. So the guest need not stand for that.
+#[derive(Debug)]
 pub struct Capture {
-    head: Vec<u8>,
+    scope: Scope,
+    ram_pages: u64,
+    state: State,
+    zeros: Vec<Range<u64>>,
+    told: Told,
     contents: Vec<u8>,
-    pages: usize,
 }
 
 impl Capture {
     /// Pages that it names.
     #[must_use]
     pub fn pages(&self) -> usize {
-        self.pages
+        let cleared: u64 = self.zeros.iter().map(|run| run.end - run.start).sum();
+        self.told.whole.len() + cleared as usize
     }
 
-    /// Its bytes, without the checksum.
+    /// Pages of the RAM that it is of.
+    #[must_use]
+    pub fn ram_pages(&self) -> u64 {
+        self.ram_pages
+    }
+
+    /// Its bytes where all pages go whole, without the checksum.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.head.len() + self.contents.len()
+        format::head_length(&self.state, &self.zeros, &self.told) + self.contents.len()
+    }
+
+    fn head(&self) -> Vec<u8> {
+        let Self {
+            scope,
+            ram_pages,
+            state,
+            zeros,
+            told,
+            ..
+        } = self;
+        format::head(*scope, *ram_pages, state, zeros, told)
     }
 
     /// The checkpoint.
     #[must_use]
     pub fn sealed(self) -> Vec<u8> {
-        format::sealed(self.head, &self.contents)
+        format::sealed(self.head(), &self.contents)
     }
 
     /// The checkpoint in two pieces, what is before the pages and what they hold. A [`super::Seal`] over both ends it.
     #[must_use]
     pub fn pieces(self) -> [Vec<u8>; 2] {
-        [self.head, self.contents]
+        [self.head(), self.contents]
+    }
+
+    /// Tells pages that the other side has by what has changed in them, and notes what it will have. For deltas that go to it one after the
+    /// other, none left out. `spare` is a buffer to use; the one that this one was in is given back in its place.
+    pub fn patch(&mut self, other: &mut Remembered, spare: &mut Vec<u8>) {
+        if self.scope == Scope::Full {
+            return;
+        }
+        other.forget(self.zeros.iter().cloned().flatten());
+        self.told = other.tell(&self.told.whole, &self.contents, spare);
+        std::mem::swap(&mut self.contents, spare);
     }
 }
 
@@ -200,11 +234,16 @@ impl Machine {
             filled,
             zeros,
         } = copied;
-        let cleared: u64 = zeros.iter().map(|run| run.end - run.start).sum();
         Ok(Capture {
-            head: format::head(scope, ram.pages(), &state, &zeros, &filled),
+            scope,
+            ram_pages: ram.pages(),
+            state,
+            zeros,
+            told: Told {
+                whole: filled,
+                ..Told::default()
+            },
             contents,
-            pages: filled.len() + cleared as usize,
         })
     }
 }

@@ -129,6 +129,7 @@ impl Shadow {
 mod tests {
     use super::*;
     use crate::checkpoint::format::{Scope, State, head, sealed};
+    use crate::checkpoint::patch::Told;
     use crate::digest::Digest;
     use crate::entry::Base;
     use crate::position::Position;
@@ -145,7 +146,7 @@ mod tests {
             devices: Vec::new(),
             staged: Vec::new(),
         };
-        sealed(head(Scope::Full, 512, &state, &[], &[]), &[])
+        sealed(head(Scope::Full, 512, &state, &[], &Told::default()), &[])
     }
 
     #[test]

@@ -146,10 +146,22 @@ impl Capabilities {
                 .filter(|(cap, _)| !kvm.check_extension(*cap))
                 .map(|(_, what)| what)
                 .collect(),
-            moves_time_stamps: kvm
-                .create_vm()
+            moves_time_stamps: made(|| kvm.create_vm())
                 .and_then(|vm| vm.create_vcpu(0))
                 .is_ok_and(|vcpu| crew::moves_time_stamps(&vcpu)),
+        }
+    }
+}
+
+/// Makes a virtual machine, whatever signals come: KVM takes all locks of this process's memory for it, and gives up where one is pending. To be stopped
+/// and let go on is enough for that, and when the call returns it is over.
+fn made<T>(
+    mut create: impl FnMut() -> Result<T, kvm_ioctls::Error>,
+) -> Result<T, kvm_ioctls::Error> {
+    loop {
+        match create() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
         }
     }
 }
@@ -230,7 +242,7 @@ impl Vm {
                 return Err(KvmError::Missing { what });
             }
         }
-        let fd = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
+        let fd = made(|| kvm.create_vm()).map_err(KvmError::call("KVM_CREATE_VM"))?;
         // AMD needs no TSS page and some KVMs refuse the call: only Intel's real mode depends on it, which we never enter.
         let _ = fd.set_tss_address(TSS_ADDRESS);
         let mut cap = kvm_enable_cap {
@@ -431,5 +443,24 @@ impl Vm {
         let parts: Vec<_> = vcpus.iter().map(|vcpu| vcpu.parts()).collect();
         let scales = self.kvm.check_extension(Cap::TscControl);
         crew::write(&self.fd, &parts, state, passed, scales)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_is_no_reason_to_have_no_machine() {
+        let interrupted = || Err(kvm_ioctls::Error::new(libc::EINTR));
+        let mut answers = vec![Ok(7), interrupted(), interrupted()];
+        assert_eq!(made(|| answers.pop().unwrap()), Ok(7));
+        let mut answers = vec![
+            Ok(7),
+            Err(kvm_ioctls::Error::new(libc::ENOMEM)),
+            interrupted(),
+        ];
+        let refused = made(|| answers.pop().unwrap()).unwrap_err();
+        assert_eq!(refused.errno(), libc::ENOMEM);
     }
 }

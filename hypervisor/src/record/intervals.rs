@@ -316,7 +316,7 @@ impl<S: Sink> Recorder<S> {
             asked: std::mem::take(&mut intervals.asked),
             made: std::mem::take(&mut intervals.made),
             frames: std::mem::take(&mut intervals.frames),
-            capture,
+            capture: Some(capture),
         });
         intervals.began = None;
         intervals.frame_bytes = 0;

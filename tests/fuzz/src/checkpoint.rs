@@ -62,10 +62,24 @@ fn run(bytes: &[u8]) {
                 assert!(!image.zeros().iter().any(|run| run.contains(&page.0)));
             }
             assert!(image.zeros().iter().all(|run| run.end <= PAGES));
+            patches(&image);
             let _ = CpuState::from_bytes(&image.state.cpu);
             devices(&image.state.devices);
         }
         Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+/// Patches are for pages that are in no other list, and change nothing else.
+fn patches(image: &Image<'_>) {
+    let mut last = None;
+    for patch in image.patches() {
+        let page = patch.page();
+        assert!(page.0 < PAGES && last.is_none_or(|last| last < page.0));
+        last = Some(page.0);
+        assert!(!image.zeros().iter().any(|run| run.contains(&page.0)));
+        assert!(!image.pages().any(|(whole, _)| whole == page));
+        let _ = patch.apply(&mut [0; 4096]);
     }
 }
 
@@ -161,7 +175,7 @@ fn seeds() -> Vec<Vec<u8>> {
     devices.extend(&state);
     let mut whole = vec![0; HEADER];
     whole[..8].copy_from_slice(b"DOPLCKPT");
-    whole[8] = 1;
+    whole[8] = 3;
     // A machine: CPU, devices, one frame, one run of zeros, one page.
     whole[68..72].copy_from_slice(&64u32.to_le_bytes());
     whole[72..76].copy_from_slice(&(state.len() as u32).to_le_bytes());
@@ -180,5 +194,18 @@ fn seeds() -> Vec<Vec<u8>> {
     sealed.extend(&whole);
     let mut raw = vec![2];
     raw.extend(&whole);
-    vec![devices, sealed, raw]
+    // A delta with a patch of one word, of a page behind the run and the page.
+    let mut patched = vec![0];
+    patched.extend(&whole[..HEADER]);
+    (patched[9], patched[13]) = (4, 1);
+    patched.extend(1u64.to_le_bytes());
+    patched.extend(17u64.to_le_bytes());
+    let (before, page) = whole[HEADER..].split_at(whole.len() - HEADER - 4096);
+    patched.extend(before);
+    patched.extend(11u64.to_le_bytes());
+    patched.extend(0u32.to_le_bytes());
+    patched.extend(page);
+    patched.extend(1u64.to_le_bytes());
+    patched.extend([1; 9]);
+    vec![devices, sealed, raw, patched]
 }

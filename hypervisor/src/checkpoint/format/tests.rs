@@ -23,13 +23,23 @@ fn state() -> State {
     }
 }
 
+fn whole(pages: Vec<PageNumber>) -> Told {
+    Told {
+        whole: pages,
+        ..Told::default()
+    }
+}
+
 fn written(state: &State, zeros: &[Range<u64>], pages: &[u64]) -> Vec<u8> {
     let numbers: Vec<_> = pages.iter().copied().map(PageNumber).collect();
     let contents: Vec<u8> = pages
         .iter()
         .flat_map(|&page| [page as u8; PAGE_SIZE])
         .collect();
-    sealed(head(Scope::Delta, RAM, state, zeros, &numbers), &contents)
+    sealed(
+        head(Scope::Delta, RAM, state, zeros, &whole(numbers)),
+        &contents,
+    )
 }
 
 /// The same bytes after `change`, with a checksum that fits.
@@ -64,14 +74,116 @@ fn what_is_written_is_read() {
     assert!(bytes.len() as u64 <= limit(RAM));
 }
 
+/// A checkpoint with a whole page 3 and patches of these, each of one word: the page is zero but for that.
+fn with_patches(scope: Scope, zeros: &[Range<u64>], pages: &[u64]) -> Vec<u8> {
+    let mut told = whole(vec![PageNumber(3)]);
+    let mut contents = vec![3; PAGE_SIZE];
+    for &page in pages {
+        let mut now = [0; PAGE_SIZE];
+        now[64..72].fill(page as u8);
+        told.patched.push((PageNumber(page), crc32c::crc32c(&now)));
+        contents.extend_from_slice(&2u64.to_le_bytes());
+        contents.push(1);
+        contents.extend_from_slice(&now[64..72]);
+    }
+    told.patch_bytes = contents.len() - PAGE_SIZE;
+    sealed(head(scope, RAM, &state(), zeros, &told), &contents)
+}
+
+#[test]
+fn patches_are_read_and_make_what_was_meant() {
+    let bytes = with_patches(Scope::Delta, &[7..9], &[2, 5, RAM - 1]);
+    assert!(bytes.len() as u64 <= limit(RAM));
+    let image = Image::parse(&bytes, RAM).unwrap();
+    assert_eq!((&image.state, image.pages().count()), (&state(), 1));
+    let pages: Vec<_> = image.patches.iter().map(|patch| patch.page().0).collect();
+    assert_eq!(pages, [2, 5, RAM - 1]);
+    for patch in &image.patches {
+        let mut page = [0; PAGE_SIZE];
+        assert!(patch.apply(&mut page));
+        assert_eq!(page[71], patch.page().0 as u8);
+        page[0] = 1;
+        assert!(!patch.apply(&mut page), "it is another page");
+    }
+    // Without patches nothing tells it from one of a program that knows none.
+    assert_eq!(written(&state(), &[], &[3])[8..12], WHOLE.to_le_bytes());
+}
+
+#[test]
+fn patches_that_cannot_be_are_refused() {
+    let error = |bytes: &[u8]| Image::parse(bytes, RAM).unwrap_err();
+    assert!(matches!(
+        error(&with_patches(Scope::Full, &[], &[2])),
+        FormatError::Version { found: VERSION }
+    ));
+    for (zeros, pages) in [
+        (vec![], vec![3]),
+        (vec![], vec![2, 2]),
+        (vec![], vec![5, 4]),
+        (vec![], vec![RAM]),
+        (vec![4..6], vec![5]),
+    ] {
+        let bytes = with_patches(Scope::Delta, &zeros, &pages);
+        let is_named = matches!(
+            error(&bytes),
+            FormatError::Pages {
+                field: "patched pages",
+                ..
+            }
+        );
+        assert!(is_named, "{zeros:?} {pages:?}");
+    }
+    let good = with_patches(Scope::Delta, &[], &[2]);
+    let put = |at: usize, value: &[u8]| {
+        let mut bytes = good.clone();
+        bytes[at..at + value.len()].copy_from_slice(value);
+        let end = bytes.len() - CHECKSUM;
+        let checksum = crc32c::crc32c(&bytes[..end]);
+        bytes[end..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    };
+    Image::parse(&put(0, b"D"), RAM).unwrap();
+    let first = good.len() - CHECKSUM - 17;
+    for (what, bytes) in [
+        ("a line without a word", put(first + 8, &[0])),
+        ("more words than bytes", put(first + 8, &[3])),
+        ("more lines than bytes", put(first, &[0xff])),
+    ] {
+        assert_eq!(error(&bytes), FormatError::Patch { page: 2 }, "{what}");
+    }
+    assert!(matches!(
+        error(&put(first, &[0])),
+        FormatError::Limit {
+            field: "bytes of patches",
+            ..
+        }
+    ));
+    for (at, field) in [(96, "number of patched pages"), (104, "bytes of patches")] {
+        let huge = put(at, &u64::MAX.to_le_bytes());
+        assert!(matches!(error(&huge), FormatError::Limit { field: found, .. } if found == field));
+    }
+    assert!(matches!(
+        error(&put(96, &[9])),
+        FormatError::Length { .. } | FormatError::Patch { .. }
+    ));
+}
+
 #[test]
 fn every_cut_and_every_flipped_bit_is_refused() {
-    let bytes = written(&state(), &[1..2], &[3]);
+    for bytes in [
+        written(&state(), &[1..2], &[3]),
+        with_patches(Scope::Delta, &[1..2], &[2, 9]),
+    ] {
+        cuts_and_flips_are_refused(&bytes);
+    }
+}
+
+fn cuts_and_flips_are_refused(bytes: &[u8]) {
     for cut in 0..bytes.len() {
         assert!(Image::parse(&bytes[..cut], RAM).is_err(), "cut at {cut}");
     }
     for bit in (0..bytes.len() * 8).step_by(7) {
-        let mut bad = bytes.clone();
+        let mut bad = bytes.to_vec();
         bad[bit / 8] ^= 1 << (bit % 8);
         assert!(Image::parse(&bad, RAM).is_err(), "bit {bit}");
     }
