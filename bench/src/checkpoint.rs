@@ -30,7 +30,46 @@ use crate::world::{Guest, Mode, Network};
 
 /// Pages that a request writes, besides those of the server's own.
 const PAGES: [usize; 5] = [16, 64, 256, 1024, 2048];
+/// The same where each page is written from end to end: what the guest holds of eight such requests is all of it.
+const PAGES_ANEW: [usize; 3] = [16, 64, 256];
 const PAGE: usize = 4096;
+
+/// What a request writes into each of its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writes {
+    /// One byte.
+    Byte,
+    /// All of it, and nothing of what was there.
+    Anew,
+}
+
+impl Writes {
+    fn sizes(self) -> &'static [usize] {
+        match self {
+            Self::Byte => &PAGES,
+            Self::Anew => &PAGES_ANEW,
+        }
+    }
+
+    /// The command that writes this page, as the request of this number does it.
+    fn command(self, page: usize, number: usize) -> String {
+        match self {
+            Self::Byte => format!("SETRANGE b {} y\r\n", page * PAGE + number % PAGE),
+            Self::Anew => {
+                let mut state = (number * 2 * PAGES[PAGES.len() - 1] + page) as u64 | 1 << 63;
+                // Text that repeats nothing (xorshift64).
+                let letter = |_| {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    char::from(b'a' + (state >> 32) as u8 % 26)
+                };
+                let text: String = (0..PAGE).map(letter).collect();
+                format!("SETRANGE b {} {text}\r\n", page * PAGE)
+            }
+        }
+    }
+}
 
 /// Transactions that wait in the guest at once. Their commands take a guest of 64 MiB some 4 MiB at the most.
 const WAITING: usize = 8;
@@ -70,15 +109,17 @@ pub fn measure(extent: Extent) -> Result<Sheet> {
         "checkpoint",
         "Replicated by checkpoints: a request by what it writes",
     );
-    let alone = all_sizes(Mode::Run, &network, extent.requests)?;
+    let alone = all_sizes(Mode::Run, &network, extent.requests, Writes::Byte)?;
+    let alone_anew = all_sizes(Mode::Run, &network, extent.requests, Writes::Anew)?;
     let mut tables = Tables::default();
     for (transport, kind) in [
         (Transport::Shm, link::Kind::Memory),
         (Transport::Tcp, link::Kind::Socket),
     ] {
         let ended = |ends| Mode::Checkpoint(transport, ends);
-        let output = all_sizes(ended(Ends::Output), &network, extent.requests)?;
-        let fixed = all_sizes(ended(Ends::Fixed), &network, extent.fixed)?;
+        let output = all_sizes(ended(Ends::Output), &network, extent.requests, Writes::Byte)?;
+        let fixed = all_sizes(ended(Ends::Fixed), &network, extent.fixed, Writes::Byte)?;
+        let anew = all_sizes(ended(Ends::Output), &network, extent.requests, Writes::Anew)?;
         let mut bare = Link::start(kind)?;
         let rows = PAGES
             .iter()
@@ -96,13 +137,31 @@ pub fn measure(extent: Extent) -> Result<Sheet> {
             })
             .collect::<Result<Vec<_>>>()?;
         tell(&mut sheet, &mut tables, transport, &rows)?;
+        let mut told = Vec::new();
+        for ((found, alone), &asked) in anew.iter().zip(&alone_anew).zip(Writes::Anew.sizes()) {
+            let bytes = found.bytes()?;
+            let link = micros(&bare.send(bytes, extent.blocks)?, 0.5);
+            let alone = micros(&alone.latency, 0.5);
+            told.push(tell_anew(
+                &mut tables.anew,
+                transport,
+                found,
+                [asked as f64, alone, link],
+            )?);
+        }
+        sheet.figure(
+            &format!("{}_anew", transport.name()),
+            json!({ "sizes": told }),
+        );
     }
     let Tables {
         requests,
         stops,
+        anew,
         panels,
     } = tables;
     sheet.tables.extend(requests.into_iter().chain(stops));
+    sheet.tables.push(anew);
     sheet.panels = panels;
     sheet.figure("network", network.kind);
     sheet.note(format!(
@@ -173,18 +232,18 @@ fn micros(of: &Histogram<u64>, quantile: f64) -> f64 {
     round(of.value_at_quantile(quantile) as f64 / 1000.0)
 }
 
-fn all_sizes(mode: Mode, network: &Network, requests: usize) -> Result<Vec<Found>> {
+fn all_sizes(mode: Mode, network: &Network, requests: usize, writes: Writes) -> Result<Vec<Found>> {
     let guest = Guest::start(mode, "kv", "", Some(network))?;
     let largest = PAGES[PAGES.len() - 1];
     let mut first = Caller::connect(network.address())?;
     // Longer than all that is written, so that nothing moves.
     first.ask(&format!("SETRANGE b {} x\r\n", (largest + 1) * PAGE), 1)?;
     let mut found = Vec::new();
-    for pages in PAGES {
+    for &pages in writes.sizes() {
         let mut of_size = Found::new();
         // The first batch finds pages that nobody has touched.
         for batch in 0..=requests.div_ceil(WAITING) {
-            let taken = batch_of(mode, network, &guest, pages, batch)?;
+            let taken = batch_of(mode, network, &guest, (pages, writes), batch)?;
             if batch > 0 {
                 of_size.take(taken, pages);
             }
@@ -203,11 +262,12 @@ fn batch_of(
     mode: Mode,
     network: &Network,
     guest: &Guest,
-    pages: usize,
+    (pages, writes): (usize, Writes),
     batch: usize,
 ) -> Result<Batch> {
+    let place = |number| batch * WAITING + number;
     let mut callers = (0..WAITING)
-        .map(|number| Caller::waiting(network.address(), pages, batch * WAITING + number))
+        .map(|number| Caller::waiting(network.address(), pages, writes, place(number)))
         .collect::<Result<Vec<_>>>()?;
     // What the queueing came to is not the measurement's.
     if let Some(pair) = guest.pair() {
@@ -299,12 +359,12 @@ impl Caller {
     }
 
     /// One whose commands wait for their EXEC.
-    fn waiting(address: SocketAddrV4, pages: usize, place: usize) -> Result<Self> {
+    fn waiting(address: SocketAddrV4, pages: usize, writes: Writes, place: usize) -> Result<Self> {
         let mut caller = Self::connect(address)?;
-        let mut words = "MULTI\r\n".to_owned();
-        for page in 0..pages {
-            words += &format!("SETRANGE b {} y\r\n", page * PAGE + place % PAGE);
-        }
+        let commands = (0..pages).map(|page| writes.command(page, place));
+        let words: String = std::iter::once("MULTI\r\n".to_owned())
+            .chain(commands)
+            .collect();
         caller.ask(&words, pages + 1)?;
         Ok(caller)
     }
@@ -346,6 +406,7 @@ struct Row<'a> {
 struct Tables {
     requests: Option<Table>,
     stops: Option<Table>,
+    anew: Table,
     panels: Vec<Panel>,
 }
 
@@ -384,9 +445,59 @@ impl Default for Tables {
                     "max",
                 ],
             )),
+            anew: Table::new(
+                "Requests whose pages are written from end to end (µs, half of the time)",
+                &[
+                    "log over",
+                    "pages",
+                    "KiB",
+                    "alone",
+                    "protected",
+                    "added",
+                    "commit",
+                    "of it the stop",
+                    "bare link",
+                    "(added − stop) / link",
+                    "(commit − stop) / link",
+                ],
+            ),
             panels: Vec::new(),
         }
     }
+}
+
+/// Of requests that leave nothing of their pages, which is the most that a checkpoint can have to carry.
+fn tell_anew(
+    table: &mut Table,
+    transport: Transport,
+    found: &Found,
+    [asked, alone, link]: [f64; 3],
+) -> Result<Value> {
+    let (pages, bytes) = (found.pages()?, found.bytes()?);
+    let (protected, commit) = (micros(&found.latency, 0.5), micros(&found.commits, 0.5));
+    let stop = micros(&found.stops_us(), 0.5);
+    let added = round(protected - alone);
+    let over = |what: f64| round((what - stop) / link);
+    let whole = |of: f64| format!("{of:.0}");
+    let ratio = |of: f64| format!("{of:.1}");
+    table.row([
+        transport.name().to_owned(),
+        pages.to_string(),
+        whole(bytes as f64 / 1024.0),
+        whole(alone),
+        whole(protected),
+        whole(added),
+        whole(commit),
+        whole(stop),
+        whole(link),
+        ratio(over(added)),
+        ratio(over(commit)),
+    ]);
+    Ok(json!({
+        "asked": asked, "pages": pages, "bytes": bytes, "requests": found.latency.len(), "alone_us": alone, "output_us": protected,
+        "added_us": added, "commit_us": commit, "stop_us": stop, "link_us": link,
+        "added_over_link": over(added), "commit_over_link": over(commit),
+    }))
 }
 
 fn tell(

@@ -6,7 +6,8 @@
 //!  courier                        checksum, parts to the log │          checksum, parts …
 //!                                  outputs of interval 1 into the gate, out when the last part has committed
 //! ```
-//! Over a network it tells pages by what has changed in them since they were sent last (`checkpoint/patch.rs`); through memory a page costs less than that.
+//! It tells pages by what has changed in them since they were sent last (`checkpoint/patch.rs`), and says which have not changed: those were left open to
+//! the guest for nothing ([`Machine::leave_open`](crate::machine::Machine::leave_open)).
 //!
 //! It is a thread of its own and owns the log. One parcel is on its way while the next interval's runs: an interval that ends
 //! before the one before it has been carried waits. Whatever is wrong with the log it tells the protocol, as the recorder does
@@ -25,6 +26,7 @@ use crate::checkpoint::{Capture, PART_BYTES, Remembered, Seal, interval};
 use crate::disk::Request;
 use crate::entry::{Base, Encoder};
 use crate::event::Output;
+use crate::memory::PageNumber;
 use crate::orders::{Orders, Samples};
 use crate::outlet::Outlet;
 use crate::position::Position;
@@ -85,13 +87,19 @@ struct Shared<S> {
     awaited: AtomicBool,
     /// A buffer that a checkpoint was carried in: memory that the kernel need not find anew.
     spare: Mutex<Vec<u8>>,
+    /// Pages of the last parcel that need not have been written.
+    unwritten: Mutex<Option<Vec<PageNumber>>>,
     stage: Arc<Stage>,
     orders: Arc<Orders>,
 }
 
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl<S> Shared<S> {
     fn lock(&self) -> MutexGuard<'_, VecDeque<Job<S>>> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.jobs)
     }
 
     fn leave_job(&self, job: Job<S>) {
@@ -128,6 +136,7 @@ impl<S> Courier<S> {
             recalled: AtomicBool::new(false),
             awaited: AtomicBool::new(false),
             spare: Mutex::default(),
+            unwritten: Mutex::default(),
             stage: Arc::clone(stage),
             orders: Arc::clone(orders),
         });
@@ -153,7 +162,13 @@ impl<S> Courier<S> {
     /// A buffer for the next checkpoint.
     #[must_use]
     pub fn spare(&self) -> Vec<u8> {
-        std::mem::take(&mut *self.0.spare.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.0.spare))
+    }
+
+    /// Pages of the last parcel that need not have been written since they were sent last; none where that is not looked for.
+    #[must_use]
+    pub fn unwritten(&self) -> Option<Vec<PageNumber>> {
+        lock(&self.0.unwritten).take()
     }
 
     /// Whether the log has come to an end: the protocol was told, and decides.
@@ -251,6 +266,7 @@ impl<S: Sink> Work<S> {
         loop {
             match self.next_job() {
                 Job::Begin(sink, base) => {
+                    *lock(&self.shared.unwritten) = None;
                     let encoder = Encoder::from_base(base).speaking(sink.version());
                     log = Some(Log {
                         sink: *sink,
@@ -325,10 +341,11 @@ impl<S: Sink> Work<S> {
         let Some(mut capture) = parcel.capture.take() else {
             return Err(Undelivered::Over);
         };
-        if log.sink.crosses_network() && log.sink.version().patches_pages() {
+        if log.sink.version().patches_pages() {
             let fresh = || Remembered::new(capture.ram_pages());
             let other = log.other.get_or_insert_with(fresh);
-            capture.patch(other, &mut log.patched);
+            let unwritten = capture.patch(other, &mut log.patched, false);
+            *lock(&self.shared.unwritten) = Some(unwritten);
         }
         let [head, contents] = capture.pieces();
         let mut seal = Seal::begin(&head);
@@ -366,11 +383,7 @@ impl<S: Sink> Work<S> {
             self.outlet.made(seq, Seq::ZERO, at);
         }
         self.release(&mut log.sink);
-        *self
-            .shared
-            .spare
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = contents;
+        *lock(&self.shared.spare) = contents;
         while log.sink.is_behind() {
             if self.is_recalled() {
                 return Err(Undelivered::Recalled);

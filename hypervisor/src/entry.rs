@@ -394,6 +394,12 @@ impl Decoder {
         self
     }
 
+    /// The log's version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
     /// Goes on from there.
     pub fn rebase(&mut self, base: Base) {
         self.base = base;

@@ -25,12 +25,13 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use crate::backends::disk::Disk;
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Remembered};
 use crate::clock::GuestClock;
 use crate::desk::Desk;
 use crate::entry::{Base, Body, Encoder, Entry, LoggedInput, OutputsDigest, Step, Wish};
 use crate::event::{GuestTime, Input, Need, Output};
 use crate::machine::{Machine, MachineError, Phase, Stepped};
+use crate::memory::PageNumber;
 use crate::orders::{Order, Orders, Pace, Samples};
 pub use crate::outlet::Outlet;
 use crate::sink::{Sink, SinkError};
@@ -115,6 +116,9 @@ pub struct Recorder<S> {
     /// The latest entry.
     posted: Seq,
     step: Step,
+    /// What the log's checkpoints have told of pages, and which of the last one's need not have been written.
+    told: Option<Remembered>,
+    unwritten: Option<Vec<PageNumber>>,
     taken: Vec<Output>,
     /// The guest has run on from its sync point and was kicked: its state is no state that a replay could stop at.
     mid_run: bool,
@@ -198,6 +202,8 @@ impl<S: Sink> Recorder<S> {
             applied: Seq::ZERO,
             posted: Seq::ZERO,
             step: Step::default(),
+            told: None,
+            unwritten: None,
             taken: Vec::new(),
             mid_run: false,
             desk: parts.desk,

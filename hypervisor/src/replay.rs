@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use crate::backends::disk::{Disk, DiskFailure};
-use crate::checkpoint::{CheckpointError, Shadow};
+use crate::checkpoint::{CheckpointError, Remembered, Shadow};
 use crate::digest::Digest;
 use crate::divergence::Divergence;
 use crate::entry::{
@@ -129,6 +129,8 @@ pub struct Replayer<L> {
     adopts: Option<Adopting>,
     /// A flight recorder keeps what comes.
     taping: Option<Taping>,
+    /// What checkpoints have told of pages.
+    told: Option<Remembered>,
     /// Where it ends, if the log does not end before.
     to: Option<Position>,
     debugger: Option<Box<dyn Debugger + Send>>,
@@ -162,6 +164,7 @@ impl<L: LogSource> Replayer<L> {
             off: Arc::default(),
             adopts: None,
             taping: None,
+            told: None,
             to: None,
             debugger: None,
             sure_of_disks: false,
@@ -428,7 +431,7 @@ impl<L: LogSource> Replayer<L> {
             return Err(self.divergence("outputs", "none".into(), count.to_string()));
         }
         let (position, digest) = (self.machine.position(), self.machine.digest());
-        let bytes = self.shadow.take();
+        let bytes = self.checkpoint()?;
         self.machine.restore(&bytes).map_err(unusable)?;
         if self.machine.position() != position {
             let other = self.machine.position();
@@ -443,6 +446,24 @@ impl<L: LogSource> Replayer<L> {
         }
         self.last_digest_at = position;
         Ok(())
+    }
+
+    /// The checkpoint that has come, with all pages whole; and it is on the tape.
+    fn checkpoint(&mut self) -> Result<Vec<u8>, ReplayError> {
+        let mut bytes = self.shadow.take();
+        let version = self.decoder.version();
+        if version.patches_pages() {
+            let pages = self.machine.pages();
+            let told = self.told.get_or_insert_with(|| Remembered::new(pages));
+            let whole = told.complete(&bytes, pages);
+            if let Some(whole) = whole.map_err(|error| unusable(error.into()))? {
+                bytes = whole;
+            }
+        }
+        if let Some(taping) = &self.taping {
+            taping.checkpoint(self.machine.position(), &bytes, version);
+        }
+        Ok(bytes)
     }
 
     /// What was done to the recorded machine on purpose is done to this one.

@@ -318,10 +318,6 @@ impl Sink for RingSink {
         self.version
     }
 
-    fn crosses_network(&self) -> bool {
-        self.watch.is_some()
-    }
-
     fn max_payload(&self) -> usize {
         self.lane
             .as_ref()

@@ -64,9 +64,9 @@ pub trait Sink {
     fn version(&self) -> Version {
         Version::NEWEST
     }
-    /// Whether entries cross a network, so that each byte takes time there.
-    fn crosses_network(&self) -> bool {
-        false
+    /// Whether whoever reads has all entries from the first on: then a checkpoint can be told by what has changed since the one before.
+    fn is_read_whole(&self) -> bool {
+        true
     }
     /// The longest entry, in bytes.
     fn max_payload(&self) -> usize {

@@ -570,4 +570,4 @@ fn zero_runs(bytes: &[u8], ram_pages: u64) -> Result<Vec<Range<u64>>, FormatErro
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

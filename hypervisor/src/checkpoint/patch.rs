@@ -7,8 +7,12 @@
 //! ```
 //! A patch holds what is new, not a difference: putting it in place twice does what putting it in place once does. What it yields is told by a
 //! checksum of the whole page, beside it, so that two sides that are not at one about a page find out before anything is changed.
+//!
+//! What went before is in the other side's memory, where that side does not run the guest, and pages that are as they were need not be told. A side that
+//! runs it remembers what it was sent as this side does, page by page alike ([`Remembered::complete`]): its memory has gone on since.
 #![forbid(unsafe_code)]
 
+use super::format::{self, FormatError, Image};
 use crate::memory::{PAGE_SIZE, PageNumber};
 
 const WORD: usize = 8;
@@ -137,6 +141,8 @@ pub(super) struct Told {
     pub patched: Vec<(PageNumber, u32)>,
     /// Bytes of their patches, which are the last of the contents.
     pub patch_bytes: usize,
+    /// Pages that hold what they held when they were sent last, and are not told; and those of which that is not known.
+    pub unwritten: Vec<PageNumber>,
 }
 
 impl Remembered {
@@ -151,23 +157,32 @@ impl Remembered {
         }
     }
 
-    /// Puts into `contents` what tells these pages, whose content is `now`, in their order: those that go whole, then patches.
+    /// Puts into `contents` what tells these pages, whose content is `now`, in their order: those that go whole, then patches. Where the other side runs
+    /// the guest, also those that are as they were.
     pub(super) fn tell(
         &mut self,
         pages: &[PageNumber],
         now: &[u8],
         contents: &mut Vec<u8>,
+        runs: bool,
     ) -> Told {
         let mut told = Told::default();
         contents.clear();
         self.patches.clear();
         let (nows, _) = now.as_chunks::<PAGE_SIZE>();
         for (&page, now) in pages.iter().zip(nows) {
-            let place = (page.0 % self.pages.len() as u64) as usize;
+            let place = self.place(page);
+            let held = std::mem::replace(&mut self.pages[place], page.0 + 1) == page.0 + 1;
             let before: &mut Page = self.contents[place * PAGE_SIZE..]
                 .first_chunk_mut()
                 .expect("each place has a page");
-            let held = std::mem::replace(&mut self.pages[place], page.0 + 1) == page.0 + 1;
+            let is_as_it_was = held && before == now;
+            if is_as_it_was || !held {
+                told.unwritten.push(page);
+            }
+            if is_as_it_was && !runs {
+                continue;
+            }
             if held && encode(before, now, &mut self.patches) {
                 told.patched.push((page, crc32c::crc32c(now)));
             } else {
@@ -181,10 +196,75 @@ impl Remembered {
         told
     }
 
+    fn place(&self, page: PageNumber) -> usize {
+        (page.0 % self.pages.len() as u64) as usize
+    }
+
+    /// Where what is remembered of a page is; none if nothing is.
+    fn held(&self, page: PageNumber) -> Option<Page> {
+        let place = self.place(page);
+        let content = self.contents[place * PAGE_SIZE..].first_chunk()?;
+        (self.pages[place] == page.0 + 1).then_some(*content)
+    }
+
+    fn keep(&mut self, page: PageNumber, content: &[u8]) {
+        let place = self.place(page);
+        self.pages[place] = page.0 + 1;
+        self.contents[place * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(content);
+    }
+
+    /// On the other side, which runs the guest: notes what this delta tells, as the sender did. If it has patches, what comes back is the same
+    /// checkpoint with all pages whole.
+    ///
+    /// # Errors
+    /// It is no checkpoint of such a machine, or has a patch to what this side was not sent.
+    pub fn complete(
+        &mut self,
+        checkpoint: &[u8],
+        ram_pages: u64,
+    ) -> Result<Option<Vec<u8>>, FormatError> {
+        let image = Image::parse(checkpoint, ram_pages)?;
+        self.forget(image.zeros().iter().cloned().flatten());
+        let mut patches = image.patches().iter().peekable();
+        let mut whole = image.pages().peekable();
+        let mut told = Told::default();
+        let mut contents = Vec::new();
+        // In the order of their numbers, in which the sender has gone through them: two pages may have one place.
+        loop {
+            let patched = match (whole.peek(), patches.peek()) {
+                (Some((page, _)), Some(patch)) => patch.page < *page,
+                (None, Some(_)) => true,
+                (Some(_), None) => false,
+                (None, None) => break,
+            };
+            if !patched {
+                if let Some((page, content)) = whole.next() {
+                    self.keep(page, content);
+                    told.whole.push(page);
+                    contents.extend_from_slice(content);
+                }
+            } else if let Some(patch) = patches.next() {
+                let page = patch.page;
+                let content = self
+                    .held(page)
+                    .and_then(|mut content| patch.apply(&mut content).then_some(content));
+                let content = content.ok_or(FormatError::Patched { page: page.0 })?;
+                self.keep(page, &content);
+                told.whole.push(page);
+                contents.extend_from_slice(&content);
+            }
+        }
+        if image.patches().is_empty() {
+            return Ok(None);
+        }
+        let head = format::head(image.scope, ram_pages, &image.state, image.zeros(), &told);
+        Ok(Some(format::sealed(head, &contents)))
+    }
+
     /// These pages are zero on the other side now.
     pub(super) fn forget(&mut self, pages: impl Iterator<Item = u64>) {
         for page in pages {
-            let place = (page % self.pages.len() as u64) as usize;
+            let place = self.place(PageNumber(page));
             if self.pages[place] == page + 1 {
                 self.pages[place] = 0;
             }
@@ -283,7 +363,7 @@ mod tests {
                     pages.push(PageNumber(page));
                     now.extend_from_slice(&here[at..at + PAGE_SIZE]);
                 }
-                let told = remembered.tell(&pages, &now, &mut contents);
+                let told = remembered.tell(&pages, &now, &mut contents, false);
                 let (whole, mut patches) = contents.split_at(told.whole.len() * PAGE_SIZE);
                 prop_assert_eq!(patches.len(), told.patch_bytes);
                 for (page, content) in told.whole.iter().zip(whole.chunks(PAGE_SIZE)) {
@@ -301,6 +381,62 @@ mod tests {
                 prop_assert!(here == there);
             }
         }
+    }
+
+    /// A side that runs the guest has other pages than it was sent; what it remembers makes the same checkpoint, page by page whole.
+    #[test]
+    fn what_was_sent_completes_a_checkpoint() {
+        const RAM: u64 = 64;
+        let state = format::tests::state();
+        // Fewer places than pages: some are in each other's way.
+        let [mut here, mut there] = [(); 2].map(|()| Remembered::new(50));
+        let mut memory = vec![1; RAM as usize * PAGE_SIZE];
+        let mut patched = 0;
+        for round in 0..12_u64 {
+            let pages: Vec<_> = (0..RAM)
+                .filter(|page| (page * 7 + round) % 5 < 2)
+                .map(PageNumber)
+                .collect();
+            let mut now = Vec::new();
+            for page in &pages {
+                let content = &mut memory[page.0 as usize * PAGE_SIZE..][..PAGE_SIZE];
+                // One in three is as it was.
+                if page.0 % 3 > 0 {
+                    content[(page.0 + round * 8) as usize] = round as u8;
+                }
+                now.extend_from_slice(content);
+            }
+            let mut contents = Vec::new();
+            let told = here.tell(&pages, &now, &mut contents, true);
+            assert_eq!(told.whole.len() + told.patched.len(), pages.len());
+            patched += told.patched.len();
+            let zeros = [RAM - 1..RAM];
+            let zeros = if round == 5 && !pages.contains(&PageNumber(RAM - 1)) {
+                &zeros[..]
+            } else {
+                &[]
+            };
+            here.forget(zeros.iter().cloned().flatten());
+            let head = |told| format::head(format::Scope::Delta, RAM, &state, zeros, told);
+            let bytes = format::sealed(head(&told), &contents);
+            let plain = Told {
+                whole: pages,
+                ..Told::default()
+            };
+            let whole = format::sealed(head(&plain), &now);
+            let completed = there.complete(&bytes, RAM).unwrap();
+            assert_eq!(completed.unwrap_or(bytes), whole, "{round}");
+        }
+        assert!(patched > 20, "{patched}");
+        // Somebody who came later cannot know.
+        let page = [PageNumber(1)];
+        let now = vec![7; PAGE_SIZE];
+        here.tell(&page, &now, &mut Vec::new(), true);
+        let mut contents = Vec::new();
+        let told = here.tell(&page, &now, &mut contents, true);
+        let head = format::head(format::Scope::Delta, RAM, &state, &[], &told);
+        let late = Remembered::new(50).complete(&format::sealed(head, &contents), RAM);
+        assert_eq!(late, Err(FormatError::Patched { page: 1 }));
     }
 
     #[test]

@@ -79,15 +79,28 @@ impl Capture {
         [self.head(), self.contents]
     }
 
-    /// Tells pages that the other side has by what has changed in them, and notes what it will have. For deltas that go to it one after the
-    /// other, none left out. `spare` is a buffer to use; the one that this one was in is given back in its place.
-    pub fn patch(&mut self, other: &mut Remembered, spare: &mut Vec<u8>) {
+    /// Tells pages that the other side has by what has changed in them, if anything, and notes what it will have. For deltas that go to it one after
+    /// the other, none left out. `spare` is a buffer to use; the one that this one was in is given back in its place.
+    ///
+    /// Where the other side `runs` the guest, pages that are as they were are told as well: there they need not be.
+    ///
+    /// What comes back are pages that need not have been written since they were sent last.
+    pub fn patch(
+        &mut self,
+        other: &mut Remembered,
+        spare: &mut Vec<u8>,
+        runs: bool,
+    ) -> Vec<PageNumber> {
         if self.scope == Scope::Full {
-            return;
+            return Vec::new();
         }
-        other.forget(self.zeros.iter().cloned().flatten());
-        self.told = other.tell(&self.told.whole, &self.contents, spare);
+        let zeros = || self.zeros.iter().cloned().flatten();
+        other.forget(zeros());
+        self.told = other.tell(&self.told.whole, &self.contents, spare, runs);
         std::mem::swap(&mut self.contents, spare);
+        let mut unwritten = std::mem::take(&mut self.told.unwritten);
+        unwritten.extend(zeros().map(PageNumber));
+        unwritten
     }
 }
 

@@ -314,6 +314,10 @@ impl Sink for TapeSink {
         Ok(self.posted)
     }
 
+    fn is_read_whole(&self) -> bool {
+        false
+    }
+
     fn committed(&mut self) -> Committed {
         Committed::EVERYTHING
     }

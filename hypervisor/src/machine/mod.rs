@@ -134,6 +134,10 @@ pub struct Machine {
     /// KVM notes the pages that the guest writes.
     watched: bool,
     written: DirtyLedger,
+    /// Pages that the next harvest for checkpoints closes, and leaves others open; none if it closes all.
+    closing: Option<DirtyPages>,
+    /// Pages of the last such harvest, but for those that it closed.
+    last_written: DirtyPages,
     /// Breakpoints that are in memory while the guest runs.
     stops: Vec<StopAt>,
     /// Of a round of a copy: what was dirty when it began, and up to where that was told.
@@ -197,6 +201,8 @@ impl Machine {
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
+            closing: None,
+            last_written: DirtyPages::default(),
             stops: Vec::new(),
             sweep: None,
         })

@@ -267,13 +267,23 @@ impl Machine {
         Ok(())
     }
 
-    /// The pages written since it was last asked or [`Machine::track_changes`] began.
+    /// The pages written since it was last asked or [`Machine::track_changes`] began; and, once pages are left open, those, written or not.
     ///
     /// # Errors
     /// [`MachineError::Kvm`].
     pub fn take_changed(&mut self) -> Result<DirtyPages, MachineError> {
-        self.harvest()?;
+        match self.closing.take() {
+            Some(closing) if self.vm.is_cleared_by_hand() => self.harvest_but_open(&closing)?,
+            _ => self.harvest()?,
+        }
         Ok(self.written.take(Consumer::Checkpoint))
+    }
+
+    /// In the next [`Machine::take_changed`] pages are *left open* that were in the one before as well: KVM does not note their next write, which would
+    /// be a fault, and takes them for written until they are closed. So a guest pays for the pages that it writes all the time once and not in each interval.
+    /// These pages are closed: who compares them has found that they were not written after all.
+    pub fn leave_open(&mut self, but: impl IntoIterator<Item = PageNumber>) {
+        self.closing = Some(but.into_iter().collect());
     }
 
     /// Begins to note the pages that are written, for a copy of the running machine. The first sweep begins with all that was
@@ -349,6 +359,19 @@ impl Machine {
 
     fn harvest(&mut self) -> Result<(), MachineError> {
         let mut dirty = self.vm.take_dirty()?;
+        dirty.merge(&self.ram.take_dirty());
+        self.written.note(&dirty);
+        Ok(())
+    }
+
+    /// The same, and pages that were in the last one as well are not cleared in KVM's log: so they are in all that come, for every consumer, until they are.
+    fn harvest_but_open(&mut self, closing: &DirtyPages) -> Result<(), MachineError> {
+        let mut dirty = self.vm.dirty()?;
+        let written = dirty.clone().without(closing);
+        let open = written.and(&self.last_written);
+        self.vm
+            .clear_dirty(&dirty.clone().without(&open), PageNumber(0))?;
+        self.last_written = written;
         dirty.merge(&self.ram.take_dirty());
         self.written.note(&dirty);
         Ok(())

@@ -37,6 +37,24 @@ impl DirtyPages {
         }
     }
 
+    /// Those of them that are in another set, too.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let words = self.words.iter().zip(&other.words);
+        Self {
+            words: words.map(|(word, other)| word & other).collect(),
+        }
+    }
+
+    /// Those of them that are not in another set.
+    #[must_use]
+    pub fn without(mut self, other: &Self) -> Self {
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+        self
+    }
+
     /// The pages, ascending.
     pub fn iter(&self) -> impl Iterator<Item = PageNumber> + '_ {
         self.words.iter().enumerate().flat_map(|(index, &word)| {
@@ -171,6 +189,17 @@ mod tests {
         assert_eq!(pages.len(), 3);
         assert!(!pages.is_empty());
         assert_eq!(PageNumber(129).address(), 129 * 4096);
+    }
+
+    #[test]
+    fn sets_of_different_lengths_meet() {
+        let long = DirtyPages::from_bitmap(vec![0b1110, 0, 1]);
+        let short = DirtyPages::from_bitmap(vec![0b0111]);
+        let pages = |set: DirtyPages| set.iter().map(|page| page.0).collect::<Vec<_>>();
+        assert_eq!(pages(long.and(&short)), [1, 2]);
+        assert_eq!(pages(short.and(&long)), [1, 2]);
+        assert_eq!(pages(long.clone().without(&short)), [3, 128]);
+        assert_eq!(pages(short.without(&long)), [0]);
     }
 
     #[test]

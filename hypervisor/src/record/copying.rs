@@ -207,6 +207,9 @@ impl<S: Sink> Recorder<S> {
             None => {
                 self.encoder.speak(sink.version());
                 self.sink = sink;
+                // Its reader was sent none before.
+                self.told = None;
+                self.unwritten = None;
             }
         }
         self.next_memory_check = self

@@ -296,6 +296,9 @@ impl<S: Sink> Recorder<S> {
         // The heir counts time from here.
         let base = Base::new(position, self.clock.now());
         let spare = intervals.courier.spare();
+        if let Some(unwritten) = intervals.courier.unwritten() {
+            self.machine.leave_open(unwritten);
+        }
         let captured = self
             .machine
             .capture(Pages::Changed, base, Vec::new(), spare);

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::{Ended, Intervals, RecordError, Recorder};
-use crate::checkpoint::{PART_BYTES, Pages};
+use crate::checkpoint::{PART_BYTES, Pages, Remembered};
 use crate::courier::AROUND_A_PART;
 use crate::entry::{Base, Body, Entry, Part};
 use crate::sink::Sink;
@@ -80,10 +80,28 @@ impl<S: Sink> Recorder<S> {
         self.sync_point()
     }
 
+    /// A checkpoint of what the guest has written since the last one, told by what has changed in each page where the other side can have that.
+    fn changes_since_last(&mut self, base: Base) -> Result<Vec<u8>, RecordError> {
+        if !self.sink.is_read_whole() || !self.sink.version().patches_pages() {
+            return Ok(self.machine.save(Pages::Changed, base, Vec::new())?);
+        }
+        let told = self
+            .told
+            .get_or_insert_with(|| Remembered::new(self.machine.pages()));
+        if let Some(unwritten) = self.unwritten.take() {
+            self.machine.leave_open(unwritten);
+        }
+        let mut capture = self
+            .machine
+            .capture(Pages::Changed, base, Vec::new(), Vec::new())?;
+        self.unwritten = Some(capture.patch(told, &mut Vec::new(), true));
+        Ok(capture.sealed())
+    }
+
     fn post_checkpoint(&mut self) -> Result<usize, RecordError> {
         let position = self.machine.position();
         let base = Base::new(position, self.encoder.base().clock());
-        let bytes = self.machine.save(Pages::Changed, base, Vec::new())?;
+        let bytes = self.changes_since_last(base)?;
         let most = PART_BYTES.min(self.sink.max_payload() - AROUND_A_PART);
         let parts = bytes.chunks(most);
         let last = parts.len() - 1;

@@ -1,22 +1,47 @@
 //! The replayer's part of the flight recorder: what comes goes onto its tape before it is run, so that what a machine died of is there.
 #![forbid(unsafe_code)]
 
+use rdma_log::MIN_LANE;
+
 use super::late::applied;
 use super::{LogSource, ReplayError, Replayer};
-use crate::entry::{Base, Entry};
+use crate::checkpoint::PART_BYTES;
+use crate::courier::AROUND_A_PART;
+use crate::entry::{Base, Body, Encoder, Entry, Part};
 use crate::flight::Tape;
+use crate::position::Position;
+use crate::version::Version;
 
 /// A tape, and the entry that came last.
 #[derive(Debug)]
 pub(super) struct Taping {
     tape: Tape,
     payload: Vec<u8>,
+    /// What the first part of the checkpoint that comes counts from.
+    base: Base,
 }
 
 impl Taping {
     pub(super) fn keep(&mut self, payload: &[u8]) {
         self.payload.clear();
         self.payload.extend_from_slice(payload);
+    }
+
+    /// Puts a checkpoint on the tape that has come whole, at this position. Its parts were not put there as they came: what they tell may stand on checkpoints
+    /// from before the tape begins.
+    pub(super) fn checkpoint(&self, position: Position, bytes: &[u8], version: Version) {
+        let mut encoder = Encoder::from_base(self.base).speaking(version);
+        // As long as an entry of any log can be.
+        let parts = bytes.chunks(PART_BYTES.min(MIN_LANE / 8 - AROUND_A_PART));
+        let last = parts.len() - 1;
+        for (number, part) in parts.enumerate() {
+            let body = Body::Part(Part {
+                number: number as u32,
+                last: number == last,
+                bytes: part.to_vec(),
+            });
+            self.tape.entry(encoder.encode(&Entry { position, body }));
+        }
     }
 }
 
@@ -27,6 +52,7 @@ impl<L: LogSource> Replayer<L> {
         self.taping = tape.map(|tape| Taping {
             tape,
             payload: Vec::new(),
+            base: Base::default(),
         });
         self
     }
@@ -50,6 +76,12 @@ impl<L: LogSource> Replayer<L> {
             if cut && self.orders.waiting() {
                 self.orders.kick();
             }
+        }
+        if let Body::Part(part) = &entry.body {
+            if part.number == 0 {
+                taping.base = base;
+            }
+            return Ok(());
         }
         let (frames, dones) = applied(entry);
         if frames > 0 || dones > 0 {

@@ -9,7 +9,7 @@ use super::*;
 
 const RAM: u64 = 512;
 
-fn state() -> State {
+pub(in crate::checkpoint) fn state() -> State {
     State {
         position: Position(77),
         digest: Digest(0xabcd),
