@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 /// Requests of each kind that redis-benchmark is asked for.
-pub const REQUESTS: u64 = 1000;
+pub const REQUESTS: u64 = 500;
 
 /// Their kinds, in redis-benchmark's order.
 pub const KINDS: [&str; 4] = ["set", "get", "incr", "lpush"];
@@ -125,4 +125,122 @@ pub fn exhaust(console: &str, _told: &str) -> Result<Value> {
         .and_then(|number| number.parse::<u64>().ok())
         .context("the kernel does not say how much it had")?;
     Ok(json!({"killed_with_mib": anonymous / 1024}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIO: &str = "fio: written ended with 0
+fio: written: sequential: (groupid=0, jobs=1): err= 0: pid=60: Fri Nov 27 05:25:18 2026
+fio: written: issued rwts: total=64,64,0,0 short=0,0,0,0 dropped=0,0,0,0
+fio: written: random: (groupid=1, jobs=1): err= 0: pid=61: Fri Nov 27 05:25:18 2026
+fio: written: issued rwts: total=512,512,0,15 short=0,0,0,0 dropped=0,0,0,0
+fio: mounted anew ended with 0
+fio: mounted anew: sequential: (groupid=0, jobs=1): err= 0: pid=70: Fri Nov 27 05:25:19 2026
+fio: mounted anew: issued rwts: total=64,64,0,0 short=0,0,0,0 dropped=0,0,0,0
+fio: mounted anew: random: (groupid=1, jobs=1): err= 0: pid=71: Fri Nov 27 05:25:19 2026
+fio: mounted anew: issued rwts: total=512,512,0,0 short=0,0,0,0 dropped=0,0,0,0
+fio: changed ended with 1
+fio: changed: verify: bad magic header c5b, wanted acca at file /mnt/random.0.0 offset 409600, length 4096
+fio: unmounted\n";
+
+    const TOLD: &str = "\"test\",\"rps\",\"avg_latency_ms\"
+\"SET\",\"94.32\",\"1.0\"
+\"GET\",\"93.10\",\"1.0\"
+\"INCR\",\"81.44\",\"1.0\"
+\"LPUSH\",\"101.20\",\"1.0\"
+cmdstat_set:calls=500,usec=1,usec_per_call=1.00,rejected_calls=0,failed_calls=0
+cmdstat_get:calls=500,usec=1,usec_per_call=1.00,rejected_calls=0,failed_calls=0
+cmdstat_incr:calls=500,usec=1,usec_per_call=1.00,rejected_calls=0,failed_calls=0
+cmdstat_lpush:calls=500,usec=1,usec_per_call=1.00,rejected_calls=0,failed_calls=0\n";
+
+    const EXHAUST: &str = "[   12.1] Out of memory: Killed process 61 (tail) total-vm:194020kB, anon-rss:190464kB, file-rss:4kB, shmem-rss:0kB
+Killed
+exhaust: the program ended with 137
+exhaust: counted 39999\n";
+
+    /// The text without any one of its lines, and with a word of it changed.
+    fn none_holds(
+        proof: impl Fn(&str) -> Result<Value>,
+        text: &str,
+        needless: &[&str],
+        changes: &[(&str, &str)],
+    ) {
+        proof(text).unwrap();
+        for left_out in 0..text.lines().count() {
+            let lines = text.lines().enumerate();
+            let rest: Vec<_> = lines
+                .filter(|(at, _)| *at != left_out)
+                .map(|(_, line)| line)
+                .collect();
+            let line = text.lines().nth(left_out).unwrap();
+            let held = proof(&rest.join("\n")).is_ok();
+            assert_eq!(
+                held,
+                needless.iter().any(|word| line.starts_with(word)),
+                "{line}"
+            );
+        }
+        for (from, to) in changes {
+            assert!(text.contains(from), "{from}");
+            assert!(proof(&text.replace(from, to)).is_err(), "{to}");
+        }
+    }
+
+    #[test]
+    fn requests_are_proved_by_both_sides() {
+        none_holds(
+            |told| requests("", told),
+            TOLD,
+            &["\"test\""],
+            &[
+                ("cmdstat_get:calls=500", "cmdstat_get:calls=499"),
+                (
+                    "rejected_calls=0,failed_calls=0",
+                    "rejected_calls=0,failed_calls=1",
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn fio_is_proved_by_each_of_its_jobs() {
+        none_holds(
+            |console| fio(console, ""),
+            FIO,
+            &[],
+            &[
+                ("err= 0: pid=71", "err=84: pid=71"),
+                (
+                    "mounted anew: issued rwts: total=512,512",
+                    "mounted anew: issued rwts: total=511,512",
+                ),
+                ("fio: changed ended with 1", "fio: changed ended with 0"),
+            ],
+        );
+    }
+
+    #[test]
+    fn programs_are_proved_by_what_they_print() {
+        let text = COMPILED.join("\n");
+        none_holds(
+            |console| compile(console, ""),
+            &text,
+            &[],
+            &[("6431", "6430")],
+        );
+    }
+
+    #[test]
+    fn exhaustion_is_proved_by_who_was_killed() {
+        let twice = EXHAUST.replace("Killed\n", EXHAUST.lines().next().unwrap());
+        assert!(exhaust(&twice, "").is_err());
+        none_holds(
+            |console| exhaust(console, ""),
+            EXHAUST,
+            &["Killed"],
+            &[("(tail)", "(init)"), ("with 137", "with 1")],
+        );
+    }
 }
