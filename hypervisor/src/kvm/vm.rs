@@ -146,10 +146,19 @@ impl Capabilities {
                 .filter(|(cap, _)| !kvm.check_extension(*cap))
                 .map(|(_, what)| what)
                 .collect(),
-            moves_time_stamps: kvm
-                .create_vm()
+            moves_time_stamps: new_vm(&kvm)
                 .and_then(|vm| vm.create_vcpu(0))
                 .is_ok_and(|vcpu| crew::moves_time_stamps(&vcpu)),
+        }
+    }
+}
+
+/// KVM starts a thread for each virtual machine, and does not when this process is stopped and continued just then: it is asked again.
+fn new_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
         }
     }
 }
@@ -230,7 +239,7 @@ impl Vm {
                 return Err(KvmError::Missing { what });
             }
         }
-        let fd = kvm.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
+        let fd = new_vm(&kvm).map_err(KvmError::call("KVM_CREATE_VM"))?;
         // AMD needs no TSS page and some KVMs refuse the call: only Intel's real mode depends on it, which we never enter.
         let _ = fd.set_tss_address(TSS_ADDRESS);
         let mut cap = kvm_enable_cap {
