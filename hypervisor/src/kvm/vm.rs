@@ -146,7 +146,7 @@ impl Capabilities {
                 .filter(|(cap, _)| !kvm.check_extension(*cap))
                 .map(|(_, what)| what)
                 .collect(),
-            moves_time_stamps: new_vm(&kvm)
+            moves_time_stamps: new_vm(kvm)
                 .and_then(|vm| vm.create_vcpu(0))
                 .is_ok_and(|vcpu| crew::moves_time_stamps(&vcpu)),
         }
