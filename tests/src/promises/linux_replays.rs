@@ -24,8 +24,8 @@ mod proof;
 pub const PROMISE: Promise = Promise {
     name: "linux-replays",
     line: "Debian's kernel, prepared, replays from power-on to power-off with equal registers at every exit and equal memory, under load and random kicks: redis over the network, fio on ext4, a compiler, memory that runs out; unprepared it does not, and that is noticed",
-    short: Duration::from_secs(240),
-    full: Duration::from_secs(3000),
+    short: Duration::from_secs(130),
+    full: Duration::from_secs(2400),
     show,
 };
 
