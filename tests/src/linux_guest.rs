@@ -1,4 +1,4 @@
-//! A Linux guest for the tests: Debian's stock kernel, and an initial RAM disk with busybox, redis, and the modules of its devices.
+//! A Linux guest for the tests: Debian's stock kernel, and an initial RAM disk with busybox, a [`Kit`], and the modules of its devices.
 //!
 //! What it does is a word of its command line, `guest.do=NAME`, a script below `linux_guest/tasks`; `guest.ip=ADDRESS/PREFIX` gives it
 //! the network. It turns itself off when that is done.
@@ -15,13 +15,19 @@ use serde_json::Value;
 use crate::harness::program;
 use crate::lab::{self, cpio::Cpio, image, modules::Modules, packages};
 
+pub use self::kit::Kit;
+
+mod kit;
+
 const INIT: &str = include_str!("linux_guest/init");
 
-const TASKS: [(&str, &str); 8] = [
+const TASKS: [(&str, &str); 10] = [
     ("boot", include_str!("linux_guest/tasks/boot")),
     ("busy", include_str!("linux_guest/tasks/busy")),
-    ("disk", include_str!("linux_guest/tasks/disk")),
+    ("compile", include_str!("linux_guest/tasks/compile")),
+    ("exhaust", include_str!("linux_guest/tasks/exhaust")),
     ("files", include_str!("linux_guest/tasks/files")),
+    ("fio", include_str!("linux_guest/tasks/fio")),
     ("load", include_str!("linux_guest/tasks/load")),
     ("measure", include_str!("linux_guest/tasks/measure")),
     ("redis", include_str!("linux_guest/tasks/redis")),
@@ -41,9 +47,6 @@ const MODULES: [&str; 7] = [
     "ext4",
 ];
 
-/// Programs of this machine's that go in, with the libraries that they need.
-const PROGRAMS: [&str; 3] = ["redis-server", "redis-cli", "redis-benchmark"];
-
 /// A guest's files.
 #[derive(Clone, Debug)]
 pub struct LinuxGuest {
@@ -56,11 +59,19 @@ pub struct LinuxGuest {
 }
 
 impl LinuxGuest {
-    /// Makes the files in `directory`, from the packages of which the lab's hosts are made.
+    /// Makes the files of a guest with redis in `directory`, from the packages of which the lab's hosts are made.
     ///
     /// # Errors
     /// If the packages cannot be had, or redis is not on this machine.
     pub fn make(directory: &Path) -> Result<Self> {
+        Self::with(Kit::Redis, directory)
+    }
+
+    /// The same with another kit.
+    ///
+    /// # Errors
+    /// If the packages cannot be had.
+    pub fn with(kit: Kit, directory: &Path) -> Result<Self> {
         let kernel = lab::made_image(&[])?.kernel;
         let root = kernel
             .parent()
@@ -68,7 +79,7 @@ impl LinuxGuest {
             .join("root");
         fs::create_dir_all(directory).context("make a directory")?;
         let initrd = directory.join("guest.cpio");
-        write(&root, &initrd)?;
+        write(&root, kit, &initrd)?;
         Ok(Self {
             packed: image::packed_kernel(&root)?,
             kernel,
@@ -116,7 +127,7 @@ impl LinuxGuest {
     }
 }
 
-fn write(root: &Path, to: &Path) -> Result<()> {
+fn write(root: &Path, kit: Kit, to: &Path) -> Result<()> {
     let file = File::create(to).with_context(|| format!("make {}", to.display()))?;
     let mut archive = Cpio::new(BufWriter::new(file));
     for directory in [
@@ -138,22 +149,7 @@ fn write(root: &Path, to: &Path) -> Result<()> {
             archive.link(&name, "/bin/busybox")?;
         }
     }
-    let mut programs = Vec::new();
-    for name in PROGRAMS {
-        let path = fs::canonicalize(Path::new("/usr/bin").join(name))
-            .with_context(|| format!("{name} is not there: run scripts/install-test-tools"))?;
-        archive.file(&format!("usr/bin/{name}"), 0o755, &read(&path)?)?;
-        programs.push(path);
-    }
-    // The programs are this machine's, and so are their libraries.
-    let libraries = image::needed(Path::new("/"), &programs)?;
-    for library in image::LIBRARIES.iter().map(PathBuf::from).chain(libraries) {
-        let name = library.display().to_string();
-        let name = name.trim_start_matches('/');
-        if !archive.has(name) {
-            archive.file(name, 0o755, &read(&library)?)?;
-        }
-    }
+    kit.put(&mut archive)?;
     let trees = packages::listing(&root.join("lib/modules"))?;
     let all = Modules::below(trees.first().context("the kernel has no modules")?)?;
     let mut order = String::new();

@@ -16,7 +16,7 @@ use doppel_tests::lab::switch::Trouble;
 use doppel_tests::lab::wire::Start;
 use doppel_tests::lab::{Lab, PLAN, Spec, agent, directory, made_image, remove_remains};
 use doppel_tests::lab_pair::demo;
-use doppel_tests::linux_guest::LinuxGuest;
+use doppel_tests::linux_guest::{Kit, LinuxGuest};
 use doppel_tests::promise::today;
 use hypervisor::demo::plot;
 
@@ -54,6 +54,9 @@ enum Verb {
     },
     /// Make the files of a Linux guest, kernel and initial RAM disk, in a directory
     Guest {
+        /// What it has to work with
+        #[arg(long, value_enum, default_value_t)]
+        kit: Kit,
         /// Where to
         directory: PathBuf,
     },
@@ -294,8 +297,8 @@ fn act(arguments: &Arguments) -> Result<ExitCode> {
     let lab = || Lab::find(name);
     match &arguments.command {
         Verb::Up(up) => bring_up(name, up)?,
-        Verb::Guest { directory } => {
-            let guest = LinuxGuest::make(directory)?;
+        Verb::Guest { kit, directory } => {
+            let guest = LinuxGuest::with(*kit, directory)?;
             println!("{} and {}", guest.kernel.display(), guest.initrd.display());
         }
         Verb::Fetch { packages } => {

@@ -1,7 +1,8 @@
 //! A host of the lab in which this very program shows a promise: where that needs what this machine does not have.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use super::{built, program};
 use crate::lab::wire::Start;
-use crate::lab::{Host, Lab, Spec};
+use crate::lab::{Host, Lab, Spec, image};
 use crate::promise::{Form, Run};
 
 /// For copying programs into a host that is emulated on a busy machine.
@@ -68,6 +69,24 @@ impl Inside {
             self.lab.share_program(program)?;
         }
         let copy = "mv /shared/bin/* /usr/bin/";
+        self.host().sh(copy, BRING_WITHIN).map(drop)
+    }
+
+    /// Brings programs of this machine's into the host with those of their libraries that it lacks.
+    ///
+    /// # Errors
+    /// As [`Inside::bring`], and if a library is not to be found.
+    pub fn bring_with_libraries(&self, programs: &[PathBuf]) -> Result<()> {
+        let to = self.shared().join("lib");
+        fs::create_dir_all(&to).context("make a directory")?;
+        for library in image::needed(Path::new("/"), programs)? {
+            let name = library.file_name().context("a library's name")?;
+            fs::copy(&library, to.join(name))
+                .with_context(|| format!("share {}", library.display()))?;
+        }
+        self.bring(programs)?;
+        let copy = "for file in /shared/lib/*; do name=${file##*/}
+[ -e /usr/lib/x86_64-linux-gnu/$name ] || cp $file /usr/lib/x86_64-linux-gnu/; done";
         self.host().sh(copy, BRING_WITHIN).map(drop)
     }
 

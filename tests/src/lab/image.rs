@@ -384,9 +384,14 @@ pub fn loaded(mut program: Vec<u8>) -> Vec<u8> {
 /// # Errors
 /// If one is not to be found.
 pub fn needed(root: &Path, programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
-    let path = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"]
-        .map(|directory| root.join(directory).display().to_string())
-        .join(":");
+    // Ceph's libraries name where they keep what they share by its absolute path.
+    let path = [
+        "usr/lib/x86_64-linux-gnu",
+        "lib/x86_64-linux-gnu",
+        "usr/lib/x86_64-linux-gnu/ceph",
+    ]
+    .map(|directory| root.join(directory).display().to_string())
+    .join(":");
     let output = Command::new("ldd")
         .args(programs)
         .env("LD_LIBRARY_PATH", path)
