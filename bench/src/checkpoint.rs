@@ -172,7 +172,11 @@ pub fn measure(extent: Extent) -> Result<Sheet> {
     sheet.note(
         "`bare link`: the same bytes between two processes, in the same run, until the other one has them and has said so: copied through shared \
          memory, or sent over a socket, with no checksum; the median. `added` is to what the request takes unprotected. Of it the commit (from the reply's exit until it may \
-         leave) holds stop and transfer; the rest is the guest's own: KVM notes each page at its first write in an interval, which is a fault.",
+         leave) holds stop and transfer; the rest is the guest's own: KVM notes the first write to a page that was not left open to it, which is a fault.",
+    );
+    sheet.note(
+        "A byte in a page is what a server writes, and of such a page some 30 bytes are sent; a page that is written from end to end goes whole. `KiB` and the bare link's time are of whole \
+         pages in both tables.",
     );
     sheet.note(
         "The aim is for what is added, less the stop. Two cores carry client, primary, courier and backup, so over TCP each wake of another \
@@ -562,7 +566,7 @@ fn tell(
             AIM,
             over(added),
             &format!(
-                "of {added:.0} µs the guest's own part is {:.0}: a fault for each page at its first write in an interval",
+                "of {added:.0} µs the guest's own part is {:.0}: a fault for each page that was not left open, at its first write in an interval",
                 added - commit
             ),
         ));

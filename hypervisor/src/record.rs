@@ -50,6 +50,10 @@ const SHOWN_TIME_STALE_NS: u64 = 1_000_000;
 /// Longest sleep of a halted guest's thread; only a safety net, every reason to wake rings the bell.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
+/// How long a tick is held back for another interrupt. Several times what a slow host takes from one place where a guest can be interrupted to the next; a guest
+/// that takes none, and looks whether its timer asks, is not to wait for good.
+const TIMER_GIVES_WAY_NS: u64 = 100_000_000;
+
 /// Between two looks at a backup that is behind: short against the window, long against a look.
 const CATCH_UP: Duration = Duration::from_micros(100);
 
@@ -439,7 +443,7 @@ impl<S: Sink> Recorder<S> {
             return Ok(());
         }
         let now = self.clock.now();
-        let ticks = self.machine.ticks_due(now);
+        let ticks = self.ticks_for(now);
         self.renew_shown_time(now, ticks > 0)?;
         if ticks > 0 {
             if let Some(due) = self.machine.next_tick() {
@@ -484,6 +488,21 @@ impl<S: Sink> Recorder<S> {
             }
         }
         Ok(())
+    }
+
+    /// How many ticks are given here. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than it ticks has a tick due
+    /// wherever it can: every other line would wait for seconds, or for good. So after the timer another one that asks has its turn.
+    fn ticks_for(&self, now: GuestTime) -> u32 {
+        let due = self.machine.ticks_due(now);
+        if due == 0 || !self.machine.timer_was_last_and_another_asks() {
+            return due;
+        }
+        let since = self.machine.next_tick().unwrap_or(now);
+        if now.0.saturating_sub(since.0) < TIMER_GIVES_WAY_NS {
+            0
+        } else {
+            due
+        }
     }
 
     /// A guest that reads the time from memory reads the one of its last input; at an exit without one it is renewed, so that it

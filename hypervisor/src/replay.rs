@@ -295,7 +295,15 @@ impl<L: LogSource> Replayer<L> {
                 return Ok(end);
             }
             self.tape(&entry, base)?;
-            let end = self.entry(entry)?;
+            let end = match self.entry(entry) {
+                Ok(end) => end,
+                Err(error) => {
+                    if let Some(taping) = &mut self.taping {
+                        taping.torn();
+                    }
+                    return Err(error);
+                }
+            };
             self.source.replayed(seq);
             if matches!(self.machine.phase(), Phase::Off(_)) {
                 self.off.store(true, Ordering::Release);
@@ -460,7 +468,7 @@ impl<L: LogSource> Replayer<L> {
                 bytes = whole;
             }
         }
-        if let Some(taping) = &self.taping {
+        if let Some(taping) = &mut self.taping {
             taping.checkpoint(self.machine.position(), &bytes, version);
         }
         Ok(bytes)

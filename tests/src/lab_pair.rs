@@ -267,10 +267,19 @@ pub enum Guest<'a> {
         task: &'a str,
         /// Options of the primary besides.
         options: &'a [&'a str],
+        /// Options of both sides: the one that takes over is to go on as the other did.
+        of_sides: &'a [&'a str],
     },
 }
 
 impl Guest<'_> {
+    fn of_sides(&self) -> &[&str] {
+        match self {
+            Self::Bare(_) => &[],
+            Self::Linux { of_sides, .. } => of_sides,
+        }
+    }
+
     /// The primary's options for it.
     fn options(&self) -> Vec<String> {
         let network = GATEWAY.address;
@@ -286,6 +295,7 @@ impl Guest<'_> {
                 initrd,
                 task,
                 options,
+                ..
             } => {
                 let line = format!("quiet guest.do={task} guest.ip={address}");
                 let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
@@ -333,8 +343,10 @@ impl<'a> LabPair<'a> {
             "--tap",
             "doppel0",
         ]
+        .into_iter()
+        .chain(choice.guest.of_sides().iter().copied())
         .map(str::to_owned)
-        .to_vec();
+        .collect::<Vec<_>>();
         let [first, second] = HOSTS.map(|host| site.lab.host(host));
         let mut backup = start_backup(&second, &options)?;
         let mut words = vec!["doppel".to_owned(), "primary".to_owned()];

@@ -38,6 +38,11 @@ impl Machine {
     /// state, and the machine is of no further use.
     pub fn restore(&mut self, checkpoint: &[u8]) -> Result<Restored, CheckpointError> {
         let image = Image::parse(checkpoint, self.ram().pages())?;
+        // They are for what was sent before, and this machine's memory may have gone on since.
+        if let Some(patch) = image.patches().first() {
+            let page = patch.page().0;
+            return Err(FormatError::Patched { page }.into());
+        }
         let (cpus, devices) = self.checked(&image)?;
         // The vCPU first: completing the instruction that it stands at may write memory.
         self.restore_cpus(&cpus, Duration::ZERO)?;

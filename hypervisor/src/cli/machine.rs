@@ -77,7 +77,8 @@ pub struct MachineArgs {
     /// Write the guest's console to this file
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
-    /// What happens when something is due for a guest that does not exit: it waits for an exit, or a checkpoint stops it
+    /// What happens when something is due for a guest that does not exit: it waits for an exit, or a checkpoint stops it.
+    /// Who takes over goes on with its own choice, so both sides are to have it
     #[arg(long, value_name = "exit|checkpoint", value_parser = strategy)]
     preempt: Option<Strategy>,
     /// CPUs for the vCPU thread, such as 0 or 0,1

@@ -468,6 +468,18 @@ impl Devices {
         self.board.pic.acknowledge()
     }
 
+    /// Whether the interrupt that the CPU would get now is the timer's.
+    #[must_use]
+    pub fn next_is_timer(&self) -> bool {
+        self.board.pic.next() == Some(IRQ_TIMER)
+    }
+
+    /// Whether a line that the guest has not masked asks for an interrupt, besides the timer.
+    #[must_use]
+    pub fn asks_besides_timer(&self) -> bool {
+        self.board.pic.asks() & !(1 << IRQ_TIMER) != 0
+    }
+
     /// Interrupts that the devices have asked for since this was last called, a bit for each line; where KVM has the controllers.
     pub fn take_edges(&mut self) -> impl Iterator<Item = u8> + use<> {
         let edges = self.board.pic.take_edges();

@@ -277,6 +277,18 @@ impl Pic {
         self.master.winner().is_some()
     }
 
+    /// The line whose interrupt the CPU would get now; the master's for one of the slave's.
+    #[must_use]
+    pub fn next(&self) -> Option<u8> {
+        self.master.winner()
+    }
+
+    /// Lines of the master that ask and are not masked, a bit each, whatever is in service; the slave's as its own line.
+    #[must_use]
+    pub fn asks(&self) -> u8 {
+        self.master.requests() & !self.master.imr
+    }
+
     /// The CPU's acknowledge cycle: the vector of the interrupt, which is in service from now on (or done,
     /// with automatic EOI). With nothing pending it is the spurious one, line 7 of the chip that was asked.
     pub fn acknowledge(&mut self) -> u8 {
@@ -373,6 +385,23 @@ mod tests {
         pic.set_line(12, false);
         assert_eq!(pic.take_edges(), 1 << 5);
         assert!(pic.is_sound());
+    }
+
+    #[test]
+    fn the_next_line_is_the_one_that_is_acknowledged() {
+        let mut pic = ready(1);
+        assert_eq!(pic.next(), None);
+        pic.pulse(12);
+        assert_eq!(pic.next(), Some(CASCADE));
+        pic.pulse(0);
+        assert_eq!(pic.next(), Some(0));
+        assert_eq!(pic.acknowledge(), 0x20);
+        assert_eq!(pic.next(), None, "the first line is in service");
+        assert_eq!(pic.asks(), 1 << CASCADE, "and the other asks still");
+        pic.write(0x20, 0x60);
+        assert_eq!(pic.next(), Some(CASCADE));
+        pic.write(0x21, 1 << CASCADE);
+        assert_eq!((pic.next(), pic.asks()), (None, 0), "it is masked");
     }
 
     #[test]

@@ -134,6 +134,8 @@ pub struct Machine {
     /// KVM notes the pages that the guest writes.
     watched: bool,
     written: DirtyLedger,
+    /// The last interrupt that the guest took was its timer's.
+    timer_was_last: bool,
     /// Pages that the next harvest for checkpoints closes, and leaves others open; none if it closes all.
     closing: Option<DirtyPages>,
     /// Pages of the last such harvest, but for those that it closed.
@@ -201,6 +203,7 @@ impl Machine {
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
+            timer_was_last: false,
             closing: None,
             last_written: DirtyPages::default(),
             stops: Vec::new(),
@@ -258,6 +261,12 @@ impl Machine {
     #[must_use]
     pub fn injectable(&self) -> bool {
         self.injectable
+    }
+
+    /// Whether the guest was interrupted by its timer last, and another line asks.
+    #[must_use]
+    pub fn timer_was_last_and_another_asks(&self) -> bool {
+        self.timer_was_last && lock(&self.devices).asks_besides_timer()
     }
 
     /// Random bytes that the entropy device waits for.
@@ -405,7 +414,10 @@ impl Machine {
     /// KVM holds one already, or was found not to take one.
     fn deliver(&mut self) -> Result<(), MachineError> {
         if self.deliverable() {
-            let vector = lock(&self.devices).acknowledge_interrupt();
+            let mut devices = lock(&self.devices);
+            self.timer_was_last = devices.next_is_timer();
+            let vector = devices.acknowledge_interrupt();
+            drop(devices);
             self.cpus.one().inject(vector)?;
             self.injectable = false;
         }

@@ -1,12 +1,9 @@
 //! The replayer's part of the flight recorder: what comes goes onto its tape before it is run, so that what a machine died of is there.
 #![forbid(unsafe_code)]
 
-use rdma_log::MIN_LANE;
-
 use super::late::applied;
 use super::{LogSource, ReplayError, Replayer};
 use crate::checkpoint::PART_BYTES;
-use crate::courier::AROUND_A_PART;
 use crate::entry::{Base, Body, Encoder, Entry, Part};
 use crate::flight::Tape;
 use crate::position::Position;
@@ -19,6 +16,8 @@ pub(super) struct Taping {
     payload: Vec<u8>,
     /// What the first part of the checkpoint that comes counts from.
     base: Base,
+    /// Its parts, as they came.
+    parts: Vec<Vec<u8>>,
 }
 
 impl Taping {
@@ -29,10 +28,10 @@ impl Taping {
 
     /// Puts a checkpoint on the tape that has come whole, at this position. Its parts were not put there as they came: what they tell may stand on checkpoints
     /// from before the tape begins.
-    pub(super) fn checkpoint(&self, position: Position, bytes: &[u8], version: Version) {
+    pub(super) fn checkpoint(&mut self, position: Position, bytes: &[u8], version: Version) {
+        self.parts.clear();
         let mut encoder = Encoder::from_base(self.base).speaking(version);
-        // As long as an entry of any log can be.
-        let parts = bytes.chunks(PART_BYTES.min(MIN_LANE / 8 - AROUND_A_PART));
+        let parts = bytes.chunks(PART_BYTES);
         let last = parts.len() - 1;
         for (number, part) in parts.enumerate() {
             let body = Body::Part(Part {
@@ -41,6 +40,13 @@ impl Taping {
                 bytes: part.to_vec(),
             });
             self.tape.entry(encoder.encode(&Entry { position, body }));
+        }
+    }
+
+    /// Puts the parts of a checkpoint there that is not whole, or of no use: a replay comes as far as this side has, and finds what it found.
+    pub(super) fn torn(&mut self) {
+        for part in self.parts.drain(..) {
+            self.tape.entry(&part);
         }
     }
 }
@@ -53,6 +59,7 @@ impl<L: LogSource> Replayer<L> {
             tape,
             payload: Vec::new(),
             base: Base::default(),
+            parts: Vec::new(),
         });
         self
     }
@@ -80,7 +87,13 @@ impl<L: LogSource> Replayer<L> {
         if let Body::Part(part) = &entry.body {
             if part.number == 0 {
                 taping.base = base;
+                taping.parts.clear();
             }
+            taping.parts.push(taping.payload.clone());
+            return Ok(());
+        }
+        // In the middle of a checkpoint: it is refused, and counts from a place that the tape has not come to.
+        if !self.shadow.is_empty() {
             return Ok(());
         }
         let (frames, dones) = applied(entry);
@@ -94,6 +107,7 @@ impl<L: LogSource> Replayer<L> {
     /// Nothing more is recorded.
     pub(super) fn end_tape(&mut self) {
         if let Some(mut taping) = self.taping.take() {
+            taping.torn();
             taping.tape.forget(&mut self.machine);
         }
     }

@@ -96,7 +96,7 @@ fn show(run: &Run) -> Result<Figures> {
             &["--preempt", "checkpoint"],
         ),
     ];
-    for (name, replicate, kernel, options) in ways {
+    for (name, replicate, kernel, of_sides) in ways {
         let mut crashes = Vec::new();
         let held = loop {
             let choice = Choice {
@@ -106,7 +106,8 @@ fn show(run: &Run) -> Result<Figures> {
                     kernel,
                     initrd: &format!("{kernel}.cpio"),
                     task: "busy",
-                    options,
+                    options: &[],
+                    of_sides,
                 },
                 memory_mib: 256,
                 replicate,

@@ -79,6 +79,7 @@ fn show(run: &Run) -> Result<Figures> {
                 initrd: &format!("{kernel}.cpio"),
                 task: "redis",
                 options,
+                of_sides: &[],
             },
             memory_mib: 256,
             replicate,
