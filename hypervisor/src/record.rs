@@ -443,16 +443,8 @@ impl<S: Sink> Recorder<S> {
             return Ok(());
         }
         let now = self.clock.now();
-        let ticks = self.ticks_for(now);
-        self.renew_shown_time(now, ticks > 0)?;
-        if ticks > 0 {
-            if let Some(due) = self.machine.next_tick() {
-                self.samples
-                    .late_tick(Duration::from_nanos(now.0.saturating_sub(due.0)));
-            }
-            self.machine.supply(&Input::Tick(ticks))?;
-            self.step.inputs.push(LoggedInput::Tick(ticks));
-        }
+        let due = self.machine.ticks_due(now);
+        self.renew_shown_time(now, due > 0)?;
         let (mut count, mut checksum) = (0, 0);
         while count < FRAMES_AT_ONCE && self.stage.has_frames() && self.machine.can_receive() {
             let Some(frame) = self.stage.pop() else { break };
@@ -487,22 +479,23 @@ impl<S: Sink> Recorder<S> {
                 }
             }
         }
-        Ok(())
+        self.gather_ticks(due, now)
     }
 
-    /// How many ticks are given here. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than it ticks has a tick due
-    /// wherever it can: every other line would wait for seconds, or for good. So after the timer another one that asks has its turn.
-    fn ticks_for(&self, now: GuestTime) -> u32 {
-        let due = self.machine.ticks_due(now);
-        if due == 0 || !self.machine.timer_was_last_and_another_asks() {
-            return due;
+    /// Gives the ticks that are due, behind all else. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than it ticks has
+    /// a tick due wherever it can: every other line would wait for seconds, or for good. So after the timer another one that asks has its turn.
+    fn gather_ticks(&mut self, due: u32, now: GuestTime) -> Result<(), RecordError> {
+        let Some(first) = self.machine.next_tick().filter(|_| due > 0) else {
+            return Ok(());
+        };
+        let late = now.0.saturating_sub(first.0);
+        if late < TIMER_GIVES_WAY_NS && self.machine.timer_was_last_and_another_asks() {
+            return Ok(());
         }
-        let since = self.machine.next_tick().unwrap_or(now);
-        if now.0.saturating_sub(since.0) < TIMER_GIVES_WAY_NS {
-            0
-        } else {
-            due
-        }
+        self.samples.late_tick(Duration::from_nanos(late));
+        self.machine.supply(&Input::Tick(due))?;
+        self.step.inputs.push(LoggedInput::Tick(due));
+        Ok(())
     }
 
     /// A guest that reads the time from memory reads the one of its last input; at an exit without one it is renewed, so that it

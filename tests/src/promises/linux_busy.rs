@@ -50,6 +50,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Readings of the clock in one question: the guest takes them one right after the other.
 const READINGS: usize = 16;
 
+/// Answers at an end of a run of which the quickest counts.
+const QUICKEST_OF: usize = 20;
+
 /// Lives of a guest at the most, of which one must come to its end. Two of five crashed where it was counted: three in a row do in
 /// one of sixteen, and a fault of ours that ends every guest does always.
 const LIVES: u32 = 3;
@@ -201,7 +204,7 @@ fn watch(
     let (guest, host) = (asked.guest_passed(), asked.host_passed());
     let drift = (guest.as_secs_f64() / host.as_secs_f64() - 1.0).abs();
     // What a question takes is not known better than by its answer's time.
-    let unsure = asked.longest_unsure().as_secs_f64() / host.as_secs_f64();
+    let unsure = asked.unsure().as_secs_f64() / host.as_secs_f64();
     ensure!(
         drift <= DRIFT + unsure,
         "the guest's clock went {guest:?} while the host's went {host:?}"
@@ -218,6 +221,7 @@ fn watch(
         "unprotected": alone.figures(),
         "host_s": host.as_secs_f64().round(),
         "drift_percent": (drift * 1e5).round() / 1e3,
+        "unsure_percent": (unsure * 1e5).round() / 1e3,
         "readings_in_order": asked.readings,
     }))
 }
@@ -245,8 +249,7 @@ fn made_of(status: &Status) -> Value {
 /// The guest's clock, as it is asked over one connection.
 struct Asked {
     stream: BufReader<TcpStream>,
-    first: Option<Answer>,
-    last: Option<Answer>,
+    answers: Vec<Answer>,
     /// Readings of the clock so far, none before the one before it.
     readings: u64,
 }
@@ -286,8 +289,7 @@ impl Asked {
             stream.set_read_timeout(Some(PATIENCE))?;
             let mut asked = Self {
                 stream: BufReader::new(stream),
-                first: None,
-                last: None,
+                answers: Vec::new(),
                 readings: 0,
             };
             // The way to the guest takes connections before the guest does.
@@ -303,7 +305,10 @@ impl Asked {
         let sent = Instant::now();
         let words = b"TIME\r\n".repeat(READINGS);
         self.stream.get_mut().write_all(&words)?;
-        let mut before = self.last.map_or(Duration::ZERO, |answer| answer.guest);
+        let mut before = self
+            .answers
+            .last()
+            .map_or(Duration::ZERO, |last| last.guest);
         for _ in 0..READINGS {
             let guest = self.reading()?;
             ensure!(
@@ -318,8 +323,7 @@ impl Asked {
             took: sent.elapsed(),
             guest: before,
         };
-        self.first.get_or_insert(answer);
-        self.last = Some(answer);
+        self.answers.push(answer);
         Ok(answer)
     }
 
@@ -350,8 +354,18 @@ impl Asked {
         Ok(While(spans))
     }
 
+    /// The quickest of the first and of the last answers: the first of all was asked for before the guest served, and one after the loss waits for the heir.
     fn ends(&self) -> [Answer; 2] {
-        [self.first, self.last].map(|answer| answer.expect("something was asked"))
+        let count = self.answers.len().min(QUICKEST_OF);
+        let quickest = |answers: &[Answer]| {
+            let quickest = answers.iter().min_by_key(|answer| answer.took);
+            *quickest.expect("something was asked")
+        };
+        let (first, last) = (
+            &self.answers[..count],
+            &self.answers[self.answers.len() - count..],
+        );
+        [quickest(first), quickest(last)]
     }
 
     fn guest_passed(&self) -> Duration {
@@ -359,14 +373,16 @@ impl Asked {
         last.guest - first.guest
     }
 
+    /// Between the middles of both: the guest's time is of some moment in between.
     fn host_passed(&self) -> Duration {
-        let [first, last] = self.ends();
-        last.sent - first.sent
+        let [first, last] = self.ends().map(|answer| answer.sent + answer.took / 2);
+        last - first
     }
 
-    fn longest_unsure(&self) -> Duration {
-        let [first, last] = self.ends();
-        first.took.max(last.took)
+    /// How far the moments of both may be from the middles, together.
+    fn unsure(&self) -> Duration {
+        let [first, last] = self.ends().map(|answer| answer.took / 2);
+        first + last
     }
 }
 
