@@ -61,7 +61,7 @@ pub struct Parcel {
     /// Staged frames that it was given.
     pub frames: u32,
     /// Where it ended. None once it is on its way.
-    pub capture: Option<Capture>,
+    pub capture: Option<Box<Capture>>,
 }
 
 enum Job<S> {

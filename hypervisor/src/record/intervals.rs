@@ -319,7 +319,7 @@ impl<S: Sink> Recorder<S> {
             asked: std::mem::take(&mut intervals.asked),
             made: std::mem::take(&mut intervals.made),
             frames: std::mem::take(&mut intervals.frames),
-            capture: Some(capture),
+            capture: Some(Box::new(capture)),
         });
         intervals.began = None;
         intervals.frame_bytes = 0;
