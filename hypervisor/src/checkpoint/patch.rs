@@ -410,9 +410,10 @@ mod tests {
             let told = here.tell(&pages, &now, &mut contents, true);
             assert_eq!(told.whole.len() + told.patched.len(), pages.len());
             patched += told.patched.len();
-            let zeros = [RAM - 1..RAM];
-            let zeros = if round == 5 && !pages.contains(&PageNumber(RAM - 1)) {
-                &zeros[..]
+            let last = RAM - 1..RAM;
+            let cleared = round == 5 && !pages.contains(&PageNumber(RAM - 1));
+            let zeros = if cleared {
+                std::slice::from_ref(&last)
             } else {
                 &[]
             };
