@@ -74,6 +74,19 @@ pub struct Part {
     pub bytes: Vec<u8>,
 }
 
+impl Part {
+    /// A checkpoint's bytes, of which there are some, in parts of at most so many.
+    pub fn all_of(bytes: &[u8], most: usize) -> impl Iterator<Item = Self> + '_ {
+        let parts = bytes.chunks(most);
+        let last = parts.len() - 1;
+        parts.enumerate().map(move |(number, part)| Self {
+            number: number as u32,
+            last: number == last,
+            bytes: part.to_vec(),
+        })
+    }
+}
+
 /// Inputs and outputs of a sync point.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {

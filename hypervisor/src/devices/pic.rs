@@ -274,7 +274,7 @@ impl Pic {
     /// Whether the CPU's interrupt pin is up.
     #[must_use]
     pub fn pending(&self) -> bool {
-        self.master.winner().is_some()
+        self.next().is_some()
     }
 
     /// The line whose interrupt the CPU would get now; the master's for one of the slave's.

@@ -103,14 +103,8 @@ impl<S: Sink> Recorder<S> {
         let base = Base::new(position, self.encoder.base().clock());
         let bytes = self.changes_since_last(base)?;
         let most = PART_BYTES.min(self.sink.max_payload() - AROUND_A_PART);
-        let parts = bytes.chunks(most);
-        let last = parts.len() - 1;
-        for (number, part) in parts.enumerate() {
-            let body = Body::Part(Part {
-                number: number as u32,
-                last: number == last,
-                bytes: part.to_vec(),
-            });
+        for part in Part::all_of(&bytes, most) {
+            let body = Body::Part(part);
             self.post(&Entry { position, body }, Instant::now())?;
             // The backup takes this part while the next is written.
             self.sink.notify(true);

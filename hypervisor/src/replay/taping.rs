@@ -31,14 +31,8 @@ impl Taping {
     pub(super) fn checkpoint(&mut self, position: Position, bytes: &[u8], version: Version) {
         self.parts.clear();
         let mut encoder = Encoder::from_base(self.base).speaking(version);
-        let parts = bytes.chunks(PART_BYTES);
-        let last = parts.len() - 1;
-        for (number, part) in parts.enumerate() {
-            let body = Body::Part(Part {
-                number: number as u32,
-                last: number == last,
-                bytes: part.to_vec(),
-            });
+        for part in Part::all_of(bytes, PART_BYTES) {
+            let body = Body::Part(part);
             self.tape.entry(encoder.encode(&Entry { position, body }));
         }
     }
