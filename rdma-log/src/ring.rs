@@ -177,7 +177,7 @@ pub struct LaneProgress {
     pub committed: Seq,
     /// The highest entry that the reader received.
     pub received: Seq,
-    /// The highest entry that the reader replayed.
+    /// The highest entry that the reader replayed. Never ahead of what it received, if it says that first.
     pub replayed: Seq,
     /// The reader has fenced the lane: nothing more commits than is said here. Ask again once after seeing it, the
     /// last commit may have come between.

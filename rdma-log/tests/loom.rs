@@ -207,3 +207,20 @@ fn the_progress_seen_elsewhere_is_never_ahead_of_what_was_posted() {
         assert_eq!((late.committed, late.received), (Seq(1), last));
     });
 }
+
+#[test]
+fn what_was_replayed_is_never_seen_ahead_of_what_was_received() {
+    model(|mut writer, mut reader| {
+        let mut progress = writer.progress;
+        append(&mut writer.events).expect("there is room");
+        let reading = thread::spawn(move || {
+            let last = drain(&mut reader.events);
+            // Each by another way: by the lane's own reader, and by any thread.
+            reader.events.set_received(last).expect("read that far");
+            reader.acks.replayed(Lane::Events, last);
+        });
+        let [seen, _] = progress.poll().expect("counters that can be");
+        assert!(seen.replayed <= seen.received, "{seen:?}");
+        reading.join().expect("no panic");
+    });
+}

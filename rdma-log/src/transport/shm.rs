@@ -274,11 +274,13 @@ impl ProgressPort for ShmProgress {
             let most = |a: &AtomicU64, b: &AtomicU64| {
                 Seq(a.load(Ordering::Acquire).max(b.load(Ordering::Acquire)))
             };
+            // In the other order than they are told, or what was replayed could seem ahead of what was received.
+            let replayed = most(&by_lane.replayed, &others.replayed);
             Counters {
                 fenced: log.tail.0.load(Ordering::Acquire) & FENCE != 0,
                 committed: Seq(self.committed[lane.index()].load(Ordering::Acquire)),
                 received: most(&by_lane.received, &others.received),
-                replayed: most(&by_lane.replayed, &others.replayed),
+                replayed,
             }
         }))
     }
