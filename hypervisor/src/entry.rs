@@ -144,14 +144,14 @@ impl OutputsDigest {
             Output::Console(bytes) => (2, bytes),
             Output::PowerOff(status) => (3, std::slice::from_ref(status)),
             Output::Disk(request) => {
-                self.checksum = crc32c::crc32c_append(self.checksum, &request.head());
+                self.checksum = rdma_log::crc32c_append(self.checksum, &request.head());
                 (4, request.written())
             }
         };
         let mut head = [kind, 0, 0, 0, 0];
         head[1..].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
-        self.checksum = crc32c::crc32c_append(self.checksum, &head);
-        self.checksum = crc32c::crc32c_append(self.checksum, bytes);
+        self.checksum = rdma_log::crc32c_append(self.checksum, &head);
+        self.checksum = rdma_log::crc32c_append(self.checksum, bytes);
         self.count += 1;
     }
 }

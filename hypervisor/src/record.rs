@@ -51,7 +51,7 @@ const SHOWN_TIME_STALE_NS: u64 = 1_000_000;
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
 /// How long a tick is held back for another interrupt. Several times what a slow host takes from one place where a guest can be interrupted to the next; a guest
-/// that takes none, and looks whether its timer asks, is not to wait for good.
+/// that takes none, and looks whether its timer asks, is not to wait for good, and one of which another line always asks is to have its ticks.
 const TIMER_GIVES_WAY_NS: u64 = 100_000_000;
 
 /// Between two looks at a backup that is behind: short against the window, long against a look.
@@ -448,7 +448,7 @@ impl<S: Sink> Recorder<S> {
         let (mut count, mut checksum) = (0, 0);
         while count < FRAMES_AT_ONCE && self.stage.has_frames() && self.machine.can_receive() {
             let Some(frame) = self.stage.pop() else { break };
-            checksum = crc32c::crc32c_append(checksum, &frame.bytes);
+            checksum = rdma_log::crc32c_append(checksum, &frame.bytes);
             count += 1;
             self.applied = self.applied.max(frame.seq);
             self.sink.frame(&frame.bytes);
@@ -483,13 +483,13 @@ impl<S: Sink> Recorder<S> {
     }
 
     /// Gives the ticks that are due, behind all else. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than it ticks has
-    /// a tick due wherever it can: every other line would wait for seconds, or for good. So after the timer another one that asks has its turn.
+    /// a tick due wherever it can: every other line would wait for seconds, or for good. So a tick waits while another line asks, and where the guest would not take it.
     fn gather_ticks(&mut self, due: u32, now: GuestTime) -> Result<(), RecordError> {
         let Some(first) = self.machine.next_tick().filter(|_| due > 0) else {
             return Ok(());
         };
         let late = now.0.saturating_sub(first.0);
-        if late < TIMER_GIVES_WAY_NS && self.machine.timer_was_last_and_another_asks() {
+        if late < TIMER_GIVES_WAY_NS && self.machine.tick_is_in_the_way() {
             return Ok(());
         }
         self.samples.late_tick(Duration::from_nanos(late));

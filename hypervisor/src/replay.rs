@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rdma_log::Seq;
 
 use crate::backends::disk::{Disk, DiskFailure};
-use crate::checkpoint::{CheckpointError, Remembered, Shadow};
+use crate::checkpoint::{CheckpointError, Image, Remembered, Shadow};
 use crate::digest::Digest;
 use crate::divergence::Divergence;
 use crate::entry::{
@@ -439,8 +439,9 @@ impl<L: LogSource> Replayer<L> {
             return Err(self.divergence("outputs", "none".into(), count.to_string()));
         }
         let (position, digest) = (self.machine.position(), self.machine.digest());
-        let bytes = self.checkpoint()?;
-        self.machine.restore(&bytes).map_err(unusable)?;
+        let bytes = self.shadow.take();
+        let image = self.checkpoint(&bytes)?;
+        self.machine.restore_image(image).map_err(unusable)?;
         if self.machine.position() != position {
             let other = self.machine.position();
             return Err(LogError(format!(
@@ -457,21 +458,22 @@ impl<L: LogSource> Replayer<L> {
     }
 
     /// The checkpoint that has come, with all pages whole; and it is on the tape.
-    fn checkpoint(&mut self) -> Result<Vec<u8>, ReplayError> {
-        let mut bytes = self.shadow.take();
+    fn checkpoint<'a>(&mut self, bytes: &'a [u8]) -> Result<Image<'a>, ReplayError> {
         let version = self.decoder.version();
-        if version.patches_pages() {
-            let pages = self.machine.pages();
+        let pages = self.machine.pages();
+        let image = if version.patches_pages() {
             let told = self.told.get_or_insert_with(|| Remembered::new(pages));
-            let whole = told.complete(&bytes, pages);
-            if let Some(whole) = whole.map_err(|error| unusable(error.into()))? {
-                bytes = whole;
-            }
-        }
+            told.complete(bytes, pages)
+        } else {
+            Image::parse(bytes, pages)
+        };
+        let image = image.map_err(|error| unusable(error.into()))?;
         if let Some(taping) = &mut self.taping {
-            taping.checkpoint(self.machine.position(), &bytes, version);
+            let whole = image.patches().is_empty().then(|| image.sealed(pages));
+            let whole = whole.as_deref().unwrap_or(bytes);
+            taping.checkpoint(self.machine.position(), whole, version);
         }
-        Ok(bytes)
+        Ok(image)
     }
 
     /// What was done to the recorded machine on purpose is done to this one.
@@ -557,7 +559,7 @@ impl<L: LogSource> Replayer<L> {
                 let mut found = 0;
                 for _ in 0..count {
                     let done = self.source.done()?;
-                    found = crc32c::crc32c_append(found, &done.encode());
+                    found = rdma_log::crc32c_append(found, &done.encode());
                     self.give(&Input::Disk(done))?;
                 }
                 self.staged_as_said("answers of the disk", found, checksum)
@@ -566,7 +568,7 @@ impl<L: LogSource> Replayer<L> {
                 let mut found = 0;
                 for _ in 0..count {
                     let frame = self.source.frame()?;
-                    found = crc32c::crc32c_append(found, &frame);
+                    found = rdma_log::crc32c_append(found, &frame);
                     self.give(&Input::Frame(frame))?;
                 }
                 self.staged_as_said("frames", found, checksum)

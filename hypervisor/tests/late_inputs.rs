@@ -113,7 +113,7 @@ impl Primary {
         if let Some(frame) = frame {
             let logged = LoggedInput::Frames {
                 count: 1,
-                checksum: crc32c::crc32c(frame),
+                checksum: rdma_log::crc32c(frame),
             };
             self.supply(&mut step, Input::Frame(frame.to_vec()), logged);
         }

@@ -339,7 +339,7 @@ impl Keys {
             u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]])
         };
         Keys {
-            seed: crc32c::crc32c(&nonce.0),
+            seed: crate::crc32c(&nonce.0),
             whiten: [mix(word(0) ^ word(8)), mix(word(4) ^ word(12))],
         }
     }

@@ -141,8 +141,8 @@ impl<W: Write> LogFileWriter<W> {
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[12..16].copy_from_slice(&(description.len() as u32).to_le_bytes());
         header[16..32].copy_from_slice(&nonce.0);
-        header[32..36].copy_from_slice(&crc32c::crc32c(description).to_le_bytes());
-        let crc = crc32c::crc32c(&header[..36]);
+        header[32..36].copy_from_slice(&crate::crc32c(description).to_le_bytes());
+        let crc = crate::crc32c(&header[..36]);
         header[36..40].copy_from_slice(&crc.to_le_bytes());
         to.write_all(&header)
             .and_then(|()| to.write_all(description))
@@ -311,7 +311,7 @@ impl<R: Read> LogFileReader<R> {
                 found,
             })
         };
-        damaged("header", crc32c::crc32c(&bytes[..36]), u32_at(36))?;
+        damaged("header", crate::crc32c(&bytes[..36]), u32_at(36))?;
         let len = u32_at(12) as usize;
         if len > MAX_DESCRIPTION {
             return Err(LogFileError::TooLarge {
@@ -328,7 +328,7 @@ impl<R: Read> LogFileReader<R> {
             },
             error => error,
         })?;
-        damaged("description", crc32c::crc32c(&description), u32_at(32))?;
+        damaged("description", crate::crc32c(&description), u32_at(32))?;
         let mut nonce = Nonce([0; 16]);
         nonce.0.copy_from_slice(&bytes[16..32]);
         Ok(LogFileReader {

@@ -97,6 +97,7 @@ pub mod transport;
 #[cfg(not(loom))]
 pub mod verbs;
 
+pub use crc::{crc32c, crc32c_append};
 pub use entry::{Entry, Epoch, Head, Lane, Marks, Nonce, Seq};
 pub use fence::{FenceError, Fenced};
 pub use file::{FileEntry, LogFileError, LogFileReader, LogFileWriter};

@@ -34,7 +34,7 @@ pub(super) fn write(machine: &str, record: &Record) -> String {
         record.state.word(),
         record.owner,
     );
-    let checksum = crc32c::crc32c(body.as_bytes());
+    let checksum = rdma_log::crc32c(body.as_bytes());
     format!("{body}checksum = \"crc32c:{checksum:08x}\"\n")
 }
 
@@ -170,7 +170,7 @@ mod tests {
     fn another_spelling_of_the_same_record_is_refused() {
         let body = write("kv", &records()[0]).replace("epoch = 1", "epoch = 01");
         let body = &body[..body.find("checksum").unwrap()];
-        let crc = crc32c::crc32c(body.as_bytes());
+        let crc = rdma_log::crc32c(body.as_bytes());
         let text = format!("{body}checksum = \"crc32c:{crc:08x}\"\n");
         assert!(read("kv", text.as_bytes()).is_err());
     }

@@ -257,7 +257,7 @@ impl<W: Write> Sender<W> {
         let mut head = [0; HEAD];
         head[0] = tag;
         head[1..5].copy_from_slice(&(self.body.len() as u32).to_le_bytes());
-        head[5..].copy_from_slice(&crc32c::crc32c(&self.body).to_le_bytes());
+        head[5..].copy_from_slice(&rdma_log::crc32c(&self.body).to_le_bytes());
         let bytes = self.bytes;
         let broke = |source| CloneError::Stream { bytes, source };
         self.to.write_all(&head).map_err(broke)?;
@@ -348,7 +348,7 @@ impl<R: Read> Messages<R> {
         }
         self.body.resize(length, 0);
         self.from.read_exact(&mut self.body).map_err(broke)?;
-        let found = crc32c::crc32c(&self.body);
+        let found = rdma_log::crc32c(&self.body);
         if found != word(5) {
             let expected = word(5);
             return Err(bad(format!(

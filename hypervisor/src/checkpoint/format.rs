@@ -16,6 +16,7 @@
 //! limits and the bytes there are, pages against RAM, all of it against the checksum.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::patch::{self, PATCH_MAX, Patch, Told};
@@ -255,12 +256,12 @@ impl Seal {
     /// Of a checkpoint that begins with this.
     #[must_use]
     pub fn begin(head: &[u8]) -> Self {
-        Self(crc32c::crc32c(head))
+        Self(rdma_log::crc32c(head))
     }
 
     /// This follows.
     pub fn add(&mut self, bytes: &[u8]) {
-        self.0 = crc32c::crc32c_append(self.0, bytes);
+        self.0 = rdma_log::crc32c_append(self.0, bytes);
     }
 
     /// What stands at the end.
@@ -289,8 +290,8 @@ pub struct Image<'a> {
     /// Everything but pages.
     pub state: State,
     zeros: Vec<Range<u64>>,
-    numbers: &'a [u8],
-    contents: &'a [u8],
+    numbers: Cow<'a, [u8]>,
+    contents: Cow<'a, [u8]>,
     patches: Vec<Patch<'a>>,
 }
 
@@ -383,7 +384,7 @@ impl<'a> Image<'a> {
         }
         let (body, checksum) = bytes.split_at(bytes.len() - CHECKSUM);
         let expected = u32::from_le_bytes(checksum.try_into().expect("four bytes"));
-        let found = crc32c::crc32c(body);
+        let found = rdma_log::crc32c(body);
         if found != expected {
             return Err(FormatError::Checksum { expected, found });
         }
@@ -442,7 +443,21 @@ impl<'a> Image<'a> {
                 found: length,
             });
         }
-        let image = Self {
+        let whole = || page_numbers(numbers);
+        ascends("pages", whole(), &zeros, ram_pages)?;
+        let patched = patches.iter().map(Patch::page);
+        ascends("patched pages", patched.clone(), &zeros, ram_pages)?;
+        let mut whole = whole().peekable();
+        for page in patched {
+            while whole.next_if(|whole| *whole < page).is_some() {}
+            if whole.peek() == Some(&page) {
+                return Err(FormatError::Pages {
+                    field: "patched pages",
+                    page: page.0,
+                });
+            }
+        }
+        Ok(Self {
             scope,
             state: State {
                 position,
@@ -456,30 +471,14 @@ impl<'a> Image<'a> {
                 staged,
             },
             zeros,
-            numbers,
-            contents,
+            numbers: numbers.into(),
+            contents: contents.into(),
             patches,
-        };
-        let numbers = image.numbers();
-        ascends("pages", numbers, &image.zeros, ram_pages)?;
-        let patched = image.patches.iter().map(Patch::page);
-        ascends("patched pages", patched.clone(), &image.zeros, ram_pages)?;
-        let mut whole = image.numbers().peekable();
-        for page in patched {
-            while whole.next_if(|whole| *whole < page).is_some() {}
-            if whole.peek() == Some(&page) {
-                return Err(FormatError::Pages {
-                    field: "patched pages",
-                    page: page.0,
-                });
-            }
-        }
-        Ok(image)
+        })
     }
 
-    fn numbers(&self) -> impl Iterator<Item = PageNumber> + use<'a> {
-        let words = self.numbers.chunks_exact(8);
-        words.map(|word| PageNumber(u64::from_le_bytes(word.try_into().expect("eight bytes"))))
+    fn numbers(&self) -> impl Iterator<Item = PageNumber> {
+        page_numbers(&self.numbers)
     }
 
     /// Pages that are zero, in ascending runs.
@@ -495,9 +494,43 @@ impl<'a> Image<'a> {
     }
 
     /// All other pages that it names, ascending, with what they hold.
-    pub fn pages(&self) -> impl Iterator<Item = (PageNumber, &'a [u8])> + use<'a> {
+    pub fn pages(&self) -> impl Iterator<Item = (PageNumber, &[u8])> {
         self.numbers().zip(self.contents.chunks_exact(PAGE_SIZE))
     }
+
+    /// The same with these pages, all whole, in place of those that it names and patches: as many as there are of both, and their contents.
+    pub(super) fn with_pages(self, pages: &[PageNumber], contents: Vec<u8>) -> Self {
+        let numbers = pages.iter().flat_map(|page| page.0.to_le_bytes());
+        Self {
+            numbers: numbers.collect(),
+            contents: contents.into(),
+            patches: Vec::new(),
+            ..self
+        }
+    }
+
+    /// The checkpoint that this is.
+    ///
+    /// # Panics
+    /// If it has patches: who has none of what they are for cannot send it on.
+    #[must_use]
+    pub fn sealed(&self, ram_pages: u64) -> Vec<u8> {
+        assert!(self.patches.is_empty(), "a checkpoint of whole pages");
+        let told = Told {
+            whole: self.numbers().collect(),
+            ..Told::default()
+        };
+        let head = head(self.scope, ram_pages, &self.state, &self.zeros, &told);
+        sealed(head, &self.contents)
+    }
+}
+
+/// Page numbers, as they are written.
+fn page_numbers(words: &[u8]) -> impl Iterator<Item = PageNumber> {
+    let (words, _) = words.as_chunks();
+    words
+        .iter()
+        .map(|word| PageNumber(u64::from_le_bytes(*word)))
 }
 
 /// Checks page numbers: they ascend, are within RAM, and none is in a run of zero pages.

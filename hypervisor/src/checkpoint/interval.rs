@@ -136,7 +136,7 @@ pub fn head(frames: u32, outputs: &[Output], asked: &[Request], checkpoint: usiz
 
 /// Of what stands before the checkpoint.
 fn checksum(head: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&head[..CHECKSUM_AT]), &head[HEADER..])
+    rdma_log::crc32c_append(rdma_log::crc32c(&head[..CHECKSUM_AT]), &head[HEADER..])
 }
 
 /// How many bytes the interval that begins like this will have.

@@ -12,7 +12,7 @@
 //! runs it remembers what it was sent as this side does, page by page alike ([`Remembered::complete`]): its memory has gone on since.
 #![forbid(unsafe_code)]
 
-use super::format::{self, FormatError, Image};
+use super::format::{FormatError, Image};
 use crate::memory::{PAGE_SIZE, PageNumber};
 
 const WORD: usize = 8;
@@ -22,6 +22,9 @@ const _: () = assert!(PAGE_SIZE == LINE * 64 && LINE == WORD * 8);
 
 /// A page's content.
 pub(super) type Page = [u8; PAGE_SIZE];
+
+/// The patch of a page that is as it was.
+const NOTHING: [u8; HEAD] = [0; HEAD];
 
 /// The longest patch: at that, the page itself is sent.
 pub(super) const PATCH_MAX: usize = PAGE_SIZE - 1;
@@ -111,7 +114,7 @@ impl Patch<'_> {
                 rest = after;
             }
         }
-        crc32c::crc32c(page) == self.checksum
+        rdma_log::crc32c(page) == self.checksum
     }
 }
 
@@ -120,6 +123,8 @@ pub struct Remembered {
     /// Which page a place holds, and one more; 0 if none.
     pages: Vec<u64>,
     contents: Vec<u8>,
+    /// The checksum of a place's content, if that was needed: a page that is as it was is told at each turn.
+    checksums: Vec<Option<u32>>,
     /// Of the checkpoint that is being made.
     patches: Vec<u8>,
 }
@@ -153,6 +158,7 @@ impl Remembered {
         Self {
             pages: vec![0; places],
             contents: vec![0; places * PAGE_SIZE],
+            checksums: vec![None; places],
             patches: Vec::new(),
         }
     }
@@ -183,9 +189,19 @@ impl Remembered {
             if is_as_it_was && !runs {
                 continue;
             }
+            let known = &mut self.checksums[place];
+            if is_as_it_was {
+                self.patches.extend_from_slice(&NOTHING);
+                let checksum = *known.get_or_insert_with(|| rdma_log::crc32c(now));
+                told.patched.push((page, checksum));
+                continue;
+            }
             if held && encode(before, now, &mut self.patches) {
-                told.patched.push((page, crc32c::crc32c(now)));
+                let checksum = rdma_log::crc32c(now);
+                *known = Some(checksum);
+                told.patched.push((page, checksum));
             } else {
+                *known = None;
                 told.whole.push(page);
                 contents.extend_from_slice(now);
             }
@@ -200,65 +216,66 @@ impl Remembered {
         (page.0 % self.pages.len() as u64) as usize
     }
 
-    /// Where what is remembered of a page is; none if nothing is.
-    fn held(&self, page: PageNumber) -> Option<Page> {
-        let place = self.place(page);
-        let content = self.contents[place * PAGE_SIZE..].first_chunk()?;
-        (self.pages[place] == page.0 + 1).then_some(*content)
-    }
-
+    /// Notes what a page holds.
     fn keep(&mut self, page: PageNumber, content: &[u8]) {
         let place = self.place(page);
         self.pages[place] = page.0 + 1;
+        self.checksums[place] = None;
         self.contents[place * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(content);
     }
 
-    /// On the other side, which runs the guest: notes what this delta tells, as the sender did. If it has patches, what comes back is the same
-    /// checkpoint with all pages whole.
+    /// Puts a patch to what is remembered of its page, and returns what that holds then; none if it is not what the patch is for.
+    fn renew(&mut self, patch: &Patch<'_>) -> Option<&Page> {
+        let place = self.place(patch.page);
+        if self.pages[place] != patch.page.0 + 1 {
+            return None;
+        }
+        let known = &mut self.checksums[place];
+        let content: &mut Page = self.contents[place * PAGE_SIZE..].first_chunk_mut()?;
+        let as_it_was = patch.bytes == NOTHING && *known == Some(patch.checksum);
+        if !as_it_was && !patch.apply(content) {
+            return None;
+        }
+        *known = Some(patch.checksum);
+        Some(content)
+    }
+
+    /// On the other side, which runs the guest: notes what this delta tells, as the sender did. What comes back is the same checkpoint with all
+    /// pages whole.
     ///
     /// # Errors
     /// It is no checkpoint of such a machine, or has a patch to what this side was not sent.
-    pub fn complete(
+    pub fn complete<'a>(
         &mut self,
-        checkpoint: &[u8],
+        checkpoint: &'a [u8],
         ram_pages: u64,
-    ) -> Result<Option<Vec<u8>>, FormatError> {
+    ) -> Result<Image<'a>, FormatError> {
         let image = Image::parse(checkpoint, ram_pages)?;
         self.forget(image.zeros().iter().cloned().flatten());
-        let mut patches = image.patches().iter().peekable();
-        let mut whole = image.pages().peekable();
-        let mut told = Told::default();
+        let mut pages = Vec::new();
         let mut contents = Vec::new();
-        // In the order of their numbers, in which the sender has gone through them: two pages may have one place.
-        loop {
-            let patched = match (whole.peek(), patches.peek()) {
-                (Some((page, _)), Some(patch)) => patch.page < *page,
-                (None, Some(_)) => true,
-                (Some(_), None) => false,
-                (None, None) => break,
-            };
-            if !patched {
-                if let Some((page, content)) = whole.next() {
-                    self.keep(page, content);
-                    told.whole.push(page);
+        {
+            let mut patches = image.patches().iter().peekable();
+            let mut whole = image.pages().peekable();
+            // In the order of their numbers, in which the sender has gone through them: two pages may have one place.
+            loop {
+                let next = whole.peek().map_or(u64::MAX, |(page, _)| page.0);
+                if let Some(patch) = patches.next_if(|patch| patch.page.0 < next) {
+                    let page = patch.page;
+                    let content = self.renew(patch);
+                    let content = content.ok_or(FormatError::Patched { page: page.0 })?;
+                    pages.push(page);
                     contents.extend_from_slice(content);
+                } else if let Some((page, content)) = whole.next() {
+                    self.keep(page, content);
+                    pages.push(page);
+                    contents.extend_from_slice(content);
+                } else {
+                    break;
                 }
-            } else if let Some(patch) = patches.next() {
-                let page = patch.page;
-                let content = self
-                    .held(page)
-                    .and_then(|mut content| patch.apply(&mut content).then_some(content));
-                let content = content.ok_or(FormatError::Patched { page: page.0 })?;
-                self.keep(page, &content);
-                told.whole.push(page);
-                contents.extend_from_slice(&content);
             }
         }
-        if image.patches().is_empty() {
-            return Ok(None);
-        }
-        let head = format::head(image.scope, ram_pages, &image.state, image.zeros(), &told);
-        Ok(Some(format::sealed(head, &contents)))
+        Ok(image.with_pages(&pages, contents))
     }
 
     /// These pages are zero on the other side now.
@@ -276,6 +293,7 @@ impl Remembered {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::format;
     use super::*;
 
     /// A page, and what a guest makes of it: some places are written, with what was there or with something else.
@@ -296,7 +314,7 @@ mod tests {
         assert_eq!(length(bytes), Some(bytes.len()));
         let patch = Patch {
             page: PageNumber(1),
-            checksum: crc32c::crc32c(of),
+            checksum: rdma_log::crc32c(of),
             bytes,
         };
         let mut page = *of;
@@ -311,7 +329,7 @@ mod tests {
                 let bytes = &bytes[1..];
                 prop_assert!(bytes.len() < PAGE_SIZE);
                 prop_assert_eq!(length(bytes), Some(bytes.len()));
-                let patch = Patch { page: PageNumber(0), checksum: crc32c::crc32c(&*new), bytes };
+                let patch = Patch { page: PageNumber(0), checksum: rdma_log::crc32c(&*new), bytes };
                 let mut page = old.clone();
                 for _ in 0..2 {
                     prop_assert!(patch.apply(&mut page));
@@ -426,7 +444,7 @@ mod tests {
             };
             let whole = format::sealed(head(&plain), &now);
             let completed = there.complete(&bytes, RAM).unwrap();
-            assert_eq!(completed.unwrap_or(bytes), whole, "{round}");
+            assert_eq!(completed.sealed(RAM), whole, "{round}");
         }
         assert!(patched > 20, "{patched}");
         // Somebody who came later cannot know.
@@ -436,8 +454,9 @@ mod tests {
         let mut contents = Vec::new();
         let told = here.tell(&page, &now, &mut contents, true);
         let head = format::head(format::Scope::Delta, RAM, &state, &[], &told);
-        let late = Remembered::new(50).complete(&format::sealed(head, &contents), RAM);
-        assert_eq!(late, Err(FormatError::Patched { page: 1 }));
+        let late = format::sealed(head, &contents);
+        let late = Remembered::new(50).complete(&late, RAM);
+        assert_eq!(late.unwrap_err(), FormatError::Patched { page: 1 });
     }
 
     #[test]

@@ -37,7 +37,14 @@ impl Machine {
     /// What is wrong with the checkpoint, and the machine is as it was; or [`CheckpointError::Machine`] if KVM refuses the
     /// state, and the machine is of no further use.
     pub fn restore(&mut self, checkpoint: &[u8]) -> Result<Restored, CheckpointError> {
-        let image = Image::parse(checkpoint, self.ram().pages())?;
+        self.restore_image(Image::parse(checkpoint, self.ram().pages())?)
+    }
+
+    /// The same of a checkpoint that was parsed, for a machine with as much RAM.
+    ///
+    /// # Errors
+    /// As for [`Machine::restore`].
+    pub fn restore_image(&mut self, image: Image<'_>) -> Result<Restored, CheckpointError> {
         // They are for what was sent before, and this machine's memory may have gone on since.
         if let Some(patch) = image.patches().first() {
             let page = patch.page().0;

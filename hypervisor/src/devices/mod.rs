@@ -468,12 +468,6 @@ impl Devices {
         self.board.pic.acknowledge()
     }
 
-    /// Whether the interrupt that the CPU would get now is the timer's.
-    #[must_use]
-    pub fn next_is_timer(&self) -> bool {
-        self.board.pic.next() == Some(IRQ_TIMER)
-    }
-
     /// Whether a line that the guest has not masked asks for an interrupt, besides the timer.
     #[must_use]
     pub fn asks_besides_timer(&self) -> bool {

@@ -33,6 +33,7 @@ const MULTIPLIER: u32 = 1;
 /// Where the reads that are left stand, a signed word; and the power of two that they began with, a byte.
 const LEFT: usize = 4;
 const POWER: usize = 30;
+const FLAGS: usize = 29;
 /// A guest that has read often and does so no longer is to come to its next exit soon, all the same: 64 reads. They are most of what can be
 /// won, 63 of 64 exits.
 const POWER_MOST: u8 = 6;
@@ -50,7 +51,13 @@ pub enum Keeping {
     Counted,
     /// And the version stands still.
     Steady,
+    /// And the page says that it is good as it is. Else a guest holds its scheduler's clock within a tick of the last one and lets it leap at the next: who runs
+    /// then pays for all of that, and where ticks come late it is whoever makes exits, at which they come.
+    Stable,
 }
+
+/// `PVCLOCK_TSC_STABLE_BIT`.
+const STABLE: u8 = 1;
 
 /// The version of a page that is whole: an even one.
 const WHOLE: u32 = 2;
@@ -92,15 +99,18 @@ impl PvClock {
         let power = counts.then(|| self.next_power(ram, address, now));
         self.version = match keeping {
             Keeping::Plain | Keeping::Counted => self.version.wrapping_add(2),
-            Keeping::Steady => WHOLE,
+            Keeping::Steady | Keeping::Stable => WHOLE,
         };
         self.shown = now.0;
-        // struct pvclock_vcpu_time_info; the stamp is 0, and no flag is set: other CPUs' pages may differ.
+        // struct pvclock_vcpu_time_info; the stamp is 0.
         let mut page = [0; 32];
         page[..4].copy_from_slice(&self.version.to_le_bytes());
         page[16..24].copy_from_slice(&now.0.to_le_bytes());
         page[24..28].copy_from_slice(&MULTIPLIER.to_le_bytes());
         page[28] = SHIFT.to_le_bytes()[0];
+        if keeping >= Keeping::Stable {
+            page[FLAGS] = STABLE;
+        }
         if let Some(power) = power {
             page[LEFT..LEFT + 4].copy_from_slice(&((1_i32 << power) - 1).to_le_bytes());
             page[POWER] = power;
@@ -171,10 +181,10 @@ mod tests {
     fn whatever_the_counter_reads_the_time_is_the_pages() {
         let ram = GuestRam::new(2).unwrap();
         let mut clock = PvClock::default();
-        clock.show(&ram, GuestTime(1), Keeping::Steady);
+        clock.show(&ram, GuestTime(1), Keeping::Stable);
         assert!(!clock.is_on());
         clock.place(&ram, 0x5001);
-        clock.show(&ram, GuestTime(123_456_789), Keeping::Steady);
+        clock.show(&ram, GuestTime(123_456_789), Keeping::Stable);
         let mut page = [0; 32];
         ram.read(0x5000, &mut page).unwrap();
         for stamp in [0, 1, u64::MAX / 2, u64::MAX] {
@@ -193,6 +203,7 @@ mod tests {
             (Keeping::Plain, 6, (0, 0)),
             (Keeping::Counted, 6, (0, 1)),
             (Keeping::Steady, 2, (0, 1)),
+            (Keeping::Stable, 2, (0, 1)),
         ] {
             ram.write(0x5000, &[0; 32]).unwrap();
             let mut clock = PvClock::default();
@@ -208,6 +219,8 @@ mod tests {
             let power = page[POWER];
             assert_eq!((page[0], page[16]), (version, 3), "{keeping:?}");
             assert_eq!((page[LEFT + 1], power), counts, "{keeping:?}");
+            let flags = u8::from(keeping == Keeping::Stable);
+            assert_eq!(page[FLAGS], flags, "{keeping:?}");
         }
     }
 
@@ -225,13 +238,13 @@ mod tests {
         let ram = GuestRam::new(2).unwrap();
         let mut clock = PvClock::default();
         clock.place(&ram, 0x5001);
-        clock.show(&ram, GuestTime(0), Keeping::Steady);
+        clock.show(&ram, GuestTime(0), Keeping::Stable);
         let mut run = |from: u64, apart: u64, reads: u64| {
             let mut made = 0;
             for read in 1..=reads {
                 if exits(&ram) {
                     made += 1;
-                    clock.show(&ram, GuestTime(from + read * apart), Keeping::Steady);
+                    clock.show(&ram, GuestTime(from + read * apart), Keeping::Stable);
                 }
             }
             made
@@ -254,7 +267,7 @@ mod tests {
         for power in [7, 31, 32, 255] {
             ram.write(0x5000 + POWER as u64, &[power]).unwrap();
             ram.write(0x5004, &i32::MIN.to_le_bytes()).unwrap();
-            clock.show(&ram, GuestTime(1), Keeping::Steady);
+            clock.show(&ram, GuestTime(1), Keeping::Stable);
             let mut page = [0; 32];
             ram.read(0x5000, &mut page).unwrap();
             assert_eq!((page[POWER], page[LEFT]), (POWER_MOST, 63));

@@ -192,7 +192,7 @@ impl Bench<'_> {
     fn build(&self) -> Result<Running, ProbeError> {
         let ram = GuestRam::new(MIB)?;
         let vm = Vm::new(self.source.open()?, &ram)?;
-        let (vcpu, _) = vm.create_vcpu(false, &Told::default())?;
+        let (vcpu, _) = vm.create_vcpu(0, &Told::default())?;
         let image = Image::parse("probe", elf(self.code)).map_err(BootError::from)?;
         boot::load(&ram, &vcpu, &image, "", 0)?;
         let mut sregs = vcpu.sregs()?;

@@ -108,7 +108,7 @@ impl Head {
 }
 
 fn checksum(head: &[u8; HEAD]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&head[..12]), &head[16..])
+    rdma_log::crc32c_append(rdma_log::crc32c(&head[..12]), &head[16..])
 }
 
 /// What stands at the head of a segment's log.

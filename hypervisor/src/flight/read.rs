@@ -209,7 +209,7 @@ fn machine(directory: &Directory) -> Result<(u64, MachineSpec), FlightError> {
         };
         return Err(bad(&path, why));
     }
-    let found = crc32c::crc32c(&bytes);
+    let found = rdma_log::crc32c(&bytes);
     if found != head.checksum {
         let why = format!(
             "it is damaged: checksum {found:08x}, where it says {:08x}",
@@ -395,7 +395,7 @@ mod tests {
                 recording: 1,
                 segment: 0,
                 length,
-                checksum: crc32c::crc32c(body),
+                checksum: rdma_log::crc32c(body),
             };
             let bytes = [&head.encode(Kind::Machine)[..], body].concat();
             let directory = Directory::to_read(directory.path()).unwrap();

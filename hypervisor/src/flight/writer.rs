@@ -239,7 +239,7 @@ fn write_machine(
         recording,
         segment: 0,
         length: machine.len() as u64,
-        checksum: crc32c::crc32c(machine),
+        checksum: rdma_log::crc32c(machine),
     };
     let write = || {
         let mut file = File::create(&unfinished)?;

@@ -198,7 +198,7 @@ impl Secret {
             line.push(digit(byte >> 4));
             line.push(digit(byte & 15));
         }
-        line.push_str(&format!(":{:08x}\n", crc32c::crc32c(&self.0)));
+        line.push_str(&format!(":{:08x}\n", rdma_log::crc32c(&self.0)));
         line
     }
 
@@ -235,7 +235,7 @@ impl Secret {
             };
             *byte = high << 4 | low;
         }
-        if sum != format!("{:08x}", crc32c::crc32c(&secret.0)) {
+        if sum != format!("{:08x}", rdma_log::crc32c(&secret.0)) {
             return Err("its checksum is wrong: it was damaged or cut when it was copied");
         }
         Ok(secret)

@@ -169,7 +169,7 @@ impl CpuModel {
             .open()?
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(deterministic(&supported, false)?.1)
+        Ok(deterministic(&supported, 0)?.1)
     }
 
     pub(super) fn of(entries: &[kvm_cpuid_entry2]) -> Option<Self> {
@@ -186,12 +186,18 @@ impl CpuModel {
     }
 }
 
-/// Turns what KVM supports on this host into the deterministic template. With `clock_page` it offers KVM's paravirtual clock, whose
-/// other side is ours (`devices/pvclock.rs`), and nothing else of KVM's.
+/// Of KVM's features ([`deterministic`]): its paravirtual clock, by the registers of today.
+pub const CLOCK_SOURCE_2: u32 = 1 << 3;
+
+/// That the clock goes for all CPUs alike, so that the guest need not correct it by what it knows from its ticks.
+pub const CLOCK_SOURCE_STABLE: u32 = 1 << 24;
+
+/// Turns what KVM supports on this host into the deterministic template. The guest is told of these features of KVM's: those of its paravirtual clock, whose
+/// other side is ours (`devices/pvclock.rs`), or none.
 ///
 /// # Errors
 /// [`KvmError::Missing`] if KVM reports no basic leaves.
-pub fn deterministic(supported: &CpuId, clock_page: bool) -> Result<(CpuId, CpuModel), KvmError> {
+pub fn deterministic(supported: &CpuId, features: u32) -> Result<(CpuId, CpuModel), KvmError> {
     let model = CpuModel::of(supported.as_slice()).ok_or(KvmError::Missing {
         what: "the basic CPUID leaves",
     })?;
@@ -219,8 +225,8 @@ pub fn deterministic(supported: &CpuId, clock_page: bool) -> Result<(CpuId, CpuM
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
     }
-    if clock_page {
-        offer_clock_page(&mut entries);
+    if features != 0 {
+        offer(features, &mut entries);
     }
     let cpuid = CpuId::from_entries(&entries).map_err(|_| KvmError::Missing {
         what: "room for its own CPUID leaves",
@@ -228,15 +234,14 @@ pub fn deterministic(supported: &CpuId, clock_page: bool) -> Result<(CpuId, CpuM
     Ok((cpuid, model))
 }
 
-/// KVM's leaves (Documentation/virt/kvm/x86/cpuid.rst) with one feature, and the bit that tells a guest to look for them.
-fn offer_clock_page(entries: &mut Vec<kvm_cpuid_entry2>) {
+/// KVM's leaves (Documentation/virt/kvm/x86/cpuid.rst) with these features, and the bit that tells a guest to look for them.
+fn offer(features: u32, entries: &mut Vec<kvm_cpuid_entry2>) {
     const SIGNATURE: [u32; 3] = [
         u32::from_le_bytes(*b"KVMK"),
         u32::from_le_bytes(*b"VMKV"),
         u32::from_le_bytes(*b"M\0\0\0"),
     ];
     const FEATURES: u32 = 0x4000_0001;
-    const CLOCK_SOURCE_2: u32 = 1 << 3;
     const HYPERVISOR: u32 = 1 << 31;
     for entry in entries.iter_mut().filter(|entry| entry.function == 1) {
         entry.ecx |= HYPERVISOR;
@@ -252,7 +257,7 @@ fn offer_clock_page(entries: &mut Vec<kvm_cpuid_entry2>) {
     });
     entries.push(kvm_cpuid_entry2 {
         function: FEATURES,
-        eax: CLOCK_SOURCE_2,
+        eax: features,
         ..Default::default()
     });
 }
@@ -278,7 +283,7 @@ mod tests {
         .iter()
         .map(|&(f, i)| entry(f, i))
         .collect();
-        let (cpuid, _) = deterministic(&CpuId::from_entries(&all).unwrap(), false).unwrap();
+        let (cpuid, _) = deterministic(&CpuId::from_entries(&all).unwrap(), 0).unwrap();
         let find = |f, i| {
             *cpuid
                 .as_slice()
@@ -314,7 +319,12 @@ mod tests {
             let supported = kvm
                 .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
                 .unwrap();
-            Told::of(deterministic(&supported, true).unwrap().0.as_slice())
+            Told::of(
+                deterministic(&supported, CLOCK_SOURCE_2)
+                    .unwrap()
+                    .0
+                    .as_slice(),
+            )
         };
         let first = told();
         for core in core_affinity::get_core_ids().unwrap() {
@@ -327,7 +337,7 @@ mod tests {
     fn offers_the_clock_page_and_nothing_else_of_kvms() {
         let all = [entry(0, 0), entry(1, 0), entry(0x4000_0001, 0)];
         let all = CpuId::from_entries(&all).unwrap();
-        let (cpuid, _) = deterministic(&all, true).unwrap();
+        let (cpuid, _) = deterministic(&all, CLOCK_SOURCE_2 | CLOCK_SOURCE_STABLE).unwrap();
         let find = |function| {
             let mut of = cpuid.as_slice().iter().filter(|e| e.function == function);
             let found = *of.next().unwrap();
@@ -336,6 +346,6 @@ mod tests {
         };
         assert_ne!(find(1).ecx & 1 << 31, 0);
         assert_eq!(find(0x4000_0000).ebx.to_le_bytes(), *b"KVMK");
-        assert_eq!(find(0x4000_0001).eax, 8);
+        assert_eq!(find(0x4000_0001).eax, 0x100_0008);
     }
 }

@@ -13,7 +13,9 @@ mod told;
 mod vcpu;
 mod vm;
 
-pub use cpuid::{CpuModel, deterministic as deterministic_cpuid};
+pub use cpuid::{
+    CLOCK_SOURCE_2, CLOCK_SOURCE_STABLE, CpuModel, deterministic as deterministic_cpuid,
+};
 pub use crew::{BadCrewState, CrewState, Shape};
 pub use exit::Exit;
 pub use state::{BadCpuState, CpuState};

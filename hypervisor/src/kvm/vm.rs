@@ -344,17 +344,17 @@ impl Vm {
         Ok(())
     }
 
-    /// Creates the one vCPU with the deterministic CPU template; with `clock_page` it is told of KVM's paravirtual clock. It is told what `as_told` says
+    /// Creates the one vCPU with the deterministic CPU template, which is told of these features of KVM's. It is told what `as_told` says
     /// where this host can tell that as well.
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub fn create_vcpu(&self, clock_page: bool, as_told: &Told) -> Result<(Vcpu, Cpu), KvmError> {
+    pub fn create_vcpu(&self, features: u32, as_told: &Told) -> Result<(Vcpu, Cpu), KvmError> {
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-        let (own, model) = deterministic_cpuid(&supported, clock_page)?;
+        let (own, model) = deterministic_cpuid(&supported, features)?;
         let theirs = as_told.in_place_of(own.as_slice());
         let cpuid = match theirs {
             Some(theirs) => CpuId::from_entries(&theirs).unwrap_or(own),

@@ -134,8 +134,6 @@ pub struct Machine {
     /// KVM notes the pages that the guest writes.
     watched: bool,
     written: DirtyLedger,
-    /// The last interrupt that the guest took was its timer's.
-    timer_was_last: bool,
     /// Pages that the next harvest for checkpoints closes, and leaves others open; none if it closes all.
     closing: Option<DirtyPages>,
     /// Pages of the last such harvest, but for those that it closed.
@@ -176,7 +174,7 @@ impl Machine {
             (vm, Cpus::Crew(crew), cpu)
         } else {
             let vm = Arc::new(Vm::new(kvm, &ram)?);
-            let (vcpu, cpu) = vm.create_vcpu(spec.clock == ClockSource::Page, told)?;
+            let (vcpu, cpu) = vm.create_vcpu(spec.kvm_features(), told)?;
             reset::load(spec, spec.seed, &ram, &vcpu)?;
             (vm, Cpus::One(vcpu), cpu)
         };
@@ -203,7 +201,6 @@ impl Machine {
             memory_hash: None,
             watched: false,
             written: DirtyLedger::default(),
-            timer_was_last: false,
             closing: None,
             last_written: DirtyPages::default(),
             stops: Vec::new(),
@@ -263,10 +260,12 @@ impl Machine {
         self.injectable
     }
 
-    /// Whether the guest was interrupted by its timer last, and another line asks.
+    /// Whether a tick that is given here would be in another interrupt's way: the timer's comes first where both ask, and one that the guest
+    /// does not take here comes first where it does.
     #[must_use]
-    pub fn timer_was_last_and_another_asks(&self) -> bool {
-        self.timer_was_last && lock(&self.devices).asks_besides_timer()
+    pub fn tick_is_in_the_way(&mut self) -> bool {
+        lock(&self.devices).asks_besides_timer()
+            || self.phase == Phase::Ready && !self.cpus.one().ready_for_interrupt()
     }
 
     /// Random bytes that the entropy device waits for.
@@ -415,7 +414,6 @@ impl Machine {
     fn deliver(&mut self) -> Result<(), MachineError> {
         if self.deliverable() {
             let mut devices = lock(&self.devices);
-            self.timer_was_last = devices.next_is_timer();
             let vector = devices.acknowledge_interrupt();
             drop(devices);
             self.cpus.one().inject(vector)?;

@@ -101,7 +101,6 @@ impl Machine {
         lock(&self.devices).reset(&spec.devices());
         vcpu.restore(cpu)?;
         (self.phase, self.injectable) = (Phase::Ready, false);
-        self.timer_was_last = false;
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use crate::boot::linux::SEED_BYTES;
 use crate::boot::{Image, ImageError};
 use crate::devices::pvclock::Keeping;
 use crate::devices::{DevicesConfig, DiskConfig};
-use crate::kvm::CpuModel;
+use crate::kvm::{CLOCK_SOURCE_2, CLOCK_SOURCE_STABLE, CpuModel};
 use crate::version::Version;
 
 /// Bytes of an encoded description, images included: a distribution's kernel has 65 MiB unpacked, its initial RAM disk as many.
@@ -44,7 +44,7 @@ pub enum OnReset {
 
 /// What a guest finds in a machine, its devices and CPU as they behave: whoever changes that gives it another number, and keeps what older
 /// machines have. A machine keeps the number with which it was started, whoever serves it.
-pub const MODEL: u32 = 3;
+pub const MODEL: u32 = 4;
 
 fn first_model() -> u32 {
     1
@@ -117,8 +117,9 @@ pub struct MachineSpec {
 }
 
 /// What a kernel with KVM's clock page is told besides, if it is to be replayed: not to begin `ptp_kvm`. That asks KVM for the host's time by a
-/// hypercall (KVM_HC_CLOCK_PAIRING), which no KVM can be told to refuse, and which writes it into the guest's memory.
-const NO_HOST_TIME: &str = "initcall_blacklist=ptp_kvm_init";
+/// hypercall (KVM_HC_CLOCK_PAIRING), which no KVM can be told to refuse, and which writes it into the guest's memory. And not to let programs read the page,
+/// which would take none of its reads off.
+const NO_HOST_TIME: &str = "initcall_blacklist=ptp_kvm_init no-kvmclock-vsyscall";
 
 /// The command line of a Linux guest with this clock: of one that is replayed, if there are no `vcpus` with the host's CPU.
 #[must_use]
@@ -278,7 +279,17 @@ impl MachineSpec {
         match self.model {
             1 => Keeping::Plain,
             2 => Keeping::Counted,
-            _ => Keeping::Steady,
+            3 => Keeping::Steady,
+            _ => Keeping::Stable,
+        }
+    }
+
+    /// What its guest is told of KVM's features.
+    pub(super) fn kvm_features(&self) -> u32 {
+        match self.clock {
+            ClockSource::Timer => 0,
+            ClockSource::Page if self.clock_keeping() < Keeping::Stable => CLOCK_SOURCE_2,
+            ClockSource::Page => CLOCK_SOURCE_2 | CLOCK_SOURCE_STABLE,
         }
     }
 
@@ -396,7 +407,7 @@ mod tests {
         let line = |clock, vcpus| exact_line("quiet", clock, vcpus);
         assert_eq!(
             line(ClockSource::Page, None),
-            "initcall_blacklist=ptp_kvm_init quiet"
+            "initcall_blacklist=ptp_kvm_init no-kvmclock-vsyscall quiet"
         );
         assert_eq!(line(ClockSource::Timer, None), "quiet");
         assert_eq!(line(ClockSource::Page, Some(1)), "quiet");

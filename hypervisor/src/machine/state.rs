@@ -215,7 +215,6 @@ impl Machine {
         self.digest = digest;
         self.phase = phase;
         self.injectable = injectable;
-        self.timer_was_last = false;
         *lock(&self.devices) = devices;
         if let Some(crew) = self.cpus.crew() {
             crew.set_exits(position.0);

@@ -64,7 +64,7 @@ impl<S: Sink> Recorder<S> {
         while count < DONE_AT_ONCE
             && let Some(staged) = self.stage.pop_done()
         {
-            checksum = crc32c::crc32c_append(checksum, &staged.done.encode());
+            checksum = rdma_log::crc32c_append(checksum, &staged.done.encode());
             count += 1;
             self.applied = self.applied.max(staged.seq);
             self.sink.done(&staged.done);

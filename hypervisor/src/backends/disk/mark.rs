@@ -221,7 +221,7 @@ impl Mark {
         // A machine's name has so few bytes that a text has a few hundred.
         place[HEADER..HEADER + text.len()].copy_from_slice(text.as_bytes());
         place[16..24].copy_from_slice(&number.to_le_bytes());
-        let checksum = crc32c::crc32c(&place[16..HEADER + text.len()]);
+        let checksum = rdma_log::crc32c(&place[16..HEADER + text.len()]);
         place[..8].copy_from_slice(&MAGIC);
         place[8..12].copy_from_slice(&(text.len() as u32).to_le_bytes());
         place[12..16].copy_from_slice(&checksum.to_le_bytes());
@@ -236,8 +236,8 @@ impl Mark {
         };
         let text = word(8).and_then(|length| {
             let end = HEADER.checked_add(length as usize)?;
-            let sound =
-                place.starts_with(&MAGIC) && word(12) == Some(crc32c::crc32c(place.get(16..end)?));
+            let sound = place.starts_with(&MAGIC)
+                && word(12) == Some(rdma_log::crc32c(place.get(16..end)?));
             sound.then(|| &place[HEADER..end])
         });
         let Some(text) = text else { return Ok(None) };
@@ -571,7 +571,7 @@ mod tests {
             .unwrap();
         place[at + 10] = b'2';
         let end = HEADER + u32::from_le_bytes(place[8..12].try_into().unwrap()) as usize;
-        let checksum = crc32c::crc32c(&place[16..end]);
+        let checksum = rdma_log::crc32c(&place[16..end]);
         place[12..16].copy_from_slice(&checksum.to_le_bytes());
         file.write_all_at(&place, 0).unwrap();
         let error = Marks::open(file.try_clone().unwrap(), 0).unwrap_err();

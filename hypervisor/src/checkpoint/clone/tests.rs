@@ -103,7 +103,7 @@ fn a_copy_that_is_cut_or_spoilt_anywhere_is_refused() {
 fn message(tag: u8, body: &[u8]) -> Vec<u8> {
     let mut bytes = vec![tag];
     bytes.extend_from_slice(&(body.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+    bytes.extend_from_slice(&rdma_log::crc32c(body).to_le_bytes());
     bytes.extend_from_slice(body);
     bytes
 }

@@ -47,7 +47,7 @@ fn changed(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut bytes = written(&state(), &[1..2, 5..9], &[3, 4, 10, RAM - 1]);
     bytes.truncate(bytes.len() - CHECKSUM);
     change(&mut bytes);
-    let checksum = crc32c::crc32c(&bytes);
+    let checksum = rdma_log::crc32c(&bytes);
     bytes.extend_from_slice(&checksum.to_le_bytes());
     bytes
 }
@@ -81,7 +81,8 @@ fn with_patches(scope: Scope, zeros: &[Range<u64>], pages: &[u64]) -> Vec<u8> {
     for &page in pages {
         let mut now = [0; PAGE_SIZE];
         now[64..72].fill(page as u8);
-        told.patched.push((PageNumber(page), crc32c::crc32c(&now)));
+        told.patched
+            .push((PageNumber(page), rdma_log::crc32c(&now)));
         contents.extend_from_slice(&2u64.to_le_bytes());
         contents.push(1);
         contents.extend_from_slice(&now[64..72]);
@@ -138,7 +139,7 @@ fn patches_that_cannot_be_are_refused() {
         let mut bytes = good.clone();
         bytes[at..at + value.len()].copy_from_slice(value);
         let end = bytes.len() - CHECKSUM;
-        let checksum = crc32c::crc32c(&bytes[..end]);
+        let checksum = rdma_log::crc32c(&bytes[..end]);
         bytes[end..].copy_from_slice(&checksum.to_le_bytes());
         bytes
     };

@@ -15,7 +15,7 @@
 //! every new number ([`Alarm`]).
 #![forbid(unsafe_code)]
 
-use crate::crc;
+use crate::crc32c_append;
 use crate::entry::Nonce;
 
 /// Bytes of a block.
@@ -48,7 +48,10 @@ pub(super) struct Block {
 }
 
 fn checksum(nonce: &Nonce, from: From, words: &[u8]) -> u64 {
-    let crc = crc::append(crc::append(crc::append(0, &nonce.0), &[from as u8]), words);
+    let pieces = [&nonce.0[..], &[from as u8], words];
+    let crc = pieces
+        .iter()
+        .fold(0, |crc, piece| crc32c_append(crc, piece));
     u64::from(!crc) << 32 | u64::from(crc)
 }
 

@@ -119,7 +119,7 @@ impl Frame {
         b[24..32].copy_from_slice(&self.seq.0.to_le_bytes());
         b[32..36].copy_from_slice(&(self.len as u32).to_le_bytes());
         b[40] = self.lane as u8;
-        let crc = crc32c::crc32c_append(piece_crc, &b);
+        let crc = crate::crc32c_append(piece_crc, &b);
         b[36..40].copy_from_slice(&crc.to_le_bytes());
         b
     }
@@ -153,7 +153,7 @@ impl Frame {
     pub(super) fn check(&self, header: &[u8; HEADER], piece: &[u8]) -> Result<(), StreamError> {
         let mut zeroed = *header;
         zeroed[36..40].fill(0);
-        let crc = crc32c::crc32c_append(crc32c::crc32c(piece), &zeroed);
+        let crc = crate::crc32c_append(crate::crc32c(piece), &zeroed);
         if crc != self.crc {
             return Err(bad(Part::Checksum, u64::from(crc), u64::from(self.crc)));
         }
@@ -188,7 +188,7 @@ impl Answer {
         for (to, word) in b[24..].chunks_exact_mut(8).zip(words.as_flattened()) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&b);
+        let crc = crate::crc32c(&b);
         b[20..24].copy_from_slice(&crc.to_le_bytes());
         b
     }
@@ -197,7 +197,7 @@ impl Answer {
         check_nonce(b, nonce)?;
         let mut zeroed = *b;
         zeroed[20..24].fill(0);
-        let (crc, found) = (crc32c::crc32c(&zeroed), u32_at(b, 20));
+        let (crc, found) = (crate::crc32c(&zeroed), u32_at(b, 20));
         if crc != found {
             return Err(bad(Part::Checksum, u64::from(crc), u64::from(found)));
         }

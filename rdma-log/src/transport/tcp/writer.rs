@@ -131,7 +131,7 @@ impl Outbox {
             let follows = open.lane == lane && open.from + len as u64 == from;
             if follows && len + piece.len() <= MAX_PIECE {
                 open.seq = seq;
-                open.crc = crc32c::crc32c_append(open.crc, piece);
+                open.crc = crate::crc32c_append(open.crc, piece);
                 self.bytes.extend_from_slice(piece);
                 return;
             }
@@ -142,7 +142,7 @@ impl Outbox {
             lane,
             from,
             seq,
-            crc: crc32c::crc32c(piece),
+            crc: crate::crc32c(piece),
         });
         self.bytes.extend_from_slice(&[0; HEADER]);
         self.bytes.extend_from_slice(piece);
