@@ -26,7 +26,9 @@ use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
 use self::side::{End, Side};
+use crate::harness::hostile_frames::Asker;
 use crate::harness::{built, program};
+use crate::lab::ping::Pinger;
 use crate::lab::plug::{Carrier, Kept};
 use crate::lab::{Host, Lab, Spec};
 
@@ -170,6 +172,18 @@ impl Site {
     /// If the lab does not.
     pub fn frames_of(&self, host: &str) -> Result<Kept> {
         self.lab.watch(host, GUEST_NETWORK)?.keep(GUEST_MAC)
+    }
+
+    /// A card of its own on the guests' network, which pings the guest.
+    ///
+    /// # Errors
+    /// If the lab has no room for it.
+    pub fn pinger(&self) -> Result<Pinger> {
+        let asker = Asker {
+            mac: [0x02, 0xd0, 0x99, 0xe1, 0, 3],
+            address: [10, 77, 0, 3],
+        };
+        Ok(Pinger::new(self.lab.plug(GUEST_NETWORK)?, asker))
     }
 
     /// Clients of the guest, at work.

@@ -34,6 +34,7 @@ pub mod cpio;
 pub mod image;
 pub mod modules;
 pub mod packages;
+pub mod ping;
 pub mod plug;
 pub mod process;
 pub mod qemu;

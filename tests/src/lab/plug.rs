@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hypervisor::backends::wait::Waiter;
@@ -50,6 +51,30 @@ impl Plug {
             })?,
         ];
         Ok(Carrier { end, threads })
+    }
+
+    /// Sends a frame.
+    ///
+    /// # Errors
+    /// If the lab takes none.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        write_frame(&self.writer, frame).context("send a frame into the lab")
+    }
+
+    /// The next frame that comes; none if none has begun to come so soon.
+    ///
+    /// # Errors
+    /// If the lab is gone.
+    pub fn next_within(&mut self, within: Duration) -> Result<Option<Vec<u8>>> {
+        if self.reader.buffer().is_empty() {
+            let mut waiter = Waiter::new();
+            waiter.add(&self.writer, true, false);
+            if waiter.wait(Some(within))? == 0 {
+                return Ok(None);
+            }
+        }
+        let frame = read_frame(&mut self.reader).context("read a frame of the lab's")?;
+        frame.context("the lab is gone").map(Some)
     }
 
     /// Keeps every frame whose sender is this address.
