@@ -308,7 +308,7 @@ impl Meter {
         self.commits.record(took.as_nanos() as u64);
     }
 
-    /// The guest stood so long at the end of an interval, for so many pages and bytes. By the vCPU thread.
+    /// The guest stood so long at the end of an interval, or where it was preempted, for so many pages and bytes. By the vCPU thread.
     pub(crate) fn stood(&self, took: Duration, pages: usize, bytes: usize) {
         self.stops.record(took.as_nanos() as u64);
         self.stop_pages.add(pages as u64);
@@ -363,13 +363,13 @@ impl Meter {
         self.commits.read()
     }
 
-    /// Stops of the guest at the ends of intervals, since the start.
+    /// Stops of the guest at the ends of intervals and where it was preempted, since the start.
     #[must_use]
     pub fn stops(&self) -> Latencies {
         self.stops.read()
     }
 
-    /// Pages that were written in these intervals, and the bytes of their checkpoints.
+    /// Pages that were written before these stops, and the bytes of their checkpoints.
     #[must_use]
     pub fn stopped_for(&self) -> [u64; 2] {
         [self.stop_pages.get(), self.stop_bytes.get()]

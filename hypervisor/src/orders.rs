@@ -455,12 +455,12 @@ impl Orders {
     }
 }
 
-/// A guest's stop at the end of an interval.
+/// A guest's stop at the end of an interval, or at a place where it was preempted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stop {
     /// How long it stood.
     pub took: Duration,
-    /// Pages that were written in the interval.
+    /// Pages that were written since the last.
     pub pages: usize,
     /// Bytes of its checkpoint.
     pub bytes: usize,
@@ -471,7 +471,7 @@ pub struct Stop {
 pub struct Samples {
     commits: ArrayQueue<u64>,
     late_ticks: ArrayQueue<u64>,
-    checkpoints: ArrayQueue<(u64, u64)>,
+    checkpoints: ArrayQueue<Stop>,
     intervals: ArrayQueue<Stop>,
     meter: Meter,
 }
@@ -514,15 +514,14 @@ impl Samples {
         self.late_ticks.pop()
     }
 
-    /// Adds a checkpoint: the time that the guest stood for it, and its bytes.
-    pub fn checkpoint(&self, took: Duration, bytes: usize) {
-        let _ = self
-            .checkpoints
-            .push((took.as_nanos() as u64, bytes as u64));
+    /// Adds a place that was made for a guest that did not exit.
+    pub fn checkpoint(&self, stop: Stop) {
+        self.meter.stood(stop.took, stop.pages, stop.bytes);
+        let _ = self.checkpoints.push(stop);
     }
 
-    /// Takes one checkpoint: nanoseconds and bytes.
-    pub fn take_checkpoint(&self) -> Option<(u64, u64)> {
+    /// Takes one such place.
+    pub fn take_checkpoint(&self) -> Option<Stop> {
         self.checkpoints.pop()
     }
 

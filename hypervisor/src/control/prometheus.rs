@@ -157,7 +157,7 @@ pub(super) fn page(status: &Status, commits: &Latencies, stops: &Latencies) -> S
         ),
         (
             "doppel_interval_pages_total",
-            "Pages that were written in intervals that have ended.",
+            "Pages that were written before the ends of intervals and before preemptions.",
             status.stopped_for[0] as f64,
         ),
         (
@@ -229,7 +229,7 @@ pub(super) fn page(status: &Status, commits: &Latencies, stops: &Latencies) -> S
     histogram(
         &mut page,
         "doppel_interval_stop_seconds",
-        "How long the guest stood at the end of an interval.",
+        "How long the guest stood at the end of an interval, or preempted by a checkpoint.",
         stops,
     );
     page.text

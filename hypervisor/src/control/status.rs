@@ -290,10 +290,10 @@ pub struct Status {
     pub commit: Latency,
     /// The same, of the last ten seconds.
     pub commit_recent: Latency,
-    /// How long the guest stood at the end of each interval; none were made under replay.
+    /// How long the guest stood at the end of each interval; under replay, where it was preempted by a checkpoint.
     #[serde(default)]
     pub stop: Latency,
-    /// Pages that were written in these intervals, and bytes of their checkpoints.
+    /// Pages that were written before these stops, and bytes of their checkpoints.
     #[serde(default)]
     pub stopped_for: [u64; 2],
     /// What was done since the start.

@@ -317,7 +317,7 @@ impl View {
         samples.meter().lag().filter(|_| self.has_backup())
     }
 
-    /// Stops of the guest at the ends of intervals, since the start.
+    /// Stops of the guest at the ends of intervals and where it was preempted, since the start.
     pub(super) fn stops(&self) -> Latencies {
         match &self.figures {
             Some((samples, _)) => samples.meter().stops(),

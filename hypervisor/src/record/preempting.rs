@@ -7,6 +7,7 @@ use super::{Ended, Intervals, RecordError, Recorder};
 use crate::checkpoint::{PART_BYTES, Pages, Remembered};
 use crate::courier::AROUND_A_PART;
 use crate::entry::{Base, Body, Entry, Part};
+use crate::orders::Stop;
 use crate::sink::Sink;
 
 impl<S: Sink> Recorder<S> {
@@ -71,37 +72,39 @@ impl<S: Sink> Recorder<S> {
             // Nobody follows step by step: any place is one.
             return self.sync_point();
         }
-        let bytes = if self.sink.keeps() {
-            self.post_checkpoint()?
-        } else {
-            0
-        };
-        self.samples.checkpoint(started.elapsed(), bytes);
+        if self.sink.keeps() {
+            let (pages, bytes) = self.post_checkpoint()?;
+            let took = started.elapsed();
+            self.samples.checkpoint(Stop { took, pages, bytes });
+        }
         self.sync_point()
     }
 
-    /// A checkpoint of what the guest has written since the last one, told by what has changed in each page where the other side can have that.
-    fn changes_since_last(&mut self, base: Base) -> Result<Vec<u8>, RecordError> {
-        if !self.sink.is_read_whole() || !self.sink.version().patches_pages() {
-            return Ok(self.machine.save(Pages::Changed, base, Vec::new())?);
-        }
-        let told = self
-            .told
-            .get_or_insert_with(|| Remembered::new(self.machine.pages()));
+    /// A checkpoint of what the guest has written since the last one, told by what has changed in each page where the other side can have that; and how many
+    /// pages that was.
+    fn changes_since_last(&mut self, base: Base) -> Result<(usize, Vec<u8>), RecordError> {
+        let patches = self.sink.is_read_whole() && self.sink.version().patches_pages();
         if let Some(unwritten) = self.unwritten.take() {
             self.machine.leave_open(unwritten);
         }
         let mut capture = self
             .machine
             .capture(Pages::Changed, base, Vec::new(), Vec::new())?;
-        self.unwritten = Some(capture.patch(told, &mut Vec::new(), true));
-        Ok(capture.sealed())
+        let pages = capture.pages();
+        if patches {
+            let told = self
+                .told
+                .get_or_insert_with(|| Remembered::new(self.machine.pages()));
+            self.unwritten = Some(capture.patch(told, &mut Vec::new(), true));
+        }
+        Ok((pages, capture.sealed()))
     }
 
-    fn post_checkpoint(&mut self) -> Result<usize, RecordError> {
+    /// Pages and bytes of it.
+    fn post_checkpoint(&mut self) -> Result<(usize, usize), RecordError> {
         let position = self.machine.position();
         let base = Base::new(position, self.encoder.base().clock());
-        let bytes = self.changes_since_last(base)?;
+        let (pages, bytes) = self.changes_since_last(base)?;
         let most = PART_BYTES.min(self.sink.max_payload() - AROUND_A_PART);
         for part in Part::all_of(&bytes, most) {
             let body = Body::Part(part);
@@ -109,6 +112,6 @@ impl<S: Sink> Recorder<S> {
             // The backup takes this part while the next is written.
             self.sink.notify(true);
         }
-        Ok(bytes.len())
+        Ok((pages, bytes.len()))
     }
 }

@@ -340,8 +340,11 @@ impl Reporter {
         if !ticks_late_us.is_empty() || !checkpoints.is_empty() {
             self.say(&Event::Preempted {
                 ticks_late_us,
-                checkpoints_us: checkpoints.iter().map(|(nanos, _)| nanos / 1000).collect(),
-                checkpoint_bytes: checkpoints.iter().map(|(_, bytes)| bytes).sum(),
+                checkpoints_us: checkpoints
+                    .iter()
+                    .map(|stop| stop.took.as_micros() as u64)
+                    .collect(),
+                checkpoint_bytes: checkpoints.iter().map(|stop| stop.bytes as u64).sum(),
             });
         }
     }

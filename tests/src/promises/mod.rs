@@ -34,6 +34,7 @@ pub mod lag_bounded;
 pub mod leaves_nothing;
 pub mod linearizable;
 pub mod linux_busy;
+pub mod linux_busy_replay;
 pub mod linux_debugged;
 pub mod linux_disk;
 pub mod linux_pair;
@@ -135,6 +136,7 @@ pub const ALL: &[Promise] = &[
     linux_pair::PROMISE,
     linux_disk::PROMISE,
     linux_busy::PROMISE,
+    linux_busy_replay::PROMISE,
     linux_side_by_side::PROMISE,
     prepare_exact::PROMISE,
 ];
