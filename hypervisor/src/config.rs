@@ -249,6 +249,13 @@ impl Preempt {
     pub fn by_checkpoint(&self) -> bool {
         self.strategy == Strategy::Checkpoint
     }
+
+    /// Goes on with a machine that has been stopped so, whatever was chosen here.
+    pub fn go_on(&mut self, preempted: bool) {
+        if preempted {
+            self.strategy = Strategy::Checkpoint;
+        }
+    }
 }
 
 /// How the machine is replicated.

@@ -77,8 +77,8 @@ pub struct MachineArgs {
     /// Write the guest's console to this file
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
-    /// What happens when something is due for a guest that does not exit: it waits for an exit, or a checkpoint stops it.
-    /// Who takes over goes on with its own choice, so both sides are to have it
+    /// What happens when something is due for a guest that does not exit: it waits for an exit, or a checkpoint stops it
+    /// (the primary's choice is the machine's: who takes over goes on with it)
     #[arg(long, value_name = "exit|checkpoint", value_parser = strategy)]
     preempt: Option<Strategy>,
     /// CPUs for the vCPU thread, such as 0 or 0,1
@@ -231,10 +231,11 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_nanos() as u64);
     let usage = |error| Failure::new(Failure::USAGE, error);
-    let on_reset = config.on_reset;
+    let (on_reset, preempted) = (config.on_reset, config.preempt.by_checkpoint());
     let Some(kernel) = &config.kernel else {
         let spec = MachineSpec::new(&config.guest, config.memory_mib, &config.command_line, now);
-        return spec.map(|spec| spec.on_reset(on_reset)).map_err(usage);
+        let spec = spec.map_err(usage)?;
+        return Ok(spec.on_reset(on_reset).preempted(preempted));
     };
     let mut seed = [0; SEED_BYTES];
     random_source()
@@ -256,7 +257,8 @@ fn without_address(config: &Config) -> Result<MachineSpec, Failure> {
     Ok(spec
         .with_clock(clock)
         .with_vcpus(config.crew())
-        .on_reset(on_reset))
+        .on_reset(on_reset)
+        .preempted(preempted))
 }
 
 /// Run a machine unprotected, for comparison

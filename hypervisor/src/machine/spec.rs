@@ -106,6 +106,9 @@ pub struct MachineSpec {
     /// What becomes of it when its guest resets it.
     #[serde(default)]
     pub on_reset: OnReset,
+    /// A guest that does not exit is stopped by a checkpoint, by whoever serves it: it may know of its time by that alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub preempted: bool,
     /// Bytes of the image; the initial RAM disk follows it.
     image_bytes: u64,
     /// The guest: an ELF file, or a Linux kernel.
@@ -224,6 +227,7 @@ impl MachineSpec {
             cpu: None,
             image_bytes: image.bytes().len() as u64,
             on_reset: OnReset::default(),
+            preempted: false,
             image: Arc::new(image.bytes().to_vec()),
             initrd: Arc::default(),
         })
@@ -259,6 +263,7 @@ impl MachineSpec {
             seed,
             image_bytes: image.len() as u64,
             on_reset: OnReset::default(),
+            preempted: false,
             image: Arc::new(image),
             initrd: Arc::new(initrd.map_or_else(|| Ok(Vec::new()), read)?),
         })
@@ -304,6 +309,13 @@ impl MachineSpec {
     #[must_use]
     pub fn with_vcpus(mut self, vcpus: Option<u8>) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// The same, of a machine whose guest is stopped by a checkpoint if it does not exit.
+    #[must_use]
+    pub fn preempted(mut self, preempted: bool) -> Self {
+        self.preempted = preempted;
         self
     }
 

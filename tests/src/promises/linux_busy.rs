@@ -42,7 +42,9 @@ pub(super) struct Way {
     pub replicate: Replication,
     /// It is prepared for replay.
     pub prepared: bool,
-    /// Options of both sides.
+    /// Options of the primary.
+    pub options: &'static [&'static str],
+    /// Of both sides.
     pub of_sides: &'static [&'static str],
 }
 
@@ -50,6 +52,7 @@ const AS_IT_COMES: Way = Way {
     name: "checkpoint",
     replicate: Replication::Checkpoint,
     prepared: false,
+    options: &[],
     of_sides: &["--interval-ms", "100"],
 };
 
@@ -114,7 +117,7 @@ pub(super) fn by(way: &Way, run: &Run) -> Result<Figures> {
                 kernel: "kernel",
                 initrd: "kernel.cpio",
                 task: "busy",
-                options: &[],
+                options: way.options,
                 of_sides: way.of_sides,
             },
             memory_mib: 256,

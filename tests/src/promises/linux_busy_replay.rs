@@ -21,7 +21,9 @@ const PREPARED: Way = Way {
     name: "replay",
     replicate: Replication::Replay,
     prepared: true,
-    of_sides: &["--preempt", "checkpoint"],
+    // Who takes over goes on with it.
+    options: &["--preempt", "checkpoint"],
+    of_sides: &[],
 };
 
 #[cfg(test)]

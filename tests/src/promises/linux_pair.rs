@@ -1,18 +1,19 @@
 //! A Linux guest across two hosts (issue 7, point 1): Debian's kernel with redis under real clients, its primary's host killed, a new backup
-//! in that host, and the other host killed. Prepared and replayed; and as it comes, replicated by checkpoints, with the host's CPU, KVM's own
+//! in that host, and the other host killed; each time in the midst of a `redis-benchmark`, which comes to its end as if nothing had been. Prepared and replayed; and as it comes, replicated by checkpoints, with the host's CPU, KVM's own
 //! interrupt controller and one and two vCPUs, in full also with the CPU that can be replayed.
 #![forbid(unsafe_code)]
 
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hypervisor::backends::wait::Moment;
 use hypervisor::config::Transport;
 use hypervisor::intervals::Replication;
 use serde_json::{Value, json};
 
 use crate::harness::random::Random;
+use crate::harness::redis::{Benchmark, Load};
 use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site, await_answers};
 use crate::linux_guest::LinuxGuest;
 use crate::promise::{Figures, Promise, Run};
@@ -20,7 +21,7 @@ use crate::promise::{Figures, Promise, Run};
 /// The promise.
 pub const PROMISE: Promise = Promise {
     name: "linux-pair",
-    line: "Debian's kernel with redis in it, on one vCPU or two, outlives the loss of its host, and of the next one: no connection breaks, no acknowledged write is lost",
+    line: "Debian's kernel with redis in it, on one vCPU or two, outlives the loss of its host, and of the next one: redis-benchmark goes on, no connection breaks, no acknowledged write is lost",
     short: Duration::from_secs(600),
     full: Duration::from_secs(3600),
     show,
@@ -28,6 +29,14 @@ pub const PROMISE: Promise = Promise {
 
 /// Connections of the clients: as many as a guest in an emulated host answers in time.
 const CONNECTIONS: usize = 4;
+
+/// What a benchmark does besides, over each loss: several times what it gets done before.
+const LOAD: Load = Load {
+    tests: "set,get",
+    requests: 600,
+    clients: 4,
+    pipeline: 1,
+};
 
 /// Of a host: a guest of 256 MiB, its description of 90 MiB, and what a copy takes.
 const HOST_MIB: u32 = 1536;
@@ -96,11 +105,17 @@ fn outlive(run: &Run, site: &Site, choice: &Choice<'_>, random: &mut Random) -> 
     run.say(format!("{}: paired; Linux boots", choice.name));
     let client = site.clients(random.next(), CONNECTIONS)?;
     run.say("clients at work");
-    let mut spans = Vec::new();
+    let directory = tempfile::tempdir().context("make a directory")?;
+    let (mut spans, mut rates, mut longest) = (Vec::new(), Vec::new(), 0_f64);
     let losses = run.form.count(2, 10);
     for loss in 0..losses {
+        let mut benchmark = Benchmark::start(directory.path(), site.address(), LOAD)?;
         await_answers(&client, 50 + random.below(200), PATIENCE)?;
         pair.ensure_paired()?;
+        ensure!(
+            benchmark.running()?,
+            "redis-benchmark was done before the host was lost"
+        );
         let host = pair.primary_host();
         let struck = Moment::now();
         client.mark_kill(struck);
@@ -113,6 +128,15 @@ fn outlive(run: &Run, site: &Site, choice: &Choice<'_>, random: &mut Random) -> 
             "loss {loss}: a client was answered after {span:.0} ms, {live:?}"
         ));
         spans.push(span.round());
+        let measured = benchmark.finish(PATIENCE)?;
+        ensure!(
+            measured.len() == LOAD.tests.split(',').count(),
+            "redis-benchmark did not do all of its tests: {measured:?}"
+        );
+        for of in &measured {
+            rates.push(of.rps.round());
+            longest = longest.max(of.max_ms);
+        }
         pair.primary.await_end(PATIENCE, drop)?;
         if loss + 1 < losses {
             site.start(pair.primary.host())?;
@@ -129,6 +153,8 @@ fn outlive(run: &Run, site: &Site, choice: &Choice<'_>, random: &mut Random) -> 
     Ok(json!({
         "hosts_killed": losses,
         "to_service_ms": spans,
+        "benchmark_a_second": rates,
+        "benchmark_longest_ms": longest.round(),
         "acknowledged_writes": outcome.acknowledged_writes,
         "keys_read_back": verified.keys,
         "longest_wait_ms": (outcome.stall_max.as_secs_f64() * 1e3).round(),

@@ -108,6 +108,9 @@ impl Meeting<'_> {
                 Ok((hello, peer, spec, machine))
             })
             .inspect_err(|error| handshake::refuse(&control, error))?;
+        let mut config = config.clone();
+        config.preempt.go_on(spec.preempted);
+        let config = &config;
         let socket = Beats::bind(config.pair.heartbeat, &control)?;
         let address = socket
             .local_addr()
