@@ -443,8 +443,8 @@ impl<S: Sink> Recorder<S> {
             return Ok(());
         }
         let now = self.clock.now();
-        let due = self.machine.ticks_due(now);
-        self.renew_shown_time(now, due > 0)?;
+        let ticks = self.ticks_to_give(now).is_some();
+        self.renew_shown_time(now, ticks)?;
         let (mut count, mut checksum) = (0, 0);
         while count < FRAMES_AT_ONCE && self.stage.has_frames() && self.machine.can_receive() {
             let Some(frame) = self.stage.pop() else { break };
@@ -479,23 +479,23 @@ impl<S: Sink> Recorder<S> {
                 }
             }
         }
-        self.gather_ticks(due, now)
+        // Of what was given here since, more may ask, and none less: the time that comes with a tick is shown.
+        if let Some((due, late)) = self.ticks_to_give(now) {
+            self.samples.late_tick(Duration::from_nanos(late));
+            self.machine.supply(&Input::Tick(due))?;
+            self.step.inputs.push(LoggedInput::Tick(due));
+        }
+        Ok(())
     }
 
-    /// Gives the ticks that are due, behind all else. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than it ticks has
-    /// a tick due wherever it can: every other line would wait for seconds, or for good. So a tick waits while another line asks, and where the guest would not take it.
-    fn gather_ticks(&mut self, due: u32, now: GuestTime) -> Result<(), RecordError> {
-        let Some(first) = self.machine.next_tick().filter(|_| due > 0) else {
-            return Ok(());
-        };
+    /// How many ticks are due and to be given here, behind all else, and by how much the first is late. The timer is first in the line of interrupts, and a guest that can be interrupted more seldom than
+    /// it ticks has a tick due wherever it can: every other line would wait for seconds, or for good. So a tick waits while another line asks, and where the guest would not take it.
+    fn ticks_to_give(&mut self, now: GuestTime) -> Option<(u32, u64)> {
+        let due = self.machine.ticks_due(now);
+        let first = self.machine.next_tick().filter(|_| due > 0)?;
         let late = now.0.saturating_sub(first.0);
-        if late < TIMER_GIVES_WAY_NS && self.machine.tick_is_in_the_way() {
-            return Ok(());
-        }
-        self.samples.late_tick(Duration::from_nanos(late));
-        self.machine.supply(&Input::Tick(due))?;
-        self.step.inputs.push(LoggedInput::Tick(due));
-        Ok(())
+        let waits = late < TIMER_GIVES_WAY_NS && self.machine.tick_is_in_the_way();
+        (!waits).then_some((due, late))
     }
 
     /// A guest that reads the time from memory reads the one of its last input; at an exit without one it is renewed, so that it
