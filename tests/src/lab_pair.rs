@@ -431,7 +431,8 @@ impl<'a> LabPair<'a> {
             .find(|notice| notice.contains("UNPROTECTED"));
         if self.primary.end().is_some() || self.backup.end().is_some() || alone.is_some() {
             bail!(
-                "the pair has parted before anything was done to it; the primary said:\n{}\nthe backup said:\n{}",
+                "the pair has parted before anything was done to it: {:#?}\nthe primary said:\n{}\nthe backup said:\n{}",
+                self.heard.notices,
                 self.primary.messages(),
                 self.backup.messages()
             );
