@@ -480,7 +480,7 @@ impl<S: Sink> Recorder<S> {
             }
         }
         // Of what was given here since, more may ask, and none less: the time that comes with a tick is shown.
-        if let Some((due, late)) = self.ticks_to_give(now) {
+        if ticks && let Some((due, late)) = self.ticks_to_give(now) {
             self.samples.late_tick(Duration::from_nanos(late));
             self.machine.supply(&Input::Tick(due))?;
             self.step.inputs.push(LoggedInput::Tick(due));
@@ -492,7 +492,10 @@ impl<S: Sink> Recorder<S> {
     /// it ticks has a tick due wherever it can: every other line would wait for seconds, or for good. So a tick waits while another line asks, and where the guest would not take it.
     fn ticks_to_give(&mut self, now: GuestTime) -> Option<(u32, u64)> {
         let due = self.machine.ticks_due(now);
-        let first = self.machine.next_tick().filter(|_| due > 0)?;
+        if due == 0 {
+            return None;
+        }
+        let first = self.machine.next_tick()?;
         let late = now.0.saturating_sub(first.0);
         let waits = late < TIMER_GIVES_WAY_NS && self.machine.tick_is_in_the_way();
         (!waits).then_some((due, late))

@@ -274,13 +274,7 @@ impl Pic {
     /// Whether the CPU's interrupt pin is up.
     #[must_use]
     pub fn pending(&self) -> bool {
-        self.next().is_some()
-    }
-
-    /// The line whose interrupt the CPU would get now; the master's for one of the slave's.
-    #[must_use]
-    pub fn next(&self) -> Option<u8> {
-        self.master.winner()
+        self.master.winner().is_some()
     }
 
     /// Lines of the master that ask and are not masked, a bit each, whatever is in service; the slave's as its own line.
@@ -390,18 +384,18 @@ mod tests {
     #[test]
     fn the_next_line_is_the_one_that_is_acknowledged() {
         let mut pic = ready(1);
-        assert_eq!(pic.next(), None);
+        assert_eq!(pic.master.winner(), None);
         pic.pulse(12);
-        assert_eq!(pic.next(), Some(CASCADE));
+        assert_eq!(pic.master.winner(), Some(CASCADE));
         pic.pulse(0);
-        assert_eq!(pic.next(), Some(0));
+        assert_eq!(pic.master.winner(), Some(0));
         assert_eq!(pic.acknowledge(), 0x20);
-        assert_eq!(pic.next(), None, "the first line is in service");
+        assert_eq!(pic.master.winner(), None, "the first line is in service");
         assert_eq!(pic.asks(), 1 << CASCADE, "and the other asks still");
         pic.write(0x20, 0x60);
-        assert_eq!(pic.next(), Some(CASCADE));
+        assert_eq!(pic.master.winner(), Some(CASCADE));
         pic.write(0x21, 1 << CASCADE);
-        assert_eq!((pic.next(), pic.asks()), (None, 0), "it is masked");
+        assert_eq!((pic.master.winner(), pic.asks()), (None, 0), "it is masked");
     }
 
     #[test]
