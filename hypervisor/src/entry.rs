@@ -383,6 +383,17 @@ impl Encoder {
     }
 }
 
+/// Which part of a checkpoint an encoded entry is, if it is one.
+#[must_use]
+pub fn part_number(payload: &[u8]) -> Option<u32> {
+    let mut rest = Bytes(payload);
+    if rest.byte("kind").ok()? != KIND_PART {
+        return None;
+    }
+    rest.varint("position").ok()?;
+    rest.count("part number").ok()
+}
+
 /// Decodes entries in the order in which they were written.
 #[derive(Debug, Default)]
 pub struct Decoder {

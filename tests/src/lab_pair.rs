@@ -16,25 +16,26 @@ use anyhow::{Context, Result, bail, ensure};
 use hypervisor::backends::link;
 use hypervisor::backends::tap::Ipv4Network;
 use hypervisor::backends::wait::Moment;
-use hypervisor::config::Transport;
 use hypervisor::control::status::Status;
 use hypervisor::demo::client::{self, Client, Outcome, Verification};
 use hypervisor::demo::gateway::{self, Gateway, LinkHost};
 use hypervisor::demo::heard::{Heard, Live};
 use hypervisor::handshake::Secret;
-use hypervisor::intervals::Replication;
 use hypervisor::session::report::Event;
 
+pub use self::choice::{Choice, Guest};
 use self::side::{End, Side};
-use crate::harness::hostile_frames::Asker;
+use crate::harness::requests::Asker;
 use crate::harness::{built, program};
 use crate::lab::ping::Pinger;
 use crate::lab::plug::{Carrier, Kept};
 use crate::lab::{Host, Lab, Spec};
 
+pub mod choice;
 pub mod demo;
 pub mod ground;
 pub mod side;
+pub mod storage;
 
 /// The guest's address.
 pub const GUEST: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 2), 6379);
@@ -251,124 +252,17 @@ pub struct LabPair<'a> {
     pub heard: Heard,
 }
 
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct Choice<'a> {
-    /// What carries the log.
-    pub transport: Transport,
-    /// The machine's name, by which the arbiter knows it.
-    pub name: &'a str,
-    /// What it runs.
-    pub guest: Guest<'a>,
-    /// `--memory`.
-    pub memory_mib: u32,
-    /// How it is replicated.
-    pub replicate: Replication,
-}
-
-/// What a machine runs.
-#[derive(Clone, Copy, Debug)]
-pub enum Guest<'a> {
-    /// `--guest`: a bare-metal one.
-    Bare(&'a str),
-    /// A Linux guest ([`linux_guest`](crate::linux_guest)) that serves redis, from files in the hosts' shared directory.
-    Linux {
-        /// The kernel's name there.
-        kernel: &'a str,
-        /// The initial RAM disk's.
-        initrd: &'a str,
-        /// What it does.
-        task: &'a str,
-        /// Options of the primary besides.
-        options: &'a [&'a str],
-        /// Options of both sides: the one that takes over is to go on as the other did.
-        of_sides: &'a [&'a str],
-    },
-}
-
-impl Guest<'_> {
-    fn of_sides(&self) -> &[&str] {
-        match self {
-            Self::Bare(_) => &[],
-            Self::Linux { of_sides, .. } => of_sides,
-        }
-    }
-
-    /// The primary's options for it.
-    fn options(&self) -> Vec<String> {
-        let network = GATEWAY.address;
-        let address = format!("{}/{}", GUEST.ip(), network.prefix);
-        let mut words: Vec<String> = Vec::new();
-        match self {
-            Self::Bare(name) => {
-                let line = format!("ip={address} gw={}", network.address);
-                words.extend(["--guest", name, "--command-line", &line].map(str::to_owned));
-            }
-            Self::Linux {
-                kernel,
-                initrd,
-                task,
-                options,
-                ..
-            } => {
-                let line = format!("quiet guest.do={task} guest.ip={address}");
-                let [kernel, initrd] = [kernel, initrd].map(|name| format!("/shared/{name}"));
-                words.extend(
-                    [
-                        // A guest that crashes is to be seen, not started again.
-                        "--on-reset",
-                        "end",
-                        "--kernel",
-                        &kernel,
-                        "--initrd",
-                        &initrd,
-                        "--command-line",
-                        &line,
-                    ]
-                    .map(str::to_owned),
-                );
-                words.extend(options.iter().map(|&word| word.to_owned()));
-            }
-        }
-        words
-    }
-}
-
 impl<'a> LabPair<'a> {
     /// Starts the primary in `h1` and the backup in `h2`, and waits until they are paired.
     ///
     /// # Errors
     /// What the sides say.
     pub fn start(site: &'a Site, choice: &Choice<'_>) -> Result<Self> {
-        let options = [
-            "--json",
-            "--config",
-            "/shared/times.toml",
-            "--transport",
-            choice.transport.name(),
-            "--name",
-            choice.name,
-            "--secret",
-            "/etc/pair.secret",
-            "--arbiter",
-            "/shared/arbiter",
-            "--replicate",
-            choice.replicate.name(),
-            "--tap",
-            "doppel0",
-        ]
-        .into_iter()
-        .chain(choice.guest.of_sides().iter().copied())
-        .map(str::to_owned)
-        .collect::<Vec<_>>();
+        let options = choice.of_sides();
         let [first, second] = HOSTS.map(|host| site.lab.host(host));
         let mut backup = start_backup(&second, &options)?;
-        let mut words = vec!["doppel".to_owned(), "primary".to_owned()];
-        words.extend(options.iter().cloned());
-        words.extend(["--connect".into(), format!("{}:{PORT}", address(HOSTS[1]))]);
-        words.extend(choice.guest.options());
-        words.extend(["--memory".into(), choice.memory_mib.to_string()]);
-        let mut primary = Side::start(&first, &words, PATIENCE)?;
+        let standby = format!("{}:{PORT}", address(HOSTS[1]));
+        let mut primary = choice.start_primary(&first, &["--connect", &standby])?;
         let mut heard = Heard::default();
         for side in [&mut primary, &mut backup] {
             side.wait_for("is paired", PATIENCE, is_paired, |event| heard.hear(event))?;

@@ -7,14 +7,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
 
 use crate::checkpoint::{CheckpointError, Pages};
 use crate::disk::Done;
-use crate::entry::Base;
+use crate::entry::{Base, part_number};
 use crate::gate::Committed;
 use crate::machine::{Machine, Phase, Swept};
 use crate::position::Position;
@@ -28,8 +28,8 @@ pub(super) const CUT: u8 = 3;
 
 const HEAD: usize = 5;
 
-/// Bytes that may wait to be written: seconds of a busy guest's log. More is a disk that does not keep up, and memory that a
-/// machine needs for itself.
+/// Bytes that may wait to be written besides one checkpoint: seconds of a busy guest's log. More is a disk that does not keep up, and memory that a
+/// machine needs for itself. A checkpoint is of what the guest wrote since the last one, so one of a guest that was not stopped for long is as large as its memory, however quick the disk is.
 const WAITING_MAX: usize = 64 << 20;
 
 /// Pages for which the guest stands while KVM begins to note them anew: half a millisecond's worth.
@@ -66,7 +66,7 @@ pub(super) enum Answer {
 
 #[derive(Debug)]
 struct Shared {
-    items: Mutex<Vec<u8>>,
+    waiting: Mutex<Waiting>,
     ask: AtomicU8,
     /// The recorder's thread takes nothing more.
     over: AtomicBool,
@@ -74,6 +74,38 @@ struct Shared {
     closed: AtomicBool,
     /// More waited than may.
     overrun: AtomicBool,
+}
+
+/// What waits to be written.
+#[derive(Debug, Default)]
+struct Waiting {
+    items: Vec<u8>,
+    /// Bytes of the checkpoint whose parts come, and of the largest.
+    checkpoint: usize,
+    largest: usize,
+}
+
+impl Waiting {
+    /// Whether so many bytes more may wait. Of a checkpoint its first part is asked for, and the others follow it.
+    fn has_room(&self, bytes: usize, part: Option<u32>) -> bool {
+        part.is_some_and(|number| number > 0)
+            || self.items.len() - self.largest + bytes <= WAITING_MAX
+    }
+
+    fn put(&mut self, tag: u8, length: usize, parts: &[&[u8]], part: Option<u32>) {
+        let before = self.items.len();
+        self.items.push(tag);
+        self.items.extend_from_slice(&(length as u32).to_le_bytes());
+        for part in parts {
+            self.items.extend_from_slice(part);
+        }
+        match part {
+            Some(0) => self.checkpoint = self.items.len() - before,
+            Some(_) => self.checkpoint += self.items.len() - before,
+            None => self.checkpoint = 0,
+        }
+        self.largest = self.largest.max(self.checkpoint);
+    }
 }
 
 /// The vCPU thread's end.
@@ -94,7 +126,7 @@ pub(super) struct Spool {
 /// Both ends of a new tape.
 pub(super) fn tape() -> (Tape, Spool) {
     let shared = Arc::new(Shared {
-        items: Mutex::default(),
+        waiting: Mutex::default(),
         ask: AtomicU8::new(NOTHING),
         over: AtomicBool::new(false),
         closed: AtomicBool::new(false),
@@ -109,42 +141,40 @@ pub(super) fn tape() -> (Tape, Spool) {
     (tape, Spool { shared, answers })
 }
 
+impl Shared {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Tape {
     /// A frame that the next entry applies.
     pub fn frame(&self, bytes: &[u8]) {
-        self.item(INPUT, &[&[INPUT_FRAME], bytes]);
+        self.item(INPUT, &[&[INPUT_FRAME], bytes], None);
     }
 
     /// What came of a request to the disk, which the next entry applies.
     pub fn done(&self, done: &Done) {
-        self.item(INPUT, &[&[INPUT_DONE, 1], &done.encode()]);
+        self.item(INPUT, &[&[INPUT_DONE, 1], &done.encode()], None);
     }
 
     /// An entry of the events lane.
     pub fn entry(&self, payload: &[u8]) {
-        self.item(ENTRY, &[payload]);
+        self.item(ENTRY, &[payload], part_number(payload));
     }
 
-    fn item(&self, tag: u8, parts: &[&[u8]]) {
+    fn item(&self, tag: u8, parts: &[&[u8]], part: Option<u32>) {
         if self.shared.over.load(Ordering::Relaxed) {
             return;
         }
         let length: usize = parts.iter().map(|part| part.len()).sum();
-        let mut items = self
-            .shared
-            .items
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if items.len() + HEAD + length > WAITING_MAX {
+        let mut waiting = self.shared.waiting();
+        if waiting.has_room(HEAD + length, part) {
+            waiting.put(tag, length, parts, part);
+        } else {
             self.shared.overrun.store(true, Ordering::Relaxed);
             // Nothing behind a gap.
             self.shared.over.store(true, Ordering::Relaxed);
-            return;
-        }
-        items.push(tag);
-        items.extend_from_slice(&(length as u32).to_le_bytes());
-        for part in parts {
-            items.extend_from_slice(part);
         }
     }
 
@@ -194,7 +224,7 @@ impl Tape {
             // The next exit will do.
             Err(error) if error.is_mid_instruction() => return true,
             Ok(bytes) => {
-                self.item(CUT, &[&position.0.to_le_bytes()]);
+                self.item(CUT, &[&position.0.to_le_bytes()], None);
                 Answer::Cut(bytes, position, started.elapsed())
             }
             Err(error) => Answer::Failed(error.to_string()),
@@ -226,12 +256,9 @@ impl Spool {
     /// Takes what has gathered; the buffer is given back for what follows.
     pub(super) fn take(&self, into: &mut Vec<u8>) {
         into.clear();
-        let mut items = self
-            .shared
-            .items
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        std::mem::swap(&mut *items, into);
+        let mut waiting = self.shared.waiting();
+        std::mem::swap(&mut waiting.items, into);
+        (waiting.checkpoint, waiting.largest) = (0, 0);
     }
 
     /// Whether nothing more comes than what is there.
@@ -266,11 +293,7 @@ impl Drop for Spool {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::Relaxed);
         // What waits is nobody's any more.
-        *self
-            .shared
-            .items
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Vec::new();
+        *self.shared.waiting() = Waiting::default();
     }
 }
 
@@ -353,6 +376,7 @@ impl Sink for TapeSink {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::entry::{Body, Encoder, Entry, Part};
 
     #[test]
     fn items_come_out_as_they_went_in() {
@@ -395,10 +419,39 @@ mod tests {
     }
 
     #[test]
+    fn a_checkpoint_waits_whole_however_large_it_is_and_one_more_does_not() {
+        let (tape, spool) = tape();
+        let checkpoint = || {
+            let mut encoder = Encoder::from_base(Base::default());
+            for part in Part::all_of(&vec![7; WAITING_MAX + 1], 1 << 20) {
+                let (position, body) = (Position(0), Body::Part(part));
+                tape.entry(encoder.encode(&Entry { position, body }));
+            }
+        };
+        let mut taken = Vec::new();
+        for _ in 0..2 {
+            tape.entry(b"before");
+            checkpoint();
+            tape.entry(b"behind");
+            assert_eq!(spool.overrun(), None);
+            spool.take(&mut taken);
+            assert!(taken.len() > WAITING_MAX);
+            assert_eq!(Items(&taken).last(), Some((ENTRY, &b"behind"[..])));
+        }
+        checkpoint();
+        tape.entry(b"more");
+        assert_eq!(spool.overrun(), None);
+        checkpoint();
+        assert_eq!(spool.overrun(), None, "the first part of another has room");
+        tape.frame(&vec![7; WAITING_MAX]);
+        assert_eq!(spool.overrun(), Some(WAITING_MAX));
+    }
+
+    #[test]
     fn a_recorder_that_ended_costs_nothing_more() {
         let (tape, spool) = tape();
         drop(spool);
         tape.entry(b"x");
-        assert!(tape.shared.items.lock().unwrap().is_empty());
+        assert!(tape.shared.waiting().items.is_empty());
     }
 }

@@ -17,9 +17,9 @@ use tempfile::TempDir;
 
 use super::hostile::{Step, machine, of_message};
 use super::hostile_backup::{Follower, Verdict};
-use super::hostile_frames::Requests;
 use super::program;
 use super::random::Random;
+use super::requests::Requests;
 
 /// When a victim dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -50,6 +50,11 @@ pub const AT_HAND: &[&str] = &[
     "loop",
     "ext4",
     "dm_mod",
+    // A disk for other hosts, and theirs.
+    "target_core_file",
+    "iscsi_target_mod",
+    "iscsi_tcp",
+    "sd_mod",
 ];
 
 /// The modules of a kernel.

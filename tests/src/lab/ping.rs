@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::plug::Plug;
-use crate::harness::hostile_frames::Asker;
+use crate::harness::requests::Asker;
 
 /// Bytes of a ping's data.
 const DATA: usize = 56;

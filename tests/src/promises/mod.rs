@@ -64,6 +64,7 @@ pub mod reprotects_large;
 pub mod resets;
 pub mod rolling_upgrade;
 pub mod shared_disk;
+pub mod shared_disk_reserved;
 pub mod side_by_side;
 pub mod slurm_in_lab;
 pub mod slurm_job;
@@ -108,6 +109,7 @@ pub const ALL: &[Promise] = &[
     offline_replay::PROMISE,
     disk_joins::PROMISE,
     shared_disk::PROMISE,
+    shared_disk_reserved::PROMISE,
     operator_view::PROMISE,
     monitored::PROMISE,
     console::PROMISE,

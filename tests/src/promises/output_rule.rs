@@ -19,11 +19,11 @@ use rdma_log::{LaneReader, RingConfig};
 use crate::harness::hostile::{EPOCH, Feeder, Saboteur, Step, Surroundings, machine};
 use crate::harness::hostile_backup::Verdict;
 use crate::harness::hostile_clients::Clients;
-use crate::harness::hostile_frames::Requests;
 use crate::harness::hostile_gate::{Book, JudgedWorld, WithheldSink};
 use crate::harness::hostile_run::{Death, Scaffold};
 use crate::harness::hostile_zombie::is_protected;
 use crate::harness::random::Random;
+use crate::harness::requests::Requests;
 use crate::harness::stage::{GUEST, Stage, alone};
 use crate::promise::{Figures, Form, Promise, Run};
 
