@@ -469,7 +469,7 @@ impl<L: LogSource> Replayer<L> {
         };
         let image = image.map_err(|error| unusable(error.into()))?;
         if let Some(taping) = &mut self.taping {
-            let whole = image.patches().is_empty().then(|| image.sealed(pages));
+            let whole = version.patches_pages().then(|| image.sealed(pages));
             let whole = whole.as_deref().unwrap_or(bytes);
             taping.checkpoint(self.machine.position(), whole, version);
         }

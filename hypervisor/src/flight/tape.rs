@@ -253,9 +253,10 @@ impl Drop for Tape {
 }
 
 impl Spool {
-    /// Takes what has gathered; the buffer is given back for what follows.
+    /// Takes what has gathered; the buffer is given back for what follows, if a checkpoint has not made it larger than it is to stay.
     pub(super) fn take(&self, into: &mut Vec<u8>) {
         into.clear();
+        into.shrink_to(WAITING_MAX);
         let mut waiting = self.shared.waiting();
         std::mem::swap(&mut waiting.items, into);
         (waiting.checkpoint, waiting.largest) = (0, 0);
