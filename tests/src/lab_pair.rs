@@ -295,15 +295,33 @@ impl<'a> LabPair<'a> {
         status.context("the primary does not say how it is")
     }
 
+    /// Sends a signal to a side's process: whether it was there.
+    fn signal(&self, side: &Side, name: &str) -> Result<bool> {
+        let pid = side.pid().to_string();
+        let sent = self.host_of(side).run(&["kill", name, &pid], PATIENCE)?;
+        Ok(sent.code == 0)
+    }
+
     /// SIGKILL to the primary's process; its host lives on.
     ///
     /// # Errors
     /// If it cannot be sent.
     pub fn kill_process(&self) -> Result<()> {
-        let pid = self.primary.pid().to_string();
-        let killed = self.primary_host().run(&["kill", "-9", &pid], PATIENCE)?;
-        ensure!(killed.code == 0, "the primary was not there to be killed");
+        let killed = self.signal(&self.primary, "-9")?;
+        ensure!(killed, "the primary was not there to be killed");
         Ok(())
+    }
+
+    /// SIGKILL to both, the backup first, which would serve otherwise; and their ends.
+    ///
+    /// # Errors
+    /// If one was not there.
+    pub fn kill_both(&mut self) -> Result<()> {
+        let killed = self.signal(&self.backup, "-9")?;
+        ensure!(killed, "the backup was not there to be killed");
+        self.backup.await_end(PATIENCE, drop)?;
+        self.kill_process()?;
+        self.primary.await_end(PATIENCE, drop).map(drop)
     }
 
     /// Takes in what both sides have said.
@@ -402,9 +420,7 @@ impl<'a> LabPair<'a> {
     /// # Errors
     /// If it does not end.
     pub fn end_survivor(&mut self) -> Result<()> {
-        let pid = self.backup.pid().to_string();
-        let host = self.host_of(&self.backup);
-        host.run(&["kill", "-TERM", &pid], PATIENCE)?;
+        self.signal(&self.backup, "-TERM")?;
         self.backup.await_end(PATIENCE, drop).map(drop)
     }
 
@@ -413,15 +429,11 @@ impl<'a> LabPair<'a> {
     /// # Errors
     /// If one does not end.
     pub fn stop(mut self) -> Result<[End; 2]> {
-        let mut ends = Vec::new();
-        for side in [&mut self.primary, &mut self.backup] {
-            let pid = side.pid().to_string();
-            // A backup has ended by itself when its primary was told to end.
-            let host = self.site.lab.host(side.host());
-            let _ = host.run(&["kill", "-TERM", &pid], PATIENCE)?;
-            ends.push(side.await_end(PATIENCE, drop)?);
-        }
-        ends.try_into().ok().context("two sides have two ends")
+        self.signal(&self.primary, "-TERM")?;
+        let primary = self.primary.await_end(PATIENCE, drop)?;
+        // It has ended by itself when its primary was told to end.
+        self.signal(&self.backup, "-TERM")?;
+        Ok([primary, self.backup.await_end(PATIENCE, drop)?])
     }
 }
 

@@ -96,8 +96,8 @@ impl Waiting {
         let before = self.items.len();
         self.items.push(tag);
         self.items.extend_from_slice(&(length as u32).to_le_bytes());
-        for part in parts {
-            self.items.extend_from_slice(part);
+        for bytes in parts {
+            self.items.extend_from_slice(bytes);
         }
         match part {
             Some(0) => self.checkpoint = self.items.len() - before,

@@ -102,30 +102,33 @@ impl Guest<'_> {
     }
 }
 
+/// What every side of a machine in the lab is told, whatever it runs: its machine's name, what carries the log, and its port of the guest's network.
+pub(super) fn words_of_sides(transport: Transport, name: &str, tap: &str) -> Vec<String> {
+    let words = [
+        "--json",
+        "--config",
+        "/shared/times.toml",
+        "--transport",
+        transport.name(),
+        "--name",
+        name,
+        "--secret",
+        "/etc/pair.secret",
+        "--arbiter",
+        "/shared/arbiter",
+        "--tap",
+        tap,
+    ];
+    words.map(str::to_owned).to_vec()
+}
+
 impl Choice<'_> {
     /// What every side of the machine is told.
     pub(super) fn of_sides(&self) -> Vec<String> {
-        let words = [
-            "--json",
-            "--config",
-            "/shared/times.toml",
-            "--transport",
-            self.transport.name(),
-            "--name",
-            self.name,
-            "--secret",
-            "/etc/pair.secret",
-            "--arbiter",
-            "/shared/arbiter",
-            "--replicate",
-            self.replicate.name(),
-            "--tap",
-            "doppel0",
-        ];
-        let words = words
-            .into_iter()
-            .chain(self.guest.of_sides().iter().copied());
-        words.map(str::to_owned).collect()
+        let mut words = words_of_sides(self.transport, self.name, "doppel0");
+        words.extend(["--replicate".into(), self.replicate.name().into()]);
+        words.extend(self.guest.of_sides().iter().map(|&word| word.to_owned()));
+        words
     }
 
     /// Starts a primary of it in this host.

@@ -11,6 +11,7 @@ use hypervisor::config::Transport;
 use hypervisor::control::status::Status;
 use hypervisor::session::report::Event;
 
+use super::choice::words_of_sides;
 use super::side::{End, Side};
 use super::{Guest, PATIENCE, PORT, Site, address, status_of};
 use crate::harness::chaos::{Clock, Ground, Happening, Member, Patience, Said};
@@ -131,26 +132,9 @@ impl LabGround<'_> {
             format!("ip tuntap add dev {tap} mode tap && ip link set {tap} master br0 up");
         host.sh(&plugged, PATIENCE)?;
         let standby = format!("{}:{PORT}", address(host_name(on.other())));
-        let words = [
-            "doppel",
-            role,
-            "--json",
-            "--config",
-            "/shared/times.toml",
-            "--transport",
-            self.transport.name(),
-            "--name",
-            &self.name,
-            "--secret",
-            "/etc/pair.secret",
-            "--arbiter",
-            "/shared/arbiter",
-            "--tap",
-            &tap,
-            "--standby",
-            &standby,
-        ];
-        let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+        let mut words = vec!["doppel".to_owned(), role.to_owned()];
+        words.extend(words_of_sides(self.transport, &self.name, &tap));
+        words.extend(["--standby".into(), standby]);
         words.extend(more.iter().cloned());
         Remote::start(&host, &words)
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::harness::disk_guest::flushed_in;
 use crate::harness::random::Random;
 use crate::lab::{Host, Spec};
-use crate::lab_pair::side::End;
+use crate::lab_pair::side::{End, Side};
 use crate::lab_pair::storage::{DEVICE, Storage};
 use crate::lab_pair::{Choice, Guest, LabPair, PATIENCE, Site};
 use crate::promise::{Figures, Form, Promise, Run};
@@ -94,8 +94,7 @@ fn show(run: &Run) -> Result<Figures> {
         // Nothing is left of the machine before.
         disk.wipe("h1")?;
         for host in ["h1", "h2"] {
-            let gone = format!("rm -f {CONSOLE}");
-            site.lab().host(host).sh(&gone, PATIENCE)?;
+            forget_console(&site.lab().host(host))?;
         }
         let outcome = machine
             .outlive(run.form.count(1, 5), *ending, &mut random)
@@ -139,10 +138,10 @@ impl Machine<'_> {
     fn outlive(mut self, times: u64, ending: Ending, random: &mut Random) -> Result<Value> {
         let disk = format!("{DEVICE},shared,reservations");
         let of_sides = ["--disk", &disk, "--console", CONSOLE];
-        let (site, choice_name) = (self.site, self.name.clone());
+        let site = self.site;
         let mut pair = LabPair::start(site, &self.choice("every=4", &of_sides))?;
         self.beyond(&pair.primary_host())?;
-        self.is_kept_out(&pair, false)?;
+        self.is_kept_out(&pair.backup)?;
         let blows = BLOWS.repeat(usize::try_from(times)?);
         let mut spans = Vec::new();
         for blow in &blows {
@@ -152,9 +151,12 @@ impl Machine<'_> {
                 .strike(&mut pair, *blow)
                 .with_context(|| format!("{blow:?}"))?;
             spans.push((span.as_secs_f64() * 1e3).round());
+            // What comes next in this host begins within a line, and is no end of the one that was cut off here.
+            forget_console(&pair.primary_host())?;
             pair.rejoin()?;
             self.run.say(format!(
-                "{choice_name}, {blow:?}: live after {:.1} s, {} rounds flushed; a new backup has joined",
+                "{}, {blow:?}: live after {:.1} s, {} rounds flushed; a new backup has joined",
+                self.name,
                 span.as_secs_f64(),
                 self.known
             ));
@@ -172,16 +174,7 @@ impl Machine<'_> {
                     ensure!(end == End::Code(0), "{end:?}: {}", side.messages());
                 }
             }
-            Ending::BothKilled => {
-                // The backup first, or it would serve.
-                for side in [&mut pair.backup, &mut pair.primary] {
-                    let pid = side.pid().to_string();
-                    site.lab()
-                        .host(side.host())
-                        .run(&["kill", "-9", &pid], PATIENCE)?;
-                    side.await_end(PATIENCE, drop)?;
-                }
-            }
+            Ending::BothKilled => pair.kill_both()?,
         }
         let last = site.lab().host(pair.primary.host());
         self.known = self.flushed(&last)?.max(self.known);
@@ -236,7 +229,7 @@ impl Machine<'_> {
                 pair.primary.await_end(PATIENCE, drop)?;
             }
             Blow::Frozen => {
-                self.is_kept_out(pair, true)?;
+                self.is_kept_out(&pair.primary)?;
                 let before = self.disk.refusals_of(&host)?;
                 host.sh(&format!("kill -CONT {pid}"), PATIENCE)?;
                 self.ends(pair)?;
@@ -252,7 +245,7 @@ impl Machine<'_> {
             self.site.start(host.name())?;
             self.disk.reach(host.name())?;
         }
-        self.is_kept_out(pair, true)?;
+        self.is_kept_out(&pair.primary)?;
         // Whatever the old host had under way, the heir reads what it wrote.
         self.beyond(&self.site.lab().host(pair.backup.host()))?;
         Ok(span)
@@ -269,13 +262,8 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// The host that is not to write the disk tries to; the other one is served.
-    fn is_kept_out(&self, pair: &LabPair<'_>, taken_over: bool) -> Result<()> {
-        let side = if taken_over {
-            &pair.primary
-        } else {
-            &pair.backup
-        };
+    /// The host of a side that is not to write the disk tries to.
+    fn is_kept_out(&self, side: &Side) -> Result<()> {
         let host = self.site.lab().host(side.host());
         let (taken, said) = self.disk.takes_writes_of(&host)?;
         ensure!(!taken, "the disk took what {} wrote", side.host());
@@ -317,6 +305,10 @@ impl Machine<'_> {
 /// What is in the host's file.
 fn console(host: &Host<'_>) -> Result<String> {
     host.sh(&format!("cat {CONSOLE} 2>/dev/null || true"), PATIENCE)
+}
+
+fn forget_console(host: &Host<'_>) -> Result<()> {
+    host.sh(&format!("rm -f {CONSOLE}"), PATIENCE).map(drop)
 }
 
 #[cfg(test)]
