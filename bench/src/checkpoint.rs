@@ -11,6 +11,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod telling;
+
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddrV4, TcpStream};
 use std::time::{Duration, Instant};
@@ -21,12 +23,12 @@ use hypervisor::config::Transport;
 use hypervisor::demo::pair::Pair;
 use hypervisor::intervals::Ends;
 use hypervisor::session::report::Event;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::draw::Panel;
 use crate::link::{self, Link};
-use crate::sheet::{Aim, Sheet, Table, round};
+use crate::sheet::{Sheet, round};
 use crate::world::{Guest, Mode, Network};
+use telling::{Row, Tables, tell, tell_anew};
 
 /// Pages that a request writes, besides those of the server's own.
 const PAGES: [usize; 5] = [16, 64, 256, 1024, 2048];
@@ -51,10 +53,15 @@ impl Writes {
         }
     }
 
-    /// The command that writes this page, as the request of this number does it.
-    fn command(self, page: usize, number: usize) -> String {
+    /// The command that writes this page, as the request of this number does it that writes so many. It changes the page: what is written again as it was is not
+    /// what a server writes, and a page that is found as it was is not left open to the guest.
+    fn command(self, pages: usize, page: usize, number: usize) -> String {
         match self {
-            Self::Byte => format!("SETRANGE b {} y\r\n", page * PAGE + number % PAGE),
+            Self::Byte => {
+                let size = PAGES.iter().take_while(|&&size| size < pages).count();
+                let letter = char::from(b'a' + size as u8);
+                format!("SETRANGE b {} {letter}\r\n", page * PAGE + number % PAGE)
+            }
             Self::Anew => {
                 let mut state = (number * 2 * PAGES[PAGES.len() - 1] + page) as u64 | 1 << 63;
                 // Text that repeats nothing (xorshift64).
@@ -191,6 +198,8 @@ struct Found {
     commits: Histogram<u64>,
     /// Of the intervals that such requests ended: pages and microseconds.
     stops: Vec<(u64, u64)>,
+    /// All intervals, those of a few pages too.
+    intervals: usize,
     /// All pages and all bytes of intervals, small ones too.
     written: [u64; 2],
 }
@@ -201,6 +210,7 @@ impl Found {
             latency: histogram(),
             commits: histogram(),
             stops: Vec::new(),
+            intervals: 0,
             written: [0; 2],
         }
     }
@@ -216,6 +226,11 @@ impl Found {
     fn bytes(&self) -> Result<usize> {
         let [pages, bytes] = self.written;
         Ok((self.pages()? as f64 * bytes as f64 / pages.max(1) as f64) as usize)
+    }
+
+    /// How many intervals there were for each request.
+    fn intervals_a_request(&self) -> f64 {
+        round(self.intervals as f64 / self.latency.len() as f64)
     }
 
     fn stops_us(&self) -> Histogram<u64> {
@@ -330,6 +345,7 @@ impl Found {
                     pages,
                     bytes,
                 } => {
+                    self.intervals += stops_us.len();
                     self.written[0] += pages.iter().sum::<u64>();
                     self.written[1] += bytes;
                     let ends = pages.into_iter().zip(stops_us);
@@ -365,7 +381,7 @@ impl Caller {
     /// One whose commands wait for their EXEC.
     fn waiting(address: SocketAddrV4, pages: usize, writes: Writes, place: usize) -> Result<Self> {
         let mut caller = Self::connect(address)?;
-        let commands = (0..pages).map(|page| writes.command(page, place));
+        let commands = (0..pages).map(|page| writes.command(pages, page, place));
         let words: String = std::iter::once("MULTI\r\n".to_owned())
             .chain(commands)
             .collect();
@@ -396,269 +412,9 @@ impl Caller {
     }
 }
 
-/// Requests of one size over one transport.
-struct Row<'a> {
-    asked: usize,
-    bytes: usize,
-    /// Medians, in microseconds.
-    link: f64,
-    alone: f64,
-    output: &'a Found,
-    fixed: &'a Found,
-}
-
-struct Tables {
-    requests: Option<Table>,
-    stops: Option<Table>,
-    anew: Table,
-    panels: Vec<Panel>,
-}
-
-impl Default for Tables {
-    fn default() -> Self {
-        Self {
-            requests: Some(Table::new(
-                "Request to reply (µs, half of the time)",
-                &[
-                    "log over",
-                    "pages",
-                    "KiB",
-                    "alone",
-                    "protected",
-                    "99 in 100",
-                    "added",
-                    "commit",
-                    "of it the stop",
-                    "bare link",
-                    "(added − stop) / link",
-                    "(commit − stop) / link",
-                    "in fixed intervals",
-                    "99 in 100",
-                ],
-            )),
-            stops: Some(Table::new(
-                "How long the guest stands at an interval's end (µs)",
-                &[
-                    "log over",
-                    "pages",
-                    "intervals",
-                    "p50",
-                    "p90",
-                    "p99",
-                    "p99.9",
-                    "max",
-                ],
-            )),
-            anew: Table::new(
-                "Requests whose pages are written from end to end (µs, half of the time)",
-                &[
-                    "log over",
-                    "pages",
-                    "KiB",
-                    "alone",
-                    "protected",
-                    "added",
-                    "commit",
-                    "of it the stop",
-                    "bare link",
-                    "(added − stop) / link",
-                    "(commit − stop) / link",
-                ],
-            ),
-            panels: Vec::new(),
-        }
-    }
-}
-
-/// Of requests that leave nothing of their pages, which is the most that a checkpoint can have to carry.
-fn tell_anew(
-    table: &mut Table,
-    transport: Transport,
-    found: &Found,
-    [asked, alone, link]: [f64; 3],
-) -> Result<Value> {
-    let (pages, bytes) = (found.pages()?, found.bytes()?);
-    let (protected, commit) = (micros(&found.latency, 0.5), micros(&found.commits, 0.5));
-    let stop = micros(&found.stops_us(), 0.5);
-    let added = round(protected - alone);
-    let over = |what: f64| round((what - stop) / link);
-    let whole = |of: f64| format!("{of:.0}");
-    let ratio = |of: f64| format!("{of:.1}");
-    table.row([
-        transport.name().to_owned(),
-        pages.to_string(),
-        whole(bytes as f64 / 1024.0),
-        whole(alone),
-        whole(protected),
-        whole(added),
-        whole(commit),
-        whole(stop),
-        whole(link),
-        ratio(over(added)),
-        ratio(over(commit)),
-    ]);
-    Ok(json!({
-        "asked": asked, "pages": pages, "bytes": bytes, "requests": found.latency.len(), "alone_us": alone, "output_us": protected,
-        "added_us": added, "commit_us": commit, "stop_us": stop, "link_us": link,
-        "added_over_link": over(added), "commit_over_link": over(commit),
-    }))
-}
-
-fn tell(
-    sheet: &mut Sheet,
-    tables: &mut Tables,
-    transport: Transport,
-    rows: &[Row<'_>],
-) -> Result<()> {
-    let name = transport.name();
-    let mut told: Vec<Value> = Vec::new();
-    let mut lines = ["alone", "protected", "2 × bare link + stop", "fixed, 25 ms"]
-        .map(|line| (line.to_owned(), Vec::new()));
-    let mut points = Vec::new();
-    let mut all_stops = histogram();
-    for row in rows {
-        let pages = row.output.pages()?;
-        let (p50, p99) = (
-            micros(&row.output.latency, 0.5),
-            micros(&row.output.latency, 0.99),
-        );
-        let stops = row.output.stops_us();
-        all_stops.add(&stops)?;
-        let (commit, stop) = (micros(&row.output.commits, 0.5), micros(&stops, 0.5));
-        let added = round(p50 - row.alone);
-        let over = |what: f64| round((what - stop) / row.link);
-        let fixed = [0.5, 0.99].map(|quantile| micros(&row.fixed.latency, quantile));
-        let kib = row.bytes as f64 / 1024.0;
-        if let Some(table) = &mut tables.requests {
-            table.row([
-                name.to_owned(),
-                pages.to_string(),
-                format!("{kib:.0}"),
-                format!("{:.0}", row.alone),
-                format!("{p50:.0}"),
-                format!("{p99:.0}"),
-                format!("{added:.0}"),
-                format!("{commit:.0}"),
-                format!("{stop:.0}"),
-                format!("{:.0}", row.link),
-                format!("{:.1}", over(added)),
-                format!("{:.1}", over(commit)),
-                format!("{:.0}", fixed[0]),
-                format!("{:.0}", fixed[1]),
-            ]);
-        }
-        let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0].map(|quantile| micros(&stops, quantile));
-        if let Some(table) = &mut tables.stops {
-            let [a, b, c, d, e] = quantiles.map(|micros| format!("{micros:.0}"));
-            let (pages, count) = (pages.to_string(), stops.len().to_string());
-            table.row([name.to_owned(), pages, count, a, b, c, d, e]);
-        }
-        for ((_, line), value) in
-            lines
-                .iter_mut()
-                .zip([row.alone, p50, AIM * row.link + stop, fixed[0]])
-        {
-            line.push((kib, value));
-        }
-        points.push((pages as f64, stop));
-        sheet.aims.push(Aim::at_most(
-            &format!("{name}, {pages} pages: what protection adds, less the stop / the same bytes over the bare link"),
-            AIM,
-            over(added),
-            &format!(
-                "of {added:.0} µs the guest's own part is {:.0}: a fault for each page that was not left open, at its first write in an interval",
-                added - commit
-            ),
-        ));
-        let [p50_stop, p90, p99_stop, p999, max] = quantiles;
-        told.push(json!({
-            "asked": row.asked, "pages": pages, "bytes": row.bytes, "requests": row.output.latency.len(),
-            "alone_us": row.alone, "output_us": {"p50": p50, "p99": p99}, "fixed_us": {"p50": fixed[0], "p99": fixed[1]},
-            "added_us": added, "commit_us": {"p50": commit, "p99": micros(&row.output.commits, 0.99)}, "link_us": row.link,
-            "added_over_link": over(added), "commit_over_link": over(commit),
-            "stop_us": {"count": stops.len(), "least": micros(&stops, 0.0), "p50": p50_stop, "p90": p90, "p99": p99_stop, "p999": p999, "max": max},
-        }));
-    }
-    let (slope, at_none) = line_through(&points);
-    let last = rows.last().context("no sizes")?;
-    sheet.figure(
-        name,
-        json!({
-            "sizes": told,
-            "stop_us_a_page": round(slope), "stop_us_at_none": round(at_none),
-            "link_mb_s": (last.bytes as f64 / last.link).round(),
-            "stops_us": buckets(&all_stops),
-        }),
-    );
-    sheet.note(format!(
-        "Log over {name}: the stop is {at_none:.0} µs and {slope:.2} for each page (a line through the medians); the bare link carries \
-         {:.0} MB/s at its largest block.",
-        last.bytes as f64 / last.link
-    ));
-    tables.panels.push(Panel::Lines {
-        title: format!("Request to reply, log over {name}, half of the time"),
-        x: "KiB that it has the guest write".into(),
-        y: "µs".into(),
-        lines: lines.into(),
-    });
-    tables.panels.push(Panel::Bars {
-        title: format!("Stops at the ends of intervals, log over {name}: how many were how long"),
-        unit: "intervals".into(),
-        bars: buckets(&all_stops)
-            .into_iter()
-            .map(|(to, count)| (format!("to {to} µs"), count as f64))
-            .collect(),
-    });
-    Ok(())
-}
-
-/// How many were at most so long and longer than the one before, in microseconds: each twice the one before.
-fn buckets(stops: &Histogram<u64>) -> Vec<(u64, u64)> {
-    let mut buckets: Vec<(u64, u64)> = Vec::new();
-    for value in stops.iter_recorded() {
-        let to = (value.value_iterated_to().div_ceil(1000)).next_power_of_two();
-        match buckets.last_mut() {
-            Some((last, count)) if *last == to => *count += value.count_since_last_iteration(),
-            _ => buckets.push((to, value.count_since_last_iteration())),
-        }
-    }
-    buckets
-}
-
-/// Slope and height at 0 of the line with the least squares.
-fn line_through(points: &[(f64, f64)]) -> (f64, f64) {
-    let count = points.len().max(1) as f64;
-    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
-    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
-    let spread: f64 = points.iter().map(|point| (point.0 - x).powi(2)).sum();
-    let slope = points
-        .iter()
-        .map(|point| (point.0 - x) * (point.1 - y))
-        .sum::<f64>()
-        / spread.max(f64::MIN_POSITIVE);
-    (slope, y - slope * x)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_line_is_the_one_that_was_drawn() {
-        let points: Vec<(f64, f64)> = [10.0, 100.0, 1000.0].map(|x| (x, 45.0 + 1.25 * x)).to_vec();
-        let (slope, at_none) = line_through(&points);
-        assert!((slope - 1.25).abs() < 1e-9 && (at_none - 45.0).abs() < 1e-6);
-        assert_eq!(line_through(&[(5.0, 7.0)]), (0.0, 7.0));
-    }
-
-    #[test]
-    fn stops_fall_into_buckets() {
-        let mut stops = histogram();
-        for micros in [60, 61, 100, 900] {
-            stops.record(micros * 1000).unwrap();
-        }
-        assert_eq!(buckets(&stops), [(64, 2), (128, 1), (1024, 1)]);
-    }
 
     #[test]
     fn what_is_written_is_that_of_one_request() {
@@ -673,5 +429,6 @@ mod tests {
         assert_eq!(found.stops, [(100, 300), (110, 310)]);
         assert_eq!(found.bytes().unwrap(), 110 * 4100);
         assert_eq!(found.latency.len(), 1);
+        assert_eq!(found.intervals_a_request(), 3.0);
     }
 }

@@ -21,6 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use crate::checkpoint::{Capture, PART_BYTES, Remembered, Seal, interval};
 use crate::disk::Request;
@@ -91,10 +92,6 @@ struct Shared<S> {
     unwritten: Mutex<Option<Vec<PageNumber>>>,
     stage: Arc<Stage>,
     orders: Arc<Orders>,
-}
-
-fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
-    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<S> Shared<S> {

@@ -10,11 +10,12 @@
 //! answer; meanwhile the guest runs. Questions have numbers, and answers carry them: one that was given up may still be answered.
 #![forbid(unsafe_code)]
 
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use crate::machine::Swept;
 
@@ -74,15 +75,12 @@ impl<S> Desk<S> {
 
     /// Leaves a question; one that was not taken yet is forgotten.
     pub fn leave(&self, number: u64, ask: Ask<S>) {
-        *self.ask.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, ask));
+        *lock(&self.ask) = Some((number, ask));
     }
 
     /// Takes the question, on the vCPU thread.
     pub fn take(&self) -> Option<(u64, Ask<S>)> {
-        self.ask
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.ask).take()
     }
 
     /// Answers the question of this number.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::queue::ArrayQueue;
+use rdma_log::locks::lock;
 use rdma_log::{LendingMutex, Seq};
 
 use crate::backends::wait::Wake;
@@ -186,7 +187,7 @@ impl Orders {
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Order>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     /// Names the vCPU thread that obeys.
@@ -259,17 +260,14 @@ impl Orders {
 
     /// Either thread says that the backup's end of the log breaks the rules.
     pub fn report_unusable(&self, why: String) {
-        *self.unusable.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        *lock(&self.unusable) = Some(why);
         self.reports.ring();
     }
 
     /// Why the log is of no use; told once.
     #[must_use]
     pub fn take_unusable(&self) -> Option<String> {
-        self.unusable
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.unusable).take()
     }
 
     /// A new log begins, which nobody has fenced or broken.
@@ -280,7 +278,7 @@ impl Orders {
 
     /// The vCPU thread leaves its recent exits, as it freezes.
     pub fn leave_exits<'a>(&self, exits: impl Iterator<Item = &'a ExitRecord>) {
-        let mut left = self.exits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = lock(&self.exits);
         left.clear();
         left.extend(exits);
     }
@@ -288,7 +286,7 @@ impl Orders {
     /// The exits that the vCPU thread left; none if it did not freeze.
     #[must_use]
     pub fn take_exits(&self) -> Vec<ExitRecord> {
-        std::mem::take(&mut *self.exits.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.exits))
     }
 
     /// The vCPU thread has work in hand at this position.
@@ -373,17 +371,14 @@ impl Orders {
 
     /// A replica's vCPU thread has come to where its primary hands the machine over; the guest had stood for so long by then.
     pub fn report_handed_over(&self, stood: Duration) {
-        *self.handed.lock().unwrap_or_else(PoisonError::into_inner) = Some((stood, Instant::now()));
+        *lock(&self.handed) = Some((stood, Instant::now()));
         self.reports.ring();
     }
 
     /// Since when the guest stands, if the machine was handed over; told once.
     #[must_use]
     pub fn take_handed_over(&self) -> Option<(Duration, Instant)> {
-        self.handed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.handed).take()
     }
 
     /// The guest has stood for so long because the backup had not kept up. By the vCPU thread.
@@ -400,7 +395,7 @@ impl Orders {
 
     /// The machine has started anew. By the vCPU thread.
     pub(crate) fn report_reset(&self, wish: Wish) {
-        let mut resets = self.resets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut resets = lock(&self.resets);
         *resets = (resets.0 + 1, wish);
         drop(resets);
         self.reports.ring();
@@ -409,7 +404,7 @@ impl Orders {
     /// How often it has, and at whose wish the last time.
     #[must_use]
     pub fn resets(&self) -> (u64, Wish) {
-        *self.resets.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.resets)
     }
 
     /// Something has come for the thread that gives the orders.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use crate::backends::disk::Disk;
 use crate::disk::Request;
@@ -126,10 +127,7 @@ impl Outlet {
     }
 
     fn lock(&self) -> MutexGuard<'_, OutletState> {
-        // A holder that panicked ends the process; there is nothing half-done that a reader could trust less.
-        self.inner
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Releases what has committed; returns the highest entry whose outputs have all left.

@@ -17,8 +17,10 @@
 #![forbid(unsafe_code)]
 
 use std::panic::PanicHookInfo;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+
+use rdma_log::locks::lock;
 
 /// What a role cannot do without a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +78,7 @@ fn say(thread: &str, info: &PanicHookInfo<'_>) {
 }
 
 fn note(thread: &str) {
-    let mut fallen = FALLEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut fallen = lock(&FALLEN);
     fallen.push(thread.to_owned());
     ANY.store(true, Ordering::Release);
 }
@@ -87,7 +89,7 @@ pub fn take() -> Option<String> {
     if !ANY.load(Ordering::Acquire) {
         return None;
     }
-    let mut fallen = FALLEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut fallen = lock(&FALLEN);
     let thread = fallen.pop();
     ANY.store(!fallen.is_empty(), Ordering::Release);
     thread

@@ -4,12 +4,13 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
 use crossbeam::queue::{ArrayQueue, SegQueue};
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use crate::backends::wait::Wake;
 use crate::disk::Done;
@@ -103,10 +104,7 @@ impl Stage {
     /// Takes over what a dead primary had read and not applied, or applied after the state that goes on: more than fits the
     /// stage, where that was an interval. Before anything else is added.
     pub fn inherit(&self, frames: Vec<Vec<u8>>) {
-        let mut inherited = self
-            .inherited
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut inherited = lock(&self.inherited);
         inherited.extend(frames);
         self.left.store(inherited.len(), Ordering::Release);
         self.bell.ring();
@@ -116,10 +114,7 @@ impl Stage {
         if self.left.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let mut inherited = self
-            .inherited
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut inherited = lock(&self.inherited);
         let bytes = inherited.pop_front();
         self.left.store(inherited.len(), Ordering::Release);
         bytes.map(|bytes| StagedFrame {

@@ -48,6 +48,7 @@
 //! | [`fdpass`] | descriptors over a Unix socket |
 //! | [`robust`] | a thread's death, told by the kernel in shared memory |
 //! | `region`, `control`, `futex`, `poll` | the memory, the shared words in it, sleeping on them and on sockets |
+//! | [`locks`] | a lock whose holder may have panicked; none is on the way of an entry over `shm` |
 //!
 //! # Threads
 //!
@@ -85,6 +86,7 @@ mod futex;
 mod lane;
 #[cfg(not(loom))]
 mod lend;
+pub mod locks;
 #[cfg(not(loom))]
 mod poll;
 #[cfg_attr(loom, allow(dead_code, reason = "the models map no memory"))]

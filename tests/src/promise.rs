@@ -1,9 +1,10 @@
 //! What a promise is, and how one is run.
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
+use rdma_log::locks::lock;
 use serde_json::{Map, Value};
 
 /// How much is done to show a promise.
@@ -104,7 +105,7 @@ impl Promise {
     /// # Errors
     /// What does not hold.
     pub fn run(&self, run: &Run) -> anyhow::Result<Figures> {
-        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = lock(&ONE_AT_A_TIME);
         (self.show)(run)
     }
 

@@ -11,17 +11,36 @@ use crate::sheet::{Sheet, Table, median, round};
 /// What is compared: boot, the parts, the whole life.
 const COLUMNS: usize = PARTS.len() + 2;
 
+/// What a life took, in seconds.
+fn times(life: &Life) -> [Option<f64>; COLUMNS] {
+    std::array::from_fn(|column| match column {
+        0 => life.boot,
+        column if column <= PARTS.len() => life.parts[column - 1],
+        _ => life.whole,
+    })
+}
+
 /// Medians of those that came so far, in seconds.
 fn medians(lives: &[Life]) -> [Option<f64>; COLUMNS] {
     std::array::from_fn(|column| {
-        let of = |life: &Life| match column {
-            0 => life.boot,
-            column if column <= PARTS.len() => life.parts[column - 1],
-            _ => life.whole,
-        };
-        let all: Vec<f64> = lives.iter().filter_map(of).collect();
+        let all: Vec<f64> = lives
+            .iter()
+            .filter_map(|life| times(life)[column])
+            .collect();
         (!all.is_empty()).then(|| round(median(all)))
     })
+}
+
+/// Values of the columns, by their keys.
+fn keyed(values: &[Option<f64>; COLUMNS]) -> Value {
+    let keys = ["boot"]
+        .into_iter()
+        .chain(PARTS.map(|(key, _)| key))
+        .chain(["whole"]);
+    keys.zip(values)
+        .map(|(key, value)| (key.to_owned(), json!(value)))
+        .collect::<Map<_, _>>()
+        .into()
 }
 
 /// Puts them into the sheet.
@@ -67,16 +86,6 @@ pub fn tell(sheet: &mut Sheet, found: &[(Host, Vec<Life>)]) {
         if let Some(boot) = medians[0] {
             bars.push((host.name().to_owned(), boot));
         }
-        let keyed = |values: &[Option<f64>; COLUMNS]| -> Value {
-            let keys = ["boot"]
-                .into_iter()
-                .chain(PARTS.map(|(key, _)| key))
-                .chain(["whole"]);
-            keys.zip(values)
-                .map(|(key, value)| (key.to_owned(), json!(value)))
-                .collect::<Map<_, _>>()
-                .into()
-        };
         let failed: Vec<&String> = lives
             .iter()
             .filter_map(|life| life.failed.as_ref())
@@ -86,7 +95,7 @@ pub fn tell(sheet: &mut Sheet, found: &[(Host, Vec<Life>)]) {
         }
         rows.push(json!({
             "name": host.name(), "key": host.key(), "runs": lives.len(), "whole": whole, "seconds": keyed(&medians), "ratio": keyed(&ratio),
-            "exits": last_exits(lives), "failed": failed,
+            "lives": lives.iter().map(|life| keyed(&times(life).map(|time| time.map(round)))).collect::<Vec<_>>(), "exits": last_exits(lives), "failed": failed,
         }));
     }
     sheet.figure("hosts", rows);
@@ -147,6 +156,11 @@ mod tests {
         });
         assert_eq!(medians(&lives)[0], Some(4.0));
         assert_eq!(medians(&lives)[1..], [None; COLUMNS - 1]);
+        let each: Vec<Value> = lives
+            .iter()
+            .map(|life| keyed(&times(life))["boot"].clone())
+            .collect();
+        assert_eq!(each, [json!(3.0), Value::Null, json!(5.0)]);
     }
 
     #[test]

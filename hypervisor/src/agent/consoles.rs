@@ -18,9 +18,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rdma_log::locks::lock;
 use serde::{Deserialize, Serialize};
 
 use super::seal;
@@ -117,7 +118,7 @@ pub fn show(listener: TcpListener, run_dir: &Path, secret: &Secret) -> io::Resul
             let told = Arc::clone(&told);
             let visit = move || {
                 if let Err(error) = receive_one(stream, &trust, &run_dir) {
-                    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut told = lock(&told);
                     match told.another(Instant::now()) {
                         None => {}
                         Some(0) => tracing::info!("a visitor from {from}: {error}"),
@@ -283,7 +284,7 @@ impl Way for AtSite {
     }
 
     fn look(&self, name: &str) -> Result<Seen, VisitError> {
-        let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = lock(&self.store);
         let Ok(site) = store.read() else {
             // etcd is away: machines run on, and so does whoever looks.
             return Ok(Seen {

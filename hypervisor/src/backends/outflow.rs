@@ -23,6 +23,8 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use rdma_log::locks::lock;
+
 /// Bytes that may wait: half a minute of a role's figures, a few thousand lines of a log or a console.
 pub const MOST: usize = 1 << 20;
 
@@ -68,7 +70,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The next pieces, as one, and what was lost before them. None: it is over.
@@ -148,7 +150,7 @@ impl Outflow {
                 confine();
                 work.work(to, tell);
             })?;
-        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&ALL);
         all.retain(|shared| shared.strong_count() > 0);
         all.push(Arc::downgrade(&shared));
         Ok(Self(shared))
@@ -183,7 +185,7 @@ impl Drop for Outflow {
 /// Waits until everything that was left is written, but no longer than [`LAST_WORDS`]: at the end of a role, or of the process.
 pub fn settle() {
     let all: Vec<_> = {
-        let all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = lock(&ALL);
         all.iter().filter_map(Weak::upgrade).collect()
     };
     let until = Instant::now() + LAST_WORDS;

@@ -33,13 +33,14 @@ pub(super) const PATCH_MAX: usize = PAGE_SIZE - 1;
 /// writes in a second of intervals are fewer; those that it does not hold go whole.
 const REMEMBERED_MAX: u64 = 16_384;
 
-/// Appends what makes `new` of `old`. If that is no shorter than the page nothing is appended, and the answer is no.
-fn encode(old: &Page, new: &Page, to: &mut Vec<u8>) -> bool {
+/// Appends what makes `new` of `old`, and makes it that, of which most is not touched. If that is no shorter than the page nothing is appended, the answer is no, and
+/// `old` is neither of the two.
+fn encode(old: &mut Page, new: &Page, to: &mut Vec<u8>) -> bool {
     let at = to.len();
     let mut lines = 0u64;
     to.extend_from_slice(&lines.to_le_bytes());
     for (number, (old, new)) in old
-        .chunks_exact(LINE)
+        .chunks_exact_mut(LINE)
         .zip(new.chunks_exact(LINE))
         .enumerate()
     {
@@ -49,16 +50,17 @@ fn encode(old: &Page, new: &Page, to: &mut Vec<u8>) -> bool {
         lines |= 1 << number;
         let words = to.len();
         to.push(0);
-        for (bit, (old, new)) in old
+        for (bit, (was, new)) in old
             .chunks_exact(WORD)
             .zip(new.chunks_exact(WORD))
             .enumerate()
         {
-            if old != new {
+            if was != new {
                 to[words] |= 1 << bit;
                 to.extend_from_slice(new);
             }
         }
+        old.copy_from_slice(new);
     }
     if to.len() - at > PATCH_MAX {
         to.truncate(at);
@@ -204,8 +206,8 @@ impl Remembered {
                 *known = None;
                 told.whole.push(page);
                 contents.extend_from_slice(now);
+                before.copy_from_slice(now);
             }
-            before.copy_from_slice(now);
         }
         told.patch_bytes = self.patches.len();
         contents.extend_from_slice(&self.patches);
@@ -325,7 +327,9 @@ mod tests {
         #[test]
         fn a_patch_makes_the_new_of_the_old((old, new) in written()) {
             let mut bytes = vec![7];
-            if encode(&old, &new, &mut bytes) {
+            let mut made = old.clone();
+            if encode(&mut made, &new, &mut bytes) {
+                prop_assert_eq!(&made, &new);
                 let bytes = &bytes[1..];
                 prop_assert!(bytes.len() < PAGE_SIZE);
                 prop_assert_eq!(length(bytes), Some(bytes.len()));
@@ -464,12 +468,12 @@ mod tests {
         let old = [3; PAGE_SIZE];
         let mut new = old;
         let mut bytes = Vec::new();
-        assert!(encode(&old, &new, &mut bytes));
+        assert!(encode(&mut { old }, &new, &mut bytes));
         assert_eq!(bytes.len(), HEAD);
         assert_eq!(patch(&bytes, &old), Some(old));
         new[4090] = 0;
         bytes.clear();
-        assert!(encode(&old, &new, &mut bytes));
+        assert!(encode(&mut { old }, &new, &mut bytes));
         assert_eq!(bytes.len(), HEAD + 1 + WORD);
         assert_eq!(patch(&bytes, &old), None, "it is another page's checksum");
     }
@@ -478,14 +482,14 @@ mod tests {
     fn a_page_that_is_new_all_over_goes_whole() {
         let (old, new) = ([3; PAGE_SIZE], [4; PAGE_SIZE]);
         let mut bytes = Vec::new();
-        assert!(!encode(&old, &new, &mut bytes));
+        assert!(!encode(&mut { old }, &new, &mut bytes));
         assert!(bytes.is_empty());
         // As long as the page, or longer.
         let mut almost = new;
         almost[..LINE].fill(3);
-        assert!(!encode(&old, &almost, &mut bytes));
+        assert!(!encode(&mut { old }, &almost, &mut bytes));
         almost[LINE..3 * LINE].fill(3);
-        assert!(encode(&old, &almost, &mut bytes));
+        assert!(encode(&mut { old }, &almost, &mut bytes));
         assert_eq!(bytes.len(), HEAD + 61 * (1 + LINE));
     }
 

@@ -7,10 +7,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crossbeam::queue::ArrayQueue;
+use rdma_log::locks::lock;
 
 use super::status::{Happened, Ordered, Role, Standing};
 use crate::backends::wait::Wake;
@@ -174,7 +175,7 @@ impl Board {
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.now)
     }
 
     fn leave(&self, update: Update) {
@@ -275,7 +276,7 @@ impl Board {
 
     /// Where a backup may listen, from now on. False: too many places are known.
     pub fn add_place(&self, place: SocketAddr) -> bool {
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut places = lock(&self.places);
         if places.contains(&place) {
             return true;
         }
@@ -289,7 +290,7 @@ impl Board {
     /// Where backups may listen, beside the places that the role was started with.
     #[must_use]
     pub fn places(&self) -> Vec<SocketAddr> {
-        let places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let places = lock(&self.places);
         places.clone()
     }
 

@@ -7,10 +7,11 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use crate::checkpoint::{CheckpointError, Pages};
 use crate::disk::Done;
@@ -143,7 +144,7 @@ pub(super) fn tape() -> (Tape, Spool) {
 
 impl Shared {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 }
 

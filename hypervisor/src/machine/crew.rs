@@ -11,9 +11,11 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use rdma_log::locks::lock;
 
 use super::{MachineError, Phase, Tally, touch};
 use crate::devices::Devices;
@@ -93,10 +95,6 @@ pub struct Crew {
     stands: bool,
     /// How long it took them to stand, the last time.
     took: Duration,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Crew {

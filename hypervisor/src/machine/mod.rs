@@ -41,8 +41,9 @@ use crate::position::Position;
 
 use reset::Reset;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use rdma_log::locks::lock;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crew::Crew;
@@ -100,10 +101,6 @@ impl Cpus {
             Self::Crew(crew) => Some(crew),
         }
     }
-}
-
-fn lock(devices: &Mutex<Devices>) -> MutexGuard<'_, Devices> {
-    devices.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One virtual machine.

@@ -1,9 +1,10 @@
 //! How the proof of a fence gets from the thread that fences to the one that drains the log and goes live.
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rdma_log::Fenced;
+use rdma_log::locks::lock;
 
 /// Where the proof is left. Clones are the same place; whoever goes live takes the proof out, whoever else still knows the place.
 #[derive(Clone, Debug, Default)]
@@ -11,7 +12,7 @@ pub struct Proof(Arc<Mutex<Option<Fenced>>>);
 
 impl Proof {
     fn lock(&self) -> MutexGuard<'_, Option<Fenced>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// The fence has returned: from now on the log is to be drained.

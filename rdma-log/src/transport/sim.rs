@@ -9,12 +9,13 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::entry::{Lane, Nonce, Seq};
 use crate::fence::{FenceError, Fenced};
 use crate::lane::{ReadError, WriteError};
+use crate::locks::lock;
 use crate::region::{ReadView, Region};
 use crate::ring::{Acks, BadSize, RingConfig, RingReader, RingWriter};
 use crate::transport::{
@@ -115,7 +116,7 @@ impl State {
 
 impl Card {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Lets up to `atoms` pieces of eight bytes arrive; says how many there were.

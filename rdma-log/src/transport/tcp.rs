@@ -27,6 +27,7 @@ use crate::transport::{ReadPort, WritePort};
 
 mod frame;
 mod reader;
+mod stall;
 mod writer;
 
 pub use frame::Part;

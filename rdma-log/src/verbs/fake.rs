@@ -17,9 +17,11 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use crate::locks::lock;
 
 use super::Verbs;
 use super::abi::{
@@ -88,10 +90,6 @@ static NUMBERS: AtomicU64 = AtomicU64::new(17);
 
 fn number() -> u32 {
     NUMBERS.fetch_add(1, Ordering::Relaxed) as u32 & 0xff_ffff
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn card(name: &str) -> Arc<Card> {

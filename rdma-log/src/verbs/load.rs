@@ -7,6 +7,8 @@
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use crate::locks::lock;
+
 use super::abi::{ABI, ENTRY, Entry, Table};
 use super::error::RdmaError;
 
@@ -41,9 +43,7 @@ fn places() -> Vec<PathBuf> {
 /// [`RdmaError::Library`] or [`RdmaError::Version`].
 pub(super) fn table() -> Result<&'static Table, RdmaError> {
     static LOADED: Mutex<Option<&'static Table>> = Mutex::new(None);
-    let mut loaded = LOADED
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut loaded = lock(&LOADED);
     if let Some(table) = *loaded {
         return Ok(table);
     }

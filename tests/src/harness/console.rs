@@ -4,10 +4,11 @@
 use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rdma_log::locks::lock;
 
 use super::program;
 
@@ -32,7 +33,7 @@ fn gather(mut from: impl Read + Send + 'static) -> Arc<Mutex<Vec<u8>>> {
             if count == 0 {
                 return;
             }
-            let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut to = lock(&to);
             to.extend_from_slice(&bytes[..count]);
         }
     });
@@ -40,7 +41,7 @@ fn gather(mut from: impl Read + Send + 'static) -> Arc<Mutex<Vec<u8>>> {
 }
 
 fn text(of: &Mutex<Vec<u8>>) -> String {
-    let bytes = of.lock().unwrap_or_else(PoisonError::into_inner);
+    let bytes = lock(of);
     String::from_utf8_lossy(&bytes).into_owned()
 }
 

@@ -5,11 +5,12 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use hypervisor::handshake::SHOWN;
 use hypervisor::handshake::proof::{CLAIM, GREETING, VERDICT};
+use rdma_log::locks::lock;
 
 /// Where a message goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,18 +102,14 @@ impl Eavesdropper {
     /// Whether the harm was done.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        locked(&self.state.meddling).is_none()
+        lock(&self.state.meddling).is_none()
     }
 
     /// All that went this way.
     #[must_use]
     pub fn heard(&self, way: Way) -> Vec<u8> {
-        locked(&self.state.heard)[way as usize].clone()
+        lock(&self.state.heard)[way as usize].clone()
     }
-}
-
-fn locked<T>(what: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn join(primary: &TcpStream, backup: &TcpStream, state: &Arc<State>) {
@@ -206,10 +203,10 @@ fn pass(mut from: &TcpStream, mut to: &TcpStream, mut way: Way, state: &State) -
     let mut inputs = 0;
     for number in 0.. {
         let bytes = message(from, way, number)?;
-        locked(&state.heard)[way as usize].extend_from_slice(&bytes);
+        lock(&state.heard)[way as usize].extend_from_slice(&bytes);
         let known_by = known_by(way, number, &bytes, &mut inputs);
         let due = {
-            let mut meddling = locked(&state.meddling);
+            let mut meddling = lock(&state.meddling);
             meddling.take_if(|due| due.way == way && known_by.contains(&due.number))
         };
         let half = &bytes[..bytes.len() / 2];

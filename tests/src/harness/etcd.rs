@@ -7,12 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hypervisor::arbiter::{Arbiter, EtcdArbiter, Place};
+use rdma_log::locks::lock;
 
 use super::certificates::{Authority, Issued};
 use super::random::Random;
@@ -256,10 +257,6 @@ struct ProxyShared {
     lost: AtomicU64,
     over: AtomicBool,
     streams: Mutex<Vec<TcpStream>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Proxy {

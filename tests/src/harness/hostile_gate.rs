@@ -4,7 +4,7 @@
 //! what that entry rests on, so it can judge every output at the moment at which it leaves.
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hypervisor::entry::{Body, Decoder, LoggedInput, OutputsDigest};
@@ -14,6 +14,7 @@ use hypervisor::ring_log::RingSink;
 use hypervisor::sink::{Sink, SinkError};
 use hypervisor::world::World;
 use rdma_log::Seq;
+use rdma_log::locks::lock;
 
 use super::random::Random;
 
@@ -90,7 +91,7 @@ impl Book {
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// What counts as committed.

@@ -8,10 +8,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use rdma_log::locks::lock;
 
 use super::program;
 
@@ -93,10 +94,7 @@ impl AtTerminal {
                 if count == 0 {
                     return;
                 }
-                shown
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .extend_from_slice(&bytes[..count]);
+                lock(&shown).extend_from_slice(&bytes[..count]);
             }
         });
         Ok(Self {
@@ -141,7 +139,7 @@ impl AtTerminal {
     /// All that was ever on the screen.
     #[must_use]
     pub fn screen(&self) -> String {
-        let bytes = self.screen.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = lock(&self.screen);
         String::from_utf8_lossy(&bytes).into_owned()
     }
 

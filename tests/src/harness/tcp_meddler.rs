@@ -4,10 +4,11 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rdma_log::locks::lock;
 
 /// What is done to the log's stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +145,7 @@ impl TcpMeddler {
 
 impl State {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Harm>> {
-        self.harm.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.harm)
     }
 
     /// The harm that is to be done in this direction. `Drip` stays.

@@ -10,11 +10,12 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hypervisor::kvm::KvmSource;
+use rdma_log::locks::lock;
 
 use super::process::{Signal, await_end, signal_group};
 use super::wire::{AGENT, Credit, Frame, Kind, MAX_PAYLOAD, Start};
@@ -84,7 +85,7 @@ fn hold_a_machine() -> Option<impl Sized> {
 type Writer = Arc<Mutex<File>>;
 
 fn say(writer: &Writer, frame: &Frame) -> Result<()> {
-    let mut port = writer.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut port = lock(writer);
     frame.write(&mut *port).context("write to the port")
 }
 
@@ -121,14 +122,11 @@ struct Running {
 
 impl Running {
     fn is_over(&self) -> bool {
-        self.process
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_none()
+        lock(&self.process).is_none()
     }
 
     fn input(&self, bytes: Vec<u8>) {
-        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut input = lock(&self.input);
         if bytes.is_empty() {
             *input = None;
         } else if let Some(to) = &*input {
@@ -138,7 +136,7 @@ impl Running {
     }
 
     fn kill(&self) {
-        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = lock(&self.process);
         if let Some(process) = *process {
             // A group that is gone needs no signal.
             let _ = signal_group(process, Signal::Kill);
@@ -188,10 +186,7 @@ fn start(frame: &Frame, writer: &Writer) -> Result<Arc<Running>> {
             // Nobody asks for its code; it must only not stay a zombie.
             let _ = child.wait();
         });
-        *running
-            .process
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&running.process) = None;
         return Ok(running);
     }
     feed(&mut child, input, channel, writer);
@@ -263,10 +258,7 @@ fn wait(
         let _ = reader.join();
     }
     await_end(child.id());
-    let mut process = running
-        .process
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut process = lock(&running.process);
     let status = child.wait();
     *process = None;
     drop(process);

@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use rdma_log::locks::lock;
 
 use super::switch::{Card, MAX_FRAME, QUEUE, Switch};
 
@@ -85,11 +86,11 @@ impl Cables {
             port.queue = VIEWER_QUEUE;
         }
         // Known to the switch and to its thread at once: no frame of it is lost.
-        let mut switch = locked(&self.switch);
+        let mut switch = lock(&self.switch);
         let card = switch
             .plug(network, shown)
             .context("too many are plugged in")?;
-        let mut plugs = self.plugs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut plugs = lock(&self.plugs);
         plugs.push((card, port));
         drop((plugs, switch));
         let _ = (&*self.bell).write(&[0]);
@@ -98,15 +99,11 @@ impl Cables {
 
     /// Looks at the switch or changes it.
     pub fn with<T>(&self, work: impl FnOnce(&mut Switch) -> T) -> T {
-        let outcome = work(&mut locked(&self.switch));
+        let outcome = work(&mut lock(&self.switch));
         // A full socket has woken the thread already.
         let _ = (&*self.bell).write(&[0]);
         outcome
     }
-}
-
-fn locked(switch: &Mutex<Switch>) -> MutexGuard<'_, Switch> {
-    switch.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One card: where its host's QEMU connects, and the connection.
@@ -243,8 +240,8 @@ impl Thread {
                 port.receive(|frame| arrived.push((card, frame.to_vec())));
             }
             let now = Instant::now();
-            let mut switch = locked(&self.switch);
-            let mut plugs = self.plugs.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut switch = lock(&self.switch);
+            let mut plugs = lock(&self.plugs);
             self.ports.extend(plugs.drain(..));
             drop(plugs);
             let ports = &mut self.ports;
@@ -299,7 +296,7 @@ impl Thread {
                 });
             }
         }
-        let due = locked(&self.switch).next_due();
+        let due = lock(&self.switch).next_due();
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
         let left = left.map(|left| libc::timespec {
             tv_sec: left.as_secs() as libc::time_t,

@@ -4,13 +4,14 @@
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hypervisor::backends::wait::Waiter;
 use hypervisor::backends::{ETHERNET_HEADER, NetPort};
+use rdma_log::locks::lock;
 
 use super::switch::MAX_FRAME;
 
@@ -88,7 +89,7 @@ impl Plug {
         let reading = thread("lab-frames", move || {
             while let Ok(Some(frame)) = read_frame(&mut reader) {
                 if frame.get(6..12) == Some(&sender) {
-                    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut kept = lock(&kept);
                     kept.push(frame);
                 }
             }
@@ -139,7 +140,7 @@ impl Kept {
     /// If the lab shows nothing more.
     pub fn take(&self) -> Result<Vec<Vec<u8>>> {
         anyhow::ensure!(self.carrier.is_on(), "the lab shows no frames any more");
-        let mut frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut frames = lock(&self.frames);
         Ok(std::mem::take(&mut *frames))
     }
 }

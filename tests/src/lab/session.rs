@@ -8,10 +8,11 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rdma_log::locks::lock;
 
 use super::Host;
 use super::wire::{Credit, Frame, Kind, MAX_PAYLOAD, Start};
@@ -104,7 +105,7 @@ impl Session {
                     granted.lift();
                     return;
                 }
-                let mut writer = crediting.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut writer = lock(&crediting);
                 // If it cannot be told, the next read says why.
                 let _ = Frame::number(0, Kind::Credit, bytes).write(&mut *writer);
             };
@@ -115,7 +116,7 @@ impl Session {
     }
 
     fn tell(&self, frame: &Frame) -> Result<()> {
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writer = lock(&self.writer);
         frame
             .write(&mut *writer)
             .context("reach the lab's supervisor")
@@ -136,7 +137,7 @@ impl Session {
                     };
                     let (bytes, later) = rest.split_at(now);
                     let frame = Frame::new(0, Kind::Input, bytes);
-                    let mut stream = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut stream = lock(&writer);
                     // A command that is over needs no more input; who waits for it hears why.
                     if frame.write(&mut *stream).is_err() {
                         return;
@@ -235,7 +236,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let writer = lock(&self.writer);
         let _ = writer.shutdown(Shutdown::Both);
     }
 }

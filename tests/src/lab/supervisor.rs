@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rdma_log::locks::lock;
 
 use super::cables::Cables;
 use super::control::{CableState, HostState, Power, Reply, Request, Status};
@@ -429,7 +430,7 @@ impl Host {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Waits until the state is as wished; an error says how long it was not.
@@ -576,7 +577,7 @@ impl Host {
     fn tell(&self, frame: &Frame) -> Result<()> {
         let agent = self.state().agent.clone();
         let agent = agent.with_context(|| format!("{} is gone", self.spec.name()))?;
-        let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut agent = lock(&agent);
         frame
             .write(&mut *agent)
             .with_context(|| format!("reach {}'s agent", self.spec.name()))

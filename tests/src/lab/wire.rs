@@ -10,6 +10,8 @@
 use std::io::{self, Read, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use rdma_log::locks::lock;
+
 /// The most bytes in one frame. A header that says more is refused: the stream is out of step.
 pub const MAX_PAYLOAD: usize = 64 * 1024;
 
@@ -183,7 +185,7 @@ impl Default for Credit {
 impl Credit {
     /// Takes up to `wanted`, and waits while there is none.
     pub fn take(&self, wanted: usize) -> usize {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = lock(&self.left);
         let mut left = self
             .more
             .wait_while(left, |left| *left == 0)
@@ -195,7 +197,7 @@ impl Credit {
 
     /// The receiver has taken so many.
     pub fn give(&self, bytes: usize) {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = lock(&self.left);
         *left = left.saturating_add(bytes);
         self.more.notify_all();
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use hypervisor::backends::wait::Moment;
 use hypervisor::session::report::Event;
+use rdma_log::locks::lock;
 
 use crate::lab::Host;
 use crate::lab::session::{Happening, Session};
@@ -223,7 +224,7 @@ fn listen(session: &Session, tell: &Sender<Heard>, errors: &Mutex<String>, unwan
                 continue;
             }
             Ok(Some(Happening::Error(bytes))) => {
-                let mut errors = errors.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut errors = lock(errors);
                 errors.push_str(&String::from_utf8_lossy(&bytes));
                 continue;
             }

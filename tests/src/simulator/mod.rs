@@ -45,6 +45,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use rdma_log::locks::lock;
+
 pub(crate) use drive::takes_back;
 use world::World;
 
@@ -194,7 +196,7 @@ pub fn run_many(first: u64, count: u64, threads: usize) -> Result<Tally, Box<Vio
                         return;
                     }
                     let result = run(first.wrapping_add(number), None);
-                    let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut outcome = lock(&outcome);
                     match result {
                         Ok(tally) => outcome.0.add(&tally),
                         Err(violation) => {

@@ -5,9 +5,10 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use rdma_log::locks::lock;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::copy::{BLOCK, Incoming, blocks_of};
@@ -365,11 +366,7 @@ impl OpenImage {
     /// [`DiskError::Failed`].
     pub fn does_not_lead(&self, before: Option<Stamp>) -> Result<(), DiskError> {
         match (&self.marks, before) {
-            (Some(marks), None) => marks
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clear()
-                .map_err(|source| self.failed(source)),
+            (Some(marks), None) => lock(marks).clear().map_err(|source| self.failed(source)),
             _ => Ok(()),
         }
     }
@@ -538,10 +535,7 @@ impl Image for OpenImage {
 
     fn mark(&mut self, mark: &Mark) -> io::Result<()> {
         match &self.marks {
-            Some(marks) => marks
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(mark),
+            Some(marks) => lock(marks).write(mark),
             None => Ok(()),
         }
     }

@@ -10,9 +10,10 @@
 #![forbid(unsafe_code)]
 
 use std::fs::TryLockError;
-use std::sync::PoisonError;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rdma_log::locks::lock;
 
 use super::image::{DiskError, OpenImage};
 use super::mark::{Mark, Stamp, Use};
@@ -117,7 +118,7 @@ impl OpenImage {
         let Some(marks) = &self.marks else {
             return Ok(None);
         };
-        let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut marks = lock(marks);
         block::forget_cached(marks.file()).map_err(|error| self.failed(error))?;
         marks.reread().map_err(|source| DiskError::Mark {
             path: self.path.to_path_buf(),

@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rdma_log::locks::lock;
+
 use super::copy::{AT_ONCE, Blocks, Owed};
 use super::image::Image;
 use super::mark::{Mark, Stamp, Use};
@@ -229,8 +231,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A holder that panicked ends the process; the queue is as it was left.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn give(&self, mut state: MutexGuard<'_, State>, job: Job) -> u64 {
@@ -359,7 +360,7 @@ impl Disk {
     /// Begins to copy the image, of so many sectors, for another side. The rest is told there.
     pub fn begin_copy(&self, sectors: u64) -> Receiver<CopyRead> {
         let (tell, rest) = channel();
-        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(tell);
+        *lock(&self.rest) = Some(tell);
         self.give_step(Step::Begin(sectors));
         rest
     }
@@ -381,7 +382,7 @@ impl Disk {
     /// The copy ends here: it has all that was asked of the disk before, and nothing of what is asked from now on. By the thread that
     /// asks.
     pub fn copy_rest(&self) {
-        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = lock(&self.rest);
         if let Some(tell) = rest.take() {
             self.give_step(Step::Rest(tell));
         }
@@ -389,7 +390,7 @@ impl Disk {
 
     /// No copy is made any more.
     pub fn end_copy(&self) {
-        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.rest) = None;
         self.give_step(Step::End);
     }
 
@@ -431,7 +432,7 @@ impl Disk {
 
     /// This side follows, and would take over with this stamp.
     pub fn may_lead(&self, claim: Option<Stamp>) {
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
+        *lock(&self.claim) = claim;
     }
 
     /// This side takes over, if its claim is won: returns when the image has all that was given, durably, and says so. A shared one has
@@ -440,7 +441,7 @@ impl Disk {
     /// # Errors
     /// [`DiskFailure`] if it has not.
     pub fn take_over(&self) -> Result<(), DiskFailure> {
-        let claim = *self.claim.lock().unwrap_or_else(PoisonError::into_inner);
+        let claim = *lock(&self.claim);
         if let Some(stamp) = claim.filter(|_| !self.of_both) {
             // A claim may still be lost: the mark is not one of a side that is known to have led.
             self.give_mark(Use::Leads, stamp, false);

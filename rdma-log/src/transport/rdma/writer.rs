@@ -21,7 +21,7 @@ use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,7 @@ use super::pipe::{Pipe, Slots};
 use crate::entry::{Lane, Nonce, Seq};
 use crate::futex::{Bell, FutexWord};
 use crate::lane::WriteError;
+use crate::locks::lock;
 use crate::poll::wait;
 use crate::region::ReadView;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
@@ -192,10 +193,6 @@ pub(super) struct Parts<T> {
     pub(super) starts: [u64; 2],
     pub(super) sizes: [u64; 2],
     pub(super) driven: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

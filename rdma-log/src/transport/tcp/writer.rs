@@ -11,15 +11,17 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::StreamError;
 use super::frame::{ANSWER, Answer, Frame, HEADER, MAX_PIECE};
+use super::stall::{ABSENT, Still};
 use crate::entry::{Lane, Nonce, Seq};
 use crate::futex::{Bell, FutexWord};
 use crate::lane::{Counter, WriteError};
+use crate::locks::lock;
 use crate::poll::wait;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::transport::writing::take_over;
@@ -29,18 +31,9 @@ use crate::transport::{Counters, ProgressPort, Range, WritePort, WriteView};
 /// save calls that are amortised already.
 const GATHERED: usize = MAX_PIECE;
 
-/// How long entries may be under way with no answer to any of them. The reader's landing thread answers what it lands at once, so
-/// this is the network's: three retransmissions in a row of one segment (0.2 + 0.4 + 0.8 s) pass within it. Shorter, and a bad
-/// network costs the backup; longer, and whoever waits for an output waits longer for somebody to act. Whoever stands between the
-/// two sides can hold the stream open and pass nothing on, while heartbeats, which go another way, say that all is well.
-const STALLED: Duration = Duration::from_secs(2);
-
 /// How old a look for the reader's fence may be that an answer to [`WritePort::fenced`] rests on. Whoever asks wants to know whether
 /// this process was frozen and another took over meanwhile, which takes longer; and to look is a system call, for each frame.
 const FRESH: Duration = Duration::from_millis(1);
-
-/// A look that comes later than this after the one before is no witness: its own thread did not run.
-const ABSENT: Duration = Duration::from_millis(500);
 
 /// Why nothing more commits.
 #[derive(Clone, Debug)]
@@ -173,35 +166,6 @@ impl Outbox {
     }
 }
 
-/// Since when what is under way has not moved.
-#[derive(Debug)]
-struct Still {
-    received: [u64; 2],
-    since: Instant,
-    looked: Instant,
-}
-
-impl Still {
-    fn new(now: Instant) -> Still {
-        Still {
-            received: [0; 2],
-            since: now,
-            looked: now,
-        }
-    }
-
-    /// Whether nothing has moved for too long.
-    fn look(&mut self, now: Instant, received: [u64; 2], under_way: bool) -> bool {
-        let absent = now - self.looked > ABSENT;
-        self.looked = now;
-        if absent || !under_way || received != self.received {
-            self.received = received;
-            self.since = now;
-        }
-        now - self.since > STALLED
-    }
-}
-
 /// Answers on their way in.
 #[derive(Debug)]
 struct Inbox {
@@ -218,10 +182,6 @@ pub(super) struct Shared {
     lanes: [LaneState; 2],
     still: Mutex<Still>,
     end: OnceLock<End>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
@@ -501,28 +461,6 @@ impl Watch {
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.stream.as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_stands_still_before_somebodys_eyes_is_stalled() {
-        let start = Instant::now();
-        let at = |ms: u64| start + Duration::from_millis(ms);
-        let mut still = Still::new(start);
-        let mut look = |ms, received, under_way| still.look(at(ms), [received, 0], under_way);
-        for ms in (0..5000).step_by(100) {
-            assert!(!look(ms, 0, false), "nothing is under way");
-        }
-        for ms in (5000..9000).step_by(100) {
-            assert!(!look(ms, ms / 1900, true), "it moves, though slowly");
-        }
-        assert!(!look(20_000, 4, true), "nobody looked");
-        let stalled = (20_000..30_000).step_by(100).find(|&ms| look(ms, 4, true));
-        assert_eq!(stalled, Some(22_100));
     }
 }
 
