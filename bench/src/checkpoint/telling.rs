@@ -182,7 +182,7 @@ pub(super) fn tell(
             AIM,
             over(added),
             &format!(
-                "of {added:.0} µs the guest's own part is {:.0}: a fault for each page that was not left open, at its first write in an interval",
+                "of {added:.0} µs the guest's own part is {:.0}: the time up to its reply, beyond what that takes alone",
                 added - commit
             ),
         ));

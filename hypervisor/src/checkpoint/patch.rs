@@ -33,8 +33,8 @@ pub(super) const PATCH_MAX: usize = PAGE_SIZE - 1;
 /// writes in a second of intervals are fewer; those that it does not hold go whole.
 const REMEMBERED_MAX: u64 = 16_384;
 
-/// Appends what makes `new` of `old`, and makes it that, of which most is not touched. If that is no shorter than the page nothing is appended, the answer is no, and
-/// `old` is neither of the two.
+/// Appends what makes `new` of `old`, and makes it that: a line that is as it was is not touched. If that is no shorter than the page nothing is appended, and the
+/// answer is no.
 fn encode(old: &mut Page, new: &Page, to: &mut Vec<u8>) -> bool {
     let at = to.len();
     let mut lines = 0u64;
@@ -206,6 +206,7 @@ impl Remembered {
                 *known = None;
                 told.whole.push(page);
                 contents.extend_from_slice(now);
+                // Of another page, perhaps.
                 before.copy_from_slice(now);
             }
         }

@@ -143,13 +143,20 @@ impl AtTerminal {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Whether this has been on the screen, also where a line of the program's log came in between.
+    #[must_use]
+    pub fn has_shown(&self, word: &str) -> bool {
+        let screen = self.screen();
+        screen.contains(word) || without_log(&screen).contains(word)
+    }
+
     /// Waits until this has been on the screen.
     ///
     /// # Errors
     /// If it is not in time.
     pub fn until(&mut self, word: &str, longest: Duration) -> Result<()> {
         let until = Instant::now() + longest;
-        while !self.screen().contains(word) {
+        while !self.has_shown(word) {
             ensure!(
                 Instant::now() < until,
                 "{word:?} was not on the screen within {longest:?}: {:?}",
@@ -170,10 +177,36 @@ impl AtTerminal {
     }
 }
 
+/// A screen without the lines of a program's log. They come whole, each with its time first, and a guest's line is there as the guest sends it: byte by byte.
+fn without_log(screen: &str) -> String {
+    const TIME: &str = "\x1b[2m20";
+    let mut left = screen;
+    let mut rest = String::new();
+    while let Some(at) = left.find(TIME) {
+        rest.push_str(&left[..at]);
+        left = left[at..].split_once('\n').map_or("", |(_, after)| after);
+    }
+    rest + left
+}
+
 impl Drop for AtTerminal {
     fn drop(&mut self) {
         // It fails only for a child that has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_the_log_came_into_is_read() {
+        let log = "\x1b[2m2026-11-27T17:27:33Z\x1b[0m \x1b[33m WARN\x1b[0m machine solo\r\n";
+        let screen = format!("{log}c{log}{log}onsole: start\r\nconsole: up\r\n");
+        assert_eq!(without_log(&screen), "console: start\r\nconsole: up\r\n");
+        assert_eq!(without_log("console: start"), "console: start");
+        assert_eq!(without_log(&log[..30]), "", "one that is half there");
     }
 }
